@@ -1,0 +1,227 @@
+"""The coloured-shapes world of the `demo` model: a seed gives a picture, its caption, and questions with their answers.
+
+One to three shapes of two sizes and six colours stand anywhere on a plain or noisy ground, never touching and with a
+clear gap from left to right, because captions name them in that order. Everything is drawn by this module from the
+seed alone, so a scene can be drawn again anywhere. It knows no model and no tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (34, 160, 60),
+    "blue": (44, 84, 224),
+    "yellow": (242, 212, 36),
+    "purple": (146, 44, 190),
+    "white": (248, 248, 248),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SIZES = {"small": (0.082, 0.098), "large": (0.155, 0.18)}  # radius over the picture's side
+PICTURE_SIDE = 128
+OVERSAMPLING = 2
+MIN_HORIZONTAL_GAP = 0.17  # between centres, over the picture's side
+MAX_OBJECTS = 3
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape; `x`, `y` (centre) and `radius` are fractions of the picture's side."""
+
+    size: str
+    color: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a seed stands for; `objects` are in order from left to right."""
+
+    seed: int
+    objects: tuple[SceneObject, ...]
+
+    @property
+    def caption(self) -> str:
+        names = [f"a {item.name}" for item in self.objects]
+        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+    @cached_property
+    def questions(self) -> list[tuple[str, str]]:
+        """(question, answer) pairs: one for each kind that this scene can answer without doubt."""
+        return list(_questions(self.objects, _generator(self.seed, stream=1)))
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The picture, RGB, PICTURE_SIDE pixels wide and high."""
+        return _draw(self.objects, _generator(self.seed, stream=2))
+
+
+def scene(seed: int, max_objects: int = MAX_OBJECTS) -> Scene:
+    """The scene of this seed, with one to `max_objects` shapes."""
+    generator = _generator(seed, stream=0)
+    count = int(generator.integers(1, max_objects + 1))
+    placed: list[SceneObject] = []
+    while len(placed) < count:
+        candidate = _random_object(generator)
+        if all(_apart(candidate, other) for other in placed):
+            placed.append(candidate)
+    return Scene(seed, tuple(sorted(placed, key=lambda item: item.x)))
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    """Independent streams, so that drawing a picture never changes which questions are asked about it."""
+    return np.random.default_rng([seed, stream])
+
+
+def _random_object(generator: np.random.Generator) -> SceneObject:
+    size = str(generator.choice(list(SIZES)))
+    radius = float(generator.uniform(*SIZES[size]))
+    margin = radius + 0.02
+    x, y = generator.uniform(margin, 1 - margin, size=2)
+    return SceneObject(
+        size=size,
+        color=str(generator.choice(list(COLORS))),
+        shape=str(generator.choice(SHAPES)),
+        x=float(x),
+        y=float(y),
+        radius=radius,
+    )
+
+
+def _apart(first: SceneObject, second: SceneObject) -> bool:
+    distance = math.hypot(first.x - second.x, first.y - second.y)
+    clear = distance > first.radius + second.radius + 0.03
+    return clear and abs(first.x - second.x) > MIN_HORIZONTAL_GAP
+
+
+def _questions(objects: tuple[SceneObject, ...], generator: np.random.Generator):
+    shapes = [item.shape for item in objects]
+    colors = [item.color for item in objects]
+    for item in _shuffled(objects, generator):
+        if shapes.count(item.shape) == 1:
+            yield f"What color is the {item.shape}?", item.color
+            break
+    for item in _shuffled(objects, generator):
+        if colors.count(item.color) == 1:
+            yield f"What shape is the {item.color} object?", item.shape
+            break
+    for item in _shuffled(objects, generator):
+        if [(other.color, other.shape) for other in objects].count((item.color, item.shape)) == 1:
+            yield f"What size is the {item.color} {item.shape}?", item.size
+            break
+    yield "How many objects are there?", str(len(objects))
+    shape = str(generator.choice(SHAPES + tuple(shapes)))
+    yield f"How many {_plural(shape)} are there?", str(shapes.count(shape))
+    yield from _existence(objects, generator)
+    yield from _left_or_right(objects, generator)
+
+
+def _existence(objects: tuple[SceneObject, ...], generator: np.random.Generator):
+    """One question about something that is there, one about something that is nearly, or not at all."""
+    item = objects[int(generator.integers(len(objects)))]
+    yield f"Is there a {item.color} {item.shape}?", "yes"
+    present = {(other.color, other.shape) for other in objects}
+    while True:
+        color, shape = str(generator.choice(list(COLORS))), str(generator.choice(SHAPES))
+        if generator.random() < 0.5:  # half of them share colour or shape with something there
+            color, shape = (item.color, shape) if generator.random() < 0.5 else (color, item.shape)
+        if (color, shape) not in present:
+            yield f"Is there a {color} {shape}?", "no"
+            return
+
+
+def _left_or_right(objects: tuple[SceneObject, ...], generator: np.random.Generator):
+    names = [f"{item.color} {item.shape}" for item in objects]
+    if len(set(names)) < 2:
+        return
+    unique = [index for index, name in enumerate(names) if names.count(name) == 1]
+    if len(unique) < 2:
+        return
+    first, second = (int(index) for index in generator.permutation(unique)[:2])
+    side = str(generator.choice(["left", "right"]))
+    is_so = first < second if side == "left" else first > second
+    yield f"Is the {names[first]} to the {side} of the {names[second]}?", "yes" if is_so else "no"
+
+
+def _shuffled(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> list[SceneObject]:
+    return [objects[int(index)] for index in generator.permutation(len(objects))]
+
+
+def _plural(shape: str) -> str:
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def _draw(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> Image.Image:
+    side = PICTURE_SIDE * OVERSAMPLING
+    mask = Image.new("L", (side, side), 0)
+    flat = Image.new("RGB", (side, side))
+    for item in objects:
+        color = tuple(int(value) for value in np.clip(np.array(COLORS[item.color]) + generator.normal(0, 6, 3), 0, 255))
+        for canvas, ink in ((mask, 255), (flat, color)):
+            _draw_shape(ImageDraw.Draw(canvas), item, side, ink)
+    # Halved by box averaging: the edges come out smooth.
+    coverage = np.asarray(mask.reduce(OVERSAMPLING), dtype=np.float32)[..., None] / 255
+    # A half-covered pixel of `flat` is half black: dividing by the coverage gives the pure ink back.
+    ink = np.asarray(flat.reduce(OVERSAMPLING), dtype=np.float32) / np.maximum(coverage, 1 / 255)
+    pixels = coverage * np.minimum(ink, 255) + (1 - coverage) * _ground(generator)
+    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ink: int | tuple[int, ...]) -> None:
+    x, y, radius = item.x * side, item.y * side, item.radius * side
+    if item.shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
+        return
+    draw.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _outline(item.shape)], fill=ink)
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    """Corners around the origin, within about one radius; y points down."""
+    if shape == "square":
+        half = 0.88
+        return [(-half, -half), (half, -half), (half, half), (-half, half)]
+    if shape == "triangle":
+        return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
+    if shape == "cross":
+        arm = 0.33
+        corner = [(arm, -1.0), (arm, -arm), (1.0, -arm), (1.0, arm), (arm, arm), (arm, 1.0)]
+        return corner + [(-dx, -dy) for dx, dy in corner]
+    assert shape == "star", shape
+    angles = [math.pi * (index / 5 - 0.5) for index in range(10)]
+    reach = [1.1 if index % 2 == 0 else 0.44 for index in range(10)]
+    return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in zip(reach, angles, strict=True)]
+
+
+def _ground(generator: np.random.Generator) -> np.ndarray:
+    """Float32 (side, side, 3): a muted plain, slanted, striped or speckled ground, with or without fine noise."""
+    side = PICTURE_SIDE
+    base = generator.uniform(55, 165) + generator.uniform(-14, 14, 3)
+    kind = int(generator.integers(4))
+    axis = np.linspace(-1, 1, side, dtype=np.float32)
+    relief = np.zeros((side, side), dtype=np.float32)
+    if kind == 1:
+        angle = generator.uniform(0, 2 * math.pi)
+        relief = 22 * (math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None])
+    elif kind == 2:
+        angle, waves = generator.uniform(0, 2 * math.pi), generator.uniform(4, 20)
+        relief = 8 * np.sin(waves * (math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]))
+    elif kind == 3:
+        coarse = generator.normal(0, 9, (side // 8, side // 8)).astype(np.float32)
+        relief = np.kron(coarse, np.ones((8, 8), dtype=np.float32))
+    ground = base.astype(np.float32) + relief[..., None]
+    if generator.random() < 0.5:
+        ground = ground + generator.standard_normal((side, side, 1), dtype=np.float32) * generator.uniform(2, 12)
+    return np.clip(ground, 0, 200)

@@ -1,0 +1,1 @@
+"""Prompts' tensors in, token sequences out. Knows no text and no files."""

@@ -1,0 +1,281 @@
+"""The text side's building blocks: decoupled vocabularies, norms, rotary positions, attention and the two kinds of layer.
+
+A LLaMA decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with Flamingo's gated cross-attention layers
+(Alayrac et al. 2022, section 3.1.2) between its blocks. Layers project and rotate; what a query may see, and where
+keys and values are kept, is the memory's affair (`model/memory.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import IdeficsConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from idefics_cli.model.memory import AttentionOutput, Memory
+
+PositionEmbeddings = tuple[Tensor, Tensor]
+
+
+class IdeficsDecoupledEmbedding(nn.Embedding):
+    """An embedding in two parts: ids below `num_embeddings` in `weight`, the added ones in `additional_embedding`.
+
+    `partially_freeze` freezes `weight` alone, so that the added tokens can still be learned.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        num_additional_embeddings: int,
+        embedding_dim: int,
+        partially_freeze: bool = False,
+        padding_idx: int | None = None,
+    ):
+        if padding_idx is not None and padding_idx > num_embeddings:
+            raise ValueError(f"padding_idx must be within num_embeddings. Got {padding_idx} and {num_embeddings}")
+        super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx)
+        self.num_additional_embeddings = num_additional_embeddings
+        self.partially_freeze = partially_freeze
+        if partially_freeze:
+            self.weight.requires_grad_(False)
+        if num_additional_embeddings > 0:
+            self.additional_embedding = nn.Embedding(num_additional_embeddings, embedding_dim)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(rows, tokens) -> (rows, tokens, dim)."""
+        if self.num_additional_embeddings == 0:
+            return nn.functional.embedding(input_ids, self.weight)
+        # Both tables are read everywhere and one answer kept: nothing here depends on the ids' values, so the host
+        # never waits and the shapes stay fixed.
+        additional = input_ids >= self.num_embeddings
+        regular = nn.functional.embedding(input_ids.masked_fill(additional, 0), self.weight)
+        added_ids = (input_ids - self.num_embeddings).clamp(min=0)
+        return torch.where(additional.unsqueeze(-1), self.additional_embedding(added_ids), regular)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_additional_embeddings={self.num_additional_embeddings}"
+
+
+class IdeficsDecoupledLinear(nn.Linear):
+    """A linear layer in two parts, `weight` and `additional_fc`, whose outputs are joined: (..., in) -> (..., out + added)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        out_additional_features: int = 0,
+        bias: bool = True,
+        partially_freeze: bool = True,
+    ):
+        super().__init__(in_features, out_features, bias)
+        self.out_additional_features = out_additional_features
+        self.partially_freeze = partially_freeze
+        if partially_freeze:
+            self.requires_grad_(False)
+        if out_additional_features > 0:
+            self.additional_fc = nn.Linear(in_features, out_additional_features, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output = nn.functional.linear(hidden_states, self.weight, self.bias)
+        if self.out_additional_features == 0:
+            return output
+        return torch.cat([output, self.additional_fc(hidden_states)], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, out_additional_features={self.out_additional_features}"
+
+
+class IdeficsRMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019): statistics in fp32, rounded to the weight's type before the weight."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        variance = hidden_states.float().square().mean(-1, keepdim=True)
+        normalized = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * normalized.to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class IdeficsRotaryEmbedding(nn.Module):
+    """Rotary angles (Su et al. 2021, https://arxiv.org/abs/2104.09864), computed once per forward for all layers."""
+
+    def __init__(self, config: IdeficsConfig):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        inverse_frequencies = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = inverse_frequencies(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: IdeficsConfig, *_: object, **__: object) -> tuple[Tensor, float]:
+        """theta**(-2i/head_dim) for i in [0, head_dim/2), and no scaling; the name is the one transformers looks for."""
+        head_dim = config.hidden_size // config.num_attention_heads
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> PositionEmbeddings:
+        """cos and sin, (rows, 1, tokens, head_dim), in `hidden_states`' type."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        angles = torch.cat([angles, angles], dim=-1)  # (rows, 1, tokens, head_dim)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def rotate(states: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
+    """Turn each pair (i, i + head_dim/2) of (rows, heads, tokens, head_dim) by its angle."""
+    cos, sin = position_embeddings
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class IdeficsMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), without biases (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class IdeficsAttention(nn.Module):
+    """Projections of one attention layer, of a text to itself or to images; only the latter knows qk-norms.
+
+    `layer_idx` counts among layers of the same kind.
+    """
+
+    def __init__(self, config: IdeficsConfig, layer_idx: int, is_cross_attention: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // self.num_heads
+        if self.head_dim * self.num_heads != config.hidden_size:
+            raise ValueError(f"hidden_size {config.hidden_size} is no multiple of {self.num_heads} attention heads")
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.dropout
+        self.is_cross_attention = is_cross_attention
+        self.is_causal = not is_cross_attention
+        source_size = config.vision_config.embed_dim if is_cross_attention else config.hidden_size
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(source_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(source_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qk_layer_norms = is_cross_attention and config.qk_layer_norms
+        if self.qk_layer_norms:
+            self.q_layer_norm = IdeficsRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_layer_norm = IdeficsRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory: Memory,
+        position_embeddings: PositionEmbeddings | None = None,
+        image_hidden_states: Tensor | None = None,
+    ) -> AttentionOutput:
+        """(rows, tokens, hidden) -> the same, and the weights (rows, heads, tokens, keys) where they are computed.
+
+        A text attends to itself with `position_embeddings`, to images with `image_hidden_states`
+        (rows, images * seq, dim), which may be None where the memory holds the images' keys and values already.
+        """
+        query = self.project_query(hidden_states)
+        if self.is_cross_attention:
+            output, weights = memory.attend_image(self, query, image_hidden_states)
+        else:
+            key, value = self.project_key_value(hidden_states)
+            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
+            output, weights = memory.attend(self, query, key, value)
+        return self.o_proj(output.flatten(-2)), weights
+
+    def project_query(self, hidden_states: Tensor) -> Tensor:
+        """(rows, tokens, hidden) -> (rows, heads, tokens, head_dim), not rotated."""
+        query = self._split_heads(self.q_proj(hidden_states))
+        return self.q_layer_norm(query) if self.qk_layer_norms else query
+
+    def project_key_value(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, source tokens, source dim) -> key and value (rows, heads, source tokens, head_dim), not rotated."""
+        key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
+        return (self.k_layer_norm(key) if self.qk_layer_norms else key), value
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (rows, heads, tokens, head_dim)
+
+
+class IdeficsDecoderLayer(GradientCheckpointingLayer):
+    """One LLaMA block: (rows, tokens, hidden) -> the same."""
+
+    def __init__(self, config: IdeficsConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = IdeficsAttention(config, layer_idx)
+        self.mlp = IdeficsMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.input_layernorm = IdeficsRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = IdeficsRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, hidden_states: Tensor, memory: Memory, position_embeddings: PositionEmbeddings) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), memory, position_embeddings)
+        hidden_states = hidden_states + self._drop(attended)
+        return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def _drop(self, states: Tensor) -> Tensor:
+        return nn.functional.dropout(states, p=self.dropout, training=self.training)
+
+
+def initial_alpha(config: IdeficsConfig) -> Tensor:
+    """A gate's first value: one float or one per channel, at zero (Flamingo), one, or drawn from a normal."""
+    if config.alpha_type not in ("float", "vector"):
+        raise ValueError(f"Unknown value for `alpha_type` ({config.alpha_type}): use 'float' or 'vector'")
+    shape = (1, 1, config.hidden_size) if config.alpha_type == "vector" else (1,)
+    if config.alpha_initializer == "zeros":
+        return torch.zeros(shape)
+    if config.alpha_initializer == "ones":
+        return torch.ones(shape)
+    if config.alpha_initializer in ("normal", "gaussian", "random"):
+        return torch.randn(shape) * config.alphas_initializer_range
+    raise ValueError(f"Unknown value for `alpha_initializer` ({config.alpha_initializer}): use zeros, ones or normal")
+
+
+class IdeficsGatedCrossAttentionLayer(GradientCheckpointingLayer):
+    """Text looks at images; both halves enter the residual through a tanh gate: (rows, tokens, hidden) -> the same.
+
+    A token that sees no image passes the attention half unchanged, the MLP half like any other.
+    """
+
+    def __init__(self, config: IdeficsConfig, layer_idx: int):
+        super().__init__()
+        self.cross_attn = IdeficsAttention(config, layer_idx, is_cross_attention=True)
+        self.mlp = IdeficsMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.input_layernorm = IdeficsRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = IdeficsRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = config.dropout
+        self.alpha_cross_attn = nn.Parameter(initial_alpha(config))
+        self.alpha_dense = nn.Parameter(initial_alpha(config))
+
+    def forward(self, hidden_states: Tensor, image_hidden_states: Tensor | None, memory: Memory) -> Tensor:
+        attended, _ = self.cross_attn(
+            self.input_layernorm(hidden_states), memory, image_hidden_states=image_hidden_states
+        )
+        hidden_states = hidden_states + self.alpha_cross_attn.tanh() * self._drop(attended)
+        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.alpha_dense.tanh() * self._drop(transformed)
+
+    def _drop(self, states: Tensor) -> Tensor:
+        return nn.functional.dropout(states, p=self.dropout, training=self.training)

@@ -1,0 +1,119 @@
+"""The seam between the network and generation: where keys and values live.
+
+An attention layer projects (and rotates) its query, key and value and asks a *memory* for the rest. The plain memory
+here serves training, `generate()` and the tests: whole sequences, transformers' `Cache`, a causal mask, and images
+projected on the spot. Another memory may keep keys and values wherever it likes; the forward pass stays the same one.
+
+This module knows no text, no beams and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from idefics_cli.model.decoder import IdeficsAttention
+
+AttentionOutput = tuple[Tensor, Tensor | None]
+
+
+class Memory(Protocol):
+    """What an attention layer asks for. Queries are (rows, heads, tokens, head_dim), outputs (rows, tokens, heads, head_dim).
+
+    The second element of each result holds the attention weights where the implementation computes them, else None.
+    """
+
+    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        """Store the new tokens' key and value for this layer and attend to all that each query may see."""
+
+    def attend_image(self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None) -> AttentionOutput:
+        """Attend to the images each query may see; exactly zero for a query that sees none."""
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: object,
+) -> AttentionOutput:
+    """Attention written out, softmax in fp32 (Vaswani et al. 2017, eq. 1); `attention_mask` is added to the scores."""
+    scores = query @ key.transpose(-1, -2) * scaling  # (rows, heads, queries, keys)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights  # (rows, queries, heads, head_dim)
+
+
+def attention_function(name: str) -> Callable[..., AttentionOutput]:
+    """The attention implementation transformers registers under `name` ("sdpa" by default), or the eager one."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+
+
+def image_visibility(image_attention_mask: Tensor, image_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """From (rows, tokens, images) to an additive mask (rows, 1, tokens, images * image_seq_len) and the open gate.
+
+    The gate, (rows, tokens) and boolean, is open where a token sees at least one image.
+    """
+    visible = image_attention_mask.bool()
+    additive = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    additive = additive.masked_fill(~visible, torch.finfo(dtype).min)
+    additive = additive.repeat_interleave(image_seq_len, dim=-1).unsqueeze(1)  # (rows, 1, tokens, images * seq)
+    return additive, visible.any(dim=-1)
+
+
+@dataclass(frozen=True)
+class PlainMemory:
+    """Whole sequences: every layer sees all keys so far through `causal_mask`, and projects the images itself.
+
+    `causal_mask` is what transformers' `create_causal_mask` returns (None where plain causality is enough),
+    `image_mask` (rows, 1, tokens, images * seq) is additive, `image_gate` (rows, tokens) boolean.
+    """
+
+    attention: str
+    causal_mask: Tensor | None
+    image_mask: Tensor
+    image_gate: Tensor
+    past_key_values: Cache | None = None
+
+    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        if self.past_key_values is not None:
+            key, value = self.past_key_values.update(key, value, layer.layer_idx)
+        return self._attention(layer, query, key, value, self.causal_mask)
+
+    def attend_image(self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None) -> AttentionOutput:
+        assert image_hidden_states is not None, "the plain memory projects image_hidden_states itself, got None"
+        key, value = layer.project_key_value(image_hidden_states)
+        output, weights = self._attention(layer, query, key, value, self.image_mask)
+        return output.masked_fill(~self.image_gate[:, :, None, None], 0.0), weights
+
+    def _attention(
+        self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> AttentionOutput:
+        attend = attention_function(self.attention)
+        dropout = layer.dropout if layer.training else 0.0
+        return attend(layer, query, key, value, mask, dropout=dropout, scaling=layer.scaling)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PlainMemory:
+        """The same memory with its masks on `device`: a model spread over devices moves it from layer to layer."""
+
+        def move(mask: Tensor | None) -> Tensor | None:
+            return mask.to(device, non_blocking=non_blocking) if isinstance(mask, Tensor) else mask
+
+        return replace(
+            self,
+            causal_mask=move(self.causal_mask),
+            image_mask=move(self.image_mask),
+            image_gate=move(self.image_gate),
+        )

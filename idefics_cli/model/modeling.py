@@ -1,0 +1,413 @@
+"""IDEFICS as a whole: pictures and token ids in, logits (and a loss) out.
+
+Our own classes over `transformers.PreTrainedModel`, `GenerationMixin` and `IdeficsConfig`, with the checkpoints'
+names, so that loading, saving, `device_map`, gradient checkpointing, PEFT and `generate()` are the library's work.
+There is one forward pass over the layers, `IdeficsModel.decode`; what a token sees is up to the memory it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import IdeficsConfig, PreTrainedModel, initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from idefics_cli.generation import inputs as generation_inputs
+from idefics_cli.model.decoder import (
+    IdeficsAttention,
+    IdeficsDecoderLayer,
+    IdeficsDecoupledEmbedding,
+    IdeficsDecoupledLinear,
+    IdeficsGatedCrossAttentionLayer,
+    IdeficsRMSNorm,
+    IdeficsRotaryEmbedding,
+)
+from idefics_cli.model.memory import Memory, PlainMemory, image_visibility
+from idefics_cli.model.perceiver import IdeficsPerceiverResampler
+from idefics_cli.model.vision import IdeficsVisionEmbeddings, IdeficsVisionTransformer
+
+
+@dataclass
+class IdeficsBaseModelOutputWithPast(ModelOutput):
+    """`last_hidden_state` (rows, tokens, hidden); `image_hidden_states` (rows, images, seq, dim), ready to be passed again."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class IdeficsCausalLMOutputWithPast(ModelOutput):
+    """`logits` (rows, tokens, vocab + additional vocab) and, with labels, the scalar `loss`; the rest as in the base output."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+def freeze_model(model: nn.Module, module_exceptions: Sequence[str] = ()) -> nn.Module:
+    """Switch gradients off for all of `model` but modules of the named kinds: LayerNorm, Linear, Embedding."""
+    kinds = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
+    unknown = sorted(set(module_exceptions) - set(kinds))
+    if unknown:
+        raise ValueError(f"cannot except {', '.join(unknown)} from freezing: use {', '.join(kinds)}")
+    exceptions = tuple(kinds[name] for name in module_exceptions)
+    for module in model.modules():  # parents come before their children, so an exception below a frozen parent holds
+        module.requires_grad_(isinstance(module, exceptions))
+    return model
+
+
+class IdeficsPreTrainedModel(PreTrainedModel):
+    """What transformers must know of these classes: how to load, split, initialise and record them."""
+
+    config_class = IdeficsConfig
+    config: IdeficsConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["IdeficsDecoderLayer", "IdeficsGatedCrossAttentionLayer", "IdeficsVisionEncoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Buffers that 2023 checkpoints carry and that are computed today: relics, ignored knowingly.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": IdeficsDecoderLayer,
+        "attentions": OutputRecorder(IdeficsAttention, index=1, layer_name="self_attn"),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, IdeficsVisionEmbeddings):
+            initialization.normal_(module.class_embedding)
+        elif isinstance(module, IdeficsPerceiverResampler):
+            initialization.normal_(module.latents)
+        elif isinstance(module, IdeficsGatedCrossAttentionLayer):
+            for alpha in (module.alpha_cross_attn, module.alpha_dense):
+                self._init_alpha(alpha)
+
+    def _init_alpha(self, alpha: nn.Parameter) -> None:
+        if self.config.alpha_initializer == "zeros":
+            initialization.zeros_(alpha)
+        elif self.config.alpha_initializer == "ones":
+            initialization.ones_(alpha)
+        else:
+            initialization.normal_(alpha, mean=0.0, std=self.config.alphas_initializer_range)
+
+
+class IdeficsModel(IdeficsPreTrainedModel):
+    """Vision tower, resampler and decoder, without the head."""
+
+    def __init__(self, config: IdeficsConfig):
+        super().__init__(config)
+        self.embed_tokens = IdeficsDecoupledEmbedding(
+            num_embeddings=config.vocab_size,
+            num_additional_embeddings=config.additional_vocab_size,
+            embedding_dim=config.hidden_size,
+            partially_freeze=config.freeze_text_layers,
+            padding_idx=config.pad_token_id,
+        )
+        # The vision tower is no PreTrainedModel: it is told here which attention to use.
+        config.vision_config._attn_implementation = config._attn_implementation
+        self.vision_model = IdeficsVisionTransformer(config.vision_config)
+        if config.use_resampler:
+            self.perceiver_resampler = IdeficsPerceiverResampler(config)
+        self.layers = nn.ModuleList(IdeficsDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        num_gated_layers = -(-config.num_hidden_layers // config.cross_layer_interval)
+        self.gated_cross_attn_layers = nn.ModuleList(
+            IdeficsGatedCrossAttentionLayer(config, index) for index in range(num_gated_layers)
+        )
+        self.norm = IdeficsRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = IdeficsRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+        self.freeze_relevant_params()
+
+    def freeze_relevant_params(self, config: IdeficsConfig | None = None) -> None:
+        """Freeze what the configuration says."""
+        config = config or self.config
+        if config.freeze_text_layers:
+            self.freeze_text_layers(config.freeze_text_module_exceptions)
+        if config.freeze_vision_layers:
+            self.freeze_vision_layers(config.freeze_vision_module_exceptions)
+
+    def freeze_text_layers(self, module_exceptions: Sequence[str] = ()) -> None:
+        for module in (self.layers, self.norm):
+            freeze_model(module, module_exceptions)
+
+    def freeze_vision_layers(self, module_exceptions: Sequence[str] = ()) -> None:
+        freeze_model(self.vision_model, module_exceptions)
+
+    def encode_images(
+        self,
+        pixel_values: Tensor | None = None,
+        image_encoder_embeddings: Tensor | None = None,
+        perceiver_embeddings: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> Tensor:
+        """Exactly one of pixels (rows, images, 3, height, width), vision output (rows, images, patches, dim) and latents
+        (rows, images, latents, dim) -> what cross-attention reads, (rows, images, seq, dim)."""
+        given = [pixel_values, image_encoder_embeddings, perceiver_embeddings]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError(
+                "Exactly 1 of pixel_values, image_encoder_embeddings or perceiver_embeddings has to be not-None."
+            )
+        if perceiver_embeddings is not None:
+            if not self.config.use_resampler:
+                raise ValueError("If `perceiver_embeddings` are passed, use_resampler should be True")
+            return perceiver_embeddings.to(self.dtype)
+        images = pixel_values if pixel_values is not None else image_encoder_embeddings
+        rows_and_images = images.shape[:2]
+        hidden_states = images.flatten(0, 1).to(self.dtype)  # (rows * images, ...)
+        if pixel_values is not None:
+            hidden_states = self.vision_model(hidden_states, interpolate_pos_encoding).last_hidden_state
+        if self.config.use_resampler:
+            hidden_states = self.perceiver_resampler(hidden_states)
+        return hidden_states.unflatten(0, rows_and_images)
+
+    def decode(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        memory: Memory,
+        image_hidden_states: Tensor | None = None,
+    ) -> Tensor:
+        """The one pass over the layers: (rows, tokens, hidden) -> the same, normalised.
+
+        `position_ids` (rows or 1, tokens); `image_hidden_states` (rows, images * seq, dim), or None where the memory
+        holds the images' keys and values.
+        """
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        interval = self.config.cross_layer_interval
+        for index, layer in enumerate(self.layers):
+            if index % interval == 0:
+                gated_layer = self.gated_cross_attn_layers[index // interval]
+                hidden_states = gated_layer(hidden_states, image_hidden_states, memory)
+            hidden_states = layer(hidden_states, memory, position_embeddings)
+        return self.norm(hidden_states)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_encoder_embeddings: Tensor | None = None,
+        perceiver_embeddings: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **_: Any,
+    ) -> IdeficsBaseModelOutputWithPast:
+        """`input_ids` (rows, tokens) or `inputs_embeds`; `attention_mask` (rows, past + tokens), 0 on padding;
+        `image_attention_mask` (rows, tokens, images), 1 where a token sees an image; one image input of `encode_images`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None and not self._is_checkpointing():
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = positions(attention_mask, inputs_embeds, past_length)
+        image_hidden_states = self.encode_images(
+            pixel_values, image_encoder_embeddings, perceiver_embeddings, interpolate_pos_encoding
+        )  # (rows, images, seq, dim)
+        memory = self._plain_memory(
+            inputs_embeds, attention_mask, position_ids, past_key_values, image_attention_mask, image_hidden_states
+        )
+        last_hidden_state = self.decode(inputs_embeds, position_ids, memory, image_hidden_states.flatten(1, 2))
+        return IdeficsBaseModelOutputWithPast(
+            last_hidden_state=last_hidden_state,
+            past_key_values=past_key_values,
+            image_hidden_states=image_hidden_states,
+        )
+
+    def _is_checkpointing(self) -> bool:
+        """Recomputing a layer would write its keys to the cache twice."""
+        return self.training and any(layer.gradient_checkpointing for layer in self.layers)
+
+    def _plain_memory(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        image_attention_mask: Tensor | None,
+        image_hidden_states: Tensor,
+    ) -> PlainMemory:
+        if image_attention_mask is None:
+            raise ValueError("image_attention_mask (rows, tokens, images) is required: it says which image a token sees")
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        image_mask, image_gate = image_visibility(
+            image_attention_mask.to(inputs_embeds.device), image_hidden_states.shape[2], inputs_embeds.dtype
+        )
+        return PlainMemory(self.config._attn_implementation, causal_mask, image_mask, image_gate, past_key_values)
+
+
+def positions(attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int) -> Tensor:
+    """(rows or 1, tokens): a token's place among the unmasked ones of its row; padding gets 1, as the reference does."""
+    num_tokens, device = inputs_embeds.shape[1], inputs_embeds.device
+    if attention_mask is None:
+        return torch.arange(past_length, past_length + num_tokens, device=device).unsqueeze(0)
+    position_ids = attention_mask.long().cumsum(-1) - 1
+    return position_ids.masked_fill(attention_mask == 0, 1)[:, -num_tokens:]
+
+
+class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
+    """The model with its head: a drop-in for the class of the same name in transformers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: IdeficsConfig):
+        super().__init__(config)
+        self.model = IdeficsModel(config)
+        self.lm_head = IdeficsDecoupledLinear(
+            in_features=config.hidden_size,
+            out_features=config.vocab_size,
+            out_additional_features=config.additional_vocab_size,
+            bias=False,
+            partially_freeze=config.freeze_lm_head,
+        )
+        if config.additional_vocab_size > 0:
+            self._tied_weights_keys = {
+                **type(self)._tied_weights_keys,
+                "lm_head.additional_fc.weight": "model.embed_tokens.additional_embedding.weight",
+            }
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_encoder_embeddings: Tensor | None = None,
+        perceiver_embeddings: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> IdeficsCausalLMOutputWithPast:
+        """Inputs as in `IdeficsModel.forward`; `labels` (rows, tokens) hold the ids themselves, −100 where none counts."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_encoder_embeddings=image_encoder_embeddings,
+            perceiver_embeddings=perceiver_embeddings,
+            image_attention_mask=image_attention_mask,
+            use_cache=use_cache,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            # The logits span both vocabularies: their own width counts, not config.vocab_size.
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return IdeficsCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        assert not is_encoder_decoder, "IDEFICS has no encoder-decoder form"
+        if expand_size > 1 and model_kwargs.get("image_hidden_states") is None:
+            model_kwargs = self._encode_images_once(model_kwargs)
+        return generation_inputs.expand_inputs_for_generation(input_ids, expand_size, model_kwargs)
+
+    def _encode_images_once(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Before rows become beams: the latents are expanded, not the pixels."""
+        images = {name: model_kwargs.get(name) for name in generation_inputs.IMAGE_INPUTS}
+        interpolate = model_kwargs.get("interpolate_pos_encoding", False)
+        encoded = self.model.encode_images(**images, interpolate_pos_encoding=interpolate)
+        kept = {name: value for name, value in model_kwargs.items() if name not in images}
+        return {**kept, "image_hidden_states": encoded}
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, image_attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        images = generation_inputs.image_inputs(kwargs, self.config.use_resampler)
+        rest = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in (*generation_inputs.IMAGE_INPUTS, "image_hidden_states")
+        }
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **rest)
+        if image_attention_mask is not None:
+            given = model_inputs.get("input_ids")
+            given = given if given is not None else model_inputs["inputs_embeds"]
+            images["image_attention_mask"] = generation_inputs.image_mask_for_tokens(
+                image_attention_mask, given.shape[1]
+            )
+        return {**model_inputs, **images}
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: ModelOutput,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, **kwargs)
+        mask = model_kwargs.get("image_attention_mask")
+        if mask is not None:
+            use_cache = model_kwargs.get("use_cache", True)
+            model_kwargs["image_attention_mask"] = generation_inputs.extend_image_mask(mask, use_cache)
+        model_kwargs["image_hidden_states"] = outputs.image_hidden_states
+        return model_kwargs
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
+        return generation_inputs.reorder_cache(past_key_values, beam_idx)
+
+
