@@ -1,0 +1,27 @@
+"""Captions for folders of images with IDEFICS.
+
+`from idefics_cli import Idefics` is the Python API; the command line is `idefics`. Importing the package alone imports
+no torch: names are fetched from their modules when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from idefics_cli.errors import IdeficsError, RowError
+
+if TYPE_CHECKING:
+    from idefics_cli.idefics import Candidate, Idefics, Result
+
+__version__ = "0.1.0"
+__all__ = ["Candidate", "Idefics", "IdeficsError", "Result", "RowError", "__version__"]
+
+_LAZY = frozenset({"Candidate", "Idefics", "Result"})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from idefics_cli import idefics
+
+    return getattr(idefics, name)
