@@ -1,0 +1,319 @@
+"""Picture -> pixels, prompt -> token ids and image mask. Knows text and pictures, no model.
+
+The tensors are those of transformers' IDEFICS processor (its Pillow backend), without its traps: a text is never an
+address that is fetched, never loses its spaces, and never turns into a special token, whatever words it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer
+
+from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits, load_image
+from idefics_cli.errors import CheckpointError, IdeficsError, RowError
+from idefics_cli.prompts import END_OF_UTTERANCE, Prompt, SpecialToken, merge_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE = "<image>"
+FAKE = "<fake_token_around_image>"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+_AROUND_IMAGE = (SpecialToken(FAKE), SpecialToken(IMAGE), SpecialToken(FAKE))
+# Characters that Unicode promises never to assign (and halves of characters, which no encoder takes): not text.
+FIRST_MARKER = 0xFDD0
+NOT_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")
+REPLACEMENT = "\ufffd"
+
+
+# ---- pictures
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Resize to `image_size` squared (bicubic, aspect not kept), scale, normalise by channel. Pixels are float32."""
+
+    image_size: int = 224
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> ImageProcessor:
+        """What the checkpoint's `preprocessor_config.json` says, and the published values where it is silent or absent.
+
+        Raises CheckpointError for a file that cannot be read or asks for other steps than these.
+        """
+        path = Path(folder) / PREPROCESSOR_FILE
+        if not path.exists():
+            return cls()
+        try:
+            return cls(**_image_settings(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be used ({type(error).__name__}: {error}): restore the published file"
+            ) from error
+
+    @cached_property
+    def _pixel_of_byte(self) -> np.ndarray:
+        """(3, 256) float32: the pixel that each of the 256 bytes becomes, per channel.
+
+        The same roundings as transformers' arithmetic, in its order: double for the scale, single for the rest.
+        """
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.image_mean, self.image_std))
+        return (scaled - mean) / std
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """RGB picture -> (3, image_size, image_size) float32."""
+        assert image.mode == "RGB", f"pixels are made from RGB pictures, not {image.mode}: load_image() gives them"
+        resized = np.asarray(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))  # (S, S, 3)
+        return torch.from_numpy(np.stack([self._pixel_of_byte[c][resized[..., c]] for c in range(3)]))  # (3, S, S)
+
+    def prepare(self, source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor | RowError:
+        """Anything `load_image` takes -> pixels, or why there are none. Safe to call from many threads."""
+        image = load_image(source, limits)
+        return image if isinstance(image, RowError) else self.pixels(image)
+
+
+def _image_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ImageProcessor from a `preprocessor_config.json` of 2023 (`image_size`) or of today (`size`)."""
+    fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "resample": 3}
+    for key, value in fixed.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"{key}={config[key]!r} is not what IDEFICS was trained with")
+    size = config.get("size") or {}
+    height, width = size.get("height"), size.get("width")
+    if height != width:
+        raise ValueError(f"size {height}x{width} is not square")
+    settings: dict[str, Any] = {}
+    if side := config.get("image_size") or height:
+        settings["image_size"] = int(side)
+    for key in ("image_mean", "image_std"):
+        if config.get(key):
+            settings[key] = _three_numbers(key, config[key])
+    if config.get("rescale_factor"):
+        settings["rescale_factor"] = float(config["rescale_factor"])
+    return settings
+
+
+def _three_numbers(key: str, values: Sequence[float]) -> tuple[float, ...]:
+    if len(values) != 3:
+        raise ValueError(f"{key} has {len(values)} values instead of 3")
+    return tuple(float(value) for value in values)
+
+
+# ---- text
+
+
+class PromptEncoder:
+    """Prompts -> token ids, and generated ids -> text, with the checkpoint's own tokenizer.
+
+    Text is encoded by a twin of the tokenizer in which no special token can be spelled out. Where a special token
+    belongs, the twin is given a *marker* instead: a character that is no text, added as a token, so that it splits its
+    surroundings just as the special token would. Markers that come in as text, and halves of surrogate pairs, become
+    U+FFFD.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises CheckpointError when the tokenizer lacks `<s>`, `</s>` or one of the two image tokens."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise CheckpointError(
+                f"{type(tokenizer).__name__} has no backend of the tokenizers library: add tokenizer.json"
+            )
+        self._tokenizer: Tokenizer = backend
+        self.bos_token_id: int = self._required(tokenizer.bos_token)
+        self.eos_token_id: int = self._required(tokenizer.eos_token)
+        self.image_token_id: int = self._required(IMAGE)
+        self.fake_token_id: int = self._required(FAKE)
+        self.pad_token_id: int = _first_known(tokenizer.pad_token_id, tokenizer.unk_token_id, self.eos_token_id)
+        self._unknown_token_id: int = _first_known(tokenizer.unk_token_id, self.pad_token_id)
+        end_of_utterance = backend.token_to_id(END_OF_UTTERANCE.name)
+        self.is_instruct: bool = end_of_utterance is not None
+        self.end_token_ids: tuple[int, ...] = (self.eos_token_id, end_of_utterance)[: 1 + self.is_instruct]
+        self.banned_token_ids: tuple[int, ...] = (self.image_token_id, self.fake_token_id)
+        self._build_twin(tokenizer)
+
+    def _required(self, name: str | None) -> int:
+        token_id = None if name is None else self._tokenizer.token_to_id(name)
+        if token_id is None:
+            missing = name or "token for the begin or the end of a text"
+            raise CheckpointError(
+                f"the tokenizer has no {missing}: name a checkpoint with IDEFICS's own tokenizer files"
+            )
+        return token_id
+
+    def _build_twin(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._bos = SpecialToken(str(tokenizer.bos_token))
+        marked = (self._bos.name, str(tokenizer.eos_token), IMAGE, FAKE, END_OF_UTTERANCE.name)
+        special_ids = self._known_ids({*marked, *tokenizer.all_special_tokens})
+        self._special_ids = frozenset(special_ids.values())
+        self._twin = _literal_twin(self._tokenizer, special_ids.keys())
+        self._markers = _add_markers(self._twin, self._tokenizer, self._known_ids(marked), self._bos.name)
+        # The second half is for vocabularies in which the letters of a special token can add up to it after all.
+        self._own_ids = {self._twin.token_to_id(marker): special_ids[name] for name, marker in self._markers.items()}
+        self._own_ids |= dict.fromkeys(self._special_ids, self._unknown_token_id)
+        expected = [self.bos_token_id, self.fake_token_id, self.image_token_id, self.fake_token_id]
+        if (found := self.encode((object(),))) != expected:
+            raise CheckpointError(
+                f"the tokenizer breaks up its special tokens, {expected} into {found}: restore its files"
+            )
+
+    def _known_ids(self, names: Iterable[str]) -> dict[str, int]:
+        ids = {name: self._tokenizer.token_to_id(name) for name in names}
+        return {name: token_id for name, token_id in ids.items() if token_id is not None}
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of the prompt behind one `<s>`: `<image>` once for every picture, no special token for any text.
+
+        Neighbouring pictures share the `<fake_token_around_image>` between them; an empty text between them is no text.
+        Raises IdeficsError for a special token that this tokenizer lacks.
+        """
+        marked = "".join(self._marked(item) for item in (self._bos, *_with_image_tokens(merge_texts(prompt))))
+        token_ids = self._twin.encode(marked, add_special_tokens=False).ids
+        return [self._own_ids.get(token_id, token_id) for token_id in token_ids]
+
+    def _marked(self, item: str | SpecialToken) -> str:
+        if isinstance(item, str):
+            return NOT_TEXT.sub(REPLACEMENT, item)
+        if item.name not in self._markers:
+            raise IdeficsError(f"the tokenizer has no {item.name}: use a template for this kind of model")
+        return self._markers[item.name]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of generated ids, stripped, special tokens left out."""
+        text_ids = [int(token_id) for token_id in token_ids if int(token_id) not in self._special_ids]
+        return self._tokenizer.decode(text_ids, skip_special_tokens=True).strip()
+
+
+def _first_known(*token_ids: int | None) -> int:
+    return next(token_id for token_id in token_ids if token_id is not None)
+
+
+def _literal_twin(tokenizer: Tokenizer, special_names: Collection[str]) -> Tokenizer:
+    """A copy of the tokenizer to which the special tokens' names are ordinary words."""
+    description = json.loads(tokenizer.to_str())
+    description["truncation"] = description["padding"] = None
+    for token in description["added_tokens"]:
+        token["special"] |= token["content"] in special_names
+    if "merges" in description["model"]:  # a converted vocabulary may hold merges that end in "</s>"
+        merges = description["model"]["merges"]
+        description["model"]["merges"] = [pair for pair in merges if _merged(pair) not in special_names]
+    twin = Tokenizer.from_str(json.dumps(description))
+    twin.encode_special_tokens = True
+    return twin
+
+
+def _merged(pair: str | Sequence[str]) -> str:
+    return pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)
+
+
+def _add_markers(twin: Tokenizer, original: Tokenizer, special_ids: dict[str, int], bos: str) -> dict[str, str]:
+    """Give the twin a marker for every special token, with its habits about blanks beside it. Returns {name: marker}.
+
+    `normalized` says whether a token is looked for before or after the normaliser. That of `<s>` is kept, since it
+    decides whether the text behind it begins with a blank; the others could no longer be found inside a prompt.
+    """
+    habits = original.get_added_tokens_decoder()
+    markers = {name: chr(FIRST_MARKER + index) for index, name in enumerate(special_ids)}
+    for name, marker in markers.items():
+        habit = habits.get(special_ids[name], AddedToken(name, normalized=False))
+        normalized = name == bos and habit.normalized
+        token = AddedToken(marker, lstrip=habit.lstrip, rstrip=habit.rstrip, normalized=normalized, special=False)
+        twin.add_tokens([token])
+    return markers
+
+
+def _with_image_tokens(prompt: Prompt) -> Iterator[str | SpecialToken]:
+    """The prompt with the special tokens of every picture in the picture's place."""
+    after_image = False
+    for item in prompt:
+        is_image = not isinstance(item, str | SpecialToken)
+        if is_image:
+            yield from (SpecialToken(IMAGE), SpecialToken(FAKE)) if after_image else _AROUND_IMAGE
+        else:
+            assert item not in _AROUND_IMAGE, f"{item} stands only where a picture is"
+            yield item
+        after_image = is_image
+
+
+# ---- batches
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One row: token ids, and the pixels (3, S, S) of each of its pictures in order."""
+
+    input_ids: list[int]
+    pixels: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A batch, padded on the left. `images` is the most pictures in any row, at least 1; absent ones are all zero."""
+
+    input_ids: torch.Tensor  # (rows, tokens) int64
+    attention_mask: torch.Tensor  # (rows, tokens) int64, 0 on padding
+    pixel_values: torch.Tensor  # (rows, images, 3, S, S) float32
+    image_attention_mask: torch.Tensor  # (rows, tokens, images) int64, 1 where the token sees the image
+
+
+def collate(encoded: Sequence[EncodedPrompt], encoder: PromptEncoder, image_size: int) -> ModelInputs:
+    """Rows -> one batch. `image_size` is S, needed where no row holds a picture."""
+    assert encoded, "a batch has at least one row"
+    for row in encoded:
+        num_image_tokens = row.input_ids.count(encoder.image_token_id)
+        assert num_image_tokens == len(row.pixels), f"{num_image_tokens} image tokens for {len(row.pixels)} pictures"
+    input_ids, attention_mask = _pad_left([row.input_ids for row in encoded], encoder.pad_token_id)
+    num_images = max(1, *(len(row.pixels) for row in encoded))
+    pixel_values = torch.zeros(len(encoded), num_images, 3, image_size, image_size)
+    for images, row in zip(pixel_values, encoded, strict=True):
+        for image, pixels in zip(images, row.pixels, strict=False):
+            image.copy_(pixels)
+    mask = image_attention_mask(input_ids, num_images, encoder.image_token_id, encoder.eos_token_id)
+    return ModelInputs(input_ids, attention_mask, pixel_values, mask)
+
+
+def _pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both (rows, tokens) int64."""
+    num_tokens = max(len(row) for row in rows)
+    input_ids = torch.tensor([[pad_token_id] * (num_tokens - len(row)) + row for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    attention_mask = torch.arange(num_tokens) >= num_tokens - lengths[:, None]  # (rows, tokens)
+    return input_ids, attention_mask.long()
+
+
+def image_attention_mask(
+    input_ids: torch.Tensor, num_images: int, image_token_id: int, eos_token_id: int
+) -> torch.Tensor:
+    """Which image each token sees: (rows, tokens) ids -> (rows, tokens, num_images) int64, at most one 1 per token.
+
+    That is the last image at or before the token. None before the first image; none behind a `</s>` (which still sees
+    it itself) until the next image.
+    """
+    is_image = input_ids == image_token_id
+    last_image = _last_position(is_image)  # (rows, tokens)
+    last_end = _last_position(input_ids == eos_token_id).roll(1, dims=1)
+    last_end[:, :1] = -1
+    image_index = is_image.cumsum(dim=1) - 1
+    sees = (last_image >= 0) & (last_image >= last_end)
+    mask = (image_index[..., None] == torch.arange(num_images, device=input_ids.device)) & sees[..., None]
+    return mask.long()  # (rows, tokens, num_images)
+
+
+def _last_position(found: torch.Tensor) -> torch.Tensor:
+    """For each token the position of the last True at or before it, or -1."""
+    positions = torch.arange(found.shape[1], device=found.device).expand_as(found)
+    return positions.masked_fill(~found, -1).cummax(dim=1).values if found.shape[1] else positions
