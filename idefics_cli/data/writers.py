@@ -21,7 +21,7 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 
 class RowWriter(Protocol):
-    """Where rows go. `write` is called once per row, in order; then either `finish` or, when the run ends early, `close`."""
+    """Where rows go: `write` once per row, in order; `finish` behind the last; `close` whenever the run ends."""
 
     def write(self, row: Mapping[str, Any]) -> None: ...
 
@@ -39,8 +39,12 @@ def json_line(row: Mapping[str, Any]) -> bytes:
         return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
+class StreamClosed(Exception):
+    """Nobody reads the stream any more: no mistake, and nothing left to do."""
+
+
 class StreamWriter:
-    """JSON lines on a stream that is open already, flushed row by row. Raises BrokenPipeError when nobody reads on."""
+    """JSON lines on a stream that is open already, flushed row by row. `write` raises StreamClosed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
@@ -49,8 +53,8 @@ class StreamWriter:
         try:
             self.stream.write(json_line(row))
             self.stream.flush()
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError as error:
+            raise StreamClosed from error
         except OSError as error:
             raise OutputError(f"cannot write to stdout: {_reason(error)}; make room and run again") from error
 
@@ -142,13 +146,13 @@ def open_writer(output: str, *, stdout: BinaryIO | None, overwrite: bool = False
 
 def _check_place(path: Path, overwrite: bool) -> None:
     shown = _shown(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"{shown} is a folder: name a file in it, such as {_shown(path / 'captions.jsonl')}")
     if path.suffix.lower() not in JSONL_SUFFIXES:
         raise OutputError(f"{shown}: this version writes JSON lines: name a file that ends in .jsonl, or - for stdout")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise OutputError(f"there is no folder {_shown(path.parent)} to write {shown} into: make it first")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{shown} exists already: name another output, or replace it with --overwrite")
 
 
