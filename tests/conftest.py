@@ -1,0 +1,105 @@
+"""What all tests share: no network, and a captioner that needs no model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from idefics_cli.data.images import ImageLimits, load_image
+from idefics_cli.errors import RowError
+
+# Read when huggingface_hub is imported, by the processes too that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> None:
+    """Sockets to other machines are closed for the whole suite; those between processes of this one stay."""
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            raise AssertionError(f"a test reached for the network: {address}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket.socket, "connect_ex", refuse)
+        yield
+
+
+@dataclass(frozen=True)
+class FakeCandidate:
+    text: str
+    score: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class FakeResult:
+    """The fields of `idefics.Result` that a row is made from."""
+
+    text: str | None
+    score: float | None = None
+    tokens: int | None = None
+    candidates: tuple[FakeCandidate, ...] = ()
+    error: RowError | None = None
+
+
+@dataclass
+class FakeCaptioner:
+    """Its text is a hash of the picture. `before_call` may wait or raise; `calls` holds the batch sizes."""
+
+    batch_size: int = 4
+    delay: float = 0.0
+    before_call: Callable[[Sequence[bytes]], None] = lambda pictures: None
+    calls: list[int] = field(default_factory=list)
+
+    def prepare_image(self, source: Any, limits: ImageLimits) -> bytes | RowError:
+        image = load_image(source, limits)
+        return image if isinstance(image, RowError) else image.tobytes()
+
+    def caption(self, images: Sequence[bytes], **decoding: Any) -> list[FakeResult]:
+        self.calls.append(len(images))
+        self.before_call(images)
+        time.sleep(self.delay)
+        return [self._describe(image, decoding.get("num_return_sequences", 1)) for image in images]
+
+    def _describe(self, image: bytes, num_texts: int) -> FakeResult:
+        text = picture_text(image)
+        candidates = tuple(FakeCandidate(f"{text} {i}", -0.5 - i, 2) for i in range(num_texts))
+        return FakeResult(text, -0.5, 2, candidates)
+
+
+def picture_text(pixels: bytes) -> str:
+    return "picture " + hashlib.sha256(pixels).hexdigest()[:12]
+
+
+def save_picture(path: Path, seed: int = 0) -> Path:
+    """A small picture that differs from those of other seeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (seed % 256, seed // 256 % 256, 77)).save(path, format="PNG")
+    return path
+
+
+def expected_text(path: Path) -> str:
+    return picture_text(load_image(path).tobytes())
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of six good pictures, one in a sub-folder, and a broken one."""
+    folder = tmp_path / "photos"
+    for i, name in enumerate(["b.png", "a.jpg", "z.webp", "c.png", "sub/a.png", "m.gif"]):
+        save_picture(folder / name, i)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    return folder
