@@ -1,0 +1,327 @@
+"""Where a model is, whether it is whole, and how it is loaded: hub id, local folder or `demo` -> network, tokenizer, pictures' settings.
+
+Everything that headers and listings can tell is checked before a weight is read, and said in one line. Nothing from a
+checkpoint is ever executed: weights are safetensors unless the caller allows pickles (then `weights_only`), and
+`auto_map` is not honoured. This module knows no prompts and no decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import IdeficsConfig, PreTrainedTokenizerBase
+
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo" / "checkpoint"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
+SIDE_FILES = ("*.json", "tokenizer.model")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What the caller asked for, in the caller's words."""
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has been looked through: its weights' files are there, and whether they are pickles."""
+
+    folder: Path
+    weight_files: tuple[Path, ...]
+    is_pickled: bool
+
+
+# ---- what can be known before anything is loaded
+
+
+def check_model_request(request: ModelRequest) -> None:
+    """Raise what is wrong with the names alone: dtype, device and a local folder. Reaches no network, reads no weight."""
+    resolve_dtype_name(request.dtype)
+    resolve_device(request.device)
+    folder = local_folder(request.model)
+    if folder is not None:
+        inspect_folder(folder, request.allow_pickle)
+
+
+def resolve_dtype_name(dtype: str) -> str:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise IdeficsError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    return dtype
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first of CUDA and CPU that is there. Raises DeviceError for one that this machine lacks."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise DeviceError(f"unknown device {device!r}: use auto, cpu, mps, cuda or cuda:N")
+    resolved = torch.device(device)
+    if resolved.type == "cuda":
+        _require_cuda(resolved)
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device 'mps' needs a Mac with Metal, and this machine has none: use --device auto")
+    return resolved
+
+
+def _require_cuda(device: torch.device) -> None:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        build = "is a CPU build" if torch.version.cuda is None else "finds no CUDA device"
+        raise DeviceError(f"device {str(device)!r} is not here: torch {torch.__version__} {build}; use --device cpu or auto")
+    if (device.index or 0) >= count:
+        raise DeviceError(f"device {str(device)!r} is not here: this machine has cuda:0 to cuda:{count - 1}")
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on CUDA that has it, else float16 there; float32 elsewhere."""
+    import torch
+
+    if resolve_dtype_name(dtype) != "auto":
+        return getattr(torch, DTYPES[dtype])
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder that `model` names, or None for a hub id. Raises CheckpointError for what can be neither."""
+    if model == DEMO:
+        return DEMO_FOLDER
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"model {model!r} is a file: give the checkpoint's folder")
+    if not HUB_ID.fullmatch(model) or model.startswith((".", os.sep)):
+        raise CheckpointError(f"no model {model!r}: give a folder that exists, a hub id such as org/name, or 'demo'")
+    return None
+
+
+def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
+    """Architecture, weights and tokenizer are there, and every safetensors file is as long as it says."""
+    _require_idefics(folder)
+    _require_tokenizer(folder)
+    files = weight_files(folder, SAFETENSORS)
+    if files:
+        for file in files:
+            _tensor_shapes(file)
+        return Checkpoint(folder, files, is_pickled=False)
+    pickles = weight_files(folder, PICKLES)
+    if not pickles:
+        raise CheckpointError(f"{folder} holds no weights: expected {SAFETENSORS} or {SAFETENSORS}.index.json")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickles only ({pickles[0].name}), which can run code: convert them to "
+            "safetensors, or trust them with --allow-pickle"
+        )
+    return Checkpoint(folder, pickles, is_pickled=True)
+
+
+def _require_idefics(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type != "idefics":
+        raise CheckpointError(f"{folder} is a {model_type or 'nameless'} model: only model_type idefics can be run")
+
+
+def _require_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model beside the weights")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}: give a checkpoint's folder")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): fetch the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object: fetch the file again")
+    return value
+
+
+def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
+    """`name` itself, or the shards that `name`.index.json lists (each of which must be there), or none."""
+    if (folder / name).is_file():
+        return (folder / name,)
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return ()
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} maps no weights: fetch the file again")
+    shards = sorted(set(map(str, weight_map.values())))
+    if any(Path(shard).name != shard for shard in shards):
+        raise CheckpointError(f"{index} points out of its folder: do not use this checkpoint")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shards)} shards ({shown(missing)}): fetch them again")
+    return tuple(folder / shard for shard in shards)
+
+
+def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from a safetensors header; the library compares the file's length with it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or cut short ({error}): fetch the file again") from error
+
+
+# ---- loading
+
+
+def find_checkpoint(request: ModelRequest) -> Checkpoint:
+    """The looked-through folder of a request; a hub id is fetched, or taken from the cache when there is no network."""
+    folder = local_folder(request.model)
+    if folder is None:
+        folder = _fetch(request)
+    return inspect_folder(folder, request.allow_pickle)
+
+
+def _fetch(request: ModelRequest) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def download(patterns: Iterable[str]) -> Path:
+        return Path(snapshot_download(request.model, revision=request.revision, allow_patterns=list(patterns)))
+
+    try:
+        folder = download((*SIDE_FILES, "*.safetensors"))
+        if request.allow_pickle and not weight_files(folder, SAFETENSORS):
+            folder = download((*SIDE_FILES, "pytorch_model*.bin"))
+        return folder
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(f"the hub has no model {request.model!r}: check the name, or log in if it is private") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model {request.model!r} is not in the cache and cannot be fetched ({reason}): "
+            "connect once, or give a local folder"
+        ) from error
+
+
+def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
+    from transformers import IdeficsConfig
+
+    try:
+        return IdeficsConfig.from_pretrained(checkpoint.folder)
+    except Exception as error:  # the library raises many kinds for a field of a wrong type
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'} is no IDEFICS configuration ({error})") from error
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the library raises many kinds for a damaged file
+        raise CheckpointError(f"the tokenizer in {checkpoint.folder} cannot be read ({error}): fetch its files again") from error
+
+
+def load_network(
+    checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype
+) -> IdeficsForVisionText2Text:
+    """The network in evaluation mode on `device`. Raises CheckpointError naming missing, unexpected and misshapen tensors."""
+    from transformers import GenerationConfig
+
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+    if not checkpoint.is_pickled:
+        shapes = {name: shape for file in checkpoint.weight_files for name, shape in _tensor_shapes(file).items()}
+        _require_same_tensors(checkpoint, shapes, _expected_shapes(config))
+    try:
+        model, info = IdeficsForVisionText2Text.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=not checkpoint.is_pickled,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(f"the weights in {checkpoint.folder} cannot be read ({error}): fetch them again") from error
+    _require_clean(checkpoint, info)
+    # Only the caller's decoding options count, whatever defaults a checkpoint's generation_config.json brings.
+    model.generation_config = GenerationConfig()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _expected_shapes(config: IdeficsConfig) -> dict[str, tuple[int, ...]]:
+    import torch
+
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+    with torch.device("meta"):
+        model = IdeficsForVisionText2Text(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _require_same_tensors(checkpoint: Checkpoint, found: dict, expected: dict) -> None:
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+    relics = IdeficsForVisionText2Text._keys_to_ignore_on_load_unexpected
+    known = {name for name in found if not any(re.search(relic, name) for relic in relics)}
+    tied = {"lm_head.weight", "lm_head.additional_fc.weight"} if _is_tied(checkpoint) else set()
+    both = known & expected.keys()
+    _refuse(
+        checkpoint,
+        missing=sorted(expected.keys() - known - tied),
+        unexpected=sorted(known - expected.keys()),
+        misshapen=[f"{name} {found[name]} instead of {expected[name]}" for name in sorted(both) if found[name] != expected[name]],
+    )
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    return bool(read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", False))
+
+
+def _require_clean(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    misshapen = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+    _refuse(checkpoint, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), sorted(misshapen))
+
+
+def _refuse(checkpoint: Checkpoint, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    said = [f"{len(names)} {kind} ({shown(names)})" for kind, names in kinds.items() if names]
+    if said:
+        raise CheckpointError(
+            f"the weights in {checkpoint.folder} do not fit their config.json: {'; '.join(said)}; "
+            "fetch the checkpoint again, all files of one revision"
+        )
+
+
+def shown(names: list[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

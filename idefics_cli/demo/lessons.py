@@ -1,0 +1,164 @@
+"""What the demo learns from: batches of scenes, what lies where in them, and texts about them in the official templates.
+
+A lesson is made from a range of seeds alone, so training can stop and go on anywhere. One picture serves several
+texts: its caption, some questions, and prompts in which other pictures of the batch are the shots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from idefics_cli.demo.scene import COLORS, MAX_OBJECTS, SHAPES, SIZES, Scene, scene
+from idefics_cli.processing import ImageProcessor, PromptEncoder, image_attention_mask
+from idefics_cli.prompts import CAPTION, QUESTION_ANSWER, Shot, Template, few_shot_prompt
+
+IGNORED = -100
+MAX_SHOTS = 4
+TEXT_ONLY_SHOTS = 2
+ATTRIBUTES = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token rows about the pictures of a lesson.
+
+    `input_ids` and `labels` (rows, tokens), padded on the right; `attention_mask` the same; `pictures` (rows, images)
+    indexes the lesson's pictures; `image_attention_mask` (rows, tokens, images).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    pictures: Tensor
+    image_attention_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """`pixel_values` (scenes, 3, side, side); `objects` (scenes, MAX_OBJECTS, 6): x, y, radius, size, color, shape,
+    the last three −100 where there is no object; `texts`: groups of rows of similar length."""
+
+    pixel_values: Tensor
+    objects: Tensor
+    texts: tuple[Texts, ...]
+
+
+def object_table(scenes: Sequence[Scene]) -> Tensor:
+    """(scenes, MAX_OBJECTS, 6), the objects from left to right."""
+    table = torch.full((len(scenes), MAX_OBJECTS, 6), float(IGNORED))
+    for row, drawn in enumerate(scenes):
+        for column, item in enumerate(drawn.objects):
+            kinds = [names.index(getattr(item, attribute)) for attribute, names in ATTRIBUTES.items()]
+            table[row, column] = torch.tensor([item.x, item.y, item.radius, *kinds])
+    return table
+
+
+@dataclass(frozen=True)
+class LessonPlan(torch.utils.data.Dataset):
+    """Lesson `step` of `steps` shows the scenes from seed `first_seed + step * scenes` on; with `texts` off, only pictures.
+
+    Few shapes come first: one while a third of `easy_steps` lasts, then two, then all.
+    """
+
+    images: ImageProcessor
+    encoder: PromptEncoder
+    scenes: int
+    first_seed: int
+    steps: range
+    texts: bool
+    easy_steps: int = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> Lesson:
+        step = self.steps[index]
+        first = self.first_seed + step * self.scenes
+        max_objects = min(MAX_OBJECTS, 1 + MAX_OBJECTS * step // max(self.easy_steps, 1)) if self.easy_steps else MAX_OBJECTS
+        drawn = [scene(seed, max_objects) for seed in range(first, first + self.scenes)]
+        pixel_values = torch.stack([self.images.pixels(each.image) for each in drawn])
+        texts = tuple(self._texts(drawn, np.random.default_rng([first, 7]))) if self.texts else ()
+        return Lesson(pixel_values, object_table(drawn), texts)
+
+    def _texts(self, scenes: list[Scene], generator: np.random.Generator):
+        """Three groups: captions without shots, questions without shots, and both with shots."""
+        one_each = range(len(scenes))
+        questions = [int(generator.integers(len(drawn.questions))) for drawn in scenes]
+        yield collate_texts([self._caption_row(scenes, [index]) for index in one_each], self.encoder)
+        yield collate_texts([self._question_row(scenes, [i], [questions[i]]) for i in one_each], self.encoder)
+        yield collate_texts(list(self._shot_rows(scenes, generator)), self.encoder)
+
+    def _shot_rows(self, scenes: list[Scene], generator: np.random.Generator):
+        """Every picture once more, in prompts of one to four shots, some of them with text-only shots."""
+        left = [int(index) for index in generator.permutation(len(scenes))]
+        while len(left) > MAX_SHOTS:
+            text_only = generator.random() < 0.3
+            shots = TEXT_ONLY_SHOTS if text_only else int(generator.integers(1, MAX_SHOTS + 1))
+            indices, left = left[: shots + 1], left[shots + 1 :]
+            if generator.random() < 0.5:
+                yield self._caption_row(scenes, indices, text_only)
+            else:
+                questions = [int(generator.integers(len(scenes[index].questions))) for index in indices]
+                yield self._question_row(scenes, indices, questions, text_only)
+
+    def _caption_row(self, scenes: list[Scene], indices: list[int], text_only: bool = False) -> Row:
+        return self._row(CAPTION, [Shot(index, scenes[index].caption) for index in indices], text_only)
+
+    def _question_row(
+        self, scenes: list[Scene], indices: list[int], questions: list[int], text_only: bool = False
+    ) -> Row:
+        asked = [(index, *scenes[index].questions[which]) for index, which in zip(indices, questions, strict=True)]
+        return self._row(QUESTION_ANSWER, [Shot(index, answer, question) for index, question, answer in asked], text_only)
+
+    def _row(self, template: Template, turns: list[Shot], text_only: bool) -> Row:
+        """Token ids of shots, query and answer; every answer that has its picture in sight is learned, with its end."""
+        shots = [replace(shot, image=None) if text_only else shot for shot in turns[:-1]]
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for number, turn in enumerate([*shots, turns[-1]]):
+            prompt = few_shot_prompt(template, shots[:number], replace(turn, answer=""))
+            start = len(self.encoder.encode(prompt))
+            input_ids = self.encoder.encode((*prompt, f" {turn.answer}"))
+            labels += [IGNORED] * (start - len(labels))
+            learned = [*input_ids[start:], self.encoder.eos_token_id]
+            labels += learned if turn.image is not None else [IGNORED] * len(learned)
+        pictures = [turn.image for turn in (*shots, turns[-1]) if turn.image is not None]
+        return Row([*input_ids, self.encoder.eos_token_id], labels, pictures)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text: `labels` of the same length as `input_ids`; `pictures` are indices into the lesson's pictures.
+
+    Behind a shot's answer the label is `</s>` although a line break follows: an answer always ends the same way.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    pictures: list[int]
+
+
+def collate_texts(rows: Sequence[Row], encoder: PromptEncoder) -> Texts:
+    """Pad to the longest row and the most pictures (with the row's last one, which no token sees again)."""
+    input_ids = pad([row.input_ids for row in rows], encoder.pad_token_id)
+    pictures = [row.pictures for row in rows]
+    num_images = max(map(len, pictures))
+    return Texts(
+        input_ids=input_ids,
+        labels=pad([row.labels for row in rows], IGNORED),
+        attention_mask=pad([[1] * len(row.input_ids) for row in rows], 0),
+        pictures=torch.tensor([indices + indices[-1:] * (num_images - len(indices)) for indices in pictures]),
+        image_attention_mask=image_attention_mask(
+            input_ids, num_images, encoder.image_token_id, encoder.eos_token_id
+        ),
+    )
+
+
+def pad(rows: Sequence[list[int]], filler: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
