@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from tqdm import tqdm
 
+    from idefics_cli.checkpoint import ModelRequest
+    from idefics_cli.data.images import ImageLimits
     from idefics_cli.data.readers import Inputs
     from idefics_cli.data.writers import FileWriter, RowWriter, StreamWriter
-    from idefics_cli.pipeline import Captioner, RunStats
+    from idefics_cli.pipeline import Captioner, RunOptions, RunStats
 
 DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 MAX_WORKERS = 8
@@ -74,29 +76,18 @@ AllowPickleOption = Annotated[
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
 
 
-@dataclass(frozen=True)
-class ModelRequest:
-    """Which model is asked for, and where it is to run."""
-
-    model: str
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    allow_pickle: bool = False
-
-
 def check_model(request: ModelRequest) -> None:
     """Raise what can be known to be wrong before the weights are read."""
     from idefics_cli.checkpoint import check_model_request
 
-    check_model_request(**asdict(request))
+    check_model_request(request)
 
 
-def load_model(request: ModelRequest) -> Captioner:
+def load_model(request: ModelRequest, batch_size: int | None, limits: ImageLimits) -> Captioner:
     """Read the weights. Tests put a fake in place of this and of `check_model`."""
     from idefics_cli.idefics import Idefics
 
-    return Idefics.from_pretrained(**asdict(request))
+    return Idefics.from_pretrained(**vars(request), batch_size=batch_size, limits=limits)
 
 
 # Commands
@@ -170,7 +161,7 @@ def caption(
     A folder stands for every image below it, sorted by path. An image that cannot be read is a row with an error and
     never stops the run.
     """
-    from idefics_cli.pipeline import RunStats
+    from idefics_cli.pipeline import RunOptions, RunStats
 
     rows_per_call = _parse_batch_size(batch_size)
     if null and "-" not in inputs:
@@ -179,6 +170,9 @@ def caption(
         raise typer.BadParameter("there is nothing to overwrite on stdout: add -o F.jsonl", param_hint="--overwrite")
     stats = RunStats()
     with _exit_codes(debug, lambda: _rows_so_far(stats, output)) as signals:
+        from idefics_cli.checkpoint import ModelRequest
+        from idefics_cli.data.images import ImageLimits
+
         decoding = _verified_decoding(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -192,9 +186,15 @@ def caption(
         with _opened_output(output, overwrite) as writer:
             request = ModelRequest(model, revision, dtype, device, allow_pickle)
             check_model(request)
-            captioner = load_model(request)
-            plan = _Plan(rows_per_call, workers, max_pixels, max_errors, decoding)
-            _run(found, captioner, writer, plan, stats, signals)
+            captioner = load_model(request, rows_per_call, ImageLimits(max_pixels=max_pixels))
+            options = RunOptions(
+                batch_size=captioner.batch_size,
+                workers=workers or min(MAX_WORKERS, os.cpu_count() or 1),
+                decoding=decoding,
+                candidates=num_return_sequences > 1,
+                max_errors=max_errors,
+            )
+            _run(found, captioner, writer, options, stats, signals)
         _say_summary(stats, output)
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
@@ -213,26 +213,15 @@ def info(
 ) -> None:
     """Show versions, devices and, for a model, whether and how it would run here."""
     with _exit_codes(debug, str):
+        from idefics_cli.checkpoint import ModelRequest
+
         facts = _machine_facts(device, dtype)
         if model is not None:
-            request = ModelRequest(model, revision, dtype, device, allow_pickle)
-            check_model(request)
-            facts["model"] = f"{model}: can be loaded"
+            facts["model"] = _model_fact(ModelRequest(model, revision, dtype, device, allow_pickle))
         _print_facts(facts)
 
 
 # Before the run
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The options of a run as they were typed; None leaves the choice to the model or the machine."""
-
-    batch_size: int | None
-    workers: int | None
-    max_pixels: int
-    max_errors: int | None
-    decoding: Mapping[str, Any]
 
 
 def _parse_batch_size(text: str) -> int | None:
@@ -274,21 +263,12 @@ def _run(
     inputs: Inputs,
     captioner: Captioner,
     writer: RowWriter,
-    plan: _Plan,
+    options: RunOptions,
     stats: RunStats,
     signals: _Signals,
 ) -> None:
-    from idefics_cli.data.images import ImageLimits
-    from idefics_cli.pipeline import RunOptions, caption_images
+    from idefics_cli.pipeline import caption_images
 
-    options = RunOptions(
-        batch_size=plan.batch_size or captioner.batch_size,
-        workers=plan.workers or min(MAX_WORKERS, os.cpu_count() or 1),
-        limits=ImageLimits(max_pixels=plan.max_pixels),
-        decoding=plan.decoding,
-        candidates=plan.decoding["num_return_sequences"] > 1,
-        max_errors=plan.max_errors,
-    )
     with _progress_bar(inputs.total) as bar:
 
         def on_row() -> None:
@@ -355,6 +335,8 @@ class _Signals:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._caught is not None:
+            return  # the process is about to end, and a second signal still ends it at once
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -437,9 +419,9 @@ def _say(message: str, label: str = "") -> None:
 
     if sys.stderr is None:
         return
-    line = Text(_printable(one_line(message)))
+    line = Text.assemble((label, "bold red"), _printable(one_line(message)))
     with contextlib.suppress(BrokenPipeError):  # nobody is listening
-        _console(sys.stderr).print(Text(label, style="bold red") + line if label else line)
+        _console(sys.stderr).print(line)
 
 
 def _say_error(message: str, debug: bool) -> None:
@@ -520,6 +502,17 @@ def _machine_facts(device: str, dtype: str) -> dict[str, str]:
         "device": str(chosen),
         "dtype": str(resolve_dtype(dtype, chosen)).removeprefix("torch."),
     }
+
+
+def _model_fact(request: ModelRequest) -> str:
+    from idefics_cli.checkpoint import inspect_folder, local_folder
+
+    check_model(request)
+    folder = local_folder(request.model)
+    if folder is None:
+        return f"{request.model}, from the hub or its cache when it is used"
+    weights = sum(file.stat().st_size for file in inspect_folder(folder, request.allow_pickle).weight_files)
+    return f"{folder}, {weights / 1e6:,.1f} MB of weights"
 
 
 def _print_facts(facts: Mapping[str, str]) -> None:

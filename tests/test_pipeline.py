@@ -15,7 +15,6 @@ from conftest import FakeCandidate, FakeCaptioner, FakeResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idefics_cli.data.images import ImageLimits
 from idefics_cli.data.readers import InputRow
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.pipeline import PATIENCE, RunOptions, RunStats, caption_images, caption_row
@@ -42,7 +41,7 @@ class ListWriter:
 class EchoCaptioner(FakeCaptioner):
     """Its pictures are the rows' sources, its texts the same; a source `bad...` is an error."""
 
-    def prepare_image(self, source: Any, limits: ImageLimits) -> Any | RowError:
+    def prepare_image(self, source: Any) -> Any | RowError:
         return BAD if source.startswith("bad") else source
 
     def _describe(self, image: str, num_texts: int) -> FakeResult:
@@ -63,7 +62,7 @@ def run(
 
 
 def start(rows, captioner, writer, stats, *, on_row=lambda: None, **options: Any) -> None:
-    options = {"batch_size": 3, "workers": 2, "limits": ImageLimits(), **options}
+    options = {"batch_size": 3, "workers": 2, **options}
     caption_images(iter(rows), captioner, writer, RunOptions(**options), stats, on_row)
 
 
@@ -87,7 +86,7 @@ def test_every_row_comes_out_once_in_order(good: list[bool], batch_size: int, wo
 
 def test_pictures_that_are_ready_early_wait_for_their_turn() -> None:
     class Uneven(EchoCaptioner):
-        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
+        def prepare_image(self, source: Any) -> Any:
             time.sleep(random.random() / 200)
             return source
 
@@ -186,7 +185,7 @@ def test_errors_are_not_held_back_for_pictures() -> None:
 
 def test_the_share_of_time_spent_waiting() -> None:
     class SlowPictures(EchoCaptioner):
-        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
+        def prepare_image(self, source: Any) -> Any:
             time.sleep(0.05)
             return source
 
@@ -229,7 +228,7 @@ def test_a_bug_goes_through_and_rows_before_it_are_written() -> None:
 
 def test_a_bug_in_a_decode_thread_goes_through() -> None:
     class Broken(EchoCaptioner):
-        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
+        def prepare_image(self, source: Any) -> Any:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
