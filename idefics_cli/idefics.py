@@ -79,10 +79,8 @@ class Idefics:
         encoder: PromptEncoder,
         images: ImageProcessor,
         batch_size: int = DEFAULT_BATCH_SIZE,
-        limits: ImageLimits = DEFAULT_LIMITS,
     ):
-        self.model, self.encoder, self.images = model, encoder, images
-        self.batch_size, self.limits = batch_size, limits
+        self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
 
     @classmethod
     def from_pretrained(
@@ -94,12 +92,11 @@ class Idefics:
         revision: str | None = None,
         allow_pickle: bool = False,
         batch_size: int | None = None,
-        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> Idefics:
         """Load a hub id, a local folder or "demo".
 
         `dtype`: auto, bf16, fp16 or fp32; `device`: auto, cpu, mps, cuda or cuda:N; `batch_size`: prompts decoded
-        together; `limits`: what a picture may be. Raises IdeficsError with the remedy for anything that is not there.
+        together. Raises IdeficsError with the remedy for anything that is not there.
         """
         request = ModelRequest(os.fspath(model), revision, dtype, device, allow_pickle)
         resolved_device = resolve_device(device)
@@ -111,11 +108,11 @@ class Idefics:
         images = ImageProcessor.from_pretrained(checkpoint.folder)
         _require_image_size(images, config.vision_config.image_size)
         network = load_network(checkpoint, config, resolved_device, resolved_dtype)
-        return cls(network, encoder, images, batch_size or DEFAULT_BATCH_SIZE, limits)
+        return cls(network, encoder, images, batch_size or DEFAULT_BATCH_SIZE)
 
-    def prepare_image(self, source: ImageSource) -> PreparedImage:
+    def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> PreparedImage:
         """Pixels (3, side, side) of a path, bytes or PIL picture, or why there are none."""
-        return self.images.prepare(source, self.limits)
+        return self.images.prepare(source, limits)
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
         """Describe each picture, prompted as its checkpoint was published: a base model or an instruct one."""
