@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.data.images import ImageLimits
     from idefics_cli.data.readers import Inputs
     from idefics_cli.data.writers import FileWriter, RowWriter, StreamWriter
     from idefics_cli.pipeline import Captioner, RunOptions, RunStats
@@ -83,11 +82,11 @@ def check_model(request: ModelRequest) -> None:
     check_model_request(request)
 
 
-def load_model(request: ModelRequest, batch_size: int | None, limits: ImageLimits) -> Captioner:
+def load_model(request: ModelRequest, batch_size: int | None) -> Captioner:
     """Read the weights. Tests put a fake in place of this and of `check_model`."""
     from idefics_cli.idefics import Idefics
 
-    return Idefics.from_pretrained(**vars(request), batch_size=batch_size, limits=limits)
+    return Idefics.from_pretrained(**vars(request), batch_size=batch_size)
 
 
 # Commands
@@ -186,10 +185,11 @@ def caption(
         with _opened_output(output, overwrite) as writer:
             request = ModelRequest(model, revision, dtype, device, allow_pickle)
             check_model(request)
-            captioner = load_model(request, rows_per_call, ImageLimits(max_pixels=max_pixels))
+            captioner = load_model(request, rows_per_call)
             options = RunOptions(
                 batch_size=captioner.batch_size,
                 workers=workers or min(MAX_WORKERS, os.cpu_count() or 1),
+                limits=ImageLimits(max_pixels=max_pixels),
                 decoding=decoding,
                 candidates=num_return_sequences > 1,
                 max_errors=max_errors,

@@ -24,6 +24,7 @@ from idefics_cli.data.writers import RowWriter
 from idefics_cli.errors import RowError
 
 if TYPE_CHECKING:
+    from idefics_cli.data.images import ImageLimits
     from idefics_cli.idefics import Result
 
 PATIENCE = 0.2  # seconds that a batch which is not full waits for a further row
@@ -36,7 +37,7 @@ class Captioner(Protocol):
 
     batch_size: int
 
-    def prepare_image(self, source: Any) -> Any | RowError: ...
+    def prepare_image(self, source: Any, limits: ImageLimits) -> Any | RowError: ...
 
     def caption(self, images: Sequence[Any], **decoding: Any) -> Sequence[Result]: ...
 
@@ -50,6 +51,7 @@ class RunOptions:
 
     batch_size: int
     workers: int
+    limits: ImageLimits
     decoding: Mapping[str, Any] = field(default_factory=dict)
     candidates: bool = False
     max_errors: int | None = None
@@ -108,7 +110,7 @@ def caption_images(
     """
     started = time.perf_counter()
     fitting = FittingCaptioner(captioner, options)
-    with PictureFeed(rows, lambda row: _prepare(row, captioner), options) as feed:
+    with PictureFeed(rows, lambda row: _prepare(row, captioner, options.limits), options) as feed:
         for batch in feed.batches():
             outcomes = fitting.caption([prepared for _, prepared in batch])
             stats.batch_size = fitting.batch_size
@@ -123,8 +125,8 @@ def caption_images(
     writer.finish()
 
 
-def _prepare(row: InputRow, captioner: Captioner) -> Any | RowError:
-    return row.error or captioner.prepare_image(row.source)
+def _prepare(row: InputRow, captioner: Captioner, limits: ImageLimits) -> Any | RowError:
+    return row.error or captioner.prepare_image(row.source, limits)
 
 
 def _error(outcome: Outcome) -> RowError | None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits, load_image
+from idefics_cli.data.images import ImageLimits, load_image
 from idefics_cli.errors import RowError
 
 # Read when huggingface_hub is imported, by the processes too that tests start.
@@ -61,12 +61,11 @@ class FakeCaptioner:
 
     batch_size: int = 4
     delay: float = 0.0
-    limits: ImageLimits = DEFAULT_LIMITS
     before_call: Callable[[Sequence[bytes]], None] = lambda pictures: None
     calls: list[int] = field(default_factory=list)
 
-    def prepare_image(self, source: Any) -> bytes | RowError:
-        image = load_image(source, self.limits)
+    def prepare_image(self, source: Any, limits: ImageLimits) -> bytes | RowError:
+        image = load_image(source, limits)
         return image if isinstance(image, RowError) else image.tobytes()
 
     def caption(self, images: Sequence[bytes], **decoding: Any) -> list[FakeResult]:

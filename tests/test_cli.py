@@ -24,7 +24,6 @@ from typer.testing import CliRunner, Result
 import idefics_cli
 from idefics_cli import cli
 from idefics_cli.checkpoint import ModelRequest
-from idefics_cli.data.images import ImageLimits
 from idefics_cli.errors import CheckpointError, DeviceError
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +55,7 @@ class Captioner(FakeCaptioner):
         return type(result)(result.text * length, result.score, result.tokens, result.candidates)
 
 
-def load_model(request, batch_size, limits):
+def load_model(request, batch_size):
     print("loading", file=sys.stderr, flush=True)
     time.sleep(load)
     return Captioner(**fake)
@@ -73,8 +72,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     monkeypatch.delenv("IDEFICS_MODEL", raising=False)
 
     def invoke(*arguments: str | Path, captioner: FakeCaptioner | None = None, input: bytes | None = None) -> Result:
-        def load(request: ModelRequest, batch_size: int | None, limits: ImageLimits) -> FakeCaptioner:
-            return captioner or FakeCaptioner(batch_size or 4, limits=limits)
+        def load(request: ModelRequest, batch_size: int | None) -> FakeCaptioner:
+            return captioner or FakeCaptioner(batch_size or 4)
 
         monkeypatch.setattr(cli, "check_model", lambda request: None)
         monkeypatch.setattr(cli, "load_model", load)
@@ -208,17 +207,17 @@ def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch, photos: Path) 
             seen.append((len(images), decoding))
             return super().caption(images, **decoding)
 
-    def load(request: ModelRequest, batch_size: int | None, limits: ImageLimits) -> Recorder:
-        seen.append((request, batch_size, limits.max_pixels))
+    def load(request: ModelRequest, batch_size: int | None) -> Recorder:
+        seen.append((request, batch_size))
         return Recorder(batch_size=5)
 
     monkeypatch.setattr(cli, "check_model", lambda request: None)
     monkeypatch.setattr(cli, "load_model", load)
     options = "--num-beams 5 --max-new-tokens 9 --min-new-tokens 2 --length-penalty 0.5 --no-early-stopping"
     options += " --no-repeat-ngram-size 2 --revision main --dtype fp32 --device cpu --allow-pickle"
-    options += " --batch-size 7 --max-pixels 99"
+    options += " --batch-size 7"
     CliRunner().invoke(cli.app, ["caption", str(photos), *options.split()], env={"IDEFICS_MODEL": "some/model"})
-    assert seen[0] == (ModelRequest("some/model", "main", "fp32", "cpu", True), 7, 99)
+    assert seen[0] == (ModelRequest("some/model", "main", "fp32", "cpu", True), 7)
     assert seen[1][0] == 5
     assert seen[1][1] == {
         "num_beams": 5,

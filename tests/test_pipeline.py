@@ -15,6 +15,7 @@ from conftest import FakeCandidate, FakeCaptioner, FakeResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
 from idefics_cli.data.readers import InputRow
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.pipeline import PATIENCE, RunOptions, RunStats, caption_images, caption_row
@@ -41,7 +42,7 @@ class ListWriter:
 class EchoCaptioner(FakeCaptioner):
     """Its pictures are the rows' sources, its texts the same; a source `bad...` is an error."""
 
-    def prepare_image(self, source: Any) -> Any | RowError:
+    def prepare_image(self, source: Any, limits: ImageLimits) -> Any | RowError:
         return BAD if source.startswith("bad") else source
 
     def _describe(self, image: str, num_texts: int) -> FakeResult:
@@ -62,7 +63,7 @@ def run(
 
 
 def start(rows, captioner, writer, stats, *, on_row=lambda: None, **options: Any) -> None:
-    options = {"batch_size": 3, "workers": 2, **options}
+    options = {"batch_size": 3, "workers": 2, "limits": DEFAULT_LIMITS, **options}
     caption_images(iter(rows), captioner, writer, RunOptions(**options), stats, on_row)
 
 
@@ -86,7 +87,7 @@ def test_every_row_comes_out_once_in_order(good: list[bool], batch_size: int, wo
 
 def test_pictures_that_are_ready_early_wait_for_their_turn() -> None:
     class Uneven(EchoCaptioner):
-        def prepare_image(self, source: Any) -> Any:
+        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
             time.sleep(random.random() / 200)
             return source
 
@@ -185,7 +186,7 @@ def test_errors_are_not_held_back_for_pictures() -> None:
 
 def test_the_share_of_time_spent_waiting() -> None:
     class SlowPictures(EchoCaptioner):
-        def prepare_image(self, source: Any) -> Any:
+        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
             time.sleep(0.05)
             return source
 
@@ -228,7 +229,7 @@ def test_a_bug_goes_through_and_rows_before_it_are_written() -> None:
 
 def test_a_bug_in_a_decode_thread_goes_through() -> None:
     class Broken(EchoCaptioner):
-        def prepare_image(self, source: Any) -> Any:
+        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
