@@ -56,11 +56,11 @@ class ImageProcessor:
         Raises CheckpointError for a file that cannot be read or asks for other steps than these.
         """
         path = Path(folder) / PREPROCESSOR_FILE
-        if not path.exists():
-            return cls()
         try:
             return cls(**_image_settings(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} cannot be used ({type(error).__name__}: {error}): restore the published file"
             ) from error
@@ -93,18 +93,15 @@ def _image_settings(config: dict[str, Any]) -> dict[str, Any]:
     for key, value in fixed.items():
         if config.get(key) not in (None, value):
             raise ValueError(f"{key}={config[key]!r} is not what IDEFICS was trained with")
-    size = config.get("size") or {}
-    height, width = size.get("height"), size.get("width")
-    if height != width:
-        raise ValueError(f"size {height}x{width} is not square")
-    settings: dict[str, Any] = {}
-    if side := config.get("image_size") or height:
-        settings["image_size"] = int(side)
-    for key in ("image_mean", "image_std"):
-        if config.get(key):
-            settings[key] = _three_numbers(key, config[key])
-    if config.get("rescale_factor"):
+    settings: dict[str, Any] = {
+        key: _three_numbers(key, config[key]) for key in ("image_mean", "image_std") if key in config
+    }
+    if "rescale_factor" in config:
         settings["rescale_factor"] = float(config["rescale_factor"])
+    if side := config.get("image_size") or config.get("size"):
+        settings["image_size"] = _side(side)
+    if settings.get("image_size", 1) < 1 or 0 in settings.get("image_std", ()):
+        raise ValueError(f"no picture can be made of {settings}")
     return settings
 
 
@@ -112,6 +109,14 @@ def _three_numbers(key: str, values: Sequence[float]) -> tuple[float, ...]:
     if len(values) != 3:
         raise ValueError(f"{key} has {len(values)} values instead of 3")
     return tuple(float(value) for value in values)
+
+
+def _side(size: int | dict[str, int]) -> int:
+    if not isinstance(size, dict):
+        return int(size)
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise ValueError(f"size {size} is not a square's height and width")
+    return int(size["height"])
 
 
 # ---- text

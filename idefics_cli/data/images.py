@@ -92,6 +92,8 @@ def load_image(
             return _too_many_pixels(source.size, limits) or _to_rgb(_to_upright(source.copy()))
         data = _read(source, limits)
         return data if isinstance(data, RowError) else _decode(data, limits)
+    except Image.DecompressionBombError as error:
+        return RowError("image_too_large", str(error))
     except Exception as error:  # Pillow's decoders raise nearly anything at bytes that were made to break them
         return RowError("image_unreadable", f"{type(error).__name__}: {error}")
 

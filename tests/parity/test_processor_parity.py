@@ -1,0 +1,309 @@
+"""Ids, masks and pixels beside transformers' own IDEFICS processor: equal, not close."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import random
+import re
+import shutil
+import struct
+import subprocess
+import tarfile
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_tokenizers import (
+    BASE_TOKENS,
+    INSTRUCT_TOKENS,
+    NAMED,
+    llama_tokenizer,
+    save_sentencepiece_folder,
+    verbatim_tokenizer,
+)
+from transformers import AutoTokenizer, IdeficsProcessor, LlamaTokenizer
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics.processing_idefics import (
+    image_attention_mask_for_packed_input_ids,
+    incremental_to_binary_attention_mask,
+)
+
+from idefics_cli.data.images import load_image
+from idefics_cli.processing import (
+    EncodedPrompt,
+    ImageProcessor,
+    PromptEncoder,
+    collate,
+    image_attention_mask,
+)
+from idefics_cli.prompts import END_OF_UTTERANCE, SpecialToken, question_prompt
+
+WORDS = [
+    "a red cat",
+    "User:",
+    "Assistant: two dogs",
+    "Question: how many?",
+    "\n",
+    "é漢字🙂",
+    "  mat",
+    "x",
+    "hello world.\n\n",
+]
+# As LLaMA's own sentencepiece has them, which begins every text with a blank.
+LLAMA_IDS = {
+    "grabbed": [2646, 1327, 287],
+    "\n": [29871, 13],
+    "ax\n####\nboo": [4853, 13, 4136, 13, 833, 29877],
+    "镇": [29871, 30411],
+    "🦙Ꙋ": [29871, 243, 162, 169, 156, 237, 156, 141],
+}
+TOKENIZERS = {
+    "verbatim": functools.partial(verbatim_tokenizer, legacy=False),
+    "verbatim, legacy": functools.partial(verbatim_tokenizer, legacy=True),
+    "verbatim, legacy, normalized": functools.partial(verbatim_tokenizer, legacy=True, normalized=True),
+    "llama": functools.partial(llama_tokenizer, legacy=False),
+    "llama, legacy": functools.partial(llama_tokenizer, legacy=True),
+    "llama, instruct": functools.partial(llama_tokenizer, legacy=False, added=INSTRUCT_TOKENS),
+}
+
+
+@functools.cache
+def tokenizer_of(kind: str):
+    return TOKENIZERS[kind]()
+
+
+@functools.cache
+def pictures(size: int = 32) -> tuple[Image.Image, ...]:
+    rng = random.Random(0)
+    return tuple(
+        Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
+        for width, height in [(size, size), (7, 50), (61, 13), (40, 40)]
+    )
+
+
+def generated_prompt(rng: random.Random) -> list:
+    """Texts and 0-4 pictures at any places. The texts neither begin nor end with a blank: transformers drops those."""
+    items: list = [" ".join(rng.choices(WORDS, k=rng.randint(1, 6))).strip(" ") for _ in range(rng.randint(0, 3))]
+    for _ in range(rng.randint(0 if items else 1, 4)):
+        items.insert(rng.randint(0, len(items)), rng.choice(pictures()))
+    return items
+
+
+def ours(prompts: list[list], encoder: PromptEncoder, processor: ImageProcessor):
+    def encode(prompt: list) -> EncodedPrompt:
+        images = [item for item in prompt if isinstance(item, Image.Image)]
+        return EncodedPrompt(encoder.encode(tuple(prompt)), tuple(processor.pixels(image) for image in images))
+
+    return collate([encode(prompt) for prompt in prompts], encoder, processor.image_size)
+
+
+def theirs(prompts: list[list], tokenizer, image_size: int = 32, **options):
+    processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=image_size), tokenizer)
+    return processor(text=prompts, return_tensors="pt", add_end_of_utterance_token=False, **options)
+
+
+def assert_same(inputs, expected) -> None:
+    assert torch.equal(inputs.input_ids, expected["input_ids"])
+    assert torch.equal(inputs.attention_mask, expected["attention_mask"])
+    assert torch.equal(inputs.pixel_values, expected["pixel_values"])
+    # transformers gives its mask as bool, with nothing in it, when no row of the batch holds a picture.
+    assert torch.equal(inputs.image_attention_mask, expected["image_attention_mask"].long())
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_200_generated_prompts(kind):
+    rng = random.Random(kind)
+    encoder, processor = PromptEncoder(tokenizer_of(kind)), ImageProcessor(image_size=32)
+    prompts = [generated_prompt(rng) for _ in range(200)]
+    assert any(isinstance(a, Image.Image) and isinstance(b, Image.Image) for p in prompts for a, b in pairwise(p))
+    for start in range(0, len(prompts), 5):
+        batch = prompts[start : start + 5]
+        assert_same(ours(batch, encoder, processor), theirs(batch, tokenizer_of(kind)))
+
+
+def test_a_batch_without_pictures():
+    prompts = [["hello world"], ["a red cat on the mat"]]
+    tokenizer = tokenizer_of("llama")
+    inputs = ours(prompts, PromptEncoder(tokenizer), ImageProcessor(image_size=32))
+    assert inputs.pixel_values.shape == (2, 1, 3, 32, 32)
+    assert_same(inputs, theirs(prompts, tokenizer))
+
+
+def test_the_end_of_an_utterance_is_the_token_transformers_finds_in_its_text():
+    tokenizer, image = tokenizer_of("llama, instruct"), pictures()[0]
+    prompt = question_prompt(image, "how many dogs?", instruct=True)
+    assert SpecialToken("<end_of_utterance>") in prompt
+    spelled = [item.name if item == END_OF_UTTERANCE else item for item in prompt]
+    assert PromptEncoder(tokenizer).encode(prompt) == theirs([spelled], tokenizer)["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_decoded_text(kind):
+    tokenizer = tokenizer_of(kind)
+    encoder = PromptEncoder(tokenizer)
+    for text in WORDS:
+        ids = encoder.encode((text, object(), text))
+        expected = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # A token that is looked for behind the normaliser is written out by the library, special or not.
+        assert encoder.decode(ids) == expected.removeprefix("<s>").strip()
+
+
+# ---- tokenizers as checkpoints carry them
+
+
+def test_sentencepiece_files(tmp_path):
+    pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with protobuf")
+    save_sentencepiece_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "idefics"}')
+    for tokenizer in (AutoTokenizer.from_pretrained(tmp_path), LlamaTokenizer.from_pretrained(tmp_path)):
+        check_like_a_checkpoint(tokenizer)
+
+
+def test_saved_tokenizer_json(tmp_path):
+    tokenizer_of("verbatim, legacy, normalized").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "idefics"}')
+    check_like_a_checkpoint(AutoTokenizer.from_pretrained(tmp_path))
+
+
+def check_like_a_checkpoint(tokenizer) -> None:
+    encoder, processor, rng = PromptEncoder(tokenizer), ImageProcessor(image_size=32), random.Random(1)
+    prompts = [generated_prompt(rng) for _ in range(20)]
+    assert_same(ours(prompts, encoder, processor), theirs(prompts, tokenizer))
+    ids = encoder.encode(("</s> <s> <image> <unk>", pictures()[0]))
+    assert ids[0] == encoder.bos_token_id
+    assert [ids.count(token) for token in (encoder.bos_token_id, encoder.eos_token_id, encoder.image_token_id)] == [
+        1,
+        0,
+        1,
+    ]
+
+
+@pytest.fixture(scope="module")
+def real_llama(tmp_path_factory):
+    """LLaMA's own vocabulary and merges, from a package that carries them."""
+    folder = tmp_path_factory.mktemp("npm")
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    command = ["npm", "pack", "llama-tokenizer-js@1.2.2", "--silent"]
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        pytest.skip(f"llama-tokenizer-js cannot be had here: {error}")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        source = archive.extractfile("package/llama-tokenizer.js").read().decode()
+    return llama_vocabulary(source)
+
+
+def llama_vocabulary(source: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The package's two base64 strings: names, a line each; and pairs of 16-bit ids, a merge each."""
+    names_text, merges_text = (base64.b64decode(text) for text in re.findall(r'["\'`]([A-Za-z0-9+/=]{10000,})', source))
+    names = names_text.decode().split("\n")
+    ids = struct.unpack(f"<{len(merges_text) // 2}H", merges_text)
+    merges = [(names[left], names[right]) for left, right in zip(ids[::2], ids[1::2], strict=True)]
+    return {name: index for index, name in enumerate(names)}, merges
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_real_llama_tokenizer(real_llama, legacy):
+    vocab, merges = real_llama
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, padding_side="left", **NAMED)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(INSTRUCT_TOKENS)})
+    encoder = PromptEncoder(tokenizer)
+    assert (encoder.bos_token_id, encoder.eos_token_id, encoder.pad_token_id) == (1, 2, 0)
+    assert (encoder.fake_token_id, encoder.image_token_id, encoder.end_token_ids) == (32000, 32001, (2, 32002))
+    for text, ids in LLAMA_IDS.items() if legacy else ():
+        assert encoder.encode((text,)) == [1, *ids], text
+    assert encoder.encode(("</s>",)).count(2) == 0
+    check_like_a_checkpoint(tokenizer)
+
+
+# ---- the image mask
+
+
+def reference_mask(input_ids: torch.Tensor, num_images: int) -> torch.Tensor:
+    class Ids:
+        eos_token_id = 2
+
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return 9
+
+    incremental, _ = image_attention_mask_for_packed_input_ids(input_ids, Ids(), "pt")
+    return incremental_to_binary_attention_mask(incremental, "pt", num_classes=num_images)
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 5])
+def test_image_attention_mask_on_random_ids(num_images):
+    generator = torch.Generator().manual_seed(num_images)
+    choices = torch.tensor([0, 2, 9, 9, 5, 6])
+    for num_tokens in (1, 2, 3, 8, 30):
+        ids = choices[torch.randint(0, len(choices), (24, num_tokens), generator=generator)]
+        assert torch.equal(image_attention_mask(ids, num_images, 9, 2), reference_mask(ids, num_images))
+
+
+# ---- pixels
+
+
+def photographs() -> list[Path]:
+    """What scikit-image and scikit-learn ship in their wheels."""
+    data = Path(pytest.importorskip("skimage").__file__).parent / "data"
+    images = Path(pytest.importorskip("sklearn").__file__).parent / "datasets" / "images"
+    return sorted([*data.glob("*.png"), *data.glob("*.jpg"), *images.glob("*.jpg")])
+
+
+@pytest.mark.parametrize("image_size", [224, 64])
+def test_pixels_of_photographs_bit_for_bit(image_size):
+    paths = photographs()
+    assert len(paths) >= 20
+    processor, reference = ImageProcessor(image_size=image_size), IdeficsImageProcessorPil(image_size=image_size)
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+            expected = reference(image, return_tensors="pt")
+        assert torch.equal(processor.prepare(path), expected[0]), path.name
+
+
+def test_a_checkpoint_with_other_statistics(tmp_path):
+    config = {"image_size": 30, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.7, 0.33], "rescale_factor": 1 / 128}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    image = pictures()[2]
+    expected = IdeficsImageProcessorPil(**config)(image, return_tensors="pt")
+    assert torch.equal(ImageProcessor.from_pretrained(tmp_path).pixels(image), expected[0])
+
+
+def test_what_transformers_saves_is_read(tmp_path):
+    IdeficsImageProcessorPil(image_size=96, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    processor = ImageProcessor.from_pretrained(tmp_path)
+    assert (processor.image_size, processor.image_mean) == (96, (0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK"])
+def test_every_colour_mode_alike(mode):
+    image = pictures()[0].convert("RGBA")
+    image.putalpha(pictures()[3].convert("L").resize(image.size))
+    image = image.convert(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = IdeficsImageProcessorPil(image_size=48)(image, return_tensors="pt")[0]
+    assert torch.equal(ImageProcessor(image_size=48).prepare(image), expected)
+
+
+def test_orientation_is_applied_before_the_pixels_are_made():
+    image = pictures()[1]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = image.copy()
+    turned.info["exif"] = exif.tobytes()
+    upright = load_image(turned)
+    assert upright.size == image.size[::-1]
+    expected = IdeficsImageProcessorPil(image_size=48)(upright, return_tensors="pt")[0]
+    assert torch.equal(ImageProcessor(image_size=48).prepare(turned), expected)
+
+
+def test_base_tokens_are_the_published_ones():
+    assert BASE_TOKENS == INSTRUCT_TOKENS[:2] == ("<fake_token_around_image>", "<image>")
