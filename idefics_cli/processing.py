@@ -60,7 +60,7 @@ class ImageProcessor:
             return cls(**_image_settings(json.loads(path.read_text(encoding="utf-8"))))
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} cannot be used ({type(error).__name__}: {error}): restore the published file"
             ) from error

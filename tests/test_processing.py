@@ -320,6 +320,8 @@ BROKEN_CONFIGS = {
     "two means": '{"image_mean": [0.1, 0.2]}',
     "no size at all": '{"image_size": -3}',
     "a zero deviation": '{"image_std": [0.1, 0, 0.2]}',
+    "an endless size": '{"image_size": Infinity}',
+    "nested without end": "[" * 100_000,
 }
 
 
