@@ -157,8 +157,8 @@ def caption(
 ) -> None:
     """Describe images: one JSON line for each, in input order.
 
-    A folder stands for every image below it, sorted by path. An image that cannot be read is a row with an error and
-    never stops the run.
+    A folder stands for every image below it, sorted by path; hidden and system files are passed over, links to folders
+    not followed. An image that cannot be read is a row with an error and never stops the run.
     """
     from idefics_cli.pipeline import RunOptions, RunStats
 

@@ -69,13 +69,12 @@ class FileWriter:
     """JSON lines in `path`.part, which `finish` makes durable and renames to `path`.
 
     Opening raises OutputError when the output could not be written, is there already, or belongs to a run that is under
-    way or was stopped; `overwrite` discards what is there, a run under way excepted. `rows` counts whole lines written.
+    way or was stopped; `overwrite` discards what is there, a run under way excepted.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + ".part")
-        self.rows = 0
         _check_place(self.path, overwrite)
         self._file = _open_locked(self.part)
         self._size = os.fstat(self._file).st_size  # bytes of whole lines
@@ -95,10 +94,9 @@ class FileWriter:
         except OSError as error:
             self._truncate(self._size)
             raise OutputError(
-                f"cannot write {_shown(self.part)}: {_reason(error)}; the {self.rows} rows before are safe in it"
+                f"cannot write {_shown(self.part)}: {_reason(error)}; make room, or use another disk"
             ) from error
         self._size += len(line)
-        self.rows += 1
 
     def finish(self) -> None:
         """Give the rows their final name, durably: the file first, then the folder that names it."""
@@ -107,9 +105,7 @@ class FileWriter:
             self.part.rename(self.path)
             _sync_folder(self.path.parent)
         except OSError as error:
-            raise OutputError(
-                f"cannot finish {_shown(self.path)}: {_reason(error)}; its {self.rows} rows are in {_shown(self.part)}"
-            ) from error
+            raise OutputError(f"cannot finish {_shown(self.path)}: {_reason(error)}; check its disk") from error
         finally:
             self._release()
 

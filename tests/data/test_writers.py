@@ -156,7 +156,7 @@ def test_a_full_disk_keeps_whole_rows(tmp_path: Path, monkeypatch: pytest.Monkey
         return write(file, data[: room.pop()])
 
     monkeypatch.setattr(writers.os, "write", write_until_full)
-    with pytest.raises(OutputError, match=r"No space left.*1 rows? before"):
+    with pytest.raises(OutputError, match="No space left"):
         writer.write({"id": 2})
     writer.close()
     assert (tmp_path / "f.jsonl.part").read_bytes() == b'{"id": 1}\n'
