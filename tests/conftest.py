@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_network() -> None:
+def no_network() -> Iterator[None]:
     """Sockets to other machines are closed for the whole suite; those between processes of this one stay."""
     connect = socket.socket.connect
 
