@@ -1,4 +1,4 @@
-"""Where a model is, whether it is whole, and how it is loaded: hub id, local folder or `demo` -> network, tokenizer, pictures' settings.
+"""Where a model is, whether it is whole, and how it is loaded: hub id, local folder or `demo` -> network and tokenizer.
 
 Everything that headers and listings can tell is checked before a weight is read, and said in one line. Nothing from a
 checkpoint is ever executed: weights are safetensors unless the caller allows pickles (then `weights_only`), and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Checkpoint:
 
 
 def check_model_request(request: ModelRequest) -> None:
-    """Raise what is wrong with the names alone: dtype, device and a local folder. Reaches no network, reads no weight."""
+    """Raise what is wrong with dtype, device or a local folder. Reaches no network and reads no weight."""
     resolve_dtype_name(request.dtype)
     resolve_device(request.device)
     folder = local_folder(request.model)
@@ -92,7 +93,9 @@ def _require_cuda(device: torch.device) -> None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         build = "is a CPU build" if torch.version.cuda is None else "finds no CUDA device"
-        raise DeviceError(f"device {str(device)!r} is not here: torch {torch.__version__} {build}; use --device cpu or auto")
+        raise DeviceError(
+            f"device {str(device)!r} is not here: torch {torch.__version__} {build}; use --device cpu or auto"
+        )
     if (device.index or 0) >= count:
         raise DeviceError(f"device {str(device)!r} is not here: this machine has cuda:0 to cuda:{count - 1}")
 
@@ -152,7 +155,9 @@ def _require_idefics(folder: Path) -> None:
 
 def _require_tokenizer(folder: Path) -> None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise CheckpointError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model beside the weights")
+        raise CheckpointError(
+            f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model beside the weights"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,7 +187,9 @@ def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
         raise CheckpointError(f"{index} points out of its folder: do not use this checkpoint")
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shards)} shards ({shown(missing)}): fetch them again")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(shards)} shards ({shown(missing)}): fetch them again"
+        )
     return tuple(folder / shard for shard in shards)
 
 
@@ -210,7 +217,12 @@ def find_checkpoint(request: ModelRequest) -> Checkpoint:
 
 def _fetch(request: ModelRequest) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     def download(patterns: Iterable[str]) -> Path:
         return Path(snapshot_download(request.model, revision=request.revision, allow_patterns=list(patterns)))
@@ -221,7 +233,9 @@ def _fetch(request: ModelRequest) -> Path:
             folder = download((*SIDE_FILES, "pytorch_model*.bin"))
         return folder
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(f"the hub has no model {request.model!r}: check the name, or log in if it is private") from error
+        raise CheckpointError(
+            f"the hub has no model {request.model!r}: check the name, or log in if it is private"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -245,13 +259,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the library raises many kinds for a damaged file
-        raise CheckpointError(f"the tokenizer in {checkpoint.folder} cannot be read ({error}): fetch its files again") from error
+        raise CheckpointError(
+            f"the tokenizer in {checkpoint.folder} cannot be read ({error}): fetch its files again"
+        ) from error
 
 
 def load_network(
     checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype
 ) -> IdeficsForVisionText2Text:
-    """The network in evaluation mode on `device`. Raises CheckpointError naming missing, unexpected and misshapen tensors."""
+    """The network, ready to run on `device`. Raises CheckpointError naming missing, unexpected and misshapen tensors."""
     from transformers import GenerationConfig
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
@@ -269,8 +285,14 @@ def load_network(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"the pickles in {checkpoint.folder} hold more than weights, or are damaged: use safetensors"
+        ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"the weights in {checkpoint.folder} cannot be read ({error}): fetch them again") from error
+        raise CheckpointError(
+            f"the weights in {checkpoint.folder} cannot be read ({error}): fetch them again"
+        ) from error
     _require_clean(checkpoint, info)
     # Only the caller's decoding options count, whatever defaults a checkpoint's generation_config.json brings.
     model.generation_config = GenerationConfig()
@@ -298,7 +320,11 @@ def _require_same_tensors(checkpoint: Checkpoint, found: dict, expected: dict) -
         checkpoint,
         missing=sorted(expected.keys() - known - tied),
         unexpected=sorted(known - expected.keys()),
-        misshapen=[f"{name} {found[name]} instead of {expected[name]}" for name in sorted(both) if found[name] != expected[name]],
+        misshapen=[
+            f"{name} {found[name]} instead of {expected[name]}"
+            for name in sorted(both)
+            if found[name] != expected[name]
+        ],
     )
 
 

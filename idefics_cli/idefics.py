@@ -55,7 +55,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one prompt: the best candidate's fields and all candidates, best first; or an `error` and no text."""
+    """What became of one prompt: the best candidate's fields and all candidates, best first; or an `error`, no text."""
 
     text: str | None = None
     score: float | None = None
@@ -146,7 +146,9 @@ class Idefics:
 
     def _encode(self, prompt: Prompt | Sequence, options: DecodingOptions) -> EncodedPrompt | RowError:
         if isinstance(prompt, (str, bytes)):
-            raise IdeficsError("a prompt is a sequence of texts and pictures, not one text: write [text] or [picture, text]")
+            raise IdeficsError(
+                "a prompt is a sequence of texts and pictures, not one text: write [text] or [picture, text]"
+            )
         items = tuple(item if isinstance(item, (str, SpecialToken)) else self._picture(item) for item in prompt)
         error = next((item for item in items if isinstance(item, RowError)), None)
         if error is not None:
@@ -154,7 +156,9 @@ class Idefics:
         input_ids = self.encoder.encode(items)
         longest = self.model.config.max_position_embeddings - options.max_new_tokens
         if len(input_ids) > longest:
-            return RowError("prompt_too_long", f"{len(input_ids)} tokens, and the model takes {longest} before its answer")
+            return RowError(
+                "prompt_too_long", f"{len(input_ids)} tokens, and the model takes {longest} before its answer"
+            )
         return EncodedPrompt(input_ids, tuple(item for item in items if isinstance(item, torch.Tensor)))
 
     def _picture(self, image: ImageSource | PreparedImage) -> PreparedImage:

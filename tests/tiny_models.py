@@ -1,13 +1,18 @@
-"""Small IDEFICS configurations of every shape that published checkpoints have, with random weights, and inputs for them."""
+"""Small IDEFICS models of every shape that published checkpoints have, with random weights, and inputs for them."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from tiny_tokenizers import BASE_TOKENS, INSTRUCT_TOKENS, llama_tokenizer
 from torch import Tensor
 from transformers import IdeficsConfig, PreTrainedModel
+
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 IMAGE_SIZE, PATCH_SIZE, VOCAB_SIZE = 28, 14, 64
 
@@ -82,7 +87,7 @@ def randomize(model: PreTrainedModel, seed: int = 0, spread: float = 0.25) -> Pr
 
 
 def random_inputs(config: IdeficsConfig, seed: int = 0, num_images: int = 4, num_tokens: int = 14) -> dict[str, Tensor]:
-    """Five rows with 0 to `num_images` pictures, left-padded by different lengths, with tokens before the first picture."""
+    """Five rows with 0 to `num_images` pictures, left-padded unevenly, with tokens before the first picture."""
     generator = torch.Generator().manual_seed(seed)
     rows = 5
     input_ids = torch.randint(3, VOCAB_SIZE + config.additional_vocab_size, (rows, num_tokens), generator=generator)
@@ -105,3 +110,14 @@ def random_inputs(config: IdeficsConfig, seed: int = 0, num_images: int = 4, num
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference over the largest value."""
     return float(((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).detach())
+
+
+def save_checkpoint(folder: Path, instruct: bool = False, seed: int = 0, **saving: object) -> Path:
+    """A whole checkpoint folder with random weights and LLaMA's kind of tokenizer, in the published form."""
+    tokenizer = llama_tokenizer(legacy=False, added=INSTRUCT_TOKENS if instruct else BASE_TOKENS)
+    added = 3 if instruct else 2
+    config = tiny_config(Shape(additional_vocab_size=added), vocab_size=len(tokenizer) - added)
+    randomize(IdeficsForVisionText2Text(config), seed).save_pretrained(folder, **saving)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_size": IMAGE_SIZE}), encoding="utf-8")
+    return folder

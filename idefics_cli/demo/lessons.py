@@ -1,4 +1,4 @@
-"""What the demo learns from: batches of scenes, what lies where in them, and texts about them in the official templates.
+"""What the demo learns from: scenes, what lies where in them, and texts about them in the official templates.
 
 A lesson is made from a range of seeds alone, so training can stop and go on anywhere. One picture serves several
 texts: its caption, some questions, and prompts in which other pictures of the batch are the shots.
@@ -60,7 +60,7 @@ def object_table(scenes: Sequence[Scene]) -> Tensor:
 
 @dataclass(frozen=True)
 class LessonPlan(torch.utils.data.Dataset):
-    """Lesson `step` of `steps` shows the scenes from seed `first_seed + step * scenes` on; with `texts` off, only pictures.
+    """Lesson `step` of `steps` shows the scenes from seed `first_seed + step * scenes` on; `texts` may be left out.
 
     Few shapes come first: one while a third of `easy_steps` lasts, then two, then all.
     """
@@ -79,7 +79,9 @@ class LessonPlan(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Lesson:
         step = self.steps[index]
         first = self.first_seed + step * self.scenes
-        max_objects = min(MAX_OBJECTS, 1 + MAX_OBJECTS * step // max(self.easy_steps, 1)) if self.easy_steps else MAX_OBJECTS
+        max_objects = (
+            min(MAX_OBJECTS, 1 + MAX_OBJECTS * step // max(self.easy_steps, 1)) if self.easy_steps else MAX_OBJECTS
+        )
         drawn = [scene(seed, max_objects) for seed in range(first, first + self.scenes)]
         pixel_values = torch.stack([self.images.pixels(each.image) for each in drawn])
         texts = tuple(self._texts(drawn, np.random.default_rng([first, 7]))) if self.texts else ()
@@ -113,7 +115,9 @@ class LessonPlan(torch.utils.data.Dataset):
         self, scenes: list[Scene], indices: list[int], questions: list[int], text_only: bool = False
     ) -> Row:
         asked = [(index, *scenes[index].questions[which]) for index, which in zip(indices, questions, strict=True)]
-        return self._row(QUESTION_ANSWER, [Shot(index, answer, question) for index, question, answer in asked], text_only)
+        return self._row(
+            QUESTION_ANSWER, [Shot(index, answer, question) for index, question, answer in asked], text_only
+        )
 
     def _row(self, template: Template, turns: list[Shot], text_only: bool) -> Row:
         """Token ids of shots, query and answer; every answer that has its picture in sight is learned, with its end."""
@@ -153,9 +157,7 @@ def collate_texts(rows: Sequence[Row], encoder: PromptEncoder) -> Texts:
         labels=pad([row.labels for row in rows], IGNORED),
         attention_mask=pad([[1] * len(row.input_ids) for row in rows], 0),
         pictures=torch.tensor([indices + indices[-1:] * (num_images - len(indices)) for indices in pictures]),
-        image_attention_mask=image_attention_mask(
-            input_ids, num_images, encoder.image_token_id, encoder.eos_token_id
-        ),
+        image_attention_mask=image_attention_mask(input_ids, num_images, encoder.image_token_id, encoder.eos_token_id),
     )
 
 

@@ -28,6 +28,7 @@ PICTURE_SIDE = 128
 OVERSAMPLING = 2
 MIN_HORIZONTAL_GAP = 0.17  # between centres, over the picture's side
 MAX_OBJECTS = 3
+EVALUATION_SEEDS = 1_000_000_000  # from here on: scenes that training never draws
 
 
 @dataclass(frozen=True)

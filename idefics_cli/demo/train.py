@@ -24,12 +24,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, IdeficsConfig
 
 from idefics_cli.demo.lessons import ATTRIBUTES, IGNORED, Lesson, LessonPlan, Texts
-from idefics_cli.demo.scene import MAX_OBJECTS
+from idefics_cli.demo.scene import EVALUATION_SEEDS, MAX_OBJECTS
 from idefics_cli.demo.tokenizer import build_tokenizer
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.processing import ImageProcessor, PromptEncoder
 
-EVALUATION_SEEDS = 1_000_000_000  # the first seed that training never draws
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 
@@ -331,7 +330,9 @@ def to_device(lesson: Lesson, device: str) -> Lesson:
     def move(texts: Texts) -> Texts:
         return Texts(**{name: value.to(device) for name, value in vars(texts).items()})
 
-    return Lesson(lesson.pixel_values.to(device), lesson.objects.to(device), tuple(move(texts) for texts in lesson.texts))
+    return Lesson(
+        lesson.pixel_values.to(device), lesson.objects.to(device), tuple(move(texts) for texts in lesson.texts)
+    )
 
 
 def default_folder() -> Path:

@@ -33,10 +33,12 @@ class DecodingOptions:
         if self.early_stopping not in (True, False, "never"):
             raise IdeficsError(f"early_stopping is {self.early_stopping!r}: use True, False or 'never'")
         if not isinstance(self.length_penalty, (int, float)) or self.length_penalty != self.length_penalty:
-            raise IdeficsError(f"length_penalty is {self.length_penalty!r}: use a number, 1.0 for the mean log-probability")
+            raise IdeficsError(
+                f"length_penalty is {self.length_penalty!r}: use a number, 1.0 for the mean log-probability"
+            )
         if self.min_new_tokens > self.max_new_tokens:
             raise IdeficsError(
-                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}: raise the latter"
+                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}: lower it"
             )
         if self.num_return_sequences > self.num_beams:
             raise IdeficsError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import Shape, random_inputs, randomize, relative_error, tiny_config
 from torch import Tensor
 
 from idefics_cli.model.decoder import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear, IdeficsRotaryEmbedding
 from idefics_cli.model.memory import PlainMemory, eager_attention, image_visibility
 from idefics_cli.model.modeling import IdeficsForVisionText2Text, freeze_model
-from tests.tiny_models import Shape, random_inputs, randomize, relative_error, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,7 @@ def test_rotary_angles_are_computed_once_per_forward(
 ) -> None:
     calls = []
     forward = IdeficsRotaryEmbedding.forward
-    monkeypatch.setattr(
-        IdeficsRotaryEmbedding, "forward", lambda self, *args: calls.append(1) or forward(self, *args)
-    )
+    monkeypatch.setattr(IdeficsRotaryEmbedding, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
     with torch.no_grad():
         model(**random_inputs(model.config))
     assert len(calls) == 1

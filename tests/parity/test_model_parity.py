@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import GRID, Shape, random_inputs, randomize, relative_error, tiny_config
 from transformers import IdeficsForVisionText2Text as TheirModel
 
 from idefics_cli.model.modeling import IdeficsForVisionText2Text as OurModel
-from tests.tiny_models import GRID, Shape, random_inputs, randomize, relative_error, tiny_config
 
 TOLERANCE = 1e-5
 SAMPLE = random.Random(20).sample(GRID, 8)
@@ -149,7 +149,9 @@ def test_precomputed_images(shape: Shape) -> None:
         assert relative_error(got, expected) < TOLERANCE
         if shape.use_resampler:
             latents = ours.model.encode_images(pixel_values=pixels)
-            assert relative_error(visible_logits(ours, {**inputs, "perceiver_embeddings": latents}), expected) < TOLERANCE
+            assert (
+                relative_error(visible_logits(ours, {**inputs, "perceiver_embeddings": latents}), expected) < TOLERANCE
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

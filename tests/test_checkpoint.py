@@ -1,0 +1,275 @@
+"""What is said of a checkpoint before it is loaded, what is refused, and what is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import random_inputs, save_checkpoint, tiny_config
+
+from idefics_cli import checkpoint as checkpoints
+from idefics_cli.checkpoint import ModelRequest, check_model_request, find_checkpoint, load_config, load_network
+from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
+from idefics_cli.idefics import Idefics
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+
+
+def load(folder: Path, **changes: object) -> torch.nn.Module:
+    checkpoint = find_checkpoint(ModelRequest(str(folder), **changes))
+    return load_network(checkpoint, load_config(checkpoint), torch.device("cpu"), torch.float32)
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def to_pickles(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def refusal(folder: Path | str, **changes: object) -> str:
+    """What loading says; it is one line."""
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def early_refusal(folder: Path | str, **changes: object) -> str:
+    """What is said before anything is loaded."""
+    with pytest.raises(IdeficsError) as caught:
+        check_model_request(ModelRequest(str(folder), **changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_single_and_sharded_files_give_the_same_model(folder: Path, tmp_path: Path) -> None:
+    one = load(folder)
+    one.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copy(folder / name, tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    many = load(tmp_path / "sharded")
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
+
+
+def test_no_such_model() -> None:
+    for model in ("./nowhere", "/nowhere/at/all", "not a hub id", "onlyname"):
+        assert "no model" in early_refusal(model)
+
+
+def test_a_file_is_no_model(folder: Path) -> None:
+    assert "folder" in early_refusal(folder / "model.safetensors")
+
+
+def test_a_folder_without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "config.json" in early_refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"idefics"', ""])
+def test_a_damaged_config(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    assert "config.json" in early_refusal(folder)
+
+
+def test_a_config_with_fields_of_a_wrong_type(folder: Path) -> None:
+    edit_json(folder / "config.json", hidden_size="large")
+    assert "config.json" in refusal(folder)
+
+
+def test_another_architecture(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="llama")
+    assert "llama" in early_refusal(folder)
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "no weights" in early_refusal(folder)
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer" in early_refusal(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_file(folder: Path, kept: int) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert "damaged or cut short" in early_refusal(folder)
+
+
+def test_a_missing_shard(folder: Path, tmp_path: Path) -> None:
+    load(folder).save_pretrained(folder, max_shard_size="60KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    gone = sorted(folder.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    assert gone.name in early_refusal(folder)
+
+
+def test_an_index_that_points_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
+    assert "out of its folder" in early_refusal(folder)
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
+    assert "1 missing (model.layers.2.mlp.up_proj.weight)" in refusal(folder)
+
+
+def test_unexpected_and_misshapen_tensors_are_named(folder: Path) -> None:
+    edit_tensors(
+        folder, lambda tensors: tensors.update({"model.extra": torch.ones(2), "model.norm.weight": torch.ones(3)})
+    )
+    said = refusal(folder)
+    assert "1 unexpected (model.extra)" in said
+    assert "1 misshapen (model.norm.weight (3,) instead of (32,))" in said
+
+
+def test_relics_of_2023_are_ignored(folder: Path) -> None:
+    relics = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.vision_model.embeddings.position_ids": torch.arange(5).unsqueeze(0),
+    }
+    edit_tensors(folder, lambda tensors: tensors.update(relics))
+    edit_json(folder / "config.json", max_sequence_length=2048, cross_layer_activation_function="swiglu")
+    load(folder)
+
+
+def test_pickles_are_refused_until_allowed(folder: Path) -> None:
+    expected = load(folder).state_dict()
+    to_pickles(folder)
+    assert "--allow-pickle" in early_refusal(folder)
+    assert "--allow-pickle" in refusal(folder)
+    got = load(folder, allow_pickle=True).state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_allowing_pickles_does_not_prefer_them(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    load(folder, allow_pickle=True)
+
+
+def test_a_pickle_that_would_run_code_does_not(folder: Path, tmp_path: Path) -> None:
+    to_pickles(folder)
+    torch.save({"model.norm.weight": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    refusal(folder, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_with_a_missing_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    to_pickles(folder)
+    assert "1 missing (model.norm.weight)" in refusal(folder, allow_pickle=True)
+
+
+def test_code_beside_the_weights_is_never_run(folder: Path, tmp_path: Path) -> None:
+    for name in ("configuration_evil.py", "modeling_evil.py", "tokenization_evil.py"):
+        (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    evil = {"AutoConfig": "configuration_evil.Evil", "AutoModel": "modeling_evil.Evil"}
+    edit_json(folder / "config.json", auto_map=evil)
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.Evil", None]})
+    Idefics.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_decoding_defaults_of_a_checkpoint_do_not_count(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 7, "do_sample": True, "max_length": 3}))
+    assert load(folder).generation_config.num_beams is None
+
+
+def test_unknown_dtype_and_device(folder: Path) -> None:
+    assert "auto, bf16, fp16, fp32" in early_refusal(folder, dtype="int3")
+    assert "cuda:N" in early_refusal(folder, device="tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_on_a_machine_without(folder: Path) -> None:
+    for device in ("cuda", "cuda:3"):
+        with pytest.raises(DeviceError, match="use --device cpu"):
+            check_model_request(ModelRequest(str(folder), device=device))
+
+
+def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoints.resolve_dtype("auto", torch.device("cpu")) is torch.float32
+    assert checkpoints.resolve_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16: has_bf16)
+        assert checkpoints.resolve_dtype("auto", torch.device("cuda")) is expected
+
+
+def test_a_hub_model_that_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "not in the cache" in refusal("nobody/nothing")
+
+
+def test_a_cached_hub_model_loads_offline(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's cache layout: refs name a commit, snapshots hold its files."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, cache / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = Idefics.from_pretrained("some/model")
+    assert model.generate([["hello"]], max_new_tokens=2)[0].error is None
+
+
+def test_weights_are_those_of_the_file(folder: Path) -> None:
+    """Nothing is initialised anew, frozen wrongly or cast on the way."""
+    model = load(folder)
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stored.items())
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    inputs = random_inputs(tiny_config())
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = save_checkpoint(tmp_path / "other", instruct=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(other / name, folder / name)
+    with pytest.raises(CheckpointError, match="from one checkpoint"):
+        Idefics.from_pretrained(folder)
+
+
+def test_pixels_of_another_size_are_refused(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_size": 56}))
+    with pytest.raises(CheckpointError, match="56"):
+        Idefics.from_pretrained(folder)
