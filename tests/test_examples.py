@@ -1,0 +1,61 @@
+"""The examples run as they stand, and what they say of the pictures beside them is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PICTURES = sorted((EXAMPLES / "images").glob("*.png"))
+SECONDS = 120
+
+
+def seed_of(path: Path) -> int:
+    """The number in `scene-<seed>.png`."""
+    return int(path.stem.removeprefix("scene-"))
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command,
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=True,
+    )
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
+def test_pictures_are_those_of_the_world(path: Path) -> None:
+    drawn = np.asarray(scene(seed_of(path)).image)
+    assert np.array_equal(np.asarray(Image.open(path)), drawn)
+    assert seed_of(path) >= EVALUATION_SEEDS, "the demo was trained on this picture"
+
+
+def test_caption_folder(tmp_path: Path) -> None:
+    """The README's first command captions this folder too: every caption is right."""
+    done = run(["bash", str(EXAMPLES / "caption_folder.sh")], OUTPUT_FOLDER=str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [path.name for path in PICTURES]
+    assert [row["caption"] for row in rows] == [scene(seed_of(path)).caption for path in PICTURES]
+    said, *piped = done.stdout.splitlines()
+    assert said.split() == ["rows", "in", "the", "file:", str(len(PICTURES))]
+    assert [json.loads(line)["caption"] for line in piped] == [row["caption"] for row in rows[:3]]
+
+
+def test_python_api() -> None:
+    lines = run([sys.executable, str(EXAMPLES / "python_api.py")]).stdout.splitlines()
+    assert lines[:-1] == [f"{path.name}: {scene(seed_of(path)).caption}" for path in PICTURES]
+    count = len(scene(seed_of(PICTURES[0])).objects)
+    assert lines[-1].startswith(f"{PICTURES[0].name}: how many objects are there? {count} (score -0.")

@@ -1,0 +1,207 @@
+"""The Python API over a tiny model with random weights: what goes in verbatim, what comes out, and what each field says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import save_checkpoint
+
+from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
+from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.processing import EncodedPrompt, collate
+from idefics_cli.prompts import END_OF_UTTERANCE
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Idefics:
+    return Idefics.from_pretrained(save_checkpoint(tmp_path_factory.mktemp("base")), batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory: pytest.TempPathFactory) -> Idefics:
+    return Idefics.from_pretrained(save_checkpoint(tmp_path_factory.mktemp("instruct"), instruct=True))
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list]:
+    """Of different lengths, with no to three pictures."""
+    return [
+        ["User: what is this?", picture(1), "A cat. And", picture(2), picture(3), "?"],
+        [picture(4)],
+        ["hello world"],
+        ["Image:", picture(5), "Caption:"],
+        ["Question: how many? Answer: two. " * 4, picture(6)],
+        [picture(7), "one", picture(8)],
+        ["Answer:"],
+    ]
+
+
+def log_probability(model: Idefics, prompt: list, token_ids: tuple[int, ...]) -> float:
+    """The sum over `token_ids`, in one forward pass without a cache."""
+    encoded = model._encode(prompt, DecodingOptions())
+    start = len(encoded.input_ids)
+    row = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
+    with torch.no_grad():
+        logits = model.model(**vars(collate([row], model.encoder, model.images.image_size))).logits[0]
+    chosen = logits.log_softmax(-1)[start - 1 : -1].gather(-1, torch.tensor(token_ids)[:, None])
+    return float(chosen.sum())
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 5])
+def test_a_prompt_gets_the_same_text_alone_and_in_company(base: Idefics, prompts: list, num_beams: int) -> None:
+    together = base.generate(prompts, num_beams=num_beams, max_new_tokens=8)
+    for prompt, result in zip(prompts, together, strict=True):
+        (alone,) = base.generate([prompt], num_beams=num_beams, max_new_tokens=8)
+        assert alone.token_ids == result.token_ids
+        assert alone.score == pytest.approx(result.score, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_the_score_is_what_the_page_says(base: Idefics, prompts: list, num_beams: int, length_penalty: float) -> None:
+    """The sum of log-probabilities over length ** length_penalty, with the end token where the text has one."""
+    settings = {"num_beams": num_beams, "max_new_tokens": 6, "length_penalty": length_penalty}
+    for prompt, result in zip(prompts, base.generate(prompts, **settings), strict=True):
+        token_ids = result.token_ids
+        if len(token_ids) < 6:
+            token_ids = (*token_ids, base.encoder.eos_token_id)
+        expected = log_probability(base, prompt, token_ids) / len(token_ids) ** length_penalty
+        assert result.score == pytest.approx(expected, abs=1e-4)
+
+
+def test_image_tokens_are_never_written_and_ends_are_cut(base: Idefics, prompts: list) -> None:
+    """Even by a model that wants nothing else: its head prefers them to every other token."""
+    head = base.model.lm_head.additional_fc.weight
+    original = head.clone()
+    try:
+        with torch.no_grad():
+            head.copy_(base.model.lm_head.weight.abs().amax(0).expand_as(head) * 50 * head.sign())
+        for result in base.generate(prompts, max_new_tokens=6, num_beams=2):
+            assert not set(result.token_ids) & {*base.encoder.banned_token_ids, *base.encoder.end_token_ids}
+    finally:
+        with torch.no_grad():
+            head.copy_(original)
+
+
+def test_the_end_of_an_utterance_ends_a_text(instruct: Idefics) -> None:
+    """A model whose every next token is <end_of_utterance> says nothing."""
+    end = instruct.encoder.end_token_ids[1]
+    norm, head = instruct.model.model.norm.weight, instruct.model.lm_head
+    with torch.no_grad():
+        norm.zero_()  # all logits equal
+    head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([end]), 50.0))
+    (result,) = instruct.generate([["hello"]], num_beams=3)
+    assert (result.text, result.tokens, result.token_ids) == ("", 0, ())
+    assert result.score == pytest.approx(0.0, abs=1e-3)
+
+
+def test_candidates_are_the_best_first(base: Idefics) -> None:
+    (result,) = base.generate([["hello", picture()]], num_beams=4, num_return_sequences=3, max_new_tokens=5)
+    assert len(result.candidates) == 3
+    assert result.candidates[0] == Candidate(result.text, result.score, result.tokens, result.token_ids)
+    scores = [candidate.score for candidate in result.candidates]
+    assert scores == sorted(scores, reverse=True)
+    assert len({candidate.token_ids for candidate in result.candidates}) == 3
+    assert all(candidate.tokens == len(candidate.token_ids) for candidate in result.candidates)
+
+
+def test_captions_are_asked_for_as_the_checkpoint_was_published(
+    base: Idefics, instruct: Idefics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = {
+        base: ["Image:", "Caption:"],
+        instruct: ["User:", "Describe the image briefly.", END_OF_UTTERANCE, "\nAssistant:"],
+    }
+    for model, expected in published.items():
+        seen = []
+        monkeypatch.setattr(model, "generate", lambda prompts, seen=seen, **decoding: seen.extend(prompts) or [])
+        model.caption([picture()])
+        (prompt,) = seen
+        assert isinstance(prompt[1], torch.Tensor)
+        assert [prompt[0], *prompt[2:]] == expected
+        monkeypatch.undo()
+
+
+def test_captions_from_paths_pictures_and_pixels_are_one(base: Idefics, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    picture(9).save(path)
+    sources = [str(path), path, path.read_bytes(), picture(9), base.prepare_image(path)]
+    texts = {result.token_ids for result in base.caption(sources, max_new_tokens=5)}
+    assert len(texts) == 1
+
+
+def test_a_bad_picture_is_an_error_among_good_ones(base: Idefics, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
+    row_error = RowError("row_invalid", "said before")
+    results = base.caption([picture(), tmp_path / "gone.png", tmp_path / "broken.png", row_error], max_new_tokens=3)
+    codes = [result.error.code if result.error else None for result in results]
+    assert codes == [None, "image_missing", "image_unreadable", "row_invalid"]
+    assert results[1] == Result(error=results[1].error)
+    assert results[0].text is not None
+
+
+def test_a_bad_picture_anywhere_in_a_prompt_is_an_error(base: Idefics, tmp_path: Path) -> None:
+    (result,) = base.generate([["a", picture(), "b", tmp_path / "gone.png", "c"]])
+    assert result.error.code == "image_missing"
+
+
+def test_a_prompt_that_is_too_long_is_an_error(base: Idefics) -> None:
+    results = base.generate([["word " * 400], ["short"]], max_new_tokens=4)
+    assert results[0].error.code == "prompt_too_long" and results[1].error is None
+
+
+def test_text_stays_text(base: Idefics) -> None:
+    """Special tokens' own words, addresses and paths in a prompt are words."""
+    awkward = ["<image>", "</s>", "<fake_token_around_image>", "http://example.com/cat.png", "/etc/hostname", ""]
+    results = base.generate([[text, picture(), text] for text in awkward], max_new_tokens=3)
+    assert all(result.error is None for result in results)
+
+
+def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
+    with pytest.raises(IdeficsError, match="num_beans.*num_beams"):
+        base.generate([["a"]], num_beans=3)
+    with pytest.raises(IdeficsError, match="num_return_sequences 4 is more than num_beams 3"):
+        base.generate([["a"]], num_return_sequences=4)
+    with pytest.raises(IdeficsError, match="sequence of texts and pictures"):
+        base.generate(["a"])
+    for name, value in (("num_beams", 0), ("max_new_tokens", 1.5), ("early_stopping", "soon"), ("num_beams", True)):
+        with pytest.raises(IdeficsError, match=name):
+            base.generate([["a"]], **{name: value})
+
+
+def test_no_prompts_no_results(base: Idefics) -> None:
+    assert base.generate([]) == [] and base.caption([]) == []
+
+
+def test_minimum_length_and_repetition(base: Idefics, prompts: list) -> None:
+    for result in base.generate(prompts, num_beams=3, min_new_tokens=5, max_new_tokens=12, no_repeat_ngram_size=2):
+        assert result.tokens >= 5
+        pairs = list(zip(result.token_ids, result.token_ids[1:], strict=False))
+        assert len(pairs) == len(set(pairs))
+
+
+def test_pixels_are_held_for_a_few_batches_only(base: Idefics) -> None:
+    """A stream of prompts is taken as it is decoded, not all at first."""
+    taken = []
+
+    def stream():
+        for number in range(60):
+            taken.append(number)
+            yield ["hello"]
+
+    decoded_at = []
+    original = base._decode
+    base._decode = lambda rows, options: decoded_at.append(len(taken)) or original(rows, options)
+    try:
+        assert len(base.generate(stream(), num_beams=1, max_new_tokens=1)) == 60
+    finally:
+        del base._decode
+    assert decoded_at[0] == 24  # eight batches of three
