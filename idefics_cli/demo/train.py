@@ -29,8 +29,8 @@ from idefics_cli.demo.tokenizer import build_tokenizer
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.processing import ImageProcessor, PromptEncoder
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 IMAGE_SIZE, PATCH_SIZE = 64, 8
+RECORD_EVERY, SAVE_EVERY = 100, 250
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Training:
         for index, stage in enumerate(self.stages):
             if index >= finished:
                 self._run_stage(index, stage, position if index == finished else None)
-        self._export(CHECKPOINT if self.folder == default_folder() else self.folder / "checkpoint")
+        self.export(self.folder / "checkpoint")
 
     def _resume(self) -> tuple[int, dict | None]:
         if not self.state_file.exists():
@@ -244,13 +244,13 @@ class Training:
             for optimizer, saved in zip(both, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         with tqdm(total=stage.steps, initial=first, desc=stage.name, unit="lesson", file=sys.stderr) as bar:
-            for step, lesson in zip(range(first, stage.steps), self._lessons(stage, first), strict=True):
-                measured = self._step(stage, step, lesson, both)
+            for done, lesson in enumerate(self._lessons(stage, first), start=first + 1):
+                measured = self._step(stage, done - 1, lesson, both)
                 bar.update()
-                if (step + 1) % 100 == 0:
-                    self._record(stage, step + 1, measured, bar)
-                if (step + 1) % 500 == 0:
-                    self._save(index, step + 1, both)
+                if done % RECORD_EVERY == 0:
+                    self._record(stage, done, measured, bar)
+                if done % SAVE_EVERY == 0:
+                    self._save(index, done, both)
         self._save(index + 1, 0, [])
 
     def _lessons(self, stage: Stage, first: int) -> DataLoader:
@@ -302,7 +302,7 @@ class Training:
         torch.save(state, written)
         written.replace(self.state_file)
 
-    def _export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         """An ordinary checkpoint folder; fp16 halves its size and costs nothing that can be measured."""
         model = self.pupil.model.eval()
         tokenizer, encoder = self.tokenizer, self.encoder
@@ -335,18 +335,22 @@ def to_device(lesson: Lesson, device: str) -> Lesson:
     )
 
 
-def default_folder() -> Path:
-    return Path("demo-training")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="where the run keeps its state and curve")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("demo-training"),
+        help="where the run keeps its state, its curve and the finished checkpoint",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="lengthen or shorten both stages")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    Training(options.folder, options.device, options.scale, options.threads).run()
+    try:
+        Training(options.folder, options.device, options.scale, options.threads).run()
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: the same command goes on from the last {SAVE_EVERY} lessons")
 
 
 if __name__ == "__main__":

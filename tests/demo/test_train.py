@@ -1,0 +1,121 @@
+"""Training from nothing, in miniature: it runs, goes on where it was stopped, and writes a checkpoint like any other."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from idefics_cli.demo import train
+from idefics_cli.demo.lessons import IGNORED, LessonPlan
+from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+from idefics_cli.demo.tokenizer import build_tokenizer
+from idefics_cli.demo.train import IMAGE_SIZE, Stage, Training, patch_targets, rate
+from idefics_cli.idefics import Idefics
+from idefics_cli.processing import ImageProcessor, PromptEncoder
+
+SHORT = (
+    Stage("see", 3, first_seed=0, scenes=8),
+    Stage("speak", 3, first_seed=500_000_000, scenes=8, eyes_share=0.15),
+)
+
+
+@pytest.fixture
+def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "stages", lambda scale: SHORT)
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    monkeypatch.setattr(train, "RECORD_EVERY", 1)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return PromptEncoder(build_tokenizer())
+
+
+def plan(encoder: PromptEncoder) -> LessonPlan:
+    return LessonPlan(ImageProcessor(image_size=IMAGE_SIZE), encoder, 8, 0, range(4), texts=True)
+
+
+def test_stopping_and_going_on_changes_nothing(
+    short_stages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = Training(tmp_path / "straight", "cpu", 1.0, 1)
+    straight.run()
+    counted = itertools.count(1)
+    step = Training._step
+
+    def stop_at_the_fifth(self, *args):
+        if next(counted) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Training, "_step", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        Training(tmp_path / "stopped", "cpu", 1.0, 1).run()
+    resumed = Training(tmp_path / "stopped", "cpu", 1.0, 1)
+    resumed.run()
+    for name, weight in straight.pupil.state_dict().items():
+        assert torch.equal(weight, resumed.pupil.state_dict()[name]), name
+    curves = [(tmp_path / run / "curve.jsonl").read_text().count("\n") for run in ("straight", "stopped")]
+    assert curves == [6, 6]
+
+
+def test_the_checkpoint_is_an_ordinary_one(short_stages: None, tmp_path: Path) -> None:
+    Training(tmp_path, "cpu", 1.0, 1).run()
+    model = Idefics.from_pretrained(tmp_path / "checkpoint")
+    (result,) = model.caption([scene(1).image], max_new_tokens=3)
+    assert result.error is None
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    assert weights.stat().st_size < 8_000_000
+
+
+def test_training_never_draws_what_measures_it() -> None:
+    for stage in train.stages(1.0):
+        assert stage.first_seed + stage.steps * stage.scenes < EVALUATION_SEEDS
+
+
+def test_rates_rise_and_fall() -> None:
+    stage = Stage("see", 1_000, first_seed=0)
+    assert rate(stage, 0) < 0.05 and rate(stage, 500) == 1.0 and 0 < rate(stage, 999) < 0.01
+
+
+def test_lessons_teach_the_answers_and_nothing_else(encoder: PromptEncoder) -> None:
+    """What is labelled, read back, is a caption or an answer of a picture of the lesson, each with its end."""
+    lesson = plan(encoder)[2]
+    scenes = [scene(seed) for seed in range(16, 24)]
+    truths = {drawn.caption for drawn in scenes} | {answer for drawn in scenes for _, answer in drawn.questions}
+    for texts in lesson.texts:
+        for labels, input_ids in zip(texts.labels.tolist(), texts.input_ids.tolist(), strict=True):
+            assert labels[-1] in (IGNORED, encoder.eos_token_id)
+            for answer in answers_in(labels, encoder.eos_token_id):
+                assert encoder.decode(answer) in truths
+            assert input_ids[0] == encoder.bos_token_id
+        tokens_with_an_answer = texts.labels != IGNORED
+        sees = texts.image_attention_mask.sum(-1).bool()
+        assert (sees | ~tokens_with_an_answer).all(), "an answer is learned whose picture is not in sight"
+
+
+def answers_in(labels: list[int], end: int) -> list[list[int]]:
+    runs = [list(run) for asked, run in itertools.groupby(labels, lambda label: label != IGNORED) if asked]
+    assert all(run[-1] == end and end not in run[:-1] for run in runs)
+    return [run[:-1] for run in runs]
+
+
+def test_the_three_groups_of_texts(encoder: PromptEncoder) -> None:
+    captions, questions, shots = plan(encoder)[0].texts
+    assert captions.pictures.shape == questions.pictures.shape == (8, 1)
+    assert shots.pictures.shape[1] > 1
+    assert captions.image_attention_mask.shape == (*captions.input_ids.shape, 1)
+
+
+def test_patches_are_told_what_lies_on_them() -> None:
+    objects = torch.full((1, 3, 6), float(IGNORED))
+    objects[0, 0] = torch.tensor([0.25, 0.25, 0.17, 1, 2, 3])
+    objects[0, 1] = torch.tensor([0.75, 0.75, 0.09, 0, 5, 1])
+    targets = {name: target.view(8, 8) for name, target in patch_targets(objects).items()}
+    assert targets["covered"][1, 1] == 1 and targets["covered"][6, 1] == 0
+    assert targets["rank"][1, 1] == 0 and targets["rank"][5, 5] == 1
+    assert targets["color"][2, 2] == 2 and targets["shape"][6, 6] == 1 and targets["size"][5, 6] == 0
+    assert targets["color"][6, 1] == IGNORED
