@@ -128,16 +128,16 @@ class IdeficsRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> PositionEmbeddings:
-        """cos and sin, (rows, 1, tokens, head_dim), in `hidden_states`' type."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
-        angles = torch.cat([angles, angles], dim=-1)  # (rows, 1, tokens, head_dim)
+        """cos and sin, (rows, tokens, head_dim), in `hidden_states`' type."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        angles = torch.cat([angles, angles], dim=-1)  # (rows, tokens, head_dim)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
 def rotate(states: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
     """Turn each pair (i, i + head_dim/2) of (rows, heads, tokens, head_dim) by its angle."""
-    cos, sin = position_embeddings
+    cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (rows, 1, tokens, head_dim)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat([-second, first], dim=-1) * sin
 

@@ -5,7 +5,7 @@ names, so that loading, saving, `device_map`, gradient checkpointing, PEFT and `
 There is one forward pass over the layers, `IdeficsModel.decode`; what a token sees is up to the memory it is given.
 """
 
-from __future__ import annotations
+# Annotations stay objects here: that of `forward`'s **kwargs is how transformers learns what a model can be asked for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from typing_extensions import Unpack
 
 from idefics_cli.generation import inputs as generation_inputs
 from idefics_cli.model.decoder import (
@@ -219,10 +220,11 @@ class IdeficsModel(IdeficsPreTrainedModel):
         image_attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
-        **_: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> IdeficsBaseModelOutputWithPast:
         """`input_ids` (rows, tokens) or `inputs_embeds`; `attention_mask` (rows, past + tokens), 0 on padding;
         `image_attention_mask` (rows, tokens, images), 1 where a token sees an image; one image input of `encode_images`.
+        `output_hidden_states` and `output_attentions` are the decorators' work.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -321,7 +323,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> IdeficsCausalLMOutputWithPast:
         """Inputs as in `IdeficsModel.forward`; `labels` (rows, tokens) hold the ids themselves, −100 where none counts."""
         outputs = self.model(
