@@ -267,7 +267,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 def load_network(
     checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype
 ) -> IdeficsForVisionText2Text:
-    """The network, ready to run on `device`. Raises CheckpointError naming missing, unexpected and misshapen tensors."""
+    """The network, ready to run. Raises CheckpointError naming missing, unexpected and misshapen tensors."""
     from transformers import GenerationConfig
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text

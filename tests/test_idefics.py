@@ -1,4 +1,4 @@
-"""The Python API over a tiny model with random weights: what goes in verbatim, what comes out, and what each field says."""
+"""The Python API over a tiny model with random weights: what goes in verbatim, and what each field says."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_text_stays_text(base: Idefics) -> None:
 
 
 def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
-    with pytest.raises(IdeficsError, match="num_beans.*num_beams"):
+    with pytest.raises(IdeficsError, match=r"num_beans.*num_beams"):
         base.generate([["a"]], num_beans=3)
     with pytest.raises(IdeficsError, match="num_return_sequences 4 is more than num_beams 3"):
         base.generate([["a"]], num_return_sequences=4)

@@ -55,7 +55,7 @@ class Stage:
 def stages(scale: float) -> tuple[Stage, Stage]:
     """Both stages; `scale` shortens or lengthens them."""
     see = Stage("see", round(4500 * scale), first_seed=0, easy_steps=round(600 * scale))
-    speak = Stage("speak", round(5500 * scale), first_seed=500_000_000, eyes_share=0.15)
+    speak = Stage("speak", round(3000 * scale), first_seed=500_000_000, eyes_share=0.15)
     return see, speak
 
 

@@ -1,1 +1,4 @@
-"""The IDEFICS network: tensors in, tensors out. It knows no text, no beams and no files; its state-dict names are the checkpoints'."""
+"""The IDEFICS network: tensors in, tensors out.
+
+It knows no text, no beams and no files; its state-dict names are the checkpoints'.
+"""

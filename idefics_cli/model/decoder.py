@@ -1,4 +1,4 @@
-"""The text side's building blocks: decoupled vocabularies, norms, rotary positions, attention and the two kinds of layer.
+"""The text side's building blocks: decoupled vocabularies, norms, rotary positions, attention and both kinds of layer.
 
 A LLaMA decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with Flamingo's gated cross-attention layers
 (Alayrac et al. 2022, section 3.1.2) between its blocks. Layers project and rotate; what a query may see, and where
@@ -59,7 +59,7 @@ class IdeficsDecoupledEmbedding(nn.Embedding):
 
 
 class IdeficsDecoupledLinear(nn.Linear):
-    """A linear layer in two parts, `weight` and `additional_fc`, whose outputs are joined: (..., in) -> (..., out + added)."""
+    """A linear layer in two parts, `weight` and `additional_fc`, with outputs joined: (..., in) -> (..., out + added)."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class IdeficsDecoupledLinear(nn.Linear):
 
 
 class IdeficsRMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019): statistics in fp32, rounded to the weight's type before the weight."""
+    """Root-mean-square norm (Zhang & Sennrich 2019): statistics in fp32, rounded to the weight's type before it counts."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
@@ -120,7 +120,7 @@ class IdeficsRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: IdeficsConfig, *_: object, **__: object) -> tuple[Tensor, float]:
-        """theta**(-2i/head_dim) for i in [0, head_dim/2), and no scaling; the name is the one transformers looks for."""
+        """theta**(-2i/head_dim) for i in [0, head_dim/2), not scaled; the name is the one transformers looks for."""
         head_dim = config.hidden_size // config.num_attention_heads
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0

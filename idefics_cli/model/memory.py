@@ -25,7 +25,7 @@ AttentionOutput = tuple[Tensor, Tensor | None]
 
 
 class Memory(Protocol):
-    """What an attention layer asks for. Queries are (rows, heads, tokens, head_dim), outputs (rows, tokens, heads, head_dim).
+    """What an attention layer asks for: queries (rows, heads, tokens, head_dim), outputs (rows, tokens, heads, head_dim).
 
     The second element of each result holds the attention weights where the implementation computes them, else None.
     """
@@ -33,7 +33,9 @@ class Memory(Protocol):
     def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         """Store the new tokens' key and value for this layer and attend to all that each query may see."""
 
-    def attend_image(self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None) -> AttentionOutput:
+    def attend_image(
+        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
+    ) -> AttentionOutput:
         """Attend to the images each query may see; exactly zero for a query that sees none."""
 
 
@@ -92,7 +94,9 @@ class PlainMemory:
             key, value = self.past_key_values.update(key, value, layer.layer_idx)
         return self._attention(layer, query, key, value, self.causal_mask)
 
-    def attend_image(self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None) -> AttentionOutput:
+    def attend_image(
+        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
+    ) -> AttentionOutput:
         assert image_hidden_states is not None, "the plain memory projects image_hidden_states itself, got None"
         key, value = layer.project_key_value(image_hidden_states)
         output, weights = self._attention(layer, query, key, value, self.image_mask)

@@ -40,7 +40,7 @@ from idefics_cli.model.vision import IdeficsVisionEmbeddings, IdeficsVisionTrans
 
 @dataclass
 class IdeficsBaseModelOutputWithPast(ModelOutput):
-    """`last_hidden_state` (rows, tokens, hidden); `image_hidden_states` (rows, images, seq, dim), ready to be passed again."""
+    """`last_hidden_state` (rows, tokens, hidden); `image_hidden_states` (rows, images, seq, dim), fit to be passed again."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
@@ -51,7 +51,7 @@ class IdeficsBaseModelOutputWithPast(ModelOutput):
 
 @dataclass
 class IdeficsCausalLMOutputWithPast(ModelOutput):
-    """`logits` (rows, tokens, vocab + additional vocab) and, with labels, the scalar `loss`; the rest as in the base output."""
+    """`logits` (rows, tokens, both vocabularies) and, with labels, the scalar `loss`; the rest as in the base output."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -164,8 +164,9 @@ class IdeficsModel(IdeficsPreTrainedModel):
         perceiver_embeddings: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> Tensor:
-        """Exactly one of pixels (rows, images, 3, height, width), vision output (rows, images, patches, dim) and latents
-        (rows, images, latents, dim) -> what cross-attention reads, (rows, images, seq, dim)."""
+        """Exactly one of pixels (rows, images, 3, height, width), vision output (rows, images, patches, dim) and
+        latents (rows, images, latents, dim) -> what cross-attention reads, (rows, images, seq, dim).
+        """
         given = [pixel_values, image_encoder_embeddings, perceiver_embeddings]
         if sum(value is not None for value in given) != 1:
             raise ValueError(
@@ -223,7 +224,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> IdeficsBaseModelOutputWithPast:
         """`input_ids` (rows, tokens) or `inputs_embeds`; `attention_mask` (rows, past + tokens), 0 on padding;
-        `image_attention_mask` (rows, tokens, images), 1 where a token sees an image; one image input of `encode_images`.
+        `image_attention_mask` (rows, tokens, images), 1 where a token sees an image; one input of `encode_images`.
         `output_hidden_states` and `output_attentions` are the decorators' work.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -262,7 +263,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         image_hidden_states: Tensor,
     ) -> PlainMemory:
         if image_attention_mask is None:
-            raise ValueError("image_attention_mask (rows, tokens, images) is required: it says which image a token sees")
+            raise ValueError("image_attention_mask (rows, tokens, images) is required: it says who sees what")
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -277,7 +278,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
 
 
 def positions(attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int) -> Tensor:
-    """(rows or 1, tokens): a token's place among the unmasked ones of its row; padding gets 1, as the reference does."""
+    """(rows or 1, tokens): a token's place among the unmasked ones of its row; padding gets 1, as in transformers."""
     num_tokens, device = inputs_embeds.shape[1], inputs_embeds.device
     if attention_mask is None:
         return torch.arange(past_length, past_length + num_tokens, device=device).unsqueeze(0)
@@ -325,7 +326,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> IdeficsCausalLMOutputWithPast:
-        """Inputs as in `IdeficsModel.forward`; `labels` (rows, tokens) hold the ids themselves, −100 where none counts."""
+        """Inputs as in `IdeficsModel.forward`; `labels` (rows, tokens) hold the ids, −100 where none counts."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -411,5 +412,3 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
         return generation_inputs.reorder_cache(past_key_values, beam_idx)
-
-

@@ -17,7 +17,7 @@ from idefics_cli.model.memory import attention_function
 
 
 class IdeficsVisionEmbeddings(nn.Module):
-    """Patches, a class vector in front, and learned positions: (images, 3, height, width) -> (images, 1 + patches, dim)."""
+    """Patches, a class vector in front, and positions: (images, 3, height, width) -> (images, 1 + patches, dim)."""
 
     def __init__(self, config: IdeficsVisionConfig):
         super().__init__()
@@ -131,7 +131,7 @@ class IdeficsVisionEncoder(nn.Module):
 
 
 class IdeficsVisionTransformer(nn.Module):
-    """(images, 3, height, width) -> last hidden state (images, 1 + patches, dim) and the pooled class vector (images, dim)."""
+    """(images, 3, height, width) -> last hidden state (images, 1 + patches, dim) and class vector (images, dim)."""
 
     def __init__(self, config: IdeficsVisionConfig):
         super().__init__()

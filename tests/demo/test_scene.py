@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -33,7 +34,7 @@ def test_what_is_asked_does_not_depend_on_what_is_drawn_first() -> None:
 def test_shapes_stand_apart_and_inside(seed: int) -> None:
     objects = scene(seed).objects
     assert 1 <= len(objects) <= 3
-    for left, right in zip(objects, objects[1:], strict=False):
+    for left, right in itertools.pairwise(objects):
         assert right.x - left.x > MIN_HORIZONTAL_GAP
     for index, item in enumerate(objects):
         assert item.radius < item.x < 1 - item.radius and item.radius < item.y < 1 - item.radius

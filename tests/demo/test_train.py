@@ -1,4 +1,4 @@
-"""Training from nothing, in miniature: it runs, goes on where it was stopped, and writes a checkpoint like any other."""
+"""Training from nothing, in miniature: it runs, goes on where it stopped, and writes an ordinary checkpoint."""
 
 from __future__ import annotations
 
