@@ -59,7 +59,7 @@ class IdeficsDecoupledEmbedding(nn.Embedding):
 
 
 class IdeficsDecoupledLinear(nn.Linear):
-    """A linear layer in two parts, `weight` and `additional_fc`, with outputs joined: (..., in) -> (..., out + added)."""
+    """A linear layer in two parts, `weight` and `additional_fc`, with outputs joined: (..., in) -> (..., out)."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class IdeficsDecoupledLinear(nn.Linear):
 
 
 class IdeficsRMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019): statistics in fp32, rounded to the weight's type before it counts."""
+    """Root-mean-square norm (Zhang & Sennrich 2019): statistics in fp32, rounded to the weight's type."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()

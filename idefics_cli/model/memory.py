@@ -25,7 +25,7 @@ AttentionOutput = tuple[Tensor, Tensor | None]
 
 
 class Memory(Protocol):
-    """What an attention layer asks for: queries (rows, heads, tokens, head_dim), outputs (rows, tokens, heads, head_dim).
+    """What a layer asks for: queries are (rows, heads, tokens, head_dim), outputs (rows, tokens, heads, head_dim).
 
     The second element of each result holds the attention weights where the implementation computes them, else None.
     """

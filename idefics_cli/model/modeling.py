@@ -40,7 +40,7 @@ from idefics_cli.model.vision import IdeficsVisionEmbeddings, IdeficsVisionTrans
 
 @dataclass
 class IdeficsBaseModelOutputWithPast(ModelOutput):
-    """`last_hidden_state` (rows, tokens, hidden); `image_hidden_states` (rows, images, seq, dim), fit to be passed again."""
+    """`last_hidden_state` (rows, tokens, hidden); `image_hidden_states` (rows, images, seq, dim), to pass again."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
@@ -51,7 +51,7 @@ class IdeficsBaseModelOutputWithPast(ModelOutput):
 
 @dataclass
 class IdeficsCausalLMOutputWithPast(ModelOutput):
-    """`logits` (rows, tokens, both vocabularies) and, with labels, the scalar `loss`; the rest as in the base output."""
+    """`logits` (rows, tokens, both vocabularies) and, with labels, the scalar `loss`; the rest as above."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
