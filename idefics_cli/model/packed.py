@@ -1,0 +1,183 @@
+"""Linear layers whose weights lie in oneDNN's blocked layout, for networks that only run inference on the CPU.
+
+The blocked weight replaces the plain one: there are never two copies, but of the one layer being packed. One packing
+serves any number of rows. `state_dict` still gives plain weights under the checkpoints' names, copied for the purpose;
+to load, move, convert or train a packed network, call `unpack_linears` first.
+
+This module knows no layers but linear ones, and no decoding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idefics_cli.model.decoder import IdeficsDecoupledLinear
+
+# Each call costs some 10 µs beside the product itself; a matrix with a shorter side does not earn that back.
+SHORTEST_SIDE = 128
+# oneDNN is told for how many rows to lay a weight out. Measured from 8 to 2,056, all hints serve all sizes alike.
+ROWS_HINT = 64
+
+
+class PackedLinear(nn.Module):
+    """An `nn.Linear` for inference on the CPU: (..., in) -> (..., out), contiguous.
+
+    The results are those of the plain layer but for rounding (relative 1e-6 in fp32). Raises RuntimeError where a
+    gradient is asked for, and where the layer is to leave the CPU or its type.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        # A plain attribute, no buffer: a blocked tensor has no strides and cannot be saved as it is.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS_HINT)
+        self.train(linear.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # Without this the product would pass a wrong gradient on, and only warn.
+        if inputs.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a packed layer has no gradient: run under torch.no_grad(), or unpack_linears first")
+        assert inputs.dtype == self.dtype, (inputs.dtype, self.dtype)
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
+
+    def plain_weight(self) -> Tensor:
+        """A copy of the weight, (out, in)."""
+        return self._packed.to_dense()
+
+    def unpacked(self) -> nn.Linear:
+        """The plain layer again, frozen."""
+        return self._restore(nn.Linear(self.in_features, self.out_features, device="meta"))
+
+    def _restore(self, linear: nn.Linear) -> nn.Linear:
+        linear.weight = nn.Parameter(self.plain_weight(), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.plain_weight()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        if moved.device.type != "cpu" or moved.dtype != self.dtype:
+            raise RuntimeError(
+                f"a packed layer cannot become {moved.dtype} on {moved.device}: call unpack_linears first"
+            )
+        return super()._apply(fn, recurse)
+
+
+class PackedDecoupledLinear(PackedLinear):
+    """An `IdeficsDecoupledLinear` whose large part is packed; `additional_fc`, a few rows, stays plain."""
+
+    def __init__(self, linear: IdeficsDecoupledLinear):
+        super().__init__(linear)
+        self.out_additional_features = linear.out_additional_features
+        self.partially_freeze = linear.partially_freeze
+        if self.out_additional_features > 0:
+            self.additional_fc = linear.additional_fc.requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output = super().forward(inputs)
+        if self.out_additional_features == 0:
+            return output
+        return torch.cat([output, self.additional_fc(inputs)], dim=-1)
+
+    def unpacked(self) -> IdeficsDecoupledLinear:
+        with torch.device("meta"):
+            linear = IdeficsDecoupledLinear(
+                self.in_features,
+                self.out_features,
+                self.out_additional_features,
+                bias=self.bias is not None,
+                partially_freeze=self.partially_freeze,
+            )
+        if self.out_additional_features > 0:
+            linear.additional_fc = self.additional_fc
+        return self._restore(linear)
+
+
+PACKED_FORMS: dict[type[nn.Linear], type[PackedLinear]] = {
+    nn.Linear: PackedLinear,
+    IdeficsDecoupledLinear: PackedDecoupledLinear,
+}
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace the linear layers below `model`, one by one, by packed ones, and freeze what they keep plain.
+
+    Left alone: layers on another device than the CPU or of a type that oneDNN does not multiply here, small ones,
+    those that share a weight with another module (a tied head would need a second copy), and subclasses of
+    `nn.Linear` that are not this package's. Without oneDNN on an AVX2 or AVX-512 processor nothing changes.
+    """
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    dtypes = packable_dtypes()
+    packable = {
+        id(module.weight) for module in model.modules() if _is_packable(module, dtypes) and uses[id(module.weight)] == 1
+    }
+    if packable:
+        _leave_mapped_files(parameter for parameter in model.parameters() if id(parameter) not in packable)
+        _replace(model, nn.Linear, lambda linear: _packed(linear) if id(linear.weight) in packable else linear)
+
+
+def unpack_linears(model: nn.Module) -> None:
+    """Undo `pack_linears`, one by one; weights come back bit by bit as they were, frozen."""
+    _replace(model, PackedLinear, lambda packed: packed.unpacked())
+
+
+def packable_dtypes() -> frozenset[torch.dtype]:
+    """The types in which oneDNN multiplies packed weights on this machine."""
+    operators = torch.ops.mkldnn
+    has_oneDNN = torch.backends.mkldnn.is_available() and hasattr(operators, "_reorder_linear_weight")
+    if not has_oneDNN or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return frozenset()
+    supported = {
+        torch.float32: True,
+        torch.bfloat16: operators._is_mkldnn_bf16_supported(),
+        torch.float16: operators._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, is_supported in supported.items() if is_supported)
+
+
+def _is_packable(module: nn.Module, dtypes: frozenset[torch.dtype]) -> bool:
+    if type(module) not in PACKED_FORMS:
+        return False
+    weight = module.weight
+    return weight.device.type == "cpu" and weight.dtype in dtypes and min(weight.shape) >= SHORTEST_SIDE
+
+
+def _packed(linear: nn.Linear) -> PackedLinear:
+    return PACKED_FORMS[type(linear)](linear)
+
+
+def _leave_mapped_files(parameters: Iterable[nn.Parameter]) -> None:
+    """Copy parameters that lie in a mapped checkpoint file.
+
+    The file is mapped as a whole: one plain tensor left in it would keep all that is packed in memory. Storages that
+    torch allocated itself can be resized, mapped ones cannot.
+    """
+    for parameter in parameters:
+        if parameter.device.type == "cpu" and not parameter.untyped_storage().resizable():
+            parameter.data = parameter.data.clone()
+
+
+def _replace(module: nn.Module, kind: type[nn.Module], form: Callable[[nn.Module], nn.Module]) -> None:
+    """Give each descendant of this kind its other form.
+
+    Only names are held while walking: a reference to a replaced layer would keep its weight in memory.
+    """
+    for name in list(module._modules):
+        child = module._modules[name]
+        if isinstance(child, kind):
+            setattr(module, name, form(child))
+        elif child is not None:
+            _replace(child, kind, form)
