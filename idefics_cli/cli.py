@@ -201,6 +201,78 @@ def caption(
 
 
 @app.command()
+def bench(
+    context: typer.Context,
+    model: ModelOption = DEFAULT_MODEL,
+    random: Annotated[
+        Literal["tiny", "mid", "9b"] | None,
+        typer.Option(help="Random weights of this size in place of a model.", show_default=False),
+    ] = None,
+    shots: Annotated[int, typer.Option(metavar="N", min=0, help="Worked examples that all prompts start with.")] = 0,
+    questions_per_image: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Prompts about each image; with a model, more than one asks.")
+    ] = 1,
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Prompts in each run.", show_default="one batch")
+    ] = None,
+    scenes: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="The same, counted in images.", show_default=False),
+    ] = None,
+    num_beams: Annotated[int, typer.Option(metavar="N", min=1, help="Beams of the search; 1 is greedy.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest text, in tokens.")] = 30,
+    length: Annotated[
+        Literal["fixed", "varied"] | None,
+        typer.Option(
+            help="fixed: every text is as long as it may be; varied: texts end where they end.",
+            show_default="fixed for random weights, varied for a model",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts that are decoded at a time.")] = 8,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Timed runs of each side, in turn; medians count.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides weights, pictures and prompts.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Threads of the CPU.", show_default="torch's own choice")
+    ] = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    allow_pickle: AllowPickleOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure speed on this machine, beside transformers, with the distance to the hardware's floor.
+
+    Both sides get the same prompts and share the weights. The first call of ours (nothing cached yet) is told apart;
+    timed runs have new images and the same shots. Tables go to stderr, one JSON line to stdout.
+    """
+    if random is not None and context.get_parameter_source("model").name == "COMMANDLINE":
+        raise typer.BadParameter("random weights need no model: leave -m out", param_hint="--random")
+    if rows is not None and scenes is not None:
+        raise typer.BadParameter("it says the same as --rows: give one of them", param_hint="--scenes")
+    with _exit_codes(debug, str):
+        from idefics_cli.checkpoint import ModelRequest
+
+        request = ModelRequest(model, revision, dtype, device, allow_pickle)
+        if random is None:
+            check_model(request)
+        _print_bench(
+            request=request,
+            random=random,
+            rows=rows if scenes is None else scenes * questions_per_image,
+            shots=shots,
+            questions_per_image=questions_per_image,
+            batch_size=batch_size,
+            decoding=_verified_decoding(num_beams=num_beams, max_new_tokens=max_new_tokens),
+            fixed_length=length == "fixed" if length is not None else random is not None,
+            repeats=repeats,
+            threads=threads,
+            seed=seed,
+        )
+
+
+@app.command()
 def info(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Hub id, local folder or `demo`.", show_default=False)
@@ -477,6 +549,24 @@ def _say_failures(stats: RunStats) -> None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# Measurements
+
+
+def _print_bench(**options: Any) -> None:
+    """Run it; tables on stderr, the report on stdout as one line of JSON."""
+    import json
+
+    from idefics_cli.bench.report import run, tables
+    from idefics_cli.bench.subjects import BenchOptions
+    from idefics_cli.generation.options import DecodingOptions
+
+    decoding = DecodingOptions(**options.pop("decoding"))
+    found = run(BenchOptions(**options, decoding=decoding), _say)
+    for table in tables(found):
+        _console(sys.stderr).print(table, soft_wrap=False)
+    print(json.dumps(found))
 
 
 # Facts

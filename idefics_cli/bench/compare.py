@@ -1,0 +1,250 @@
+"""Both sides of a benchmark: our engine and transformers' `generate`, on the same weights, prompt by prompt.
+
+Times, memory and texts of each run, and whether both sides say the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from idefics_cli.bench.memory import MemoryMeter
+from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, Subject, transformers_model
+from idefics_cli.errors import IdeficsError
+from idefics_cli.generation import reference
+from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.generation.reference import Hypothesis, Vocabulary
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
+from idefics_cli.processing import EncodedPrompt, collate
+
+TIE = 1e-5  # two texts whose scores differ by less are equally good
+TIES_EXAMINED = 16
+
+
+class PhaseTimes(Protocol):
+    """Seconds and counts that an engine adds up."""
+
+    vision: float
+    prefill: float
+    decode: float
+    images: int
+    prompt_tokens: int
+    steps: int
+
+    def reset(self) -> None: ...
+
+
+class TextEngine(Protocol):
+    """What is measured: `generation.engine.Engine`, or in tests something that answers the same.
+
+    `waits` makes `times` true on CUDA, where the device works on behind the host.
+    """
+
+    times: PhaseTimes
+    waits: bool
+
+    def generate(
+        self, prompts: Iterable[EncodedPrompt], options: DecodingOptions
+    ) -> Iterator[tuple[int, list[Hypothesis]]]: ...
+
+
+EngineFactory = Callable[[IdeficsForVisionText2Text, Vocabulary, int, int], TextEngine]
+
+
+def make_engine(model: IdeficsForVisionText2Text, vocabulary: Vocabulary, image_token_id: int, rows: int) -> TextEngine:
+    """Our engine on our model, whose weights are laid out for the device as they are after loading."""
+    from idefics_cli.generation.engine import Engine
+    from idefics_cli.model.packed import pack_linears
+
+    pack_linears(model)
+    return Engine(model, vocabulary, image_token_id, rows)
+
+
+# ---- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over a draw of prompts. `texts` holds (token ids, score or None) of each prompt, in order."""
+
+    seconds: float
+    texts: list[tuple[tuple[int, ...], float | None]]
+    peak: int | None
+    times: dict[str, float] = field(default_factory=dict)
+
+
+class Bench:
+    """Both sides of one benchmark, ready to run."""
+
+    def __init__(self, subject: Subject, options: BenchOptions, factory: EngineFactory = make_engine):
+        self.subject, self.options = subject, options
+        self.device = subject.model.device
+        self.meter = MemoryMeter(self.device)
+        # Before our engine may lay the weights out anew: transformers keeps them as they are.
+        self.theirs = transformers_model(subject.model)
+        image_token_id = subject.token_ids.image_token_id
+        with self.meter.measure() as layout:
+            started = self._now()
+            self.engine = factory(subject.model, subject.vocabulary, image_token_id, options.batch_size)
+            self.layout_seconds = self._now() - started
+        self.layout_bytes = layout.kept
+        self._kept_by_ours = 0
+
+    def run_ours(self, prompts: Sequence[EncodedPrompt]) -> Run:
+        """The peak counts what earlier calls left behind: caches are part of how we do it."""
+        self.engine.times.reset()
+        texts: list[tuple[tuple[int, ...], float | None]] = [((), None)] * len(prompts)
+        with self.meter.measure() as memory:
+            started = self._now()
+            for index, hypotheses in self.engine.generate(prompts, self.options.texts):
+                if not hypotheses:
+                    raise IdeficsError("the device's memory does not hold one prompt: lower --shots or --num-beams")
+                texts[index] = (hypotheses[0].token_ids, hypotheses[0].score)
+            seconds = self._now() - started
+        peak = None if memory.rise is None else self._kept_by_ours + memory.rise
+        self._kept_by_ours += memory.kept or 0
+        return Run(seconds, texts, peak, phase_times(self.engine.times))
+
+    def run_theirs(self, prompts: Sequence[EncodedPrompt], with_scores: bool = False) -> Run:
+        """Batches of similar length, as a careful caller makes them. Collating is not timed, `generate` is.
+
+        Scores are asked for only where time and memory do not count: transformers keeps every step's logits for them.
+        """
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+        texts: list[tuple[tuple[int, ...], float | None]] = [((), None)] * len(prompts)
+        seconds = 0.0
+        with self.meter.measure() as memory:
+            for first in range(0, len(order), self.options.batch_size):
+                batch = order[first : first + self.options.batch_size]
+                inputs = self._collate([prompts[index] for index in batch])
+                started = self._now()
+                found = self._generate(inputs, with_scores)
+                seconds += self._now() - started
+                for index, text in zip(batch, found, strict=True):
+                    texts[index] = text
+        return Run(seconds, texts, memory.rise)
+
+    def _collate(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
+        return vars(collate(prompts, self.subject.token_ids, self.subject.image_size))
+
+    def _generate(self, inputs: dict[str, Tensor], with_scores: bool) -> list[tuple[tuple[int, ...], float | None]]:
+        tensors = {name: value.to(self.device) for name, value in inputs.items()}
+        options, vocabulary = self.options.texts, self.subject.vocabulary
+        if with_scores:
+            decoded = reference.generate(self.theirs, tensors, options, vocabulary)
+            return [(hypotheses[0].token_ids, hypotheses[0].score) for hypotheses in decoded]
+        config = reference.generation_config(options, vocabulary)
+        config.return_dict_in_generate = config.output_scores = config.output_logits = False
+        with torch.inference_mode():
+            sequences = self.theirs.generate(**tensors, generation_config=config)
+        written = sequences[:, tensors["input_ids"].shape[1] :].tolist()
+        return [(reference.until_end(row, vocabulary.end_token_ids), None) for row in written]
+
+    @torch.inference_mode()
+    def score(self, prompt: EncodedPrompt, token_ids: tuple[int, ...]) -> float:
+        """The text's score as one forward pass of transformers' model gives it."""
+        options = self.options.texts
+        tensors = {
+            name: value.to(self.device)
+            for name, value in self._collate([EncodedPrompt([*prompt.input_ids, *token_ids], prompt.pixels)]).items()
+        }
+        logits = self.theirs(**tensors, use_cache=False).logits[0, len(prompt.input_ids) - 1 :].float()
+        log_probabilities = logits.log_softmax(dim=-1)  # (tokens + 1, vocabulary)
+        written = torch.tensor(token_ids, dtype=torch.long, device=self.device)
+        total = float(log_probabilities[:-1].gather(1, written[:, None]).sum())
+        length = len(token_ids)
+        if length < options.max_new_tokens:  # an end token closes it, the likeliest of them
+            total += float(log_probabilities[-1, list(self.subject.vocabulary.end_token_ids)].max())
+            length += 1
+        return total / length**options.length_penalty
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def phase_times(times: PhaseTimes) -> dict[str, float]:
+    return {name: getattr(times, name) for name in ("vision", "prefill", "decode", "images", "prompt_tokens", "steps")}
+
+
+# ---- whether both say the same
+
+
+def agreement(bench: Bench, pairs: Sequence[tuple[Sequence[EncodedPrompt], Run, Run]]) -> dict[str, Any]:
+    """Texts of both sides, row by row. Where they differ, transformers scores both: a tie is no difference.
+
+    Scores are compared where transformers was asked for its own.
+    """
+    rows = [row for prompts, ours, theirs in pairs for row in zip(prompts, ours.texts, theirs.texts, strict=True)]
+    same = [row for row in rows if row[1][0] == row[2][0]]
+    differing = [row for row in rows if row[1][0] != row[2][0]]
+    gaps = [
+        abs(bench.score(prompt, ours[0]) - bench.score(prompt, theirs[0]))
+        for prompt, ours, theirs in differing[:TIES_EXAMINED]
+    ]
+    return {
+        "rows": len(rows),
+        "identical": len(same) / len(rows),
+        "differing_rows": len(differing),
+        "differing_examined": len(gaps),
+        "differing_ties": sum(gap <= TIE for gap in gaps),
+        "largest_gap": max(gaps, default=None),
+        "rows_with_scores": sum(theirs[1] is not None for _, _, theirs in same),
+        "max_score_difference": max(
+            (abs(ours[1] - theirs[1]) for _, ours, theirs in same if theirs[1] is not None), default=None
+        ),
+    }
+
+
+# ---- all runs
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All runs: the first pair (ours with cold caches, transformers asked for scores), the timed ones, and those of
+    ours whose phases are told apart."""
+
+    first: tuple[Run, Run]
+    ours: list[Run]
+    theirs: list[Run]
+    phased: list[Run]
+    agreement: dict[str, Any]
+
+    @cached_property
+    def ratios(self) -> list[float]:
+        return [theirs.seconds / ours.seconds for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+
+def measure(bench: Bench, say: Callable[[str], None]) -> Measured:
+    """A first pair that warms both sides up, then timed ones on new pictures, each side first in turn."""
+    say("first call, and transformers with scores")
+    prompts = bench.subject.prompts.draw(FIRST_CALL)
+    first = bench.run_ours(prompts), bench.run_theirs(prompts, with_scores=True)
+    pairs = [(prompts, *first)]
+    for repeat in range(1, bench.options.repeats + 1):
+        prompts = bench.subject.prompts.draw(FIRST_CALL + repeat)
+        if repeat % 2:
+            theirs = bench.run_theirs(prompts)
+            ours = bench.run_ours(prompts)
+        else:
+            ours = bench.run_ours(prompts)
+            theirs = bench.run_theirs(prompts)
+        say(f"repeat {repeat}: ours {ours.seconds:.2f} s, transformers {theirs.seconds:.2f} s")
+        pairs.append((prompts, ours, theirs))
+    ours, theirs = [ours for _, ours, _ in pairs[1:]], [theirs for _, _, theirs in pairs[1:]]
+    return Measured(first, ours, theirs, phased_runs(bench, ours), agreement(bench, pairs))
+
+
+def phased_runs(bench: Bench, timed: list[Run]) -> list[Run]:
+    """On CUDA a run of its own, since waiting for the device after each phase costs time."""
+    if bench.device.type != "cuda":
+        return timed
+    bench.engine.waits = True
+    return [bench.run_ours(bench.subject.prompts.draw(FIRST_CALL + bench.options.repeats + 1))]

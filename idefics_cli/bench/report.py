@@ -1,0 +1,196 @@
+"""The benchmark from options to a report: plain numbers, JSON as they stand, and tables for people."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from idefics_cli.bench.compare import Bench, EngineFactory, Measured, Run, make_engine, measure
+from idefics_cli.bench.floor import Counts, copy_bandwidth, floor_seconds, work_of
+from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, checkpoint_subject, random_subject, require_room
+from idefics_cli.checkpoint import resolve_device, resolve_dtype
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def run(
+    options: BenchOptions, say: Callable[[str], None] = lambda line: None, factory: EngineFactory = make_engine
+) -> dict[str, Any]:
+    """The whole benchmark. `say` is told what is under way."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = resolve_device(options.request.device)
+    dtype = resolve_dtype(options.request.dtype, device)
+    prepare = checkpoint_subject if options.random is None else random_subject
+    subject = prepare(options, device, dtype)
+    require_room(subject, options)
+    bench = Bench(subject, options, factory)
+    measured = measure(bench, say)
+    say("timing the bare matrix products")
+    phases = phase_report(bench, measured)
+    return report(bench, measured, phases)
+
+
+def phase_report(bench: Bench, measured: Measured) -> dict[str, Any]:
+    """For each phase: median seconds, the floor of its median work, and how far above it stands."""
+    bandwidth = copy_bandwidth(bench.device)
+    work = work_of(bench.theirs, median_counts(bench, measured))
+    phases: dict[str, Any] = {}
+    for name in ("vision", "prefill", "decode"):
+        seconds = statistics.median(run.times[name] for run in measured.phased)
+        floor = floor_seconds(work[name], bandwidth)
+        products = max(floor["products"], floor.get("bytes", 0.0))
+        whole = max(floor["products"] + floor["attention"], floor.get("bytes", 0.0))
+        phases[name] = {
+            "seconds": seconds,
+            "floor_seconds": whole,
+            "floor": floor,
+            "above_floor": seconds / whole if whole else None,
+            "above_products": seconds / products if products else None,
+        }
+    inside = sum(phase["seconds"] for phase in phases.values())
+    phases["other"] = {"seconds": statistics.median(run.seconds for run in measured.phased) - inside}
+    if bandwidth is not None:
+        phases["copy_bandwidth_bytes_per_second"] = bandwidth
+    return phases
+
+
+def median_counts(bench: Bench, measured: Measured) -> Counts:
+    options = bench.options
+    done = {
+        name: round(statistics.median(run.times[name] for run in measured.phased))
+        for name in ("images", "prompt_tokens", "steps")
+    }
+    prompts = bench.subject.prompts.draw(FIRST_CALL)
+    lengths = [len(token_ids) for run in measured.phased for token_ids, _ in run.texts]
+    return Counts(
+        **done,
+        prompts=options.num_rows,
+        rows=min(options.batch_size, options.num_rows),
+        beams=options.decoding.num_beams,
+        prompt_length=statistics.fmean(len(prompt.input_ids) for prompt in prompts),
+        text_length=statistics.fmean(lengths),
+    )
+
+
+def report(bench: Bench, measured: Measured, phases: dict[str, Any]) -> dict[str, Any]:
+    before = {
+        "first_call_seconds": measured.first[0].seconds,
+        "layout_seconds": bench.layout_seconds,
+        "layout_bytes": bench.layout_bytes,
+    }
+    return {
+        "machine": machine(bench.device),
+        "versions": versions(),
+        "settings": settings(bench),
+        "ours": {**side(bench.options, measured.ours), **before},
+        "transformers": side(bench.options, measured.theirs),
+        "ratio": statistics.median(measured.ratios),
+        "ratios": measured.ratios,
+        "agreement": measured.agreement,
+        "phases": phases,
+        "work": {name: measured.phased[-1].times[name] for name in ("images", "prompt_tokens", "steps")},
+    }
+
+
+def side(options: BenchOptions, runs: Sequence[Run]) -> dict[str, Any]:
+    seconds = statistics.median(run.seconds for run in runs)
+    return {
+        "seconds": seconds,
+        "all_seconds": [run.seconds for run in runs],
+        "rows_per_second": options.num_rows / seconds,
+        "images_per_second": options.num_images / seconds,
+        "tokens": statistics.median(sum(len(token_ids) for token_ids, _ in run.texts) for run in runs),
+        "peak_bytes": max((run.peak for run in runs if run.peak is not None), default=None),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "processor": processor_name(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
+
+
+def processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (FileNotFoundError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    installed = {package: metadata.version(package) for package in ("torch", "transformers")}
+    return {"python": platform.python_version(), **installed}
+
+
+def settings(bench: Bench) -> dict[str, Any]:
+    options = bench.options
+    return {
+        "model": f"random {options.random}" if options.random else options.request.model,
+        "parameters": sum(parameter.numel() for parameter in bench.theirs.parameters()),
+        "dtype": str(bench.theirs.dtype).removeprefix("torch."),
+        "rows": options.num_rows,
+        "shots": options.shots,
+        "questions_per_image": options.questions_per_image,
+        "batch_size": options.batch_size,
+        "length": "fixed" if options.fixed_length else "varied",
+        "decoding": asdict(options.texts),
+        "repeats": options.repeats,
+        "seed": options.seed,
+    }
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """The report for people."""
+    return [comparison_table(found), phase_table(found["phases"])]
+
+
+def comparison_table(found: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    ours, theirs, same = found["ours"], found["transformers"], found["agreement"]
+    told = found["settings"]
+    title = f"{told['model']}, {told['dtype']}, {told['rows']} rows, {told['shots']} shots"
+    table = Table("", "idefics", "transformers", title=title, title_justify="left")
+    for name, label in (("seconds", "seconds"), ("rows_per_second", "rows/s"), ("images_per_second", "images/s")):
+        table.add_row(label, f"{ours[name]:.2f}", f"{theirs[name]:.2f}")
+    table.add_row("first call, s", f"{ours['first_call_seconds']:.2f}", "")
+    table.add_row("peak memory over weights, MB", megabytes(ours["peak_bytes"]), megabytes(theirs["peak_bytes"]))
+    table.add_row("times faster", f"{found['ratio']:.2f}", "1")
+    table.add_row("identical tokens", f"{same['identical']:.2%} of {same['rows']} rows", "")
+    if same["differing_rows"]:
+        examined = f"{same['differing_ties']} of {same['differing_examined']} examined are ties"
+        table.add_row("differing rows", f"{same['differing_rows']}; {examined}", "")
+    if same["max_score_difference"] is not None:
+        table.add_row("largest difference of scores", f"{same['max_score_difference']:.1e}", "")
+    return table
+
+
+def megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
+
+
+def phase_table(phases: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("phase", "seconds", "products", "attention", "bytes", "above floor", title="Where our time goes")
+    for name in ("vision", "prefill", "decode"):
+        phase = phases[name]
+        floor = phase["floor"]
+        shown = [f"{floor[part]:.3f}" if part in floor else "" for part in ("products", "attention", "bytes")]
+        above = f"{phase['above_floor']:.2f}×" if phase["above_floor"] is not None else ""
+        table.add_row(name, f"{phase['seconds']:.3f}", *shown, above)
+    table.add_row("other", f"{phases['other']['seconds']:.3f}")
+    return table
