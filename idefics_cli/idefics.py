@@ -7,9 +7,8 @@ not touched. A caller's mistake (an unknown option, a model that is not there) r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,17 +25,17 @@ from idefics_cli.checkpoint import (
 )
 from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
-from idefics_cli.generation import reference
+from idefics_cli.generation.engine import Engine
 from idefics_cli.generation.options import DecodingOptions
-from idefics_cli.processing import EncodedPrompt, ImageProcessor, PromptEncoder, collate
-from idefics_cli.prompts import Prompt, SpecialToken, caption_prompt
+from idefics_cli.generation.reference import Hypothesis, Vocabulary
+from idefics_cli.processing import EncodedPrompt, ImageProcessor, PromptEncoder
+from idefics_cli.prompts import Prompt, SpecialToken, caption_prompt, question_prompt
 
 if TYPE_CHECKING:
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 DEFAULT_BATCH_SIZE = 16
-BATCHES_IN_SIGHT = 8  # among which prompts are sorted by length
 
 ImageSource = str | os.PathLike | bytes | Image.Image
 PreparedImage = torch.Tensor | RowError
@@ -81,6 +80,8 @@ class Idefics:
         batch_size: int = DEFAULT_BATCH_SIZE,
     ):
         self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
+        vocabulary = Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id)
+        self.engine = Engine(model, vocabulary, encoder.image_token_id, batch_size)
 
     @classmethod
     def from_pretrained(
@@ -119,30 +120,39 @@ class Idefics:
         prompts = (caption_prompt(self._picture(image), self.encoder.is_instruct) for image in images)
         return self.generate(prompts, **decoding)
 
+    def answer(self, pairs: Iterable[tuple[ImageSource | PreparedImage, str]], **decoding: object) -> list[Result]:
+        """Answer (picture, question) pairs, each prompted as its checkpoint was published.
+
+        A picture that stands in several pairs is encoded once.
+        """
+        prompts = (
+            question_prompt(self._picture(image), question, self.encoder.is_instruct) for image, question in pairs
+        )
+        return self.generate(prompts, **decoding)
+
     def generate(self, prompts: Iterable[Prompt | Sequence], **decoding: object) -> list[Result]:
         """Continue each prompt, a sequence of texts and pictures that stands verbatim behind `<s>`.
 
         A `str` is text, never a path: give pictures as PIL, `pathlib.Path` or bytes. Keywords are the fields of
-        DecodingOptions. One Result for each prompt, in order; pixels are held for a few batches at a time.
+        DecodingOptions. One Result for each prompt, in order; prompts are taken as they are decoded, a few batches
+        ahead.
         """
         options = DecodingOptions.from_keywords(decoding)
-        results: list[Result] = []
-        remaining = iter(prompts)
-        while window := list(islice(remaining, BATCHES_IN_SIGHT * self.batch_size)):
-            results += self._generate_window(window, options)
-        return results
+        results: dict[int, Result] = {}
+        places: list[int] = []  # of the prompts that reach the engine
 
-    def _generate_window(self, prompts: Sequence[Prompt | Sequence], options: DecodingOptions) -> list[Result]:
-        encoded = [self._encode(prompt, options) for prompt in prompts]
-        results = [Result(error=row) if isinstance(row, RowError) else None for row in encoded]
-        waiting = [index for index, result in enumerate(results) if result is None]
-        # Prompts of similar length are decoded together, so that little is padded.
-        waiting.sort(key=lambda index: (len(encoded[index].pixels), len(encoded[index].input_ids)))
-        for first in range(0, len(waiting), self.batch_size):
-            batch = waiting[first : first + self.batch_size]
-            for index, result in zip(batch, self._decode([encoded[i] for i in batch], options), strict=True):
-                results[index] = result
-        return results
+        def decodable() -> Iterator[EncodedPrompt]:
+            for place, prompt in enumerate(prompts):
+                encoded = self._encode(prompt, options)
+                if isinstance(encoded, RowError):
+                    results[place] = Result(error=encoded)
+                else:
+                    places.append(place)
+                    yield encoded
+
+        for number, hypotheses in self.engine.generate(decodable(), options):
+            results[places[number]] = self._result(hypotheses)
+        return [results[place] for place in range(len(results))]
 
     def _encode(self, prompt: Prompt | Sequence, options: DecodingOptions) -> EncodedPrompt | RowError:
         if isinstance(prompt, (str, bytes)):
@@ -164,16 +174,12 @@ class Idefics:
     def _picture(self, image: ImageSource | PreparedImage) -> PreparedImage:
         return image if isinstance(image, (torch.Tensor, RowError)) else self.prepare_image(image)
 
-    def _decode(self, rows: Sequence[EncodedPrompt], options: DecodingOptions) -> list[Result]:
-        inputs = collate(rows, self.encoder, self.images.image_size)
-        tensors = {name: value.to(self.model.device) for name, value in vars(inputs).items()}
-        vocabulary = reference.Vocabulary(
-            self.encoder.end_token_ids, self.encoder.banned_token_ids, self.encoder.pad_token_id
-        )
-        decoded = reference.generate(self.model, tensors, options, vocabulary)
-        return [Result.of([self._candidate(each) for each in hypotheses]) for hypotheses in decoded]
+    def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
+        if not hypotheses:
+            return Result(error=RowError("out_of_memory", "the device's memory does not hold this prompt alone"))
+        return Result.of([self._candidate(hypothesis) for hypothesis in hypotheses])
 
-    def _candidate(self, hypothesis: reference.Hypothesis) -> Candidate:
+    def _candidate(self, hypothesis: Hypothesis) -> Candidate:
         token_ids = hypothesis.token_ids
         return Candidate(self.encoder.decode(token_ids), hypothesis.score, len(token_ids), token_ids)
 

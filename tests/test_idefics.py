@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_models import save_checkpoint
 
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
+from idefics_cli.generation.engine import Stream
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.processing import EncodedPrompt, collate
 from idefics_cli.prompts import END_OF_UTTERANCE
@@ -188,7 +189,7 @@ def test_minimum_length_and_repetition(base: Idefics, prompts: list) -> None:
         assert len(pairs) == len(set(pairs))
 
 
-def test_pixels_are_held_for_a_few_batches_only(base: Idefics) -> None:
+def test_prompts_are_taken_a_few_batches_ahead_only(base: Idefics, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream of prompts is taken as it is decoded, not all at first."""
     taken = []
 
@@ -197,11 +198,8 @@ def test_pixels_are_held_for_a_few_batches_only(base: Idefics) -> None:
             taken.append(number)
             yield ["hello"]
 
-    decoded_at = []
-    original = base._decode
-    base._decode = lambda rows, options: decoded_at.append(len(taken)) or original(rows, options)
-    try:
-        assert len(base.generate(stream(), num_beams=1, max_new_tokens=1)) == 60
-    finally:
-        del base._decode
-    assert decoded_at[0] == 24  # eight batches of three
+    admitted_at = []
+    admit = Stream._admit
+    monkeypatch.setattr(Stream, "_admit", lambda self, group: admitted_at.append(len(taken)) or admit(self, group))
+    assert len(base.generate(stream(), num_beams=1, max_new_tokens=1)) == 60
+    assert admitted_at[0] == 12  # four batches of three

@@ -1,0 +1,231 @@
+"""One step of beam search as pure tensor functions over (rows, beams); greedy search is one beam.
+
+The semantics are those of transformers' `GenerationMixin._beam_search` (generation/utils.py): the same candidates, the
+same scores, the same stopping. But every row keeps its own length, so rows may start and end at different times, and
+nothing here reads a tensor's value on the host. Tensors in, tensors out: no model, no cache, no text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from idefics_cli.generation.options import DecodingOptions
+
+NEVER = -1.0e9  # transformers' stand-in for "not a candidate": finite, so that sums of it stay ordered
+
+
+@dataclass(frozen=True)
+class BeamRules:
+    """What does not change during a run, as tensors on the device.
+
+    `forbidden` (vocabulary,) is −inf on tokens that are never written, `ends` (vocabulary,) true on tokens that end a
+    text, `penalties` (max_new_tokens + 1,) is length ** length_penalty.
+    """
+
+    options: DecodingOptions
+    forbidden: Tensor
+    ends: Tensor
+    penalties: Tensor
+    num_candidates: int
+
+    @classmethod
+    def of(
+        cls,
+        options: DecodingOptions,
+        vocab_size: int,
+        end_token_ids: tuple[int, ...],
+        banned_token_ids: tuple[int, ...],
+        device: torch.device | str = "cpu",
+    ) -> BeamRules:
+        forbidden = torch.zeros(vocab_size)
+        forbidden[list(banned_token_ids)] = -torch.inf
+        ends = torch.zeros(vocab_size, dtype=torch.bool)
+        ends[list(end_token_ids)] = True
+        lengths = range(options.max_new_tokens + 1)
+        penalties = torch.tensor([float(max(length, 1)) ** options.length_penalty for length in lengths])
+        # Even if every beam's best token ends its text, enough candidates are left to go on with.
+        num_candidates = max(2, 1 + len(end_token_ids)) * options.num_beams
+        return cls(options, forbidden.to(device), ends.to(device), penalties.to(device), num_candidates)
+
+
+@dataclass(frozen=True)
+class BeamState:
+    """Where each row's search stands. `tokens` of unwritten positions are meaningless.
+
+    Running beams, best first: `scores` (rows, beams), `tokens` (rows, beams, max_new_tokens), all of length `length`
+    (rows,). Finished texts, best first: `final_scores`, `final_tokens`, `final_lengths` and `is_final` likewise.
+    `improvable` (rows,): a running beam may still beat a finished text. `done` (rows,): the row's search is over.
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    length: Tensor
+    final_scores: Tensor
+    final_tokens: Tensor
+    final_lengths: Tensor
+    is_final: Tensor
+    improvable: Tensor
+    done: Tensor
+
+    @classmethod
+    def start(cls, rows: int, options: DecodingOptions, device: torch.device | str = "cpu") -> BeamState:
+        """Only the first beam counts at first: the others would repeat it."""
+        beams, longest = options.num_beams, options.max_new_tokens
+        scores = torch.full((rows, beams), NEVER, device=device)
+        scores[:, 0] = 0.0
+        return cls(
+            scores=scores,
+            tokens=torch.zeros(rows, beams, longest, dtype=torch.long, device=device),
+            length=torch.zeros(rows, dtype=torch.long, device=device),
+            final_scores=torch.full((rows, beams), NEVER, device=device),
+            final_tokens=torch.zeros(rows, beams, longest, dtype=torch.long, device=device),
+            final_lengths=torch.zeros(rows, beams, dtype=torch.long, device=device),
+            is_final=torch.zeros(rows, beams, dtype=torch.bool, device=device),
+            improvable=torch.ones(rows, dtype=torch.bool, device=device),
+            done=torch.zeros(rows, dtype=torch.bool, device=device),
+        )
+
+    def pick(self, rows: Tensor) -> BeamState:
+        """The rows of these indices."""
+        return BeamState(**{each.name: getattr(self, each.name)[rows] for each in fields(self)})
+
+    @staticmethod
+    def join(first: BeamState, second: BeamState) -> BeamState:
+        """The rows of both."""
+        pairs = {each.name: (getattr(first, each.name), getattr(second, each.name)) for each in fields(BeamState)}
+        return BeamState(**{name: torch.cat(pair) for name, pair in pairs.items()})
+
+
+def beam_step(
+    logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None = None
+) -> tuple[BeamState, Tensor]:
+    """Write one token to every beam: logits (rows, beams, vocabulary) -> the next state and each new beam's parent.
+
+    Parents are (rows, beams), indices among the row's old beams. `context` (rows, prompt tokens), padded on the left
+    with −1, is what n-gram blocking looks at before the generated tokens.
+    """
+    options = rules.options
+    log_probabilities = allowed_log_probabilities(logits, state, rules, context) + state.scores[:, :, None]
+    scores, parents, tokens = candidates(log_probabilities, rules.num_candidates)
+    length = state.length + 1  # (rows,)
+    stops = rules.ends[tokens] | (length >= options.max_new_tokens)[:, None]  # (rows, candidates)
+    sequences = extended(state, parents, tokens)  # (rows, candidates, max_new_tokens)
+
+    final = merge_final(state, scores, sequences, length, stops, rules)
+    going_on = scores + stops.float() * NEVER
+    chosen = going_on.topk(options.num_beams, dim=1).indices  # (rows, beams)
+    running = going_on.gather(1, chosen)
+    improvable = state.improvable & can_improve(running, final, length, rules)
+    done = ~improvable | (length >= options.max_new_tokens)
+    if options.early_stopping is True:
+        done = done | final.is_final.all(dim=1)
+    stepped = replace(
+        final,
+        scores=running,
+        tokens=sequences.gather(1, chosen[:, :, None].expand(-1, -1, sequences.shape[2])),
+        length=length,
+        improvable=improvable,
+        done=state.done | done,
+    )
+    return stepped, parents.gather(1, chosen)
+
+
+def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None) -> Tensor:
+    """log p of each next token, −inf where it may not be written; not normalised again, as in transformers."""
+    log_probabilities = logits.float().log_softmax(dim=-1) + rules.forbidden
+    if rules.options.min_new_tokens:
+        too_short = (state.length < rules.options.min_new_tokens)[:, None, None]
+        log_probabilities = log_probabilities.masked_fill(too_short & rules.ends, -torch.inf)
+    if rules.options.no_repeat_ngram_size:
+        repeats = repeated_ngrams(state, context, rules)
+        log_probabilities = log_probabilities.masked_fill(repeats, -torch.inf)
+    return log_probabilities
+
+
+def repeated_ngrams(state: BeamState, context: Tensor | None, rules: BeamRules) -> Tensor:
+    """(rows, beams, vocabulary): true on tokens that would complete an n-gram which prompt or text holds already."""
+    size = rules.options.no_repeat_ngram_size
+    rows, beams, longest = state.tokens.shape
+    context = torch.full((rows, 0), -1, device=state.tokens.device) if context is None else context
+    width = context.shape[1]
+    written = torch.arange(longest, device=state.tokens.device) < state.length[:, None, None]
+    sequence = torch.cat(
+        [context[:, None].expand(-1, beams, -1), state.tokens.masked_fill(~written, -1)], dim=2
+    )  # (rows, beams, width + max_new_tokens), −1 where there is no token
+    if sequence.shape[2] < size:
+        return torch.zeros(rows, beams, rules.ends.shape[0], dtype=torch.bool, device=sequence.device)
+    windows = sequence.unfold(2, size, 1)  # (rows, beams, windows, size)
+    recent = (
+        torch.arange(1 - size, 0, device=sequence.device) + 1
+    )  # offsets of the last size − 1 tokens, the last being 0
+    recent = (width + state.length - 1)[:, None] + recent  # (rows, size − 1)
+    inside = (recent >= 0)[:, None]
+    recent = recent.clamp(min=0)[:, None].expand(-1, beams, -1)
+    tail = sequence.gather(2, recent).masked_fill(~inside, -2)  # (rows, beams, size − 1); −2 matches nothing
+    same = (windows[..., :-1] == tail[:, :, None]).all(dim=-1) & (windows >= 0).all(dim=-1)
+    repeats = torch.zeros(rows, beams, rules.ends.shape[0] + 1, dtype=torch.bool, device=sequence.device)
+    # Windows that do not match write to a column behind the vocabulary, which is dropped.
+    target = torch.where(same, windows[..., -1], rules.ends.shape[0])
+    return repeats.scatter(2, target, True)[..., :-1]
+
+
+def candidates(log_probabilities: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best `count` continuations of all beams: scores, parents and tokens, each (rows, count), best first."""
+    vocab_size = log_probabilities.shape[2]
+    scores, flat = log_probabilities.flatten(1).topk(count, dim=1)
+    return scores, flat // vocab_size, flat % vocab_size
+
+
+def extended(state: BeamState, parents: Tensor, tokens: Tensor) -> Tensor:
+    """Each candidate's whole text, (rows, candidates, max_new_tokens)."""
+    longest = state.tokens.shape[2]
+    sequences = state.tokens.gather(1, parents[:, :, None].expand(-1, -1, longest))
+    place = state.length.clamp(max=longest - 1)[:, None, None].expand(-1, parents.shape[1], 1)
+    return sequences.scatter(2, place, tokens[:, :, None])
+
+
+def merge_final(
+    state: BeamState, scores: Tensor, sequences: Tensor, length: Tensor, stops: Tensor, rules: BeamRules
+) -> BeamState:
+    """The best texts among those finished before and the candidates that end now.
+
+    Only the first `num_beams` candidates may end; a row whose search is over takes none.
+    """
+    beams = rules.options.num_beams
+    ends_now = stops & (torch.arange(stops.shape[1], device=stops.device) < beams)
+    closed = ~state.improvable
+    if rules.options.early_stopping is True:
+        closed = closed | state.is_final.all(dim=1)
+    penalised = scores / rules.penalties[length.clamp(max=rules.options.max_new_tokens)][:, None]
+    penalised = penalised + (~ends_now).float() * NEVER + closed[:, None].float() * NEVER
+    merged_scores = torch.cat([state.final_scores, penalised], dim=1)
+    best = merged_scores.topk(beams, dim=1).indices  # (rows, beams)
+    merged_tokens = torch.cat([state.final_tokens, sequences], dim=1)
+    merged_lengths = torch.cat([state.final_lengths, length[:, None].expand_as(stops)], dim=1)
+    return replace(
+        state,
+        final_scores=merged_scores.gather(1, best),
+        final_tokens=merged_tokens.gather(1, best[:, :, None].expand(-1, -1, merged_tokens.shape[2])),
+        final_lengths=merged_lengths.gather(1, best),
+        is_final=torch.cat([state.is_final, ends_now], dim=1).gather(1, best),
+    )
+
+
+def can_improve(running: Tensor, final: BeamState, length: Tensor, rules: BeamRules) -> Tensor:
+    """Whether the best running beam may still beat the worst finished text, (rows,).
+
+    How long it would become is guessed as transformers does: as long as it is, or, for `early_stopping="never"` with
+    a positive penalty, as long as it may be.
+    """
+    options = rules.options
+    if options.early_stopping == "never" and options.length_penalty > 0.0:
+        penalty = rules.penalties[-1]
+    else:
+        penalty = rules.penalties[length.clamp(max=options.max_new_tokens)]
+    best_possible = running[:, 0] / penalty
+    worst = final.final_scores.amin(dim=1, keepdim=True)
+    worst = torch.where(final.is_final, worst, NEVER)  # (rows, beams)
+    return (best_possible[:, None] > worst).any(dim=1)

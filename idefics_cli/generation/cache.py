@@ -1,0 +1,302 @@
+"""Where keys and values live: per image, per run (the shared prefix), per row (its prompt and its tree of beams).
+
+Each is written once and read in place. The two memories here answer the same two questions as the network's plain one
+(`model/memory.py`), so the forward pass is the same: one while prompts are read, one while texts are written. Tensors
+only: no text, no files, and no choice of tokens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from idefics_cli.model.memory import AttentionOutput
+
+if TYPE_CHECKING:
+    from transformers import IdeficsConfig
+
+    from idefics_cli.model.decoder import IdeficsAttention
+
+Value = TypeVar("Value")
+
+
+class BoundedCache(Generic[Value]):
+    """Values by key, the least recently used dropped when their bytes exceed `max_bytes`."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._entries: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
+
+    def get(self, key: Hashable) -> Value | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
+
+    def put(self, key: Hashable, value: Value, num_bytes: int) -> None:
+        if key in self._entries:
+            self.num_bytes -= self._entries.pop(key)[1]
+        self._entries[key] = (value, num_bytes)
+        self.num_bytes += num_bytes
+        while self.num_bytes > self.max_bytes and len(self._entries) > 1:
+            self.num_bytes -= self._entries.popitem(last=False)[1][1]
+
+    def keys(self) -> list[Hashable]:
+        return list(self._entries)
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> Tensor:
+    """What every gated layer reads of each image: (images, seq, dim) -> (images, layers, 2, seq, heads, head_dim).
+
+    Index 0 of the third axis holds keys, 1 values.
+    """
+    projected = []
+    for layer in gated_layers:
+        pair = torch.stack(layer.cross_attn.project_key_value(latents), dim=1)  # (images, 2, heads, seq, head_dim)
+        projected.append(pair.transpose(2, 3))
+    return torch.stack(projected, dim=1)
+
+
+# ---- attention over parts
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention over one part of the keys: output (rows, heads, queries, head_dim) and the log-sum-exp of its scores.
+
+    `mask` is additive and broadcasts to (rows, heads, queries, keys).
+    """
+    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling
+        )
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    if mask is not None:
+        scores = scores + mask
+    log_sum = scores.logsumexp(dim=-1)
+    return (scores - log_sum[..., None]).exp().to(value.dtype) @ value, log_sum
+
+
+def merge_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention over two parts together, from each part's output and log-sum-exp (Milakov & Gimelshein 2018)."""
+    (output, log_sum), (other_output, other_log_sum) = first, second
+    # Each part's share of the whole sum of exponentials; a sigmoid stays exact where one of them vanishes.
+    share = torch.sigmoid(log_sum.float() - other_log_sum.float()).unsqueeze(-1)
+    return (output.float() * share + other_output.float() * (1 - share)).to(output.dtype)
+
+
+# ---- what is kept
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Keys and values of what a run's prompts start with: for each layer (1, heads, tokens, head_dim).
+
+    `last_image` is the key of the image that tokens behind the prefix still see, or None.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    length: int
+    last_image: Hashable | None
+
+    def attend(self, layer_idx: int, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """All rows' queries (rows, heads, queries, head_dim) as one block against the one prefix."""
+        rows, heads, queries, head_dim = query.shape
+        block = query.transpose(0, 1).reshape(1, heads, rows * queries, head_dim)
+        output, log_sum = attend_part(block, self.keys[layer_idx], self.values[layer_idx], None, scaling)
+        output = output.view(heads, rows, queries, head_dim).transpose(0, 1)
+        return output, log_sum.reshape(heads, rows, queries).transpose(0, 1)
+
+
+NO_PREFIX = SharedPrefix((), (), 0, None)
+
+
+class RowStore:
+    """Room for `rows` rows: their prompts' and beams' keys and values, and those of the one image each still sees.
+
+    A row's slots are `prompt_slots` for its prompt, then `num_beams` for each token written: token t of beam j lies in
+    slot `prompt_slots + t * num_beams + j` and stays there. `ancestors` (rows, beams, written slots) says which of them
+    a beam's own path holds; another order of beams is another order of this table's lines.
+    """
+
+    def __init__(
+        self,
+        config: IdeficsConfig,
+        rows: int,
+        prompt_slots: int,
+        num_beams: int,
+        max_new_tokens: int,
+        image_seq_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.rows, self.prompt_slots, self.num_beams, self.max_new_tokens = (
+            rows,
+            prompt_slots,
+            num_beams,
+            max_new_tokens,
+        )
+        heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.slots = prompt_slots + max_new_tokens * num_beams
+
+        def room(layers: int, slots: int) -> Tensor:
+            return torch.zeros(layers, 2, rows, slots, heads, head_dim, device=device, dtype=dtype)
+
+        self.key_values = room(config.num_hidden_layers, self.slots)
+        self.image_key_values = room(-(-config.num_hidden_layers // config.cross_layer_interval), image_seq_len)
+        self.sees_image = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.prompt_lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ancestors = torch.zeros(rows, num_beams, max_new_tokens * num_beams, dtype=torch.bool, device=device)
+
+    def fits(self, prompt_length: int) -> bool:
+        return prompt_length <= self.prompt_slots
+
+    def admit(self, rows: slice, prompt_lengths: Tensor, images: Tensor, sees_image: Tensor) -> None:
+        """New rows: `images` (new rows, layers, 2, seq, heads, head_dim) is what each sees from now on."""
+        self.image_key_values[:, :, rows] = images.movedim(0, 2)
+        self.sees_image[rows] = sees_image
+        self.prompt_lengths[rows] = prompt_lengths
+        self.ancestors[rows] = False
+
+    def take_over(self, other: RowStore) -> None:
+        """All rows of a store with shorter prompts."""
+        prompt, tree = other.prompt_slots, other.slots - other.prompt_slots
+        self.key_values[:, :, :, :prompt] = other.key_values[:, :, :, :prompt]
+        self.key_values[:, :, :, self.prompt_slots : self.prompt_slots + tree] = other.key_values[:, :, :, prompt:]
+        for name in ("image_key_values", "sees_image", "prompt_lengths", "ancestors"):
+            setattr(self, name, getattr(other, name))
+
+    def keep(self, sources: list[int]) -> None:
+        """Row i becomes what row `sources[i]` was; `sources[i] >= i`. Rows that stay are not touched."""
+        for target, source in enumerate(sources):
+            if source == target:
+                continue
+            assert source > target, f"row {source} would overwrite row {target}"
+            self.key_values[:, :, target] = self.key_values[:, :, source]
+            self.image_key_values[:, :, target] = self.image_key_values[:, :, source]
+            for table in (self.sees_image, self.prompt_lengths, self.ancestors):
+                table[target] = table[source]
+
+
+@dataclass(frozen=True)
+class PrefillMemory:
+    """While prompts are read: rows are padded on the right, and each token sees the prefix and what is before it.
+
+    Keys and values go into `key_values` (layers, 2, rows, at least as many slots as tokens, heads, head_dim).
+    `images` (rows, images, layers, 2, seq, heads, head_dim); `image_mask` (rows, 1, tokens, images * seq) is additive
+    and `image_gate` (rows, tokens) open where a token sees one.
+    """
+
+    prefix: SharedPrefix
+    key_values: Tensor
+    images: Tensor
+    image_mask: Tensor
+    image_gate: Tensor
+
+    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        num_tokens = key.shape[2]
+        for index, states in enumerate((key, value)):
+            self.key_values[layer.layer_idx, index, :, :num_tokens] = states.transpose(1, 2)
+        if self.prefix.length == 0:
+            output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scaling)
+        else:
+            own = attend_part(query, key, value, None, layer.scaling, is_causal=True)
+            output = merge_parts(own, self.prefix.attend(layer.layer_idx, query, layer.scaling))
+        return output.transpose(1, 2), None
+
+    def attend_image(
+        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
+    ) -> AttentionOutput:
+        keys_values = self.images[:, :, layer.layer_idx]  # (rows, images, 2, seq, heads, head_dim)
+        key, value = (keys_values[:, :, index].flatten(1, 2).transpose(1, 2) for index in (0, 1))
+        output = nn.functional.scaled_dot_product_attention(query, key, value, self.image_mask, scale=layer.scaling)
+        return output.transpose(1, 2).masked_fill(~self.image_gate[:, :, None, None], 0.0), None
+
+
+@dataclass(frozen=True)
+class DecodeMemory:
+    """While texts are written: the k beams of a row are k queries of one attention over the row's slots.
+
+    `written` (rows * beams,) is where the new tokens go, counted over the first two axes of a layer's
+    (rows, slots, heads, head_dim); `mask` (rows, 1, beams, slots in use) is additive.
+    """
+
+    store: RowStore
+    prefix: SharedPrefix
+    num_rows: int
+    written: Tensor
+    mask: Tensor
+    image_gate: Tensor
+
+    @classmethod
+    def of(cls, store: RowStore, prefix: SharedPrefix, num_rows: int, steps: Tensor, longest: int) -> DecodeMemory:
+        """`steps` (rows,): how many tokens each row has written before this one; `longest` is the most of them."""
+        beams = store.num_beams
+        device = steps.device
+        offsets = torch.arange(beams, device=device)
+        tree_slots = steps[:, None] * beams + offsets  # (rows, beams)
+        first = torch.arange(num_rows, device=device)[:, None] * store.slots + store.prompt_slots
+        used = (longest + 1) * beams
+        in_prompt = torch.arange(store.prompt_slots, device=device) < store.prompt_lengths[:num_rows, None]
+        visible = torch.cat(
+            [in_prompt[:, None].expand(-1, beams, -1), store.ancestors[:num_rows, :, :used]], dim=2
+        )  # (rows, beams, slots in use)
+        dtype = store.key_values.dtype
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
+        return cls(
+            store=store,
+            prefix=prefix,
+            num_rows=num_rows,
+            written=(first + tree_slots).flatten(),
+            mask=mask[:, None],
+            image_gate=store.sees_image[:num_rows, None, None, None],
+        )
+
+    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        stored = self.store.key_values[layer.layer_idx]  # (2, rows, slots, heads, head_dim)
+        for index, states in enumerate((key, value)):
+            stored[index].flatten(0, 1).index_copy_(0, self.written, states.transpose(1, 2).flatten(0, 1))
+        used = self.mask.shape[-1]
+        key, value = (stored[index, : self.num_rows, :used].transpose(1, 2) for index in (0, 1))
+        if self.prefix.length == 0:
+            output = nn.functional.scaled_dot_product_attention(query, key, value, self.mask, scale=layer.scaling)
+        else:
+            own = attend_part(query, key, value, self.mask, layer.scaling)
+            output = merge_parts(own, self.prefix.attend(layer.layer_idx, query, layer.scaling))
+        return output.transpose(1, 2), None
+
+    def attend_image(
+        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
+    ) -> AttentionOutput:
+        stored = self.store.image_key_values[layer.layer_idx, :, : self.num_rows]
+        key, value = (states.transpose(1, 2) for states in stored)  # (rows, heads, seq, head_dim)
+        output = nn.functional.scaled_dot_product_attention(query, key, value, scale=layer.scaling)
+        return output.transpose(1, 2).masked_fill(~self.image_gate, 0.0), None
+
+
+def grow_ancestors(store: RowStore, num_rows: int, parents: Tensor, steps: Tensor) -> None:
+    """Each beam takes over its parent's path and adds the slot that its new token will have, in place.
+
+    `parents` (rows, beams) are indices among the row's old beams, `steps` (rows,) the tokens written before.
+    """
+    old = store.ancestors[:num_rows]
+    table = old.gather(1, parents[:, :, None].expand(-1, -1, old.shape[2]))
+    own = steps[:, None] * store.num_beams + torch.arange(store.num_beams, device=steps.device)  # (rows, beams)
+    store.ancestors[:num_rows] = table.scatter(2, own[:, :, None], True)

@@ -1,0 +1,390 @@
+"""The decoding engine: encode each image once, read each prompt once, keep rows busy, move no key to reorder beams.
+
+Prompts come in as token ids with pixels, hypotheses go out as they finish. What prompts start with in common (an
+instruction, shots with their images) is read once and shared; images are known by their content; a row that ends makes
+room for the next. The engine knows nothing of tokenization and nothing of files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from idefics_cli.generation.beam import NEVER, BeamRules, BeamState, beam_step
+from idefics_cli.generation.cache import (
+    BoundedCache,
+    DecodeMemory,
+    RowStore,
+    SharedPrefix,
+    grow_ancestors,
+    project_images,
+)
+from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Prompt, Reading, Waiting, common_start
+from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
+SHORTEST_PREFIX = 8  # tokens; sharing fewer saves less than it costs
+WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
+SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
+
+
+class RowTooLarge(Exception):
+    """The device's memory does not hold the prompt of this index, even alone."""
+
+    def __init__(self, index: int):
+        super().__init__(index)
+        self.index = index
+
+
+@dataclass
+class PhaseTimes:
+    """Where the time went, in seconds, and what was done in it."""
+
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    images: int = 0
+    prompt_tokens: int = 0
+    steps: int = 0
+
+    def reset(self) -> None:
+        self.__init__()
+
+
+class Engine:
+    """Decodes streams of prompts with one model. `rows` is how many are decoded at a time.
+
+    Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. `waits` makes
+    `times` true on a device that works on behind the host, at some cost: for benchmarks.
+    """
+
+    def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, image_token_id: int, rows: int = 8):
+        self.model, self.vocabulary, self.image_token_id, self.rows = model, vocabulary, image_token_id, rows
+        self.times = PhaseTimes()
+        self.waits = False
+        self.latents: BoundedCache[Tensor] = BoundedCache(LATENTS_BYTES)
+        self.image_key_values: BoundedCache[Tensor] = BoundedCache(IMAGE_KEYS_BYTES)
+        self.prefixes: BoundedCache[Prefix] = BoundedCache(PREFIX_BYTES)
+
+    def clear_caches(self) -> None:
+        for cache in (self.latents, self.image_key_values, self.prefixes):
+            cache.clear()
+
+    def generate(self, prompts: Iterable[Prompt], options: DecodingOptions) -> Iterator[tuple[int, list[Hypothesis]]]:
+        """(index of the prompt, its hypotheses, best first) for each prompt, in the order in which they finish.
+
+        A prompt that the device's memory does not hold even alone has no hypotheses.
+        """
+        waiting = (Waiting.of(index, prompt, self.image_token_id) for index, prompt in enumerate(prompts))
+        return Stream(self, options).run(waiting)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.waits and self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        setattr(self.times, phase, getattr(self.times, phase) + time.perf_counter() - started)
+
+    # ---- reading
+
+    def read(self, reading: Reading, prompts: Sequence[Waiting], key_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a reading of `prompts` -> its logits, and what each row still sees behind its prompt."""
+        images = reading.arrange(self.images(prompts, reading.wanted))
+        with self.timed("prefill"):
+            logits = reading.run(self.model, images, key_values)
+        self.times.prompt_tokens += sum(reading.lengths)
+        return logits, reading.last_images(images)
+
+    def images(self, prompts: Sequence[Waiting], wanted: Sequence[bytes]) -> Tensor:
+        """What gated layers read of each wanted image of `prompts`: (images, layers, 2, seq, heads, head_dim)."""
+        if not wanted:
+            return self._no_image()
+        found = {key: self.image_key_values.get(key) for key in wanted}
+        missing = [key for key, value in found.items() if value is None]
+        if missing:
+            latents = self._latents(prompts, missing)
+            with self.timed("prefill"):
+                projected = project_images(latents, self.model.model.gated_cross_attn_layers)
+            for key, key_values in zip(missing, projected, strict=True):
+                found[key] = key_values
+                self.image_key_values.put(key, key_values.clone(), key_values.nbytes)
+        return torch.stack([found[key] for key in wanted])
+
+    def _latents(self, prompts: Sequence[Waiting], wanted: Sequence[bytes]) -> Tensor:
+        """(images, seq, dim): from the cache, or from vision tower and resampler, several at a time."""
+        found = {key: self.latents.get(key) for key in wanted}
+        missing = [key for key, value in found.items() if value is None]
+        pixels = {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
+        for first in range(0, len(missing), self.rows):
+            keys = missing[first : first + self.rows]
+            with self.timed("vision"):
+                batch = torch.stack([pixels[key] for key in keys]).to(self.model.device)
+                encoded = self.model.model.encode_images(pixel_values=batch[:, None]).squeeze(1)
+            self.times.images += len(keys)
+            for key, latents in zip(keys, encoded, strict=True):
+                found[key] = latents
+                self.latents.put(key, latents.clone(), latents.nbytes)
+        return torch.stack([found[key] for key in wanted])
+
+    def _no_image(self) -> Tensor:
+        """One image that nobody sees."""
+        model = self.model
+        latents = torch.zeros(1, image_seq_len(model), model.config.vision_config.embed_dim, dtype=model.dtype)
+        return project_images(latents.to(model.device), model.model.gated_cross_attn_layers)
+
+    # ---- prefixes
+
+    def prefix_for(self, prompts: Sequence[Waiting]) -> Prefix:
+        """The longest start worth sharing: one that is kept already, or what all of `prompts` have in common."""
+        known = [self.prefixes.get(key) for key in self.prefixes.keys()]  # noqa: SIM118
+        fitting = [prefix for prefix in known if all(prefix.starts(prompt) for prompt in prompts)]
+        best = max(fitting, key=lambda prefix: len(prefix.content), default=NOTHING_SHARED)
+        common = common_start(prompts)
+        if len(common) < SHORTEST_PREFIX or len(common) <= len(best.content):
+            return best
+        prefix = self._read_prefix(prompts[0], len(common))
+        shared = prefix.shared
+        self.prefixes.put(prefix.content, prefix, sum(tensor.nbytes for tensor in (*shared.keys, *shared.values)))
+        return prefix
+
+    def _read_prefix(self, prompt: Waiting, length: int) -> Prefix:
+        model, config = self.model, self.model.config
+        heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        key_values = torch.empty(
+            config.num_hidden_layers, 2, 1, length, heads, head_dim, device=model.device, dtype=model.dtype
+        )
+        reading = Reading([prompt], NOTHING_SHARED, self.vocabulary, self.image_token_id, stop=length)
+        self.read(reading, [prompt], key_values)
+        states = key_values.transpose(3, 4).contiguous()  # (layers, 2, 1, heads, tokens, head_dim)
+        num_images = len(reading.image_keys[0])
+        sees = bool(reading.sees_image()[0])
+        last_image = prompt.image_keys[num_images - 1] if sees else None
+        shared = SharedPrefix(tuple(states[:, 0]), tuple(states[:, 1]), length, last_image)
+        return Prefix(prompt.content[:length], num_images, shared)
+
+
+def image_seq_len(model: IdeficsForVisionText2Text) -> int:
+    """How many vectors cross-attention reads of one image."""
+    config = model.config
+    if config.use_resampler:
+        return config.perceiver_config.resampler_n_latents
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+
+
+class Stream:
+    """One run over a stream of prompts: the rows in work, and those in line.
+
+    Row i in work is row i of the store and of every tensor here.
+    """
+
+    def __init__(self, engine: Engine, options: DecodingOptions):
+        self.engine, self.model, self.options = engine, engine.model, options
+        config, vocabulary = engine.model.config, engine.vocabulary
+        self.rules = BeamRules.of(
+            options,
+            config.vocab_size + config.additional_vocab_size,
+            vocabulary.end_token_ids,
+            vocabulary.banned_token_ids,
+            engine.model.device,
+        )
+        self.line: list[Waiting] = []
+        self._start_over()
+
+    def _start_over(self) -> None:
+        device = self.model.device
+        self.prefix = NOTHING_SHARED
+        self.store: RowStore | None = None
+        self.rows: list[Waiting] = []
+        self.written: list[int] = []  # tokens each row has, known without asking the device
+        self.state = BeamState.start(0, self.options, device)
+        self.parents = torch.zeros(0, self.options.num_beams, dtype=torch.long, device=device)
+        self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
+
+    def run(self, prompts: Iterator[Waiting]) -> Iterator[tuple[int, list[Hypothesis]]]:
+        while True:
+            try:
+                finished = self._advance(prompts)
+            except RowTooLarge as row:
+                finished = [(row.index, [])]
+            if finished is None:
+                return
+            yield from finished
+
+    def _advance(self, prompts: Iterator[Waiting]) -> list[tuple[int, list[Hypothesis]]] | None:
+        """Admit, write one token, retire; None when nothing is left to do. Backs off where memory ends."""
+        group = self._next_group(prompts)
+        try:
+            with torch.inference_mode():
+                if group:
+                    self._admit(group)
+                if not self.rows:
+                    return None
+                if not group:
+                    self._step()
+                return self._retire()
+        except torch.OutOfMemoryError:
+            pass  # handled below, when the exception and the tensors it holds are gone
+        self._back_off(group)
+        return []
+
+    def _back_off(self, group: list[Waiting]) -> None:
+        """Half as many rows; those in work begin again. Raises RowTooLarge when there was only one."""
+        begun = self.rows + [prompt for prompt in group if prompt not in self.rows]
+        self._start_over()
+        torch.cuda.empty_cache()
+        if self.engine.rows == 1:
+            self.line = [*begun[1:], *self.line]
+            raise RowTooLarge(begun[0].index)
+        self.engine.rows = (self.engine.rows + 1) // 2
+        self.line = [*begun, *self.line]
+
+    # ---- admit
+
+    def _next_group(self, prompts: Iterator[Waiting]) -> list[Waiting]:
+        """Prompts of similar length to bring into work, where there is room for a good number of them."""
+        free = self.engine.rows - len(self.rows)
+        if self.rows and free < max(1, self.engine.rows // 4):
+            return []
+        if len(self.line) < free:
+            ahead = islice(prompts, WINDOWS_AHEAD * self.engine.rows - len(self.line))
+            self.line = sorted([*self.line, *ahead], key=lambda prompt: len(prompt.content))
+        if self.line and not self.rows:
+            self.prefix = self._shared_start()
+        sharing = [place for place, prompt in enumerate(self.line) if self.prefix.starts(prompt)][:free]
+        group = [self.line[place] for place in sharing]
+        self.line = [prompt for place, prompt in enumerate(self.line) if place not in set(sharing)]
+        return group
+
+    @torch.inference_mode()
+    def _shared_start(self) -> Prefix:
+        """What all prompts in line begin with, where memory holds it."""
+        try:
+            return self.engine.prefix_for(self.line)
+        except torch.OutOfMemoryError:
+            return NOTHING_SHARED
+
+    def _admit(self, group: list[Waiting]) -> None:
+        """Read the prompts and choose their first tokens."""
+        engine, device = self.engine, self.model.device
+        reading = Reading(group, self.prefix, engine.vocabulary, engine.image_token_id)
+        rows = slice(len(self.rows), len(self.rows) + len(group))
+        self._make_room(max(reading.lengths))
+        logits, last_images = engine.read(reading, group, self.store.key_values[:, :, rows])
+        lengths = torch.tensor(reading.lengths, device=device)
+        self.store.admit(rows, lengths, last_images, reading.sees_image().to(device))
+        context = self._context(group)
+        spread = logits[:, None].expand(-1, self.options.num_beams, -1)  # (rows, beams, vocabulary)
+        start = BeamState.start(len(group), self.options, device)
+        state, parents = beam_step(spread, start, self.rules, context)
+        self.state = BeamState.join(self.state, state)
+        self.parents = torch.cat([self.parents, parents])
+        self.context = join_contexts(self.context, context)
+        self.rows = self.rows + group
+        self.written = self.written + [1] * len(group)
+
+    def _make_room(self, prompt_length: int) -> None:
+        """A store whose rows hold prompts of this length; rows in work move to a larger one where it must be."""
+        if self.store is not None and self.store.fits(prompt_length):
+            return
+        old, options = self.store, self.options
+        self.store = RowStore(
+            config=self.model.config,
+            rows=self.engine.rows,
+            prompt_slots=-(-prompt_length // SLOT_STEP) * SLOT_STEP,
+            num_beams=options.num_beams,
+            max_new_tokens=options.max_new_tokens,
+            image_seq_len=image_seq_len(self.model),
+            device=self.model.device,
+            dtype=self.model.dtype,
+        )
+        if old is not None:
+            self.store.take_over(old)
+
+    def _context(self, group: list[Waiting]) -> Tensor:
+        """Whole prompts for n-gram blocking, padded on the left with −1; nothing where none is blocked."""
+        if not self.options.no_repeat_ngram_size:
+            return torch.zeros(len(group), 0, dtype=torch.long, device=self.model.device)
+        width = max(len(prompt.input_ids) for prompt in group)
+        rows = [[-1] * (width - len(prompt.input_ids)) + list(prompt.input_ids) for prompt in group]
+        return torch.tensor(rows, device=self.model.device)
+
+    # ---- decode
+
+    def _step(self) -> None:
+        """One token for every beam of every row in work."""
+        with self.engine.timed("decode"):
+            hidden_states = self._decode_step()
+            logits = self.model.lm_head(hidden_states)  # (rows, beams, vocabulary)
+            self.state, self.parents = beam_step(logits, self.state, self.rules, self.context)
+        self.written = [count + 1 for count in self.written]
+        self.engine.times.steps += 1
+
+    def _decode_step(self) -> Tensor:
+        """The network over every beam's newest token: (rows, beams, hidden)."""
+        num_rows, beams = len(self.rows), self.options.num_beams
+        steps = self.state.length - 1  # (rows,): tokens whose keys are stored
+        grow_ancestors(self.store, num_rows, self.parents, steps)
+        memory = DecodeMemory.of(self.store, self.prefix.shared, num_rows, steps, max(self.written) - 1)
+        tokens = self.state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)
+        positions = self.prefix.shared.length + self.store.prompt_lengths[:num_rows] + steps
+        return self.model.model.decode(
+            self.model.model.embed_tokens(tokens), positions[:, None].expand(-1, beams), memory
+        )
+
+    # ---- retire
+
+    def _retire(self) -> list[tuple[int, list[Hypothesis]]]:
+        """Take out the rows whose search is over, and close ranks."""
+        done = self.state.done.tolist()
+        ended = [row for row, is_done in enumerate(done) if is_done]
+        if not ended:
+            return []
+        picked = self.state.pick(torch.tensor(ended, device=self.model.device))
+        finished = [(self.rows[row].index, each) for row, each in zip(ended, self._hypotheses(picked), strict=True)]
+        self._keep(survivors(done))
+        return finished
+
+    def _hypotheses(self, state: BeamState) -> list[list[Hypothesis]]:
+        wanted, ends = self.options.num_return_sequences, self.engine.vocabulary.end_token_ids
+        columns = (
+            values[:, :wanted].tolist() for values in (state.final_scores, state.final_lengths, state.final_tokens)
+        )
+        return [
+            [
+                Hypothesis(until_end(ids[:length], ends), score)
+                for score, length, ids in zip(*row, strict=True)
+                if score > NEVER / 2
+            ]
+            for row in zip(*columns, strict=True)
+        ]
+
+    def _keep(self, sources: list[int]) -> None:
+        """Row i becomes what row `sources[i]` was."""
+        self.store.keep(sources)
+        index = torch.tensor(sources, dtype=torch.long, device=self.model.device)
+        self.state, self.parents, self.context = self.state.pick(index), self.parents[index], self.context[index]
+        self.rows = [self.rows[source] for source in sources]
+        self.written = [self.written[source] for source in sources]
+
+
+def survivors(done: Sequence[bool]) -> list[int]:
+    """Whose place each row that stays in work takes: rows keep theirs, and the last ones fill the gaps."""
+    alive = [row for row, is_done in enumerate(done) if not is_done]
+    moving = [row for row in alive if row >= len(alive)]
+    return [row if not done[row] else moving.pop() for row in range(len(alive))]
+
+
+def join_contexts(first: Tensor, second: Tensor) -> Tensor:
+    """Both under one width, padded on the left with −1."""
+    width = max(first.shape[1], second.shape[1])
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(each, (width - each.shape[1], 0), value=-1) for each in (first, second)])

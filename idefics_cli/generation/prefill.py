@@ -1,0 +1,173 @@
+"""Reading prompts: the one forward pass over a group's own tokens, behind what they share.
+
+Prompts come with their images' content known, so that equal starts and equal pictures are found by comparing. Knows
+where keys and values go (`cache.py`), and nothing of beams, of the stream that prompts come from, or of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from idefics_cli.generation.cache import NO_PREFIX, PrefillMemory, SharedPrefix
+from idefics_cli.generation.reference import Vocabulary
+from idefics_cli.model.memory import image_visibility
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+
+class Prompt(Protocol):
+    """What comes in: ids, and the pixels (3, side, side) of the images among them, in order."""
+
+    input_ids: list[int]
+    pixels: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A prompt in line. `content` is what its tokens stand for, images by what they show: equal starts are shared."""
+
+    index: int
+    input_ids: tuple[int, ...]
+    image_keys: tuple[bytes, ...]
+    pixels: tuple[Tensor, ...] = field(repr=False)
+    content: tuple[int, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, index: int, prompt: Prompt, image_token_id: int) -> Waiting:
+        keys = tuple(content_key(pixels) for pixels in prompt.pixels)
+        in_order = iter(keys)
+        content = tuple(
+            -1 - int.from_bytes(next(in_order), "big") if token_id == image_token_id else token_id
+            for token_id in prompt.input_ids
+        )
+        return cls(index, tuple(prompt.input_ids), keys, prompt.pixels, content)
+
+
+def content_key(pixels: Tensor) -> bytes:
+    """Equal for equal pixels."""
+    data = pixels.contiguous().cpu().numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=16, salt=str(data.shape[-1]).encode()).digest()
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A start that prompts share: its content, the number of its images, and its keys and values."""
+
+    content: tuple[int, ...]
+    num_images: int
+    shared: SharedPrefix
+
+    def starts(self, prompt: Waiting) -> bool:
+        """Whether the prompt begins with it and has a token of its own behind it."""
+        length = len(self.content)
+        return len(prompt.content) > length and prompt.content[:length] == self.content
+
+
+NOTHING_SHARED = Prefix((), 0, NO_PREFIX)
+
+
+def common_start(prompts: Sequence[Waiting]) -> tuple[int, ...]:
+    """The content that all prompts begin with, short of the whole of any; nothing for one prompt alone."""
+    if len(prompts) < 2:
+        return ()
+    # What the first and the last in sorted order share, all between them share.
+    first, last = min(prompt.content for prompt in prompts), max(prompt.content for prompt in prompts)
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    length = min(sum(1 for _ in shared), min(len(prompt.content) for prompt in prompts) - 1)
+    return first[:length]
+
+
+class Reading:
+    """What is read of a group of prompts: their own tokens behind `prefix`, or their start up to `stop`.
+
+    Rows are padded on the right. Each token sees the last image at or before it; the one that the prefix ended in comes
+    before the prompts' own.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Waiting],
+        prefix: Prefix,
+        vocabulary: Vocabulary,
+        image_token_id: int,
+        stop: int | None = None,
+    ):
+        self.prefix, self.vocabulary, self.image_token_id = prefix, vocabulary, image_token_id
+        self.own_ids = [prompt.input_ids[len(prefix.content) : stop] for prompt in prompts]
+        self.lengths = [len(ids) for ids in self.own_ids]
+        self.inherited = [prefix.shared.last_image] if prefix.shared.last_image is not None else []
+        self.image_keys = [
+            [*self.inherited, *prompt.image_keys[prefix.num_images :][: ids.count(image_token_id)]]
+            for prompt, ids in zip(prompts, self.own_ids, strict=True)
+        ]
+        self.most_images = max(1, *map(len, self.image_keys))
+
+    @property
+    def wanted(self) -> list[bytes]:
+        """The distinct images in sight."""
+        return list(dict.fromkeys(key for keys in self.image_keys for key in keys))
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """From the wanted images, in order, to those of each row: (rows, most images, ...).
+
+        Rows with fewer get any other in addition: no token sees it.
+        """
+        place = {key: index for index, key in enumerate(self.wanted)}
+        rows = [[place[key] for key in keys] for keys in self.image_keys]
+        rows = [indices + [0] * (self.most_images - len(indices)) for indices in rows]
+        return images[torch.tensor(rows, device=images.device)]
+
+    def run(self, model: IdeficsForVisionText2Text, images: Tensor, key_values: Tensor) -> Tensor:
+        """The last tokens' logits, (rows, vocabulary).
+
+        `images` (rows, images, layers, 2, seq, heads, head_dim) as arranged; `key_values` (layers, 2, rows, slots,
+        heads, head_dim) is filled from its first slot on.
+        """
+        input_ids = self._padded().to(model.device)  # (rows, tokens)
+        image_mask, image_gate = image_visibility(self._sees(input_ids), images.shape[4], model.dtype)
+        memory = PrefillMemory(self.prefix.shared, key_values, images, image_mask, image_gate)
+        positions = torch.arange(input_ids.shape[1], device=model.device).unsqueeze(0) + self.prefix.shared.length
+        hidden_states = model.model.decode(model.model.embed_tokens(input_ids), positions, memory)
+        return model.lm_head(self._last(hidden_states))
+
+    def last_images(self, images: Tensor) -> Tensor:
+        """What each row still sees behind its prompt, (rows, layers, 2, seq, heads, head_dim), of arranged `images`."""
+        last = torch.tensor([max(len(keys) - 1, 0) for keys in self.image_keys], device=images.device)
+        return images[torch.arange(len(last), device=images.device), last]
+
+    def sees_image(self) -> Tensor:
+        """(rows,): whether tokens behind the prompt see an image."""
+        return self._last(self._sees(self._padded())).any(dim=-1)
+
+    def _padded(self) -> Tensor:
+        width = max(self.lengths)
+        pad = self.vocabulary.pad_token_id
+        return torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in self.own_ids])
+
+    def _last(self, states: Tensor) -> Tensor:
+        """(rows, tokens, ...) -> (rows, ...) at each row's last token."""
+        last = torch.tensor(self.lengths, device=states.device) - 1
+        return states[torch.arange(len(last), device=states.device), last]
+
+    def _sees(self, input_ids: Tensor) -> Tensor:
+        """(rows, tokens, images): the last image at or before each token, and none behind an end token."""
+        is_image = input_ids == self.image_token_id
+        index = is_image.cumsum(dim=1) - 1 + len(self.inherited)
+        mask = index[..., None] == torch.arange(self.most_images, device=input_ids.device)
+        ends = input_ids == self.vocabulary.end_token_ids[0]  # `</s>`; an utterance's end hides no image
+        return mask & ~behind_an_end(is_image, ends)[..., None]
+
+
+def behind_an_end(is_image: Tensor, ends: Tensor) -> Tensor:
+    """(rows, tokens): an end token stands before the token, and no image between them."""
+    places = torch.arange(ends.shape[1], device=ends.device)
+    last_end = places.masked_fill(~ends, -1).cummax(dim=1).values
+    last_image = places.masked_fill(~is_image, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(last_end, (1, 0), value=-1)[:, :-1]  # an end token itself still sees
+    return before > last_image

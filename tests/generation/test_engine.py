@@ -1,0 +1,262 @@
+"""The engine finds what `generate` finds, whatever stands beside a prompt, comes before it, or is known already."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prompts_for_tests import ENDS, FAKE_ID, IMAGE_ID, PICTURES, VOCABULARY, behind, options, prompts, tensors_of
+from slow_search import slow_beam_search
+from tiny_models import Shape, randomize, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from idefics_cli.generation import engine as engine_module
+from idefics_cli.generation import reference
+from idefics_cli.generation.engine import Engine, Stream, survivors
+from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.generation.reference import Hypothesis
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
+from idefics_cli.processing import EncodedPrompt
+
+SHAPES = (
+    Shape(),
+    Shape(
+        alpha_type="vector", qk_layer_norms=False, use_resampler=False, additional_vocab_size=2, cross_layer_interval=1
+    ),
+    Shape(cross_layer_interval=4),
+)
+MODELS = [randomize(IdeficsForVisionText2Text(tiny_config(shape)), spread=0.35) for shape in SHAPES]
+model = st.sampled_from(MODELS)
+few = settings(max_examples=25, deadline=None)
+
+
+def engine(network, rows: int = 4) -> Engine:
+    return Engine(network, VOCABULARY, IMAGE_ID, rows)
+
+
+def decode(runner: Engine, some: list[EncodedPrompt], chosen: DecodingOptions) -> list[list[Hypothesis]]:
+    """In the order of the prompts, each exactly once."""
+    results = list(runner.generate(some, chosen))
+    assert sorted(index for index, _ in results) == list(range(len(some)))
+    return [hypotheses for _, hypotheses in sorted(results, key=lambda result: result[0])]
+
+
+def assert_same(got: list[Hypothesis], expected: list[Hypothesis]) -> None:
+    expected = [each for each in expected if each.score > -1e8]  # transformers fills up with texts that are none
+    assert [each.token_ids for each in got] == [each.token_ids for each in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.score == pytest.approx(theirs.score, abs=1e-4)
+
+
+@few
+@given(model, st.lists(prompts(), min_size=1, max_size=6), options(), st.sampled_from([1, 2, 4, 9]))
+def test_the_engine_finds_what_generate_finds(network, some, chosen, rows) -> None:
+    for prompt, got in zip(some, decode(engine(network, rows), some, chosen), strict=True):
+        assert_same(got, reference.generate(network, tensors_of(prompt), chosen, VOCABULARY)[0])
+
+
+@few
+@given(model, prompts(max_images=4), st.lists(prompts(max_images=2), min_size=2, max_size=6), options())
+def test_shots_that_prompts_share_are_read_once_and_change_nothing(network, shots, some, chosen) -> None:
+    some = [behind(shots, prompt) for prompt in some]
+    runner = engine(network)
+    for _ in range(2):  # the second time prefix and pictures are known
+        for prompt, got in zip(some, decode(runner, some, chosen), strict=True):
+            assert_same(got, reference.generate(network, tensors_of(prompt), chosen, VOCABULARY)[0])
+
+
+@few
+@given(prompts(max_images=2, longest_text=20), options(max_beams=4, longest=6))
+def test_a_third_opinion(prompt, chosen) -> None:
+    network = MODELS[0]
+    texts = slow_beam_search(network, tensors_of(prompt), chosen, set(ENDS), {FAKE_ID, IMAGE_ID})
+    expected = [Hypothesis(reference.until_end(ids, ENDS), score) for score, ids in texts]
+    assert_same(decode(engine(network), [prompt], chosen)[0], expected[: chosen.num_return_sequences])
+
+
+@few
+@given(model, st.lists(prompts(), min_size=2, max_size=9), options(), st.randoms(use_true_random=False))
+def test_company_and_order_change_nothing(network, some, chosen, chance) -> None:
+    expected = [decode(engine(network, 1), [prompt], chosen)[0] for prompt in some]
+    order = list(range(len(some)))
+    chance.shuffle(order)
+    runner = engine(network, chance.choice([1, 2, 3, 16]))
+    for place, got in zip(order, decode(runner, [some[place] for place in order], chosen), strict=True):
+        assert_same(got, expected[place])
+
+
+def some_prompts(count: int, images: int = 1) -> list[EncodedPrompt]:
+    chance = random.Random(count)
+    made = []
+    for _ in range(count):
+        ids = [1, *chance.choices(range(3, 40), k=chance.randint(1, 9))]
+        pixels = chance.choices(list(PICTURES), k=images)
+        made.append(EncodedPrompt([*ids, *[FAKE_ID, IMAGE_ID, FAKE_ID] * images, 7], tuple(pixels)))
+    return made
+
+
+def test_each_picture_is_encoded_once_and_each_prompt_read_once() -> None:
+    runner = engine(MODELS[0], rows=3)
+    asked = [
+        EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5, word, 9], (PICTURES[word % 2],)) for word in range(10, 20)
+    ]
+    decode(runner, asked, DecodingOptions(num_beams=4, max_new_tokens=5))
+    assert runner.times.images == 2, "ten questions about two pictures"
+    assert runner.times.prompt_tokens == 10 * 7
+    decode(runner, asked, DecodingOptions(num_beams=2, max_new_tokens=5))
+    assert runner.times.images == 2, "the second call knows them"
+
+
+def test_a_shared_start_is_read_once_for_all_calls() -> None:
+    runner = engine(MODELS[0])
+    shots = EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 23)], (PICTURES[0],))
+    some = [behind(shots, prompt) for prompt in some_prompts(6)]
+    own = sum(len(prompt.input_ids) - len(shots.input_ids) for prompt in some)
+    decode(runner, some, DecodingOptions(max_new_tokens=3))
+    assert runner.times.prompt_tokens == own + len(shots.input_ids)
+    decode(runner, some[:1], DecodingOptions(max_new_tokens=3))
+    assert len(runner.prefixes) == 1
+    last = len(some[0].input_ids) - len(shots.input_ids)
+    assert runner.times.prompt_tokens == own + len(shots.input_ids) + last
+
+
+def test_rows_that_end_make_room_at_once() -> None:
+    """With texts of different lengths, far fewer steps than if every batch waited for its longest."""
+    some = some_prompts(40)
+    chosen = DecodingOptions(num_beams=1, max_new_tokens=24)
+    runner = engine(MODELS[0], rows=4)
+    lengths = sorted(len(texts[0].token_ids) + 1 for texts in decode(runner, some, chosen))
+    assert lengths[0] < 4 and lengths[-1] > 12, "the lengths are to differ for this test to mean anything"
+    waiting_for_the_longest = 10 * lengths[-1]
+    assert runner.times.steps < 0.75 * waiting_for_the_longest
+
+
+def test_prompts_with_other_starts_take_their_turn() -> None:
+    """A stream whose first window shares a start, and whose rest shares another, or none."""
+    first = EncodedPrompt([1, *range(3, 20)])
+    second = EncodedPrompt([1, *range(20, 38)])
+    groups = [behind(first, p) for p in some_prompts(9)] + [behind(second, p) for p in some_prompts(9)]
+    some = groups + some_prompts(5)
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=4)
+    for prompt, got in zip(some, decode(engine(MODELS[0], 2), some, chosen), strict=True):
+        assert_same(got, reference.generate(MODELS[0], tensors_of(prompt), chosen, VOCABULARY)[0])
+
+
+class CountingOperations(TorchDispatchMode):
+    """Counts what reaches the device, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_step_takes_as_many_operations_for_many_rows_and_beams_as_for_few(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {}
+    step = Stream._step
+    for rows, beams in ((2, 2), (2, 6), (8, 2), (8, 6)):
+        counted = []
+
+        def counting(self, counted=counted):
+            with CountingOperations() as operations:
+                step(self)
+            counted.append(operations.count)
+
+        monkeypatch.setattr(Stream, "_step", counting)
+        some = some_prompts(rows)
+        if shared:
+            some = [behind(EncodedPrompt([1, *range(3, 20)]), prompt) for prompt in some]
+        chosen = DecodingOptions(num_beams=beams, max_new_tokens=6, min_new_tokens=6)
+        decode(engine(MODELS[0], rows), some, chosen)
+        counts[rows, beams] = set(counted)
+    assert len(set.union(*counts.values())) == 1, counts
+
+
+def test_reordering_moves_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step leaves in a slot stays there, whichever beams go on."""
+    step, seen, reordered = Stream._step, {}, []
+
+    def watching(self):
+        step(self)
+        store, rows = self.store, len(self.rows)
+        beams = self.options.num_beams
+        reordered.append(bool((self.parents != torch.arange(beams)).any()))
+        written = store.prompt_slots + (self.written[0] - 1) * beams
+        for slot in range(written):
+            now = store.key_values[:, :, :rows, slot]
+            assert torch.equal(seen.setdefault(slot, now.clone()), now)
+
+    monkeypatch.setattr(Stream, "_step", watching)
+    chosen = DecodingOptions(num_beams=5, max_new_tokens=8, min_new_tokens=8)
+    decode(engine(MODELS[0], 3), some_prompts(3), chosen)
+    assert any(reordered)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_where_memory_ends_rows_are_halved_and_begin_again(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = some_prompts(9)
+    chosen = DecodingOptions(num_beams=3, max_new_tokens=5)
+    expected = decode(engine(MODELS[0], 9), some, chosen)
+    step = Stream._step
+
+    def scarce(self):
+        if len(self.rows) > limit:
+            raise torch.OutOfMemoryError("no more")
+        step(self)
+
+    monkeypatch.setattr(Stream, "_step", scarce)
+    runner = engine(MODELS[0], 8)
+    for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
+        assert_same(got, wanted)
+    assert runner.rows == max(1, 8 >> (3 if limit == 1 else 2))
+
+
+def test_a_row_that_does_not_fit_alone_has_no_text_and_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = some_prompts(5)
+    some[2] = EncodedPrompt([1, *[9] * 50])
+    chosen = DecodingOptions(max_new_tokens=3)
+    admit = Stream._admit
+
+    def scarce(self, group):
+        if any(len(prompt.input_ids) > 40 for prompt in group):
+            raise torch.OutOfMemoryError("no more")
+        admit(self, group)
+
+    monkeypatch.setattr(Stream, "_admit", scarce)
+    results = decode(engine(MODELS[0], 4), some, chosen)
+    assert [bool(texts) for texts in results] == [True, True, False, True, True]
+
+
+def test_an_endless_stream_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept does not grow with the number of prompts."""
+    monkeypatch.setattr(engine_module, "LATENTS_BYTES", 20_000)
+    monkeypatch.setattr(engine_module, "IMAGE_KEYS_BYTES", 200_000)
+    runner = engine(MODELS[0], rows=8)
+    chance = torch.Generator().manual_seed(0)
+    held = []
+
+    def endless():
+        for number in range(400):
+            length = 1 + number * 7 % 40
+            pixels = torch.randn(3, 28, 28, generator=chance)
+            held.append(runner.latents.num_bytes + runner.image_key_values.num_bytes)
+            yield EncodedPrompt([1, *[5 + number % 30] * length, FAKE_ID, IMAGE_ID, FAKE_ID], (pixels,))
+
+    for _ in runner.generate(endless(), DecodingOptions(num_beams=2, max_new_tokens=3)):
+        pass
+    assert max(held) <= 220_000 and runner.times.images == 400
+
+
+def test_survivors_close_ranks() -> None:
+    assert survivors([False, True, False, True, False]) == [0, 4, 2]
+    assert survivors([True, True]) == []
+    assert survivors([True, False, False]) == [2, 1]
