@@ -28,6 +28,7 @@ from idefics_cli.errors import CheckpointError, IdeficsError, RowError
 from idefics_cli.generation.engine import Engine
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis, Vocabulary
+from idefics_cli.model.packed import pack_linears
 from idefics_cli.processing import EncodedPrompt, ImageProcessor, PromptEncoder
 from idefics_cli.prompts import Prompt, SpecialToken, caption_prompt, question_prompt
 
@@ -109,6 +110,8 @@ class Idefics:
         images = ImageProcessor.from_pretrained(checkpoint.folder)
         _require_image_size(images, config.vision_config.image_size)
         network = load_network(checkpoint, config, resolved_device, resolved_dtype)
+        if resolved_device.type == "cpu":
+            pack_linears(network)
         return cls(network, encoder, images, batch_size or DEFAULT_BATCH_SIZE)
 
     def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> PreparedImage:

@@ -41,7 +41,7 @@ def slow_beam_search(
 
 def worth_going_on(running: list, finished: list, length: int, options: DecodingOptions) -> bool:
     """Asked when there are as many finished texts as beams."""
-    if options.early_stopping is True:
+    if options.early_stopping is True or options.num_beams == 1:  # one beam is greedy search
         return False
     reach = options.max_new_tokens if options.early_stopping == "never" and options.length_penalty > 0 else length
     return running[0][0] / reach**options.length_penalty > finished[-1][0]

@@ -60,9 +60,11 @@ def object_table(scenes: Sequence[Scene]) -> Tensor:
 
 @dataclass(frozen=True)
 class LessonPlan(torch.utils.data.Dataset):
-    """Lesson `step` of `steps` shows the scenes from seed `first_seed + step * scenes` on; `texts` may be left out.
+    """Lesson `step` of `steps` shows the scenes from seed `first_seed + step * scenes` on.
 
-    Few shapes come first: one while a third of `easy_steps` lasts, then two, then all.
+    The first `captions` of them are captioned, each is asked `questions` questions, and all stand once more in prompts
+    with shots; no texts at all without questions. Few shapes come first: one while a third of `easy_steps` lasts, then
+    two, then all.
     """
 
     images: ImageProcessor
@@ -70,7 +72,8 @@ class LessonPlan(torch.utils.data.Dataset):
     scenes: int
     first_seed: int
     steps: range
-    texts: bool
+    captions: int = 0
+    questions: int = 0
     easy_steps: int = 0
 
     def __len__(self) -> int:
@@ -84,15 +87,18 @@ class LessonPlan(torch.utils.data.Dataset):
         )
         drawn = [scene(seed, max_objects) for seed in range(first, first + self.scenes)]
         pixel_values = torch.stack([self.images.pixels(each.image) for each in drawn])
-        texts = tuple(self._texts(drawn, np.random.default_rng([first, 7]))) if self.texts else ()
+        texts = tuple(self._texts(drawn, np.random.default_rng([first, 7]))) if self.questions else ()
         return Lesson(pixel_values, object_table(drawn), texts)
 
     def _texts(self, scenes: list[Scene], generator: np.random.Generator):
         """Three groups: captions without shots, questions without shots, and both with shots."""
-        one_each = range(len(scenes))
-        questions = [int(generator.integers(len(drawn.questions))) for drawn in scenes]
-        yield collate_texts([self._caption_row(scenes, [index]) for index in one_each], self.encoder)
-        yield collate_texts([self._question_row(scenes, [i], [questions[i]]) for i in one_each], self.encoder)
+        asked = [
+            (index, int(question))
+            for index, drawn in enumerate(scenes)
+            for question in generator.permutation(len(drawn.questions))[: self.questions]
+        ]
+        yield collate_texts([self._caption_row(scenes, [index]) for index in range(self.captions)], self.encoder)
+        yield collate_texts([self._question_row(scenes, [i], [question]) for i, question in asked], self.encoder)
         yield collate_texts(list(self._shot_rows(scenes, generator)), self.encoder)
 
     def _shot_rows(self, scenes: list[Scene], generator: np.random.Generator):

@@ -1,8 +1,9 @@
 """Make the `demo` model from nothing: `python -m idefics_cli.demo.train`.
 
-Two stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
+Three stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
 lies where: for each patch the shape it belongs to, and in the first latents the shapes from left to right. *Speak*:
-the whole model learns to caption and to answer, in the official prompt templates. Scenes are drawn from seeds in
+the whole model learns to caption and to answer, in the official prompt templates. *Answer*: with its eyes left as they
+are it is asked more, because captions are learned sooner than answers. Scenes are drawn from seeds in
 order, so a run can stop anywhere and goes on from its last checkpoint; seeds from `EVALUATION_SEEDS` on are never
 drawn here.
 """
@@ -38,7 +39,8 @@ class Stage:
     """`steps` lessons of `scenes` pictures each, drawn from `first_seed` on.
 
     `matrix_rate` is Muon's, `other_rate` AdamW's; the eyes (vision tower and resampler) learn at `eyes_share` of them.
-    The rates fall to zero over the last `decay` part of the steps.
+    At a share of zero they are left as they are. The rates fall to zero over the last `decay` part of the steps. Of
+    each lesson `captions` pictures are captioned, and each is asked `questions` questions.
     """
 
     name: str
@@ -50,13 +52,16 @@ class Stage:
     other_rate: float = 2e-3
     eyes_share: float = 1.0
     decay: float = 0.4
+    captions: int = 0
+    questions: int = 0
 
 
-def stages(scale: float) -> tuple[Stage, Stage]:
-    """Both stages; `scale` shortens or lengthens them."""
+def stages(scale: float) -> tuple[Stage, ...]:
+    """All stages; `scale` shortens or lengthens them."""
     see = Stage("see", round(4500 * scale), first_seed=0, easy_steps=round(600 * scale))
-    speak = Stage("speak", round(3000 * scale), first_seed=500_000_000, eyes_share=0.15)
-    return see, speak
+    speak = Stage("speak", round(3000 * scale), first_seed=500_000_000, eyes_share=0.15, captions=64, questions=1)
+    answer = Stage("answer", round(1500 * scale), first_seed=800_000_000, eyes_share=0.0, captions=16, questions=3)
+    return see, speak, answer
 
 
 def demo_config(vocab_size: int) -> IdeficsConfig:
@@ -157,12 +162,14 @@ class Pupil(nn.Module):
         super().__init__()
         self.model = model
         self.tutor = Tutor(model.config.vision_config.embed_dim)
+        self.eyes_learn = True
 
     def forward(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         network = self.model.model
-        patches = network.vision_model(lesson.pixel_values).last_hidden_state
-        latents = network.perceiver_resampler(patches)
-        loss, right = self.tutor(patches[:, 1:], latents, lesson.objects)
+        with torch.set_grad_enabled(self.eyes_learn and torch.is_grad_enabled()):
+            patches = network.vision_model(lesson.pixel_values).last_hidden_state
+            latents = network.perceiver_resampler(patches)
+            loss, right = self.tutor(patches[:, 1:], latents, lesson.objects)
         for name, texts in zip(("caption", "question", "shots"), lesson.texts, strict=False):
             text_loss, right[f"{name} tokens"] = self._read(latents, texts)
             loss = loss + text_loss
@@ -237,6 +244,7 @@ class Training:
         return state["stage"], state
 
     def _run_stage(self, index: int, stage: Stage, state: dict | None) -> None:
+        self.pupil.eyes_learn = stage.eyes_share > 0
         both = optimizers(self.pupil, stage)
         first = 0
         if state is not None and state["optimizers"]:
@@ -262,7 +270,8 @@ class Training:
             scenes=stage.scenes,
             first_seed=stage.first_seed,
             steps=range(first, stage.steps),
-            texts=stage.name == "speak",
+            captions=stage.captions,
+            questions=stage.questions,
             easy_steps=stage.easy_steps,
         )
         return DataLoader(plan, batch_size=None, num_workers=1, prefetch_factor=8)

@@ -40,6 +40,9 @@ class BeamRules:
         banned_token_ids: tuple[int, ...],
         device: torch.device | str = "cpu",
     ) -> BeamRules:
+        if options.num_beams == 1:
+            # `generate` with one beam is greedy search: its text is over at the first end token, whatever may follow.
+            options = replace(options, early_stopping=True)
         forbidden = torch.zeros(vocab_size)
         forbidden[list(banned_token_ids)] = -torch.inf
         ends = torch.zeros(vocab_size, dtype=torch.bool)

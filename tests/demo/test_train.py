@@ -18,7 +18,8 @@ from idefics_cli.processing import ImageProcessor, PromptEncoder
 
 SHORT = (
     Stage("see", 3, first_seed=0, scenes=8),
-    Stage("speak", 3, first_seed=500_000_000, scenes=8, eyes_share=0.15),
+    Stage("speak", 2, first_seed=500_000_000, scenes=8, eyes_share=0.15, captions=8, questions=1),
+    Stage("answer", 2, first_seed=800_000_000, scenes=8, eyes_share=0.0, captions=4, questions=3),
 )
 
 
@@ -35,7 +36,7 @@ def encoder() -> PromptEncoder:
 
 
 def plan(encoder: PromptEncoder) -> LessonPlan:
-    return LessonPlan(ImageProcessor(image_size=IMAGE_SIZE), encoder, 8, 0, range(4), texts=True)
+    return LessonPlan(ImageProcessor(image_size=IMAGE_SIZE), encoder, 8, 0, range(4), captions=8, questions=1)
 
 
 def test_stopping_and_going_on_changes_nothing(
@@ -59,7 +60,7 @@ def test_stopping_and_going_on_changes_nothing(
     for name, weight in straight.pupil.state_dict().items():
         assert torch.equal(weight, resumed.pupil.state_dict()[name]), name
     curves = [(tmp_path / run / "curve.jsonl").read_text().count("\n") for run in ("straight", "stopped")]
-    assert curves == [6, 6]
+    assert curves == [7, 7]
 
 
 def test_the_checkpoint_is_an_ordinary_one(short_stages: None, tmp_path: Path) -> None:
