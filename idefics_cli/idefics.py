@@ -25,7 +25,7 @@ from idefics_cli.checkpoint import (
 )
 from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
-from idefics_cli.generation.engine import Engine
+from idefics_cli.generation.engine import Engine, rows_that_fit
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis, Vocabulary
 from idefics_cli.model.packed import pack_linears
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
-DEFAULT_BATCH_SIZE = 16
 
 ImageSource = str | os.PathLike | bytes | Image.Image
 PreparedImage = torch.Tensor | RowError
@@ -78,7 +77,7 @@ class Idefics:
         model: IdeficsForVisionText2Text,
         encoder: PromptEncoder,
         images: ImageProcessor,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int,
     ):
         self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
         vocabulary = Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id)
@@ -98,7 +97,7 @@ class Idefics:
         """Load a hub id, a local folder or "demo".
 
         `dtype`: auto, bf16, fp16 or fp32; `device`: auto, cpu, mps, cuda or cuda:N; `batch_size`: prompts decoded
-        together. Raises IdeficsError with the remedy for anything that is not there.
+        together, by default as many as memory holds. Raises IdeficsError with the remedy for what is not there.
         """
         request = ModelRequest(os.fspath(model), revision, dtype, device, allow_pickle)
         resolved_device = resolve_device(device)
@@ -112,7 +111,7 @@ class Idefics:
         network = load_network(checkpoint, config, resolved_device, resolved_dtype)
         if resolved_device.type == "cpu":
             pack_linears(network)
-        return cls(network, encoder, images, batch_size or DEFAULT_BATCH_SIZE)
+        return cls(network, encoder, images, batch_size or rows_that_fit(network))
 
     def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> PreparedImage:
         """Pixels (3, side, side) of a path, bytes or PIL picture, or why there are none."""

@@ -59,7 +59,7 @@ def shots_for(drawn: Scene, num_shots: int) -> list[Scene]:
 
 def question_kind(question: str) -> str:
     """The first two words, and left or right apart."""
-    return "left or right" if " to the " in question else " ".join(question.split()[:2]).lower()
+    return "left or right" if " on the far " in question else " ".join(question.split()[:2]).lower()
 
 
 def run(model: Idefics, tasks: Sequence[Task], num_beams: int, label: str) -> Counter:

@@ -145,16 +145,11 @@ def _existence(objects: tuple[SceneObject, ...], generator: np.random.Generator)
 
 
 def _left_or_right(objects: tuple[SceneObject, ...], generator: np.random.Generator):
-    names = [f"{item.color} {item.shape}" for item in objects]
-    if len(set(names)) < 2:
+    if len(objects) < 2:
         return
-    unique = [index for index, name in enumerate(names) if names.count(name) == 1]
-    if len(unique) < 2:
-        return
-    first, second = (int(index) for index in generator.permutation(unique)[:2])
-    side = str(generator.choice(["left", "right"]))
-    is_so = first < second if side == "left" else first > second
-    yield f"Is the {names[first]} to the {side} of the {names[second]}?", "yes" if is_so else "no"
+    side, item = (("left", objects[0]), ("right", objects[-1]))[int(generator.integers(2))]
+    kind = str(generator.choice(["size", "color", "shape"]))
+    yield f"What {kind} is the object on the far {side}?", getattr(item, kind)
 
 
 def _shuffled(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> list[SceneObject]:

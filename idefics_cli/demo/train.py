@@ -60,7 +60,7 @@ def stages(scale: float) -> tuple[Stage, ...]:
     """All stages; `scale` shortens or lengthens them."""
     see = Stage("see", round(4500 * scale), first_seed=0, easy_steps=round(600 * scale))
     speak = Stage("speak", round(3000 * scale), first_seed=500_000_000, eyes_share=0.15, captions=64, questions=1)
-    answer = Stage("answer", round(1500 * scale), first_seed=800_000_000, eyes_share=0.0, captions=16, questions=3)
+    answer = Stage("answer", round(2000 * scale), first_seed=800_000_000, eyes_share=0.0, captions=16, questions=3)
     return see, speak, answer
 
 

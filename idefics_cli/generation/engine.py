@@ -7,6 +7,7 @@ room for the next. The engine knows nothing of tokenization and nothing of files
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from idefics_cli.model.modeling import IdeficsForVisionText2Text
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
 SHORTEST_PREFIX = 8  # tokens; sharing fewer saves less than it costs
 WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
+SLOTS_ASSUMED = 512
+MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
 
 
@@ -170,6 +173,21 @@ class Engine:
         last_image = prompt.image_keys[num_images - 1] if sees else None
         shared = SharedPrefix(tuple(states[:, 0]), tuple(states[:, 1]), length, last_image)
         return Prefix(prompt.content[:length], num_images, shared)
+
+
+def rows_that_fit(model: IdeficsForVisionText2Text) -> int:
+    """How many rows to decode at a time: what half of the free memory holds, at a length that prompts seldom exceed."""
+    config = model.config
+    vectors = config.num_hidden_layers * SLOTS_ASSUMED
+    vectors += len(model.model.gated_cross_attn_layers) * image_seq_len(model)
+    row_bytes = 2 * vectors * config.hidden_size * model.dtype.itemsize  # keys and values
+    return max(1, min(free_bytes(model.device) // 2 // row_bytes, MOST_ROWS[model.device.type == "cuda"]))
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def image_seq_len(model: IdeficsForVisionText2Text) -> int:

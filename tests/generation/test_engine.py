@@ -256,6 +256,14 @@ def test_an_endless_stream_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch)
     assert max(held) <= 220_000 and runner.times.images == 400
 
 
+def test_memory_decides_how_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = MODELS[0]
+    row_bytes = 2 * (4 * engine_module.SLOTS_ASSUMED + 2 * 5) * 32 * 4
+    for free, rows in ((0, 1), (6 * row_bytes, 3), (10_000 * row_bytes, 16)):
+        monkeypatch.setattr(engine_module, "free_bytes", lambda device, free=free: free)
+        assert engine_module.rows_that_fit(network) == rows
+
+
 def test_survivors_close_ranks() -> None:
     assert survivors([False, True, False, True, False]) == [0, 4, 2]
     assert survivors([True, True]) == []

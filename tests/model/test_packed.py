@@ -15,6 +15,7 @@ from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.model.packed import (
     PackedDecoupledLinear,
     PackedLinear,
+    kernel_rows,
     pack_linears,
     packable_dtypes,
     unpack_linears,
@@ -22,6 +23,7 @@ from idefics_cli.model.packed import (
 
 pytestmark = pytest.mark.skipif(torch.float32 not in packable_dtypes(), reason="oneDNN packs nothing on this machine")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+LEADING = ((), (1,), (0,), (5,), (37,), (40,), (130,), (700,), (5, 257), (2, 3, 4), (8, 0), (3, 1))
 PLAIN = Shape()
 VISION = {
     "embed_dim": 128,
@@ -55,7 +57,9 @@ def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", sorted(packable_dtypes() & TOLERANCE.keys(), key=str))
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("leading", [(), (1,), (0,), (5,), (40,), (700,), (2, 3, 4), (8, 0), (3, 1)])
+@pytest.mark.parametrize(
+    "leading", [(), (1,), (0,), (5,), (37,), (40,), (130,), (700,), (5, 257), (2, 3, 4), (8, 0), (3, 1)]
+)
 @torch.no_grad()
 def test_results_are_those_of_the_plain_layer(dtype: torch.dtype, bias: bool, leading: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -65,6 +69,12 @@ def test_results_are_those_of_the_plain_layer(dtype: torch.dtype, bias: bool, le
     assert packed.shape == expected.shape and packed.dtype == dtype
     assert packed.numel() == 0 or relative_error(packed, expected) <= TOLERANCE[dtype]
     assert torch.equal(packed, PackedLinear(plain)(inputs))
+
+
+def test_few_sizes_serve_all_numbers_of_rows() -> None:
+    sizes = {kernel_rows(rows) for rows in range(1, 5000)}
+    assert len(sizes) == 36 and max(sizes) == 512
+    assert all(0 <= kernel_rows(rows) - rows < 8 for rows in range(128))
 
 
 @torch.inference_mode()

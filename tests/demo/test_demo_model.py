@@ -1,0 +1,76 @@
+"""The demo that ships: an ordinary checkpoint, small, that sees; and transformers reads and runs it as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, IdeficsForVisionText2Text, IdeficsProcessor
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+from idefics_cli import Idefics
+from idefics_cli.checkpoint import DEMO_FOLDER
+from idefics_cli.demo.evaluate import caption_tasks, evaluate, question_tasks
+from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+
+FIRST_SEED = EVALUATION_SEEDS + 500_000
+
+
+@pytest.fixture(scope="module")
+def demo() -> Idefics:
+    return Idefics.from_pretrained("demo", batch_size=32)
+
+
+def test_it_is_small_and_whole() -> None:
+    names = {path.name for path in DEMO_FOLDER.iterdir()}
+    wanted = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "generation_config.json",
+    }
+    assert wanted <= names
+    assert (DEMO_FOLDER / "model.safetensors").stat().st_size <= 8_000_000
+
+
+@pytest.mark.parametrize("num_shots", [0, 2])
+def test_it_sees(demo: Idefics, num_shots: int) -> None:
+    """A small sample of what `python -m idefics_cli.demo.evaluate` measures."""
+    report = evaluate(demo, num_scenes=60, num_shots=num_shots, num_beams=3)
+    assert report["captions_exact"] > 0.9
+    assert report["answers_right"] > 0.9
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_transformers_reads_and_runs_it_alike(demo: Idefics, num_beams: int) -> None:
+    theirs = IdeficsForVisionText2Text.from_pretrained(DEMO_FOLDER, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    processor = IdeficsProcessor(IdeficsImageProcessorPil.from_pretrained(DEMO_FOLDER), tokenizer)
+    scenes = [scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + 6)]
+    tasks = [*caption_tasks(scenes, 1), *question_tasks(scenes, 0)][:24]
+    results = demo.generate([task.prompt for task in tasks], num_beams=num_beams)
+    forbidden = tokenizer.convert_tokens_to_ids(["<image>", "<fake_token_around_image>"])
+    for task, result in zip(tasks, results, strict=True):
+        inputs = processor(text=[list(task.prompt)], return_tensors="pt")
+        generated = theirs.generate(
+            **inputs,
+            num_beams=num_beams,
+            early_stopping=num_beams > 1,
+            max_new_tokens=30,
+            suppress_tokens=forbidden,
+        )
+        text = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text.strip() == result.text
+
+
+def test_it_takes_pictures_of_any_kind(demo: Idefics, tmp_path: Path) -> None:
+    """Larger, with another mode, through JPEG: the caption stays."""
+    drawn = scene(FIRST_SEED + 50)
+    large = drawn.image.resize((512, 512))
+    large.save(tmp_path / "large.jpg", quality=95)
+    drawn.image.convert("RGBA").save(tmp_path / "clear.png")
+    drawn.image.convert("P", palette=1, colors=256).save(tmp_path / "palette.gif")
+    results = demo.caption([tmp_path / "large.jpg", tmp_path / "clear.png", tmp_path / "palette.gif"])
+    assert [result.text for result in results] == [drawn.caption] * 3
