@@ -31,6 +31,8 @@ SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
 SIDE_FILES = ("*.json", "tokenizer.model")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAMES_SHOWN = 8
+# Fields of a configuration that name another file of weights (a pickle even), or classes to put in place of ours.
+LOADER_FIELDS = ("transformers_weights", "fusion_config")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def resolve_device(device: str) -> torch.device:
 
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,2})?", device):
         raise DeviceError(f"unknown device {device!r}: use auto, cpu, mps, cuda or cuda:N")
     resolved = torch.device(device)
     if resolved.type == "cuda":
@@ -116,10 +118,10 @@ def local_folder(model: str) -> Path | None:
     """The folder that `model` names, or None for a hub id. Raises CheckpointError for what can be neither."""
     if model == DEMO:
         return DEMO_FOLDER
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    path = os.path.expanduser(model)  # unlike pathlib's, these functions raise for no name
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
         raise CheckpointError(f"model {model!r} is a file: give the checkpoint's folder")
     if not HUB_ID.fullmatch(model) or model.startswith((".", os.sep)):
         raise CheckpointError(f"no model {model!r}: give a folder that exists, a hub id such as org/name, or 'demo'")
@@ -135,15 +137,22 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         for file in files:
             _tensor_shapes(file)
         return Checkpoint(folder, files, is_pickled=False)
+    if not allow_pickle:
+        _refuse_pickles(folder)
     pickles = weight_files(folder, PICKLES)
     if not pickles:
         raise CheckpointError(f"{folder} holds no weights: expected {SAFETENSORS} or {SAFETENSORS}.index.json")
-    if not allow_pickle:
-        raise CheckpointError(
-            f"{folder} holds its weights as pickles only ({pickles[0].name}), which can run code: convert them to "
-            "safetensors, or trust them with --allow-pickle"
-        )
     return Checkpoint(folder, pickles, is_pickled=True)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Of a hub's pickles only the index has been fetched, so it alone tells of them too."""
+    for name in (PICKLES, f"{PICKLES}.index.json"):
+        if (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} holds its weights as pickles only ({name}), which can run code: convert them to "
+                "safetensors, or trust them with --allow-pickle"
+            )
 
 
 def _require_idefics(folder: Path) -> None:
@@ -245,12 +254,22 @@ def _fetch(request: ModelRequest) -> Path:
 
 
 def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
+    """The configuration, without what would have transformers load other files or code than those looked through."""
     from transformers import IdeficsConfig
 
+    path = checkpoint.folder / "config.json"
     try:
-        return IdeficsConfig.from_pretrained(checkpoint.folder)
+        config = IdeficsConfig.from_pretrained(checkpoint.folder)
+        config._attn_implementation = "sdpa"  # another may name a kernel on the hub
     except Exception as error:  # the library raises many kinds for a field of a wrong type
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'} is no IDEFICS configuration ({error})") from error
+        raise CheckpointError(f"{path} is no IDEFICS configuration ({error})") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"{path} asks for quantized weights, which cannot be run: name the checkpoint as published"
+        )
+    for field in LOADER_FIELDS:
+        setattr(config, field, None)
+    return config
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -272,9 +291,10 @@ def load_network(
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
+    expected = _expected_shapes(checkpoint, config)
     if not checkpoint.is_pickled:
         shapes = {name: shape for file in checkpoint.weight_files for name, shape in _tensor_shapes(file).items()}
-        _require_same_tensors(checkpoint, shapes, _expected_shapes(config))
+        _require_same_tensors(checkpoint, shapes, expected)
     try:
         model, info = IdeficsForVisionText2Text.from_pretrained(
             checkpoint.folder,
@@ -296,16 +316,34 @@ def load_network(
     _require_clean(checkpoint, info)
     # Only the caller's decoding options count, whatever defaults a checkpoint's generation_config.json brings.
     model.generation_config = GenerationConfig()
-    return model.to(device).eval().requires_grad_(False)
+    return _moved(model, device).eval().requires_grad_(False)
 
 
-def _expected_shapes(config: IdeficsConfig) -> dict[str, tuple[int, ...]]:
+def _moved(model: IdeficsForVisionText2Text, device: torch.device) -> IdeficsForVisionText2Text:
+    import torch
+
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"the memory of {str(device)!r} does not hold the model's {model.get_memory_footprint() / 1e9:.1f} GB: "
+            "use a larger device, a smaller model or --device cpu"
+        ) from error
+
+
+def _expected_shapes(checkpoint: Checkpoint, config: IdeficsConfig) -> dict[str, tuple[int, ...]]:
     import torch
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
-    with torch.device("meta"):
-        model = IdeficsForVisionText2Text(config)
+    try:
+        with torch.device("meta"):
+            model = IdeficsForVisionText2Text(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"no network can be made as {checkpoint.folder / 'config.json'} says "
+            f"({type(error).__name__}: {error}): restore the published file"
+        ) from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -16,6 +16,9 @@ from idefics_cli import checkpoint as checkpoints
 from idefics_cli.checkpoint import ModelRequest, check_model_request, find_checkpoint, load_config, load_network
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
 from idefics_cli.idefics import Idefics
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+PICKLE = "adapter_model.bin"  # the one pickle's name that transformers takes from a config
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_single_and_sharded_files_give_the_same_model(folder: Path, tmp_path: Pa
 
 
 def test_no_such_model() -> None:
-    for model in ("./nowhere", "/nowhere/at/all", "not a hub id", "onlyname"):
+    for model in ("./nowhere", "/nowhere/at/all", "not a hub id", "onlyname", "~nobody/at/all", f"./{'n' * 5000}"):
         assert "no model" in early_refusal(model)
 
 
@@ -97,6 +100,15 @@ def test_a_damaged_config(folder: Path, content: str) -> None:
 
 def test_a_config_with_fields_of_a_wrong_type(folder: Path) -> None:
     edit_json(folder / "config.json", hidden_size="large")
+    assert "config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_act": "no such"}, {"alpha_type": "no such"}, {"num_attention_heads": 7}, {"cross_layer_interval": 0}],
+)
+def test_a_config_of_which_no_network_can_be_made(folder: Path, change: dict) -> None:
+    edit_json(folder / "config.json", **change)
     assert "config.json" in refusal(folder)
 
 
@@ -191,6 +203,34 @@ class Payload:
         return (open, (str(self.path), "w"))
 
 
+def test_a_config_names_no_other_weights_and_no_kernels(folder: Path) -> None:
+    """transformers would load this pickle although safetensors were asked for, and fetch that code from the hub."""
+    expected = load(folder).state_dict()["model.norm.weight"]
+    torch.save({**load_file(folder / "model.safetensors"), "model.norm.weight": 0 * expected}, folder / PICKLE)
+    edit_json(folder / "config.json", transformers_weights=PICKLE, attn_implementation="kernels-community/flash-attn2")
+    assert torch.equal(load(folder).state_dict()["model.norm.weight"], expected)
+
+
+def test_quantized_weights_are_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert "quantized" in refusal(folder)
+
+
+def test_a_hub_model_of_pickles_of_which_the_index_was_fetched(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "pytorch_model-1.bin"}}))
+    assert "--allow-pickle" in early_refusal(folder)
+
+
+def test_a_device_that_does_not_hold_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(IdeficsForVisionText2Text, "to", full)
+    with pytest.raises(DeviceError, match="does not hold the model"):
+        load(folder)
+
+
 def test_a_pickle_with_a_missing_tensor(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
     to_pickles(folder)
@@ -214,7 +254,8 @@ def test_decoding_defaults_of_a_checkpoint_do_not_count(folder: Path) -> None:
 
 def test_unknown_dtype_and_device(folder: Path) -> None:
     assert "auto, bf16, fp16, fp32" in early_refusal(folder, dtype="int3")
-    assert "cuda:N" in early_refusal(folder, device="tpu")
+    for device in ("tpu", "cuda:", "cuda:99999999999999999999"):
+        assert "cuda:N" in early_refusal(folder, device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
