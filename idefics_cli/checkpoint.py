@@ -174,7 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} has no {path.name}: give a checkpoint's folder")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): fetch the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object: fetch the file again")
@@ -226,12 +226,7 @@ def find_checkpoint(request: ModelRequest) -> Checkpoint:
 
 def _fetch(request: ModelRequest) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     def download(patterns: Iterable[str]) -> Path:
         return Path(snapshot_download(request.model, revision=request.revision, allow_patterns=list(patterns)))
@@ -245,7 +240,9 @@ def _fetch(request: ModelRequest) -> Path:
         raise CheckpointError(
             f"the hub has no model {request.model!r}: check the name, or log in if it is private"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # the layers below the hub's library raise many kinds for a line that breaks
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"model {request.model!r} is not in the cache and cannot be fetched ({reason}): "

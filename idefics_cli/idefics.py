@@ -99,6 +99,8 @@ class Idefics:
         `dtype`: auto, bf16, fp16 or fp32; `device`: auto, cpu, mps, cuda or cuda:N; `batch_size`: prompts decoded
         together, by default as many as memory holds. Raises IdeficsError with the remedy for what is not there.
         """
+        if batch_size is not None and batch_size < 1:
+            raise IdeficsError(f"batch_size is {batch_size}: use a whole number from 1 on, or None")
         request = ModelRequest(os.fspath(model), revision, dtype, device, allow_pickle)
         resolved_device = resolve_device(device)
         resolved_dtype = resolve_dtype(dtype, resolved_device)
@@ -119,6 +121,8 @@ class Idefics:
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
         """Describe each picture, prompted as its checkpoint was published: a base model or an instruct one."""
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
+            raise IdeficsError("caption takes pictures, not one picture: write [picture]")
         prompts = (caption_prompt(self._picture(image), self.encoder.is_instruct) for image in images)
         return self.generate(prompts, **decoding)
 
@@ -140,6 +144,11 @@ class Idefics:
         ahead.
         """
         options = DecodingOptions.from_keywords(decoding)
+        room = self.model.config.max_position_embeddings
+        if options.max_new_tokens >= room:
+            raise IdeficsError(
+                f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt: the model takes {room} tokens"
+            )
         results: dict[int, Result] = {}
         places: list[int] = []  # of the prompts that reach the engine
 
@@ -174,7 +183,14 @@ class Idefics:
         return EncodedPrompt(input_ids, tuple(item for item in items if isinstance(item, torch.Tensor)))
 
     def _picture(self, image: ImageSource | PreparedImage) -> PreparedImage:
-        return image if isinstance(image, (torch.Tensor, RowError)) else self.prepare_image(image)
+        if isinstance(image, RowError):
+            return image
+        if not isinstance(image, torch.Tensor):
+            return self.prepare_image(image)
+        wanted = (3, self.images.image_size, self.images.image_size)
+        if image.shape != wanted:
+            raise IdeficsError(f"a tensor of shape {tuple(image.shape)} is no picture: prepare_image gives {wanted}")
+        return image.float()
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
         if not hypotheses:

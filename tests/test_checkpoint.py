@@ -92,7 +92,7 @@ def test_a_folder_without_config(folder: Path) -> None:
     assert "config.json" in early_refusal(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '"idefics"', ""])
+@pytest.mark.parametrize("content", ["{", "[]", '"idefics"', "", "[" * 100_000])
 def test_a_damaged_config(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     assert "config.json" in early_refusal(folder)
@@ -277,6 +277,14 @@ def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_model_that_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "not in the cache" in refusal("nobody/nothing")
+
+
+def test_a_line_that_breaks_while_a_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args, **options):
+        raise RuntimeError("connection reset")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    assert "cannot be fetched (connection reset)" in refusal("some/model")
 
 
 def test_a_cached_hub_model_loads_offline(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,9 +173,30 @@ def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
         base.generate([["a"]], num_return_sequences=4)
     with pytest.raises(IdeficsError, match="sequence of texts and pictures"):
         base.generate(["a"])
-    for name, value in (("num_beams", 0), ("max_new_tokens", 1.5), ("early_stopping", "soon"), ("num_beams", True)):
-        with pytest.raises(IdeficsError, match=name):
-            base.generate([["a"]], **{name: value})
+    wrong = {
+        "num_beams": (0, True),
+        "max_new_tokens": (1.5, base.model.config.max_position_embeddings),
+        "early_stopping": ("soon", 1),
+        "length_penalty": ("long", float("nan"), float("-inf"), 1e5),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(IdeficsError, match=name):
+                base.generate([["a"]], **{name: value})
+
+
+def test_what_is_no_list_of_pictures_is_told(base: Idefics, tmp_path: Path) -> None:
+    for one in ("picture.png", tmp_path / "picture.png", b"bytes", picture()):
+        with pytest.raises(IdeficsError, match="not one picture"):
+            base.caption(one)
+    with pytest.raises(IdeficsError, match=r"shape \(3, 5, 5\)"):
+        base.caption([torch.zeros(3, 5, 5)])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_has_at_least_one_row(batch_size: int) -> None:
+    with pytest.raises(IdeficsError, match="batch_size"):
+        Idefics.from_pretrained("demo", batch_size=batch_size)
 
 
 def test_no_prompts_no_results(base: Idefics) -> None:

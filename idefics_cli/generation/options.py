@@ -7,6 +7,8 @@ from typing import Literal
 
 from idefics_cli.errors import IdeficsError
 
+LARGEST_PENALTY = 10.0  # a length to a higher power is soon more than a float holds
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -30,11 +32,12 @@ class DecodingOptions:
             self._require_at_least(name, least)
         for name, least in (("no_repeat_ngram_size", 0), ("num_return_sequences", 1)):
             self._require_at_least(name, least)
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise IdeficsError(f"early_stopping is {self.early_stopping!r}: use True, False or 'never'")
-        if not isinstance(self.length_penalty, (int, float)) or self.length_penalty != self.length_penalty:
+        if not isinstance(self.length_penalty, (int, float)) or not abs(self.length_penalty) <= LARGEST_PENALTY:
             raise IdeficsError(
-                f"length_penalty is {self.length_penalty!r}: use a number, 1.0 for the mean log-probability"
+                f"length_penalty is {self.length_penalty!r}: use a number from -{LARGEST_PENALTY:g} to "
+                f"{LARGEST_PENALTY:g}, 1.0 for the mean log-probability"
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise IdeficsError(
