@@ -20,7 +20,6 @@ from idefics_cli.prompts import CAPTION, QUESTION_ANSWER, Shot, Template, few_sh
 IGNORED = -100
 MAX_SHOTS = 4
 TEXT_ONLY_SHOTS = 2
-LEARNED_LATE = ("Is there", "What color")
 ATTRIBUTES = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}
 
 
@@ -94,17 +93,13 @@ class LessonPlan(torch.utils.data.Dataset):
     def _texts(self, scenes: list[Scene], generator: np.random.Generator):
         """Three groups: captions without shots, questions without shots, and both with shots."""
         asked = [
-            (index, int(question)) for index, drawn in enumerate(scenes) for question in self._asked(drawn, generator)
+            (index, int(question))
+            for index, drawn in enumerate(scenes)
+            for question in generator.permutation(len(drawn.questions))[: self.questions]
         ]
         yield collate_texts([self._caption_row(scenes, [index]) for index in range(self.captions)], self.encoder)
         yield collate_texts([self._question_row(scenes, [i], [question]) for i, question in asked], self.encoder)
         yield collate_texts(list(self._shot_rows(scenes, generator)), self.encoder)
-
-    def _asked(self, drawn: Scene, generator: np.random.Generator) -> np.ndarray:
-        """Indices of `questions` of the scene's questions; those that are learned late come up more often."""
-        weights = np.array([2.0 if question.startswith(LEARNED_LATE) else 1.0 for question, _ in drawn.questions])
-        count = min(self.questions, len(weights))
-        return generator.choice(len(weights), size=count, replace=False, p=weights / weights.sum())
 
     def _shot_rows(self, scenes: list[Scene], generator: np.random.Generator):
         """Every picture once more, in prompts of one to four shots, some of them with text-only shots."""

@@ -109,12 +109,11 @@ def _apart(first: SceneObject, second: SceneObject) -> bool:
 
 
 def _questions(objects: tuple[SceneObject, ...], generator: np.random.Generator):
-    shapes = [item.shape for item in objects]
+    """Colour, shape, size, count, existence (once with each answer), and left or right where there are two sides."""
     colors = [item.color for item in objects]
-    for item in _shuffled(objects, generator):
-        if shapes.count(item.shape) == 1:
-            yield f"What color is the {item.shape}?", item.color
-            break
+    shapes = [item.shape for item in objects]
+    where, item = _one_end(objects, generator)
+    yield f"What color is the object{where}?", item.color
     for item in _shuffled(objects, generator):
         if colors.count(item.color) == 1:
             yield f"What shape is the {item.color} object?", item.shape
@@ -126,30 +125,20 @@ def _questions(objects: tuple[SceneObject, ...], generator: np.random.Generator)
     yield "How many objects are there?", str(len(objects))
     shape = str(generator.choice(SHAPES + tuple(shapes)))
     yield f"How many {_plural(shape)} are there?", str(shapes.count(shape))
-    yield from _existence(objects, generator)
-    yield from _left_or_right(objects, generator)
+    yield f"Is there a {generator.choice(colors)} object?", "yes"
+    yield f"Is there a {generator.choice([color for color in COLORS if color not in colors])} object?", "no"
+    if len(objects) > 1:
+        where, item = _one_end(objects, generator)
+        kind = str(generator.choice(["size", "shape"]))
+        yield f"What {kind} is the object{where}?", getattr(item, kind)
 
 
-def _existence(objects: tuple[SceneObject, ...], generator: np.random.Generator):
-    """One question about something that is there, one about something that is nearly, or not at all."""
-    item = objects[int(generator.integers(len(objects)))]
-    yield f"Is there a {item.color} {item.shape}?", "yes"
-    present = {(other.color, other.shape) for other in objects}
-    while True:
-        color, shape = str(generator.choice(list(COLORS))), str(generator.choice(SHAPES))
-        if generator.random() < 0.5:  # half of them share colour or shape with something there
-            color, shape = (item.color, shape) if generator.random() < 0.5 else (color, item.shape)
-        if (color, shape) not in present:
-            yield f"Is there a {color} {shape}?", "no"
-            return
-
-
-def _left_or_right(objects: tuple[SceneObject, ...], generator: np.random.Generator):
-    if len(objects) < 2:
-        return
+def _one_end(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> tuple[str, SceneObject]:
+    """How to say which object is meant, the first or the last one, and the object."""
+    if len(objects) == 1:
+        return "", objects[0]
     side, item = (("left", objects[0]), ("right", objects[-1]))[int(generator.integers(2))]
-    kind = str(generator.choice(["size", "color", "shape"]))
-    yield f"What {kind} is the object on the far {side}?", getattr(item, kind)
+    return f" on the far {side}", item
 
 
 def _shuffled(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> list[SceneObject]:

@@ -2,8 +2,8 @@
 
 Three stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
 lies where: for each patch the shape it belongs to, and in the first latents the shapes from left to right. *Speak*:
-the whole model learns to caption and to answer, in the official prompt templates. *Answer*: with its eyes left as they
-are it is asked more, because captions are learned sooner than answers. Scenes are drawn from seeds in
+the whole model learns to caption and to answer, in the official prompt templates. *Answer*: it is asked
+more, because captions are learned sooner than answers. Scenes are drawn from seeds in
 order, so a run can stop anywhere and goes on from its last checkpoint; seeds from `EVALUATION_SEEDS` on are never
 drawn here.
 """
@@ -60,7 +60,7 @@ def stages(scale: float) -> tuple[Stage, ...]:
     """All stages; `scale` shortens or lengthens them."""
     see = Stage("see", round(4500 * scale), first_seed=0, easy_steps=round(600 * scale))
     speak = Stage("speak", round(3000 * scale), first_seed=500_000_000, eyes_share=0.15, captions=64, questions=1)
-    answer = Stage("answer", round(2000 * scale), first_seed=800_000_000, eyes_share=0.0, captions=16, questions=3)
+    answer = Stage("answer", round(800 * scale), first_seed=800_000_000, eyes_share=0.15, captions=16, questions=3)
     return see, speak, answer
 
 
@@ -123,7 +123,10 @@ class Tutor(nn.Module):
         for index, (name, kinds) in enumerate(ATTRIBUTES.items()):
             target = objects[:, :, 3 + index].long()  # (scenes, MAX_OBJECTS)
             target = torch.where(target == IGNORED, len(kinds), target)
-            logits = self.slot_heads[name](latents[:, :MAX_OBJECTS])
+            # Readouts of length one: what is read must be large in the latents, so that attention finds it as well.
+            head = self.slot_heads[name]
+            readouts = nn.functional.normalize(head.weight, dim=-1)
+            logits = nn.functional.linear(latents[:, :MAX_OBJECTS], readouts, head.bias)
             losses.append(cross_entropy(logits, target))
             right[f"slot {name}"] = share_right(logits, target)
         return torch.stack(losses).mean(), right
@@ -353,7 +356,7 @@ def main() -> None:
         help="where the run keeps its state, its curve and the finished checkpoint",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scale", type=float, default=1.0, help="lengthen or shorten both stages")
+    parser.add_argument("--scale", type=float, default=1.0, help="lengthen or shorten all stages")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     try:

@@ -93,6 +93,18 @@ def attend_part(
     return (scores - log_sum[..., None]).exp().to(value.dtype) @ value, log_sum
 
 
+def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of a few queries: output (rows, heads, queries, head_dim); `mask` is additive.
+
+    On the CPU the fused kernel is built for many queries: for a handful, two products and a softmax are faster, and in
+    fp32 as exact. In half precision the fused kernel keeps its scores in fp32, so it stays.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    scores = (query * scaling) @ key.transpose(-1, -2)  # (rows, heads, queries, keys)
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ value
+
+
 def merge_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
     """Attention over two parts together, from each part's output and log-sum-exp (Milakov & Gimelshein 2018)."""
     (output, log_sum), (other_output, other_log_sum) = first, second
@@ -276,7 +288,7 @@ class DecodeMemory:
         used = self.mask.shape[-1]
         key, value = (stored[index, : self.num_rows, :used].transpose(1, 2) for index in (0, 1))
         if self.prefix.length == 0:
-            output = nn.functional.scaled_dot_product_attention(query, key, value, self.mask, scale=layer.scaling)
+            output = attend_few(query, key, value, self.mask, layer.scaling)
         else:
             own = attend_part(query, key, value, self.mask, layer.scaling)
             output = merge_parts(own, self.prefix.attend(layer.layer_idx, query, layer.scaling))
@@ -287,7 +299,7 @@ class DecodeMemory:
     ) -> AttentionOutput:
         stored = self.store.image_key_values[layer.layer_idx, :, : self.num_rows]
         key, value = (states.transpose(1, 2) for states in stored)  # (rows, heads, seq, head_dim)
-        output = nn.functional.scaled_dot_product_attention(query, key, value, scale=layer.scaling)
+        output = attend_few(query, key, value, None, layer.scaling)
         return output.transpose(1, 2).masked_fill(~self.image_gate, 0.0), None
 
 

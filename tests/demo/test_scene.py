@@ -68,14 +68,14 @@ def read_and_answer(drawn: Scene, question: str) -> str:
         ]
 
     patterns = {
-        r"What color is the (\w+)\?": lambda shape: drawn.objects[only(having(shape=shape))].color,
+        r"What color is the object\?": lambda: drawn.objects[only(having())].color,
         r"What shape is the (\w+) object\?": lambda color: drawn.objects[only(having(color=color))].shape,
         r"What size is the (\w+) (\w+)\?": lambda color, shape: (
             drawn.objects[only(having(color=color, shape=shape))].size
         ),
         r"How many objects are there\?": lambda: str(len(drawn.objects)),
         r"How many (?!objects)(\w+) are there\?": lambda plural: str(len(having(shape=SINGULAR[plural]))),
-        r"Is there a (\w+) (\w+)\?": lambda color, shape: yes(having(color=color, shape=shape)),
+        r"Is there a (\w+) object\?": lambda color: yes(having(color=color)),
         r"What (\w+) is the object on the far (left|right)\?": lambda kind, side: getattr(
             sorted(drawn.objects, key=lambda item: item.x)[0 if side == "left" else -1], kind
         ),
