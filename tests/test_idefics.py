@@ -199,6 +199,15 @@ def test_a_batch_has_at_least_one_row(batch_size: int) -> None:
         Idefics.from_pretrained("demo", batch_size=batch_size)
 
 
+def test_answers_encode_a_picture_once(base: Idefics) -> None:
+    base.engine.clear_caches()
+    base.engine.times.reset()
+    asked = [(picture(20), f"question {number}?") for number in range(5)] + [(picture(21), "and this?")]
+    results = base.answer(asked, max_new_tokens=3)
+    assert base.engine.times.images == 2 and all(result.error is None for result in results)
+    assert results[2].token_ids == base.answer([asked[2]], max_new_tokens=3)[0].token_ids
+
+
 def test_no_prompts_no_results(base: Idefics) -> None:
     assert base.generate([]) == [] and base.caption([]) == []
 

@@ -49,6 +49,10 @@ class BoundedCache(Generic[Value]):
     def keys(self) -> list[Hashable]:
         return list(self._entries)
 
+    def values(self) -> list[Value]:
+        """All that is kept, without its counting as use."""
+        return [value for value, _ in self._entries.values()]
+
     def clear(self) -> None:
         self._entries.clear()
         self.num_bytes = 0
@@ -177,8 +181,8 @@ class RowStore:
         self.prompt_lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.ancestors = torch.zeros(rows, num_beams, max_new_tokens * num_beams, dtype=torch.bool, device=device)
 
-    def fits(self, prompt_length: int) -> bool:
-        return prompt_length <= self.prompt_slots
+    def fits(self, rows: int, prompt_length: int) -> bool:
+        return rows <= self.rows and prompt_length <= self.prompt_slots
 
     def admit(self, rows: slice, prompt_lengths: Tensor, images: Tensor, sees_image: Tensor) -> None:
         """New rows: `images` (new rows, layers, 2, seq, heads, head_dim) is what each sees from now on."""
@@ -188,12 +192,13 @@ class RowStore:
         self.ancestors[rows] = False
 
     def take_over(self, other: RowStore) -> None:
-        """All rows of a store with shorter prompts."""
-        prompt, tree = other.prompt_slots, other.slots - other.prompt_slots
-        self.key_values[:, :, :, :prompt] = other.key_values[:, :, :, :prompt]
-        self.key_values[:, :, :, self.prompt_slots : self.prompt_slots + tree] = other.key_values[:, :, :, prompt:]
-        for name in ("image_key_values", "sees_image", "prompt_lengths", "ancestors"):
-            setattr(self, name, getattr(other, name))
+        """All rows of a store with fewer rows or shorter prompts."""
+        prompt, rows = other.prompt_slots, slice(other.rows)
+        self.key_values[:, :, rows, :prompt] = other.key_values[:, :, :, :prompt]
+        self.key_values[:, :, rows, self.prompt_slots :] = other.key_values[:, :, :, prompt:]
+        self.image_key_values[:, :, rows] = other.image_key_values
+        for name in ("sees_image", "prompt_lengths", "ancestors"):
+            getattr(self, name)[rows] = getattr(other, name)
 
     def keep(self, sources: list[int]) -> None:
         """Row i becomes what row `sources[i]` was; `sources[i] >= i`. Rows that stay are not touched."""

@@ -7,16 +7,18 @@ room for the next. The engine knows nothing of tokenization and nothing of files
 
 from __future__ import annotations
 
-import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from idefics_cli.errors import IdeficsError
 from idefics_cli.generation.beam import NEVER, BeamRules, BeamState, beam_step
 from idefics_cli.generation.cache import (
     BoundedCache,
@@ -148,11 +150,11 @@ class Engine:
 
     def prefix_for(self, prompts: Sequence[Waiting]) -> Prefix:
         """The longest start worth sharing: one that is kept already, or what all of `prompts` have in common."""
-        known = [self.prefixes.get(key) for key in self.prefixes.keys()]  # noqa: SIM118
-        fitting = [prefix for prefix in known if all(prefix.starts(prompt) for prompt in prompts)]
+        fitting = [prefix for prefix in self.prefixes.values() if all(prefix.starts(prompt) for prompt in prompts)]
         best = max(fitting, key=lambda prefix: len(prefix.content), default=NOTHING_SHARED)
         common = common_start(prompts)
         if len(common) < SHORTEST_PREFIX or len(common) <= len(best.content):
+            self.prefixes.get(best.content)  # it is used: others are dropped first
             return best
         prefix = self._read_prefix(prompts[0], len(common))
         shared = prefix.shared
@@ -169,7 +171,8 @@ class Engine:
         self.read(reading, [prompt], key_values)
         states = key_values.transpose(3, 4).contiguous()  # (layers, 2, 1, heads, tokens, head_dim)
         num_images = len(reading.image_keys[0])
-        sees = bool(reading.sees_image()[0])
+        # An end token itself still sees the image before it; what comes behind it does not.
+        sees = bool(reading.sees_image()[0]) and prompt.input_ids[length - 1] != self.vocabulary.end_token_ids[0]
         last_image = prompt.image_keys[num_images - 1] if sees else None
         shared = SharedPrefix(tuple(states[:, 0]), tuple(states[:, 1]), length, last_image)
         return Prefix(prompt.content[:length], num_images, shared)
@@ -185,9 +188,14 @@ def rows_that_fit(model: IdeficsForVisionText2Text) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
+    """What can still be allocated; where nobody tells, as much as is ever asked for."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return sys.maxsize
+    facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(facts["MemAvailable"].split()[0]) * 1024
 
 
 def image_seq_len(model: IdeficsForVisionText2Text) -> int:
@@ -214,6 +222,7 @@ class Stream:
             vocabulary.banned_token_ids,
             engine.model.device,
         )
+        self.num_rows = self.rows_at_first = engine.rows  # fewer where memory has ended
         self.line: list[Waiting] = []
         self._start_over()
 
@@ -256,30 +265,34 @@ class Stream:
 
     def _back_off(self, group: list[Waiting]) -> None:
         """Half as many rows; those in work begin again. Raises RowTooLarge when there was only one."""
-        begun = self.rows + [prompt for prompt in group if prompt not in self.rows]
+        known = {prompt.index for prompt in self.rows}
+        begun = self.rows + [prompt for prompt in group if prompt.index not in known]
         self._start_over()
+        self.engine.clear_caches()
         torch.cuda.empty_cache()
-        if self.engine.rows == 1:
-            self.line = [*begun[1:], *self.line]
+        if self.num_rows == 1:
+            assert len(begun) == 1, f"{len(begun)} rows in work where one fits"
+            self.num_rows = self.engine.rows = self.rows_at_first  # it says nothing about the others
             raise RowTooLarge(begun[0].index)
-        self.engine.rows = (self.engine.rows + 1) // 2
+        self.num_rows = self.engine.rows = max(1, min(self.num_rows, len(begun)) // 2)
         self.line = [*begun, *self.line]
 
     # ---- admit
 
     def _next_group(self, prompts: Iterator[Waiting]) -> list[Waiting]:
         """Prompts of similar length to bring into work, where there is room for a good number of them."""
-        free = self.engine.rows - len(self.rows)
-        if self.rows and free < max(1, self.engine.rows // 4):
+        free = self.num_rows - len(self.rows)
+        if self.rows and free < max(1, self.num_rows // 4):
             return []
         if len(self.line) < free:
-            ahead = islice(prompts, WINDOWS_AHEAD * self.engine.rows - len(self.line))
-            self.line = sorted([*self.line, *ahead], key=lambda prompt: len(prompt.content))
+            # What is left of the last look ahead comes first, so that no prompt waits for ever.
+            ahead = islice(prompts, WINDOWS_AHEAD * self.num_rows - len(self.line))
+            self.line += sorted(ahead, key=lambda prompt: len(prompt.content))
         if self.line and not self.rows:
             self.prefix = self._shared_start()
-        sharing = [place for place, prompt in enumerate(self.line) if self.prefix.starts(prompt)][:free]
-        group = [self.line[place] for place in sharing]
-        self.line = [prompt for place, prompt in enumerate(self.line) if place not in set(sharing)]
+        group = [prompt for prompt in self.line if self.prefix.starts(prompt)][:free]
+        chosen = {prompt.index for prompt in group}
+        self.line = [prompt for prompt in self.line if prompt.index not in chosen]
         return group
 
     @torch.inference_mode()
@@ -295,7 +308,7 @@ class Stream:
         engine, device = self.engine, self.model.device
         reading = Reading(group, self.prefix, engine.vocabulary, engine.image_token_id)
         rows = slice(len(self.rows), len(self.rows) + len(group))
-        self._make_room(max(reading.lengths))
+        self._make_room(len(group), max(reading.lengths))
         logits, last_images = engine.read(reading, group, self.store.key_values[:, :, rows])
         lengths = torch.tensor(reading.lengths, device=device)
         self.store.admit(rows, lengths, last_images, reading.sees_image().to(device))
@@ -309,15 +322,15 @@ class Stream:
         self.rows = self.rows + group
         self.written = self.written + [1] * len(group)
 
-    def _make_room(self, prompt_length: int) -> None:
-        """A store whose rows hold prompts of this length; rows in work move to a larger one where it must be."""
-        if self.store is not None and self.store.fits(prompt_length):
+    def _make_room(self, num_new: int, prompt_length: int) -> None:
+        """A store for so many more rows with prompts of this length; rows in work move to it where it is a new one."""
+        if self.store is not None and self.store.fits(len(self.rows) + num_new, prompt_length):
             return
         old, options = self.store, self.options
         self.store = RowStore(
             config=self.model.config,
-            rows=self.engine.rows,
-            prompt_slots=-(-prompt_length // SLOT_STEP) * SLOT_STEP,
+            rows=max(old.rows if old else 0, min(self.num_rows, len(self.rows) + num_new + len(self.line))),
+            prompt_slots=max(old.prompt_slots if old else 0, -(-prompt_length // SLOT_STEP) * SLOT_STEP),
             num_beams=options.num_beams,
             max_new_tokens=options.max_new_tokens,
             image_seq_len=image_seq_len(self.model),
@@ -368,6 +381,8 @@ class Stream:
             return []
         picked = self.state.pick(torch.tensor(ended, device=self.model.device))
         finished = [(self.rows[row].index, each) for row, each in zip(ended, self._hypotheses(picked), strict=True)]
+        if not all(each for _, each in finished):
+            raise IdeficsError(f"the model's numbers overflow in {self.model.dtype}: use --dtype bf16 or fp32")
         self._keep(survivors(done))
         return finished
 

@@ -40,6 +40,9 @@ class Waiting:
 
     @classmethod
     def of(cls, index: int, prompt: Prompt, image_token_id: int) -> Waiting:
+        assert prompt.input_ids, "a prompt has at least one token"
+        num_images = prompt.input_ids.count(image_token_id)
+        assert num_images == len(prompt.pixels), f"{num_images} image tokens for {len(prompt.pixels)} pictures"
         keys = tuple(content_key(pixels) for pixels in prompt.pixels)
         in_order = iter(keys)
         content = tuple(

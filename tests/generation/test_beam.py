@@ -53,7 +53,7 @@ def test_steps_find_what_generate_finds(
             length = int(state.final_lengths[row, rank])
             token_ids = reference.until_end(state.final_tokens[row, rank, :length].tolist(), ends)
             assert token_ids == hypothesis.token_ids
-            assert float(state.final_scores[row, rank]) == pytest.approx(hypothesis.score, abs=1e-4)
+            assert float(state.final_scores[row, rank]) == pytest.approx(hypothesis.score, abs=1e-4, rel=2e-5)
 
 
 @torch.inference_mode()
