@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
+DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "checkpoint"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -132,6 +133,7 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     """Architecture, weights and tokenizer are there, and every safetensors file is as long as it says."""
     _require_idefics(folder)
     _require_tokenizer(folder)
+    _refuse_adapter(folder)
     files = weight_files(folder, SAFETENSORS)
     if files:
         for file in files:
@@ -143,6 +145,12 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     if not pickles:
         raise CheckpointError(f"{folder} holds no weights: expected {SAFETENSORS} or {SAFETENSORS}.index.json")
     return Checkpoint(folder, pickles, is_pickled=True)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """transformers would load it silently over the weights that were looked through, from a pickle if it is one."""
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} holds an adapter beside its weights: merge it into them, or take it out")
 
 
 def _refuse_pickles(folder: Path) -> None:

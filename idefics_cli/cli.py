@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 import typer
 
 from idefics_cli import __version__
+from idefics_cli.checkpoint import DEFAULT_MODEL
 from idefics_cli.errors import IdeficsError, one_line
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from idefics_cli.data.writers import FileWriter, RowWriter, StreamWriter
     from idefics_cli.pipeline import Captioner, RunOptions, RunStats
 
-DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 MAX_WORKERS = 8
 
 EXIT_BUG = 1

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from idefics_cli.checkpoint import (
+    DEFAULT_MODEL,
     ModelRequest,
     find_checkpoint,
     load_config,
@@ -35,7 +36,6 @@ from idefics_cli.prompts import Prompt, SpecialToken, caption_prompt, question_p
 if TYPE_CHECKING:
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
-DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 
 ImageSource = str | os.PathLike | bytes | Image.Image
 PreparedImage = torch.Tensor | RowError

@@ -249,7 +249,8 @@ def _with_image_tokens(prompt: Prompt) -> Iterator[str | SpecialToken]:
         if is_image:
             yield from (SpecialToken(IMAGE), SpecialToken(FAKE)) if after_image else _AROUND_IMAGE
         else:
-            assert item not in _AROUND_IMAGE, f"{item} stands only where a picture is"
+            if item in _AROUND_IMAGE:
+                raise IdeficsError(f"{item.name} stands only where a picture is: put the picture into the prompt")
             yield item
         after_image = is_image
 

@@ -181,6 +181,11 @@ def test_pickles_are_refused_until_allowed(folder: Path) -> None:
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
+def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter" in early_refusal(folder)
+
+
 def test_allowing_pickles_does_not_prefer_them(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
     load(folder, allow_pickle=True)

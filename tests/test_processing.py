@@ -74,7 +74,7 @@ def test_a_tokenizer_without_padding_pads_with_what_it_has():
 
 
 def test_image_tokens_stand_only_where_a_picture_is():
-    with pytest.raises(AssertionError, match="picture"):
+    with pytest.raises(IdeficsError, match="picture"):
         encoder_of("llama").encode((SpecialToken("<image>"),))
 
 
