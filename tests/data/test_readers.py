@@ -4,20 +4,26 @@ import io
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from conftest import save_picture
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from idefics_cli.data import readers
-from idefics_cli.data.readers import InputRow, escape_name, open_inputs, read_inputs, unescape_name
+from idefics_cli.data import folders
+from idefics_cli.data.readers import InputRow, ReadOptions, escape_name, open_inputs, unescape_name
 from idefics_cli.errors import InputError
 
 
+def read(*inputs: str | Path, stdin: BinaryIO | None = None, **options) -> Iterator[InputRow]:
+    return open_inputs([str(name) for name in inputs], ReadOptions(**options), stdin).rows
+
+
 def ids(*inputs: str | Path, **options) -> list[str]:
-    return [row.id for row in read_inputs([str(name) for name in inputs], **options)]
+    return [row.id for row in read(*inputs, **options)]
 
 
 def refusal(*inputs: str | Path, **options) -> str:
@@ -51,9 +57,9 @@ def test_ordinary_names_stay_as_they_are(name: str) -> None:
 def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     save_picture(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
     save_picture(tmp_path / r"caf\xe9.png")
-    rows = list(read_inputs([str(tmp_path)]))
+    rows = list(read(tmp_path))
     assert sorted(row.id for row in rows) == [r"caf\x5cxe9.png", r"caf\xe9.png"]
-    assert all(Path(row.source).read_bytes() for row in rows)
+    assert all(row.sources[0].read_bytes() for row in rows)
 
 
 # Files
@@ -62,8 +68,8 @@ def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
 def test_a_file_has_its_path_as_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_picture(tmp_path / "d/a.png")
     monkeypatch.chdir(tmp_path)
-    assert list(read_inputs(["./d/../d/a.png"])) == [
-        InputRow(0, "./d/../d/a.png", "./d/../d/a.png", Path("./d/../d/a.png"))
+    assert list(read("./d/../d/a.png")) == [
+        InputRow(0, "./d/../d/a.png", "./d/../d/a.png", (Path("./d/../d/a.png"),), {})
     ]
 
 
@@ -76,21 +82,11 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "rows.JSONL", "rows.csv.gz", "rows.tsv", "shard.tar", "shard.tar.gz"])
-def test_manifests_are_not_read_yet(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("x")
-    assert "this version reads image files, folders and `-`" in refusal(tmp_path / name)
-
-
 @pytest.mark.parametrize(
     "name", ["http://a.example/b.png", "HTTPS://a.example/b.png", "data:image/png;base64,AA", "file:///b"]
 )
 def test_addresses_are_refused_and_the_downloader_named(name: str) -> None:
     assert "img2dataset" in refusal(name)
-
-
-def test_remote_folders_are_refused() -> None:
-    assert "copy it here first" in refusal("s3://bucket/photos")
 
 
 def test_only_regular_files_are_taken(tmp_path: Path) -> None:
@@ -118,7 +114,7 @@ def test_folders_are_sorted_by_path(tmp_path: Path) -> None:
 def test_rows_say_where_the_picture_is(tmp_path: Path) -> None:
     save_picture(tmp_path / "a/z.png")
     path = tmp_path / "a/z.png"
-    assert list(read_inputs([str(tmp_path)])) == [InputRow(0, "a/z.png", str(path), path)]
+    assert list(read(tmp_path)) == [InputRow(0, "a/z.png", str(path), (path,), {})]
 
 
 def test_hidden_and_system_files_are_passed_over(tmp_path: Path) -> None:
@@ -153,7 +149,7 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: py
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(readers.os, "scandir", refuse_locked)
+    monkeypatch.setattr(folders.os, "scandir", refuse_locked)
     message = refusal(tmp_path)
     assert "locked" in message and "Permission denied" in message
 
@@ -178,7 +174,7 @@ def test_special_files_in_folders_are_not_waited_for(tmp_path: Path) -> None:
 def test_links_within_the_folder_are_rows(tmp_path: Path) -> None:
     save_picture(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("a.png")
-    assert [(row.id, row.error) for row in read_inputs([str(tmp_path)])] == [("a.png", None), ("b.png", None)]
+    assert [(row.id, row.error) for row in read(tmp_path)] == [("a.png", None), ("b.png", None)]
 
 
 def test_links_out_of_the_folder_are_error_rows(tmp_path: Path) -> None:
@@ -187,7 +183,7 @@ def test_links_out_of_the_folder_are_error_rows(tmp_path: Path) -> None:
     (tmp_path / "root/b.png").symlink_to(secret)
     (tmp_path / "root/c.png").symlink_to("../outside/none.png")
     (tmp_path / "root/d.png").symlink_to("../rootless.png")
-    codes = [row.error and row.error.code for row in read_inputs([str(tmp_path / "root")])]
+    codes = [row.error and row.error.code for row in read(tmp_path / "root")]
     assert codes == [None, "image_not_allowed", "image_not_allowed", "image_not_allowed"]
 
 
@@ -203,7 +199,7 @@ def test_linked_folders_are_not_entered_and_loops_end(tmp_path: Path) -> None:
 def test_a_linked_folder_that_was_named_is_read(tmp_path: Path) -> None:
     save_picture(tmp_path / "root/a.png")
     (tmp_path / "link").symlink_to("root")
-    assert [(row.id, row.error) for row in read_inputs([str(tmp_path / "link")])] == [("a.png", None)]
+    assert [(row.id, row.error) for row in read(tmp_path / "link")] == [("a.png", None)]
 
 
 # Several inputs
@@ -213,7 +209,7 @@ def test_inputs_follow_each_other(tmp_path: Path) -> None:
     file = save_picture(tmp_path / "z.png")
     save_picture(tmp_path / "one/b.png")
     save_picture(tmp_path / "two/a.png")
-    found = open_inputs([str(file), str(tmp_path / "one"), str(tmp_path / "two")])
+    found = open_inputs([str(file), str(tmp_path / "one"), str(tmp_path / "two")], ReadOptions())
     assert found.total == 3
     assert [(row.index, row.id) for row in found.rows] == [(0, str(file)), (1, "b.png"), (2, "a.png")]
 
@@ -221,7 +217,7 @@ def test_inputs_follow_each_other(tmp_path: Path) -> None:
 def test_two_rows_with_one_id_are_refused_naming_both(tmp_path: Path) -> None:
     first, second = save_picture(tmp_path / "one/a.png"), save_picture(tmp_path / "two/a.png")
     with pytest.raises(InputError) as caught:
-        open_inputs([str(tmp_path / "one"), str(tmp_path / "two")])
+        open_inputs([str(tmp_path / "one"), str(tmp_path / "two")], ReadOptions())
     assert str(first) in str(caught.value) and str(second) in str(caught.value)
     assert "folder above" in str(caught.value)
 
@@ -230,7 +226,7 @@ def test_two_rows_with_one_id_are_refused_naming_both(tmp_path: Path) -> None:
 def test_limit_keeps_the_first_rows(tmp_path: Path, limit: int, total: int) -> None:
     for name in ["a.png", "b.png", "c.png"]:
         save_picture(tmp_path / name)
-    found = open_inputs([str(tmp_path)], limit=limit)
+    found = open_inputs([str(tmp_path)], ReadOptions(limit=limit))
     assert found.total == total == len(list(found.rows))
 
 
@@ -242,9 +238,9 @@ def test_stdin_gives_a_path_a_line() -> None:
 
 
 def test_stdin_with_nul_keeps_every_byte() -> None:
-    rows = list(read_inputs(["-"], null=True, stdin=io.BytesIO(b"a\n.png\0b\r\0\xff.png\0")))
+    rows = list(read("-", null=True, stdin=io.BytesIO(b"a\n.png\0b\r\0\xff.png\0")))
     assert [row.id for row in rows] == ["a\n.png", "b\r", r"\xff.png"]
-    assert [os.fsencode(row.source) for row in rows] == [b"a\n.png", b"b\r", b"\xff.png"]
+    assert [os.fsencode(row.sources[0]) for row in rows] == [b"a\n.png", b"b\r", b"\xff.png"]
 
 
 @given(st.lists(st.binary(min_size=1, max_size=9).map(lambda name: name.replace(b"\0", b"x")), min_size=1, unique=True))
@@ -257,8 +253,9 @@ def test_stdin_is_cut_at_separators_whatever_the_pieces(names: list[bytes]) -> N
 
 
 def test_missing_files_and_addresses_on_stdin_are_rows() -> None:
-    rows = list(read_inputs(["-"], stdin=io.BytesIO(b"none.png\nhttp://a.example/b.png\n")))
-    assert [row.source for row in rows] == ["none.png", "http://a.example/b.png"]
+    rows = list(read("-", stdin=io.BytesIO(b"none.png\nhttp://a.example/b.png\n")))
+    assert [row.sources for row in rows] == [(Path("none.png"),), ()]
+    assert rows[1].error.code == "image_not_allowed" and "img2dataset" in rows[1].error.message
 
 
 def test_empty_stdin_is_refused() -> None:
@@ -272,12 +269,12 @@ def test_stdin_can_be_named_once() -> None:
 
 def test_forgotten_null_is_noticed() -> None:
     assert "--null" in refusal("-", stdin=io.BytesIO(b"a.png\0b.png\0"))
-    rows = list(read_inputs(["-"], stdin=io.BytesIO(b"a.png\nb\0c.png\n")))
+    rows = list(read("-", stdin=io.BytesIO(b"a.png\nb\0c.png\n")))
     assert rows[1].error is not None and rows[1].error.code == "row_invalid"
 
 
 def test_two_rows_with_one_id_on_stdin_are_refused_at_the_second() -> None:
-    rows = read_inputs(["-"], stdin=io.BytesIO(b"a.png\nb.png\na.png\n"))
+    rows = read("-", stdin=io.BytesIO(b"a.png\nb.png\na.png\n"))
     assert [next(rows).id, next(rows).id] == ["a.png", "b.png"]
-    with pytest.raises(InputError, match=r"rows 1 \(a.png\) and 3 \(a.png\)"):
+    with pytest.raises(InputError, match=r"rows 1 and 3 have one id, 'a.png'"):
         next(rows)

@@ -1,0 +1,73 @@
+"""What every format of manifest is to the reader: named columns, and records that come once each, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from idefics_cli.data.names import IMAGE_SUFFIX, WEB_ADDRESS
+from idefics_cli.errors import RowError
+
+Record: TypeAlias = Mapping[str, Any]
+
+SAMPLE_ROWS = 100
+SAMPLE_BYTES = 1 << 20
+
+# Columns of an archive that no field of its own can be called.
+OWN_PICTURES = "\0pictures"
+OWN_ID = "\0stem"
+
+
+class Table(Protocol):
+    """A manifest that has been looked at: it is what it says it is, and its columns are known.
+
+    `size` is the number of records, None until it is known; at the end of `records` it is. `pictures` are the columns
+    that seem to hold pictures. `image_column` and `id_column` are the format's own, where it has such.
+    """
+
+    size: int | None
+    columns: Sequence[str]
+    pictures: Sequence[str]
+    image_column: str | None
+    id_column: str | None
+
+    def type_of(self, column: str) -> Any:
+        """The column's Arrow type; None where it may differ from row to row."""
+        ...
+
+    def may_hold_pictures(self, column: str) -> bool: ...
+
+    def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
+        """Every `step`-th record from number `start` on, with its number and at least these of its columns."""
+        ...
+
+
+def columns_of(sample: Iterable[Record]) -> list[str]:
+    """The names of all columns, in the order in which they first come."""
+    return list(dict.fromkeys(name for record in sample for name in record))
+
+
+def picture_columns(columns: Iterable[str], sample: Sequence[Record]) -> list[str]:
+    """The columns whose values in the first rows look like pictures; those on the web only where there are no others."""
+    found = [name for name in columns if _all_pictures(record.get(name) for record in sample)]
+    local = [name for name in found if not any(_is_on_the_web(record.get(name)) for record in sample)]
+    return local or found
+
+
+def _all_pictures(values: Iterable[object]) -> bool:
+    known = [value for value in values if value not in (None, "")]
+    return bool(known) and all(map(_looks_like_picture, known))
+
+
+def _looks_like_picture(value: object) -> bool:
+    if isinstance(value, str):
+        return IMAGE_SUFFIX.search(value) is not None
+    if isinstance(value, Mapping):
+        return "bytes" in value or "path" in value
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return bool(value) and all(map(_looks_like_picture, value))
+    return isinstance(value, bytes)
+
+
+def _is_on_the_web(value: object) -> bool:
+    return isinstance(value, str) and WEB_ADDRESS.match(value) is not None
