@@ -60,18 +60,19 @@ class LocalFile:
 
     def open(self) -> BinaryIO:
         try:
-            # Looked at before it is opened, since opening a FIFO or a device already does something to it; and again
-            # afterwards, since the name may have come to mean another file.
+            # Looked at before it is opened, since opening a FIFO or a device already does something to it.
             refuse_irregular(self.name, os.stat(self.path).st_mode)
-            file = open(self.path, "rb", buffering=self.buffer_bytes, opener=_open_without_waiting)
-            refuse_irregular(self.name, os.fstat(file.fileno()).st_mode)
-            return file
+            return open(self.path, "rb", buffering=self.buffer_bytes, opener=self._open_regular)
         except OSError as error:
             raise cannot_read(self.name, error, "check the file and its permissions") from error
 
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    def _open_regular(self, path: str, flags: int) -> int:
+        """Looks again, since the name may have come to mean another file, and does not wait meanwhile."""
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise InputError(f"{self.name} is no regular file any more: read it again")
+        return descriptor
 
 
 def refuse_irregular(name: str, mode: int) -> None:

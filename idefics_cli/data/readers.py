@@ -113,7 +113,7 @@ class Inputs:
             index, source, (number, name) = next(found, (None, None, (None, None)))
             if index is None:
                 raise InputError(
-                    f"the input has fewer rows than the unfinished output ({self._passed}; the next there is {shown(old)}):"
+                    f"the input ends behind {self._passed} rows, but the unfinished output goes on with {shown(old)}:"
                     " bring the old input back, or start anew with --overwrite"
                 )
             new = self._give_id(source, number, name, index)

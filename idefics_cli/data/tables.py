@@ -48,7 +48,7 @@ def columns_of(sample: Iterable[Record]) -> list[str]:
 
 
 def picture_columns(columns: Iterable[str], sample: Sequence[Record]) -> list[str]:
-    """The columns whose values in the first rows look like pictures; those on the web only where there are no others."""
+    """The columns whose first values look like pictures; those on the web only where there are no others."""
     found = [name for name in columns if _all_pictures(record.get(name) for record in sample)]
     local = [name for name in found if not any(_is_on_the_web(record.get(name)) for record in sample)]
     return local or found
