@@ -25,12 +25,13 @@ from idefics_cli.checkpoint import (
     resolve_dtype,
 )
 from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
+from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
 from idefics_cli.generation.engine import Engine, rows_that_fit
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis, Vocabulary
 from idefics_cli.model.packed import pack_linears
-from idefics_cli.processing import EncodedPrompt, ImageProcessor, PromptEncoder
+from idefics_cli.processing import EncodedPrompt, PromptEncoder
 from idefics_cli.prompts import Prompt, SpecialToken, caption_prompt, question_prompt
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsRotaryEmbedding, IdeficsVisionEmbeddings
 
 from idefics_cli.checkpoint import ModelRequest, find_checkpoint, load_config, load_network, load_tokenizer
+from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.demo.scene import EVALUATION_SEEDS, Scene, scene
 from idefics_cli.errors import IdeficsError
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Vocabulary
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.processing import EncodedPrompt, ImageProcessor, PromptEncoder
+from idefics_cli.processing import EncodedPrompt, PromptEncoder
 from idefics_cli.prompts import (
     CAPTION,
     INSTRUCT_CAPTION,

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.demo.scene import COLORS, MAX_OBJECTS, SHAPES, SIZES, Scene, scene
-from idefics_cli.processing import ImageProcessor, PromptEncoder, image_attention_mask
+from idefics_cli.processing import PromptEncoder, image_attention_mask
 from idefics_cli.prompts import CAPTION, QUESTION_ANSWER, Shot, Template, few_shot_prompt
 
 IGNORED = -100

@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GenerationConfig, IdeficsConfig
 
+from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.demo.lessons import ATTRIBUTES, IGNORED, Lesson, LessonPlan, Texts
 from idefics_cli.demo.scene import EVALUATION_SEEDS, MAX_OBJECTS
 from idefics_cli.demo.tokenizer import build_tokenizer
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.processing import ImageProcessor, PromptEncoder
+from idefics_cli.processing import PromptEncoder
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 RECORD_EVERY, SAVE_EVERY = 100, 250

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.demo import train
 from idefics_cli.demo.lessons import IGNORED, LessonPlan
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
 from idefics_cli.demo.tokenizer import build_tokenizer
 from idefics_cli.demo.train import IMAGE_SIZE, Stage, Training, patch_targets, rate
 from idefics_cli.idefics import Idefics
-from idefics_cli.processing import ImageProcessor, PromptEncoder
+from idefics_cli.processing import PromptEncoder
 
 SHORT = (
     Stage("see", 3, first_seed=0, scenes=8),

@@ -34,9 +34,9 @@ from transformers.models.idefics.processing_idefics import (
 )
 
 from idefics_cli.data.images import load_image
+from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.processing import (
     EncodedPrompt,
-    ImageProcessor,
     PromptEncoder,
     collate,
     image_attention_mask,
