@@ -24,12 +24,14 @@ from idefics_cli.checkpoint import (
     resolve_device,
     resolve_dtype,
 )
+from idefics_cli.data.decoders import PictureDecoders
 from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
 from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
 from idefics_cli.generation.engine import Engine, rows_that_fit
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis, Vocabulary
+from idefics_cli.generation.source import IterableSource, PromptSource
 from idefics_cli.model.packed import pack_linears
 from idefics_cli.processing import EncodedPrompt, PromptEncoder
 from idefics_cli.prompts import Prompt, SpecialToken, caption_prompt, question_prompt
@@ -116,6 +118,15 @@ class Idefics:
             pack_linears(network)
         return cls(network, encoder, images, batch_size or rows_that_fit(network))
 
+    @property
+    def is_instruct(self) -> bool:
+        """Whether the checkpoint was taught to answer users, which shows in its tokenizer."""
+        return self.encoder.is_instruct
+
+    def picture_decoders(self, limits: ImageLimits, workers: int, timeout: float) -> PictureDecoders:
+        """`prepare_image` in processes of their own, which a broken picture may take down; `timeout` is in seconds."""
+        return PictureDecoders(self.images, limits, workers, timeout)
+
     def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> PreparedImage:
         """Pixels (3, side, side) of a path, bytes or PIL picture, or why there are none."""
         return self.images.prepare(source, limits)
@@ -144,29 +155,43 @@ class Idefics:
         DecodingOptions. One Result for each prompt, in order; prompts are taken as they are decoded, a few batches
         ahead.
         """
-        options = DecodingOptions.from_keywords(decoding)
-        room = self.model.config.max_position_embeddings
-        if options.max_new_tokens >= room:
-            raise IdeficsError(
-                f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt: the model takes {room} tokens"
-            )
+        options = self._decoding_options(decoding)
         results: dict[int, Result] = {}
         places: list[int] = []  # of the prompts that reach the engine
 
         def decodable() -> Iterator[EncodedPrompt]:
             for place, prompt in enumerate(prompts):
-                encoded = self._encode(prompt, options)
+                encoded = self.encode(prompt, options.max_new_tokens)
                 if isinstance(encoded, RowError):
                     results[place] = Result(error=encoded)
                 else:
                     places.append(place)
                     yield encoded
 
-        for number, hypotheses in self.engine.generate(decodable(), options):
-            results[places[number]] = self._result(hypotheses)
+        for number, result in self.stream(IterableSource(decodable()), **decoding):
+            results[places[number]] = result
         return [results[place] for place in range(len(results))]
 
-    def _encode(self, prompt: Prompt | Sequence, options: DecodingOptions) -> EncodedPrompt | RowError:
+    def stream(self, source: PromptSource, **decoding: object) -> Iterator[tuple[int, Result]]:
+        """Continue encoded prompts as they come: (number, result) in the order of finishing, numbers in that of taking.
+
+        The source is waited for only while no prompt is in work or in line. Each prompt must leave room for
+        `max_new_tokens` in the model's positions.
+        """
+        for number, hypotheses in self.engine.stream(source, self._decoding_options(decoding)):
+            yield number, self._result(hypotheses)
+
+    def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:
+        options = DecodingOptions.from_keywords(decoding)
+        room = self.model.config.max_position_embeddings
+        if options.max_new_tokens >= room:
+            raise IdeficsError(
+                f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt: the model takes {room} tokens"
+            )
+        return options
+
+    def encode(self, prompt: Prompt | Sequence, max_new_tokens: int) -> EncodedPrompt | RowError:
+        """A prompt as `stream` takes it, with room for so many tokens, or why there is none. Safe in many threads."""
         if isinstance(prompt, (str, bytes)):
             raise IdeficsError(
                 "a prompt is a sequence of texts and pictures, not one text: write [text] or [picture, text]"
@@ -176,7 +201,7 @@ class Idefics:
         if error is not None:
             return error
         input_ids = self.encoder.encode(items)
-        longest = self.model.config.max_position_embeddings - options.max_new_tokens
+        longest = self.model.config.max_position_embeddings - max_new_tokens
         if len(input_ids) > longest:
             return RowError(
                 "prompt_too_long", f"{len(input_ids)} tokens, and the model takes {longest} before its answer"

@@ -6,6 +6,7 @@ never loses its spaces, and never turns into a special token, whatever words it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -171,10 +172,26 @@ def _with_image_tokens(prompt: Prompt) -> Iterator[str | SpecialToken]:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One row: token ids, and the pixels (3, S, S) of each of its pictures in order."""
+    """One row: token ids, and the pixels (3, S, S) of each of its pictures in order.
+
+    `image_keys` are the pictures' `content_key`s: computed here, in whatever thread makes the prompt, unless whoever
+    makes many prompts with the same shots has them already.
+    """
 
     input_ids: list[int]
     pixels: tuple[torch.Tensor, ...] = ()
+    image_keys: tuple[bytes, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.image_keys:
+            object.__setattr__(self, "image_keys", tuple(map(content_key, self.pixels)))
+        assert len(self.image_keys) == len(self.pixels), (len(self.image_keys), len(self.pixels))
+
+
+def content_key(pixels: torch.Tensor) -> bytes:
+    """Equal for equal pixels."""
+    data = pixels.contiguous().cpu().numpy()
+    return hashlib.blake2b(data, digest_size=16, salt=str(data.shape[-1]).encode()).digest()
 
 
 @dataclass(frozen=True)

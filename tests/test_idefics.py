@@ -12,6 +12,7 @@ from tiny_models import save_checkpoint
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.generation.engine import Stream
 from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.generation.source import IterableSource
 from idefics_cli.processing import EncodedPrompt, collate
 from idefics_cli.prompts import END_OF_UTTERANCE
 
@@ -233,3 +234,15 @@ def test_prompts_are_taken_a_few_batches_ahead_only(base: Idefics, monkeypatch: 
     monkeypatch.setattr(Stream, "_admit", lambda self, group: admitted_at.append(len(taken)) or admit(self, group))
     assert len(base.generate(stream(), num_beams=1, max_new_tokens=1)) == 60
     assert admitted_at[0] == 12  # four batches of three
+
+
+def test_a_stream_gives_what_generate_gives(base: Idefics, prompts: list) -> None:
+    """Prompts encoded elsewhere, numbered as they are taken."""
+    encoded = [base._encode(prompt, DecodingOptions()) for prompt in prompts]
+    streamed = list(base.stream(IterableSource(encoded), num_beams=2, max_new_tokens=6))
+    expected = base.generate(prompts, num_beams=2, max_new_tokens=6)
+    assert [result.token_ids for _, result in sorted(streamed, key=lambda pair: pair[0])] == [
+        result.token_ids for result in expected
+    ]
+    with pytest.raises(IdeficsError, match="leaves no room"):
+        next(base.stream(IterableSource(encoded), max_new_tokens=100_000))

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,8 +28,9 @@ from idefics_cli.generation.cache import (
     project_images,
 )
 from idefics_cli.generation.options import DecodingOptions
-from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Prompt, Reading, Waiting, common_start
+from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
+from idefics_cli.generation.source import IterableSource, Prompt, PromptSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
@@ -84,12 +84,16 @@ class Engine:
             cache.clear()
 
     def generate(self, prompts: Iterable[Prompt], options: DecodingOptions) -> Iterator[tuple[int, list[Hypothesis]]]:
-        """(index of the prompt, its hypotheses, best first) for each prompt, in the order in which they finish.
+        """`stream` over an iterable, which is taken from a few times the rows ahead."""
+        return self.stream(IterableSource(prompts), options)
 
-        A prompt that the device's memory does not hold even alone has no hypotheses.
+    def stream(self, source: PromptSource, options: DecodingOptions) -> Iterator[tuple[int, list[Hypothesis]]]:
+        """(number of the prompt, its hypotheses, best first) for each prompt, in the order in which they finish.
+
+        Prompts are numbered from 0 in the order taken. The source is waited for only while there is nothing else to
+        do. A prompt that the device's memory does not hold even alone has no hypotheses.
         """
-        waiting = (Waiting.of(index, prompt, self.image_token_id) for index, prompt in enumerate(prompts))
-        return Stream(self, options).run(waiting)
+        return Stream(self, options).run(source)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -148,15 +152,27 @@ class Engine:
 
     # ---- prefixes
 
-    def prefix_for(self, prompts: Sequence[Waiting]) -> Prefix:
-        """The longest start worth sharing: one that is kept already, or what all of `prompts` have in common."""
-        fitting = [prefix for prefix in self.prefixes.values() if all(prefix.starts(prompt) for prompt in prompts)]
-        best = max(fitting, key=lambda prefix: len(prefix.content), default=NOTHING_SHARED)
-        common = common_start(prompts)
-        if len(common) < SHORTEST_PREFIX or len(common) <= len(best.content):
-            self.prefixes.get(best.content)  # it is used: others are dropped first
-            return best
-        prefix = self._read_prefix(prompts[0], len(common))
+    def known_prefix(self, prompt: Waiting) -> Prefix:
+        """The longest kept start of a prompt."""
+        fitting = [prefix for prefix in self.prefixes.values() if prefix.starts(prompt)]
+        return max(fitting, key=lambda prefix: len(prefix.content), default=NOTHING_SHARED)
+
+    def prefix_for(self, line: Sequence[Waiting], current: Prefix, start: tuple[int, ...], lost: int) -> Prefix:
+        """What to read the line's first prompt behind: `current`, or a longer start where that is worth it.
+
+        The longest one that is kept, or `start`. What the line saves by it must be as much as the change costs, `lost`
+        tokens.
+        """
+        known = self.known_prefix(line[0])
+        best = max(known.content, start, key=len)
+        sharing = sum(prompt.content[: len(best)] == best for prompt in line)
+        saved = len(best) - len(current.content)
+        if saved < SHORTEST_PREFIX or saved * sharing < lost:
+            best = current.content
+        if best in (known.content, current.content):
+            self.prefixes.get(best)  # it is used: others are dropped first
+            return current if best == current.content else known
+        prefix = self._read_prefix(line[0], len(best))
         shared = prefix.shared
         self.prefixes.put(prefix.content, prefix, sum(tensor.nbytes for tensor in (*shared.keys, *shared.values)))
         return prefix
@@ -224,6 +240,7 @@ class Stream:
         )
         self.num_rows = self.rows_at_first = engine.rows  # fewer where memory has ended
         self.line: list[Waiting] = []
+        self.num_taken = 0
         self._start_over()
 
     def _start_over(self) -> None:
@@ -236,19 +253,19 @@ class Stream:
         self.parents = torch.zeros(0, self.options.num_beams, dtype=torch.long, device=device)
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
 
-    def run(self, prompts: Iterator[Waiting]) -> Iterator[tuple[int, list[Hypothesis]]]:
+    def run(self, source: PromptSource) -> Iterator[tuple[int, list[Hypothesis]]]:
         while True:
             try:
-                finished = self._advance(prompts)
+                finished = self._advance(source)
             except RowTooLarge as row:
                 finished = [(row.index, [])]
             if finished is None:
                 return
             yield from finished
 
-    def _advance(self, prompts: Iterator[Waiting]) -> list[tuple[int, list[Hypothesis]]] | None:
+    def _advance(self, source: PromptSource) -> list[tuple[int, list[Hypothesis]]] | None:
         """Admit, write one token, retire; None when nothing is left to do. Backs off where memory ends."""
-        group = self._next_group(prompts)
+        group = self._next_group(source)
         try:
             with torch.inference_mode():
                 if group:
@@ -279,27 +296,58 @@ class Stream:
 
     # ---- admit
 
-    def _next_group(self, prompts: Iterator[Waiting]) -> list[Waiting]:
-        """Prompts of similar length to bring into work, where there is room for a good number of them."""
+    def _next_group(self, source: PromptSource) -> list[Waiting]:
+        """Prompts of similar length to bring into work, where there is room for a good number of them.
+
+        The first in line decides behind which shared start; when it is another than that of the rows in work, these
+        come to their end first. So no prompt waits for ever.
+        """
         free = self.num_rows - len(self.rows)
         if self.rows and free < max(1, self.num_rows // 4):
             return []
         if len(self.line) < free:
-            # What is left of the last look ahead comes first, so that no prompt waits for ever.
-            ahead = islice(prompts, WINDOWS_AHEAD * self.num_rows - len(self.line))
-            self.line += sorted(ahead, key=lambda prompt: len(prompt.content))
-        if self.line and not self.rows:
-            self.prefix = self._shared_start()
-        group = [prompt for prompt in self.line if self.prefix.starts(prompt)][:free]
+            self._look_ahead(source)
+        if not self.line:
+            return []
+        prefix = self._shared_start()
+        if not self.rows:
+            self.prefix = prefix
+        if prefix is not self.prefix:
+            return []
+        first, *others = self.line
+        group = [first, *(prompt for prompt in others if self._goes_with(prompt))][:free]
         chosen = {prompt.index for prompt in group}
         self.line = [prompt for prompt in self.line if prompt.index not in chosen]
         return group
 
+    def _goes_with(self, prompt: Waiting) -> bool:
+        """Whether no kept start serves the prompt better than the present one."""
+        best = self.engine.known_prefix(prompt)
+        return self.prefix.starts(prompt) and len(best.content) < len(self.prefix.content) + SHORTEST_PREFIX
+
+    def _look_ahead(self, source: PromptSource) -> None:
+        """Lengthen the line, sorted by length behind what the last look ahead has left in it."""
+        idle = not self.rows and not self.line
+        taken = source.take(WINDOWS_AHEAD * self.num_rows - len(self.line), wait=idle)
+        known = [
+            Waiting.of(self.num_taken + number, prompt, self.engine.image_token_id)
+            for number, prompt in enumerate(taken)
+        ]
+        self.num_taken += len(taken)
+        self.line += sorted(known, key=lambda prompt: len(prompt.content))
+
     @torch.inference_mode()
     def _shared_start(self) -> Prefix:
-        """What all prompts in line begin with, where memory holds it."""
+        """The start that the first in line is read behind, where memory holds it."""
+        current, sharing, lost = NOTHING_SHARED, len(self.line), 0
+        if self.rows:
+            current, sharing = self.prefix, len(self.line) // 2
+            # Before another start can be used, rows come to their end without new ones in their place.
+            lost = len(self.rows) * self.options.num_beams * self.options.max_new_tokens // 2
+        if not current.starts(self.line[0]):
+            current = self.engine.known_prefix(self.line[0])
         try:
-            return self.engine.prefix_for(self.line)
+            return self.engine.prefix_for(self.line, current, common_start(self.line, sharing), lost)
         except torch.OutOfMemoryError:
             return NOTHING_SHARED
 

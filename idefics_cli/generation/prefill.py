@@ -6,26 +6,18 @@ where keys and values go (`cache.py`), and nothing of beams, of the stream that 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from idefics_cli.generation.cache import NO_PREFIX, PrefillMemory, SharedPrefix
 from idefics_cli.generation.reference import Vocabulary
+from idefics_cli.generation.source import Prompt
 from idefics_cli.model.memory import image_visibility
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-
-
-class Prompt(Protocol):
-    """What comes in: ids, and the pixels (3, side, side) of the images among them, in order."""
-
-    input_ids: list[int]
-    pixels: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -41,21 +33,14 @@ class Waiting:
     @classmethod
     def of(cls, index: int, prompt: Prompt, image_token_id: int) -> Waiting:
         assert prompt.input_ids, "a prompt has at least one token"
-        num_images = prompt.input_ids.count(image_token_id)
-        assert num_images == len(prompt.pixels), f"{num_images} image tokens for {len(prompt.pixels)} pictures"
-        keys = tuple(content_key(pixels) for pixels in prompt.pixels)
+        num_images, keys = prompt.input_ids.count(image_token_id), prompt.image_keys
+        assert num_images == len(keys) == len(prompt.pixels), (num_images, len(keys), len(prompt.pixels))
         in_order = iter(keys)
         content = tuple(
             -1 - int.from_bytes(next(in_order), "big") if token_id == image_token_id else token_id
             for token_id in prompt.input_ids
         )
         return cls(index, tuple(prompt.input_ids), keys, prompt.pixels, content)
-
-
-def content_key(pixels: Tensor) -> bytes:
-    """Equal for equal pixels."""
-    data = pixels.contiguous().cpu().numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16, salt=str(data.shape[-1]).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -75,15 +60,24 @@ class Prefix:
 NOTHING_SHARED = Prefix((), 0, NO_PREFIX)
 
 
-def common_start(prompts: Sequence[Waiting]) -> tuple[int, ...]:
-    """The content that all prompts begin with, short of the whole of any; nothing for one prompt alone."""
+def common_start(prompts: Sequence[Waiting], sharing: int) -> tuple[int, ...]:
+    """The longest content with which the first prompt and at least so many of all begin; nothing for one alone.
+
+    It is short of the whole of any of them.
+    """
     if len(prompts) < 2:
         return ()
-    # What the first and the last in sorted order share, all between them share.
-    first, last = min(prompt.content for prompt in prompts), max(prompt.content for prompt in prompts)
-    shared = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    length = min(sum(1 for _ in shared), min(len(prompt.content) for prompt in prompts) - 1)
-    return first[:length]
+    first = prompts[0].content
+    lengths = sorted((shared_length(first, prompt.content) for prompt in prompts), reverse=True)
+    return first[: lengths[max(2, sharing) - 1]]
+
+
+def shared_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """How many tokens two prompts begin with, leaving each at least one of its own."""
+    most = min(len(first), len(second)) - 1
+    if first[:most] == second[:most]:
+        return most
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 class Reading:
