@@ -7,6 +7,7 @@ checkpoint is ever executed: weights are safetensors unless the caller allows pi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from idefics_cli.data.files import LocalFile, file_digest
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
 
 if TYPE_CHECKING:
@@ -66,6 +68,29 @@ def check_model_request(request: ModelRequest) -> None:
     folder = local_folder(request.model)
     if folder is not None:
         inspect_folder(folder, request.allow_pickle)
+
+
+def weights_digest(request: ModelRequest) -> str | None:
+    """Equal for equal checkpoints, told from every file's size, head and tail; None for one that is not here yet."""
+    folder = local_folder(request.model) or _cached_folder(request)
+    if folder is None:
+        return None
+    checkpoint = inspect_folder(folder, request.allow_pickle)
+    side_files = {path for pattern in SIDE_FILES for path in folder.glob(pattern)}
+    digest = hashlib.sha256()
+    for path in sorted({*checkpoint.weight_files, *side_files}):
+        digest.update(f"{path.name} {path.stat().st_size} {file_digest(LocalFile(str(path)))}\n".encode())
+    return digest.hexdigest()
+
+
+def _cached_folder(request: ModelRequest) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(request.model, revision=request.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):  # said where the model is fetched
+        return None
 
 
 def resolve_dtype_name(dtype: str) -> str:

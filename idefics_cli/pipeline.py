@@ -1,75 +1,86 @@
-"""Reader -> decode threads -> captioner -> rows in input order -> writer.
+"""Reader -> prepare threads -> model -> rows in input order -> writer.
 
-One thread reads rows, a few prepare pictures, and the caller's thread runs the captioner and writes. Everything in
-flight is bounded: a picture is prepared only when there is room for it among those that wait. A bad row is a row with
-an error; an exception is a bug, a user's mistake or a stop, and goes through with the rows before it written. This
-module knows no network and no terminal: a captioner is anything with the two methods of `Captioner`.
+A few threads take rows from the reader and prepare them (pictures opened, prompts made), the caller's thread runs the
+model and writes. The model takes what is ready and is never made to wait while it has work; results come back in any
+order and leave in the order of the input. Everything in flight is bounded: no row is read before there is room for it
+in the window between the oldest row that is not written and the newest. A bad row is a row with an error; an exception
+is a bug, a user's mistake or a stop, and goes through with the rows before it written. This module knows no network, no
+files and no terminal: it is given functions.
 """
 
 from __future__ import annotations
 
-import math
-import queue
-import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from idefics_cli.data.readers import InputRow
-from idefics_cli.data.writers import RowWriter
+from idefics_cli.data.rows import InputRow
 from idefics_cli.errors import RowError
 
 if TYPE_CHECKING:
-    from idefics_cli.data.images import ImageLimits
     from idefics_cli.idefics import Result
 
-PATIENCE = 0.2  # seconds that a batch which is not full waits for a further row
-STOP_CHECK = 0.1  # seconds after which the reading thread looks whether it is still wanted
+PATIENCE = 0.2  # seconds that an idle model waits for a fuller batch
 IDS_PER_CODE = 3
 
-
-class Captioner(Protocol):
-    """What `Idefics` is to a run; `prepare_image` is called from several threads at once."""
-
-    batch_size: int
-
-    def prepare_image(self, source: Any, limits: ImageLimits) -> Any | RowError: ...
-
-    def caption(self, images: Sequence[Any], **decoding: Any) -> Sequence[Result]: ...
-
-
+Prepared = Any  # what the model takes for one row
 Outcome: TypeAlias = "Result | RowError"
 
 
+class PromptSource(Protocol):
+    """What a model takes its prompts from: those that are ready; with `wait` at least one, or none at the end."""
+
+    def take(self, most: int, wait: bool) -> list[Prepared]: ...
+
+
 @dataclass(frozen=True)
-class RunOptions:
-    """How a run goes: rows per call, decode threads, and the number of failed rows that ends it early."""
+class Stages:
+    """What is done with a row, one function for each step.
+
+    `prepare` may be called from several threads at once, `decode` gives (number of the prompt in the order taken,
+    result) in the order of finishing, `write` gets rows in input order.
+    """
+
+    prepare: Callable[[InputRow], Prepared | RowError]
+    decode: Callable[[PromptSource], Iterator[tuple[int, Result]]]
+    write: Callable[[InputRow, Outcome], None]
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """`batch_size`: rows that the model works on at a time; `workers`: prepare threads; `window`: rows in flight."""
 
     batch_size: int
     workers: int
-    limits: ImageLimits
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-    candidates: bool = False
     max_errors: int | None = None
+    windows_ahead: int = 8
 
     def __post_init__(self) -> None:
         assert self.batch_size > 0 and self.workers > 0, f"{self.batch_size} rows per batch, {self.workers} workers"
 
+    @property
+    def window(self) -> int:
+        """The model looks a few batches ahead for prompts of one length, while others are prepared and written."""
+        return self.windows_ahead * self.batch_size + 2 * self.workers
+
 
 @dataclass
 class RunStats:
-    """What has come out so far; up to date whenever a row has been written."""
+    """What has come out so far; up to date whenever a row has been written.
+
+    `resumed` of the `rows` had been finished by an earlier run; `safe` are known to have reached the output.
+    """
 
     rows: int = 0
+    resumed: int = 0
+    safe: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     failed_ids: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
     seconds_waited: float = 0.0
-    batch_size: int = 0
     stopped_early: bool = False
 
     @property
@@ -78,231 +89,203 @@ class RunStats:
 
     @property
     def rate(self) -> float:
-        """Rows per second."""
-        return self.rows / self.seconds if self.seconds else 0.0
+        """Rows per second, those of earlier runs left out."""
+        return (self.rows - self.resumed) / self.seconds if self.seconds else 0.0
 
     @property
     def waited_share(self) -> float:
-        """The part of the time in which the captioner waited for pictures."""
+        """The part of the time in which the model waited for pictures."""
         return self.seconds_waited / self.seconds if self.seconds else 0.0
 
-    def add(self, row: InputRow, error: RowError | None) -> None:
+    def add(self, row_id: str, code: str | None) -> None:
         self.rows += 1
-        if error is not None:
-            self.failed[error.code] += 1
-            ids = self.failed_ids.setdefault(error.code, [])
+        if code is not None:
+            self.failed[code] += 1
+            ids = self.failed_ids.setdefault(code, [])
             if len(ids) < IDS_PER_CODE:
-                ids.append(row.id)
+                ids.append(row_id)
 
 
-def caption_images(
-    rows: Iterator[InputRow],
-    captioner: Captioner,
-    writer: RowWriter,
-    options: RunOptions,
-    stats: RunStats,
-    on_row: Callable[[], None],
+def run_rows(
+    rows: Iterator[InputRow], stages: Stages, options: FlowOptions, stats: RunStats, on_row: Callable[[], None]
 ) -> None:
-    """Write one row for each of `rows`, in order, keep `stats`, and finish the writer.
+    """Write one row for each of `rows`, in order, and keep `stats`.
 
-    `on_row` is called after each row written; what it raises ends the run. After `max_errors` failed rows the run ends
-    with `stats.stopped_early`, and the writer is not finished. What `rows` raises is raised behind the rows before it.
+    `on_row` is called after each row written; what it raises ends the run. After `max_errors` failed rows (those that
+    earlier runs wrote not counted) the run ends with `stats.stopped_early`. What `rows` raises is raised behind the
+    rows before it.
     """
-    started = time.perf_counter()
-    fitting = FittingCaptioner(captioner, options)
-    with PictureFeed(rows, lambda row: _prepare(row, captioner, options.limits), options) as feed:
-        for batch in feed.batches():
-            outcomes = fitting.caption([prepared for _, prepared in batch])
-            stats.batch_size = fitting.batch_size
-            for (row, _), outcome in zip(batch, outcomes, strict=True):
-                writer.write(caption_row(row, outcome, candidates=options.candidates))
-                stats.add(row, _error(outcome))
-                stats.seconds, stats.seconds_waited = time.perf_counter() - started, feed.seconds_waited
-                on_row()
-                if stats.num_failed == options.max_errors:
-                    stats.stopped_early = True
-                    return
-    writer.finish()
+    started, failed_before = time.perf_counter(), stats.num_failed
+
+    def leave(row: InputRow, outcome: Outcome) -> None:
+        error = error_of(outcome)
+        stages.write(row, outcome)
+        stats.add(row.id, error.code if error else None)
+        stats.seconds, stats.seconds_waited = time.perf_counter() - started, flow.seconds_waited
+        on_row()
+        if error is not None and stats.num_failed - failed_before == options.max_errors:
+            stats.stopped_early = True
+            raise _EnoughErrors
+
+    flow = RowFlow(rows, stages.prepare, leave, options)
+    try:
+        with flow:
+            for number, result in stages.decode(flow):
+                flow.settle(number, result)
+    except _EnoughErrors:
+        return
+    flow.require_all_written()
 
 
-def _prepare(row: InputRow, captioner: Captioner, limits: ImageLimits) -> Any | RowError:
-    return row.error or captioner.prepare_image(row.source, limits)
-
-
-def _error(outcome: Outcome) -> RowError | None:
+def error_of(outcome: Outcome) -> RowError | None:
     return outcome if isinstance(outcome, RowError) else outcome.error
 
 
-def caption_row(row: InputRow, outcome: Outcome, *, candidates: bool) -> dict[str, Any]:
-    """The columns of one row; a failed one has no text, and a score that is no number is null."""
-    error = _error(outcome)
-    result = None if isinstance(outcome, RowError) or error else outcome
-    columns = {
-        "id": row.id,
-        "image": row.image,
-        "caption": result.text if result else None,
-        "score": _number(result.score) if result else None,
-        "tokens": result.tokens if result else None,
-        "error": str(error) if error else None,
-    }
-    if candidates:
-        columns["candidates"] = _candidate_rows(result) if result else None
-    return columns
+class _EnoughErrors(Exception):
+    """`max_errors` rows have failed."""
 
 
-def _candidate_rows(result: Result) -> list[dict[str, Any]]:
-    return [{"text": c.text, "score": _number(c.score), "tokens": c.tokens} for c in result.candidates]
+class RowFlow:
+    """Rows on their way: read and prepared by threads, taken and settled by the thread that runs the model.
 
-
-def _number(score: float | None) -> float | None:
-    return score if score is not None and math.isfinite(score) else None
-
-
-# Memory
-
-
-class FittingCaptioner:
-    """Calls the captioner with as many images as the device's memory holds.
-
-    When it does not hold a batch, the batch is halved until its parts fit, and later batches stay at what has fitted.
-    An image that does not fit even alone is `out_of_memory` and says nothing about the others.
+    `leave` gets every row with its outcome, in input order, in the model's thread, inside `take` and `settle`. A
+    context: on leaving it, whatever is still under way is dropped.
     """
 
-    def __init__(self, captioner: Captioner, options: RunOptions) -> None:
-        self.captioner = captioner
-        self.decoding = options.decoding
-        self.batch_size = options.batch_size
-
-    def caption(self, prepared: Sequence[Any | RowError]) -> list[Outcome]:
-        """One outcome per item, in order; what is an error already stays one and costs no call."""
-        described = iter(self._caption_all([image for image in prepared if not isinstance(image, RowError)]))
-        return [item if isinstance(item, RowError) else next(described) for item in prepared]
-
-    def _caption_all(self, images: list[Any]) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        parts = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)][::-1]
-        fitted, halved, too_large = 0, False, False
-        while parts:
-            part = parts.pop()
-            results = self._attempt(part)
-            if results is not None:
-                outcomes += results
-                fitted = max(fitted, len(part))
-            elif len(part) == 1:
-                outcomes.append(RowError("out_of_memory", "the device's memory does not hold this row alone"))
-                too_large = True
-            else:
-                half = (len(part) + 1) // 2
-                parts += [part[half:], part[:half]]
-                halved = True
-        if halved and not too_large:
-            self.batch_size = fitted
-        return outcomes
-
-    def _attempt(self, images: list[Any]) -> list[Result] | None:
-        """Results, or None when memory ran out. The exception, which holds the tensors, is gone when this returns."""
-        try:
-            results = list(self.captioner.caption(images, **self.decoding))
-        except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
-            results = None
-        if results is None:
-            sys.modules["torch"].cuda.empty_cache()
-        assert results is None or len(results) == len(images), f"{len(results)} results for {len(images)} images"
-        return results
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # who has not imported it has raised none of its errors
-    return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
-
-
-# Pictures
-
-
-@dataclass(frozen=True)
-class _End:
-    """Behind the last row: nothing, or what the reader raised."""
-
-    error: BaseException | None
-
-
-class PictureFeed:
-    """Rows with their pictures prepared ahead, in order, in batches.
-
-    A context: on leaving it, whatever is still under way is dropped.
-    """
-
-    def __init__(self, rows: Iterator[InputRow], prepare: Callable[[InputRow], Any], options: RunOptions) -> None:
+    def __init__(
+        self,
+        rows: Iterator[InputRow],
+        prepare: Callable[[InputRow], Prepared | RowError],
+        leave: Callable[[InputRow, Outcome], None],
+        options: FlowOptions,
+    ) -> None:
         self.seconds_waited = 0.0
-        self._rows = rows
-        self._prepare = prepare
-        self._workers = options.workers
-        self._batch_size = options.batch_size
-        window = 2 * options.batch_size + options.workers
-        self._ready: queue.Queue[tuple[InputRow, Future[Any]] | _End] = queue.Queue(window)
-        self._dropped = threading.Event()
+        self._rows, self._prepare, self._leave, self._options = rows, prepare, leave, options
+        self._reading = threading.Lock()  # the reader is asked by one thread at a time
+        self._room = threading.Semaphore(options.window)
+        self._changed = threading.Condition()  # guards all below
+        self._ready: deque[tuple[int, InputRow, Prepared]] = deque()  # places, rows and prompts not taken yet
+        self._taken: dict[int, tuple[int, InputRow]] = {}  # by the number of the prompt
+        self._finished: dict[int, tuple[InputRow, Outcome] | BaseException] = {}  # by place; a failure stands for a row
+        self._num_read = self._num_preparing = self._num_taken = self._num_left = 0
+        self._wanted = 1  # so many ready prompts are worth waking the model's thread for
+        self._has_ended = False
 
-    def __enter__(self) -> PictureFeed:
-        # A daemon: it may be waiting for a path on stdin that never comes.
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
+    def __enter__(self) -> RowFlow:
+        for number in range(self._options.workers):
+            # Daemons: one may be waiting for a path on stdin that never comes.
+            threading.Thread(target=self._work, name=f"prepare-{number}", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._dropped.set()
+        self._has_ended = True
+        self._room.release(self._options.workers)
 
-    def batches(self) -> Iterator[list[tuple[InputRow, Any | RowError]]]:
-        """Lists of (row, picture or error) with up to `batch_size` pictures each.
+    # ---- the model's side
 
-        A batch is not held back for rows that are slow to come, nor an error for pictures behind it.
-        """
-        batch: list[tuple[InputRow, Any | RowError]] = []
-        pictures = 0
-        while True:
-            item = self._next(PATIENCE if batch else None)
-            if isinstance(item, tuple):
-                batch.append(item)
-                pictures += not isinstance(item[1], RowError)
-                if 0 < pictures < self._batch_size and len(batch) < 4 * self._batch_size:
-                    continue
-            if batch:
-                yield batch
-            batch, pictures = [], 0
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
+    def take(self, most: int, wait: bool) -> list[Prepared]:
+        """Up to `most` prepared rows. With `wait`, at least one or, at the end of all rows, none."""
+        if wait:
+            self._wait_for_prompts(min(most, self._options.batch_size))
+        self._let_leave()
+        taken = []
+        with self._changed:
+            while self._ready and len(taken) < most:
+                place, row, prompt = self._ready.popleft()
+                self._taken[self._num_taken] = place, row
+                self._num_taken += 1
+                taken.append(prompt)
+        return taken
 
-    def _next(self, timeout: float | None) -> tuple[InputRow, Any | RowError] | _End | None:
-        """The next row with its picture, the end, or None when no row has come for `timeout` seconds."""
+    def settle(self, number: int, result: Result) -> None:
+        """The result of the prompt that was taken as the `number`-th, from 0."""
+        place, row = self._taken.pop(number)
+        with self._changed:
+            self._finished[place] = row, result
+        self._let_leave()
+
+    def require_all_written(self) -> None:
+        assert self._num_left == self._num_read, f"{self._num_read} rows came in and {self._num_left} went out"
+
+    def _wait_for_prompts(self, enough: int) -> None:
+        """Until a batch is ready; a smaller one is not held back for rows that are slow to come."""
         started = time.perf_counter()
-        try:
-            item = self._ready.get(timeout=timeout)
-            return item if isinstance(item, _End) else (item[0], item[1].result())
-        except queue.Empty:
-            return None
-        finally:
-            self.seconds_waited += time.perf_counter() - started
-
-    def _read(self) -> None:
-        """The reading thread: rows to the pool, in order, no further ahead than there is room."""
-        error: BaseException | None = None
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
-        try:
-            for row in self._rows:
-                if not self._put((row, pool.submit(self._prepare, row))):
+        deadline: float | None = None
+        while True:
+            self._let_leave()
+            with self._changed:
+                self._wanted = enough if self._ready else 1
+                if self._ready and deadline is None:
+                    deadline = time.perf_counter() + PATIENCE
+                left = None if deadline is None else deadline - time.perf_counter()
+                if len(self._ready) >= enough or self._nothing_comes() or (left is not None and left <= 0):
                     break
-        except BaseException as raised:  # handed to the thread that runs the captioner, which raises it
-            error = raised
-        self._put(_End(error))
-        pool.shutdown(wait=False, cancel_futures=self._dropped.is_set())
+                if self._num_left not in self._finished:
+                    self._changed.wait(left)
+        self.seconds_waited += time.perf_counter() - started
 
-    def _put(self, item: tuple[InputRow, Future[Any]] | _End) -> bool:
-        while not self._dropped.is_set():
+    def _nothing_comes(self) -> bool:
+        """No row is being read or prepared any more, and none waits to leave."""
+        return self._has_ended and not self._num_preparing and self._num_left not in self._finished
+
+    def _let_leave(self) -> None:
+        """All finished rows whose turn it is. Raises a failure when its turn has come."""
+        while True:
+            with self._changed:
+                if self._num_left not in self._finished:
+                    return
+                finished = self._finished.pop(self._num_left)
+            if isinstance(finished, BaseException):
+                raise finished
+            self._num_left += 1
+            self._room.release()
+            self._leave(*finished)
+
+    # ---- the threads' side
+
+    def _work(self) -> None:
+        while (read := self._read()) is not None:
+            place, row = read
             try:
-                self._ready.put(item, timeout=STOP_CHECK)
-                return True
-            except queue.Full:
-                continue
-        return False
+                prepared = row.error or self._prepare(row)
+            except BaseException as error:  # raised in the model's thread when the row's turn has come
+                self._fail(place, error)
+                return
+            self._put(place, row, prepared)
+
+    def _read(self) -> tuple[int, InputRow] | None:
+        """The next row and its place, when there is room for it; None at the end."""
+        self._room.acquire()
+        with self._reading:
+            try:
+                row = None if self._has_ended else next(self._rows, None)
+            except BaseException as error:  # stands behind the rows before it
+                self._fail(self._num_read, error, was_preparing=False)
+                row = None
+            with self._changed:
+                if row is not None:
+                    self._num_read += 1
+                    self._num_preparing += 1
+                    return self._num_read - 1, row
+                self._has_ended = True
+                self._changed.notify()
+        self._room.release()  # another thread may wait for it, and is to see the end
+        return None
+
+    def _put(self, place: int, row: InputRow, prepared: Prepared | RowError) -> None:
+        with self._changed:
+            self._num_preparing -= 1
+            if isinstance(prepared, RowError):
+                self._finished[place] = row, prepared
+            else:
+                self._ready.append((place, row, prepared))
+            is_end = self._has_ended and not self._num_preparing
+            if is_end or len(self._ready) == self._wanted or place == self._num_left:
+                self._changed.notify()
+
+    def _fail(self, place: int, error: BaseException, was_preparing: bool = True) -> None:
+        with self._changed:
+            self._num_preparing -= was_preparing
+            self._finished[place] = error
+            self._has_ended = True
+            self._changed.notify()

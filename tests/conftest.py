@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from idefics_cli.data.images import ImageLimits, load_image
 from idefics_cli.errors import RowError
+from idefics_cli.prompts import caption_prompt
 
 # Read when huggingface_hub is imported, by the processes too that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -57,31 +59,49 @@ class FakeResult:
 
 @dataclass
 class FakeCaptioner:
-    """Its text is a hash of the picture. `before_call` may wait or raise; `calls` holds the batch sizes."""
+    """Its text is a hash of the prompt. `before_call` may wait or raise; `calls` holds the batch sizes."""
 
     batch_size: int = 4
+    is_instruct: bool = False
     delay: float = 0.0
-    before_call: Callable[[Sequence[bytes]], None] = lambda pictures: None
+    before_call: Callable[[Sequence[Any]], None] = lambda prompts: None
     calls: list[int] = field(default_factory=list)
 
-    def prepare_image(self, source: Any, limits: ImageLimits) -> bytes | RowError:
-        image = load_image(source, limits)
-        return image if isinstance(image, RowError) else image.tobytes()
+    def picture_decoders(self, limits: ImageLimits, workers: int, timeout: float) -> Any:
+        return nullcontext(FakeOpener(limits))
 
-    def caption(self, images: Sequence[bytes], **decoding: Any) -> list[FakeResult]:
-        self.calls.append(len(images))
-        self.before_call(images)
-        time.sleep(self.delay)
-        return [self._describe(image, decoding.get("num_return_sequences", 1)) for image in images]
+    def encode(self, prompt: Sequence[Any], max_new_tokens: int) -> str | RowError:
+        return prompt_text(prompt)
 
-    def _describe(self, image: bytes, num_texts: int) -> FakeResult:
-        text = picture_text(image)
+    def stream(self, source: Any, **decoding: Any) -> Iterator[tuple[int, FakeResult]]:
+        number = 0
+        while prompts := source.take(self.batch_size, True):
+            self.calls.append(len(prompts))
+            self.before_call(prompts)
+            time.sleep(self.delay)
+            for prompt in prompts:
+                yield number, self._describe(prompt, decoding.get("num_return_sequences", 1))
+                number += 1
+
+    def _describe(self, text: str, num_texts: int) -> FakeResult:
         candidates = tuple(FakeCandidate(f"{text} {i}", -0.5 - i, 2) for i in range(num_texts))
         return FakeResult(text, -0.5, 2, candidates)
 
 
-def picture_text(pixels: bytes) -> str:
-    return "picture " + hashlib.sha256(pixels).hexdigest()[:12]
+@dataclass(frozen=True)
+class FakeOpener:
+    """Opens pictures in the thread that asks; a picture is its bytes."""
+
+    limits: ImageLimits
+
+    def prepare(self, source: Any) -> bytes | RowError:
+        image = load_image(source, self.limits)
+        return image if isinstance(image, RowError) else image.tobytes()
+
+
+def prompt_text(prompt: Sequence[Any]) -> str:
+    data = b"".join(item if isinstance(item, bytes) else str(item).encode() for item in prompt)
+    return "picture " + hashlib.sha256(data).hexdigest()[:12]
 
 
 def save_picture(path: Path, seed: int = 0) -> Path:
@@ -92,7 +112,8 @@ def save_picture(path: Path, seed: int = 0) -> Path:
 
 
 def expected_text(path: Path) -> str:
-    return picture_text(load_image(path).tobytes())
+    """What FakeCaptioner captions the picture with."""
+    return prompt_text(caption_prompt(load_image(path).tobytes(), instruct=False))
 
 
 @pytest.fixture

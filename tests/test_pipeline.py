@@ -1,140 +1,146 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import FakeCandidate, FakeCaptioner, FakeResult
+from conftest import FakeResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
-from idefics_cli.data.readers import InputRow
+from idefics_cli.data.rows import NO_VALUES, InputRow
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.pipeline import PATIENCE, RunOptions, RunStats, caption_images, caption_row
+from idefics_cli.pipeline import PATIENCE, FlowOptions, Outcome, RunStats, Stages, error_of, run_rows
 
 BAD = RowError("image_unreadable", "broken")
 
 
-class ListWriter:
+class Model:
+    """Echoes prompts, in batches; `shuffled` finishes the rows of a batch in any order."""
+
+    def __init__(self, batch_size: int = 3, shuffled: bool = False, before: Callable[[list], None] = lambda _: None):
+        self.batch_size, self.shuffled, self.before = batch_size, shuffled, before
+        self.calls: list[int] = []
+
+    def decode(self, source: Any) -> Iterator[tuple[int, FakeResult]]:
+        number = 0
+        while prompts := source.take(self.batch_size, True):
+            self.calls.append(len(prompts))
+            self.before(prompts)
+            numbered = list(enumerate(prompts, start=number))
+            number += len(prompts)
+            if self.shuffled:
+                random.shuffle(numbered)
+            for place, prompt in numbered:
+                yield place, FakeResult(prompt, -1.0, 1)
+
+
+class Ahead(Model):
+    """Has prompts in line beside those in work, and takes what is ready meanwhile."""
+
+    def decode(self, source: Any) -> Iterator[tuple[int, FakeResult]]:
+        line: list[tuple[int, str]] = []
+        number = 0
+        while taken := source.take(self.batch_size, wait=True):
+            while taken or line:
+                line += enumerate(taken, start=number)
+                number += len(taken)
+                place, prompt = line.pop(random.randrange(len(line)))
+                yield place, FakeResult(prompt, -1.0, 1)
+                taken = source.take(4 * self.batch_size, wait=False)
+
+
+def row(index: int, name: str | None = None, error: RowError | None = None) -> InputRow:
+    name = name or f"row {index}"
+    return InputRow(index, name, name, (name.encode(),), NO_VALUES, error)
+
+
+def echo(row: InputRow) -> str | RowError:
+    return BAD if row.id.startswith("bad") else row.id
+
+
+class Sink:
     """Rows in memory."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.finished = False
+        self.rows: list[tuple[str, Outcome]] = []
 
-    def write(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+    def write(self, row: InputRow, outcome: Outcome) -> None:
+        self.rows.append((row.id, outcome))
 
-    def finish(self) -> None:
-        self.finished = True
+    @property
+    def ids(self) -> list[str]:
+        return [name for name, _ in self.rows]
 
-    def close(self) -> None: ...
-
-
-class EchoCaptioner(FakeCaptioner):
-    """Its pictures are the rows' sources, its texts the same; a source `bad...` is an error."""
-
-    def prepare_image(self, source: Any, limits: ImageLimits) -> Any | RowError:
-        return BAD if source.startswith("bad") else source
-
-    def _describe(self, image: str, num_texts: int) -> FakeResult:
-        return FakeResult(image, -1.0, 1)
+    @property
+    def texts(self) -> list[str | None]:
+        return [None if error_of(outcome) else outcome.text for _, outcome in self.rows]
 
 
-def row(index: int, source: str | None = None, error: RowError | None = None) -> InputRow:
-    name = source or f"row {index}"
-    return InputRow(index, name, name, name, error)
+def start(
+    rows: Iterator[InputRow] | Sequence[InputRow],
+    model: Model,
+    sink: Sink,
+    stats: RunStats,
+    *,
+    prepare: Callable[[InputRow], Any] = echo,
+    on_row: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> None:
+    flow = FlowOptions(**{"batch_size": model.batch_size, "workers": 2, **options})
+    run_rows(iter(rows), Stages(prepare, model.decode, sink.write), flow, stats, on_row)
 
 
-def run(
-    rows: Iterator[InputRow] | Sequence[InputRow], captioner: FakeCaptioner, **options: Any
-) -> tuple[ListWriter, RunStats]:
-    writer, stats = ListWriter(), RunStats()
-    start(rows, captioner, writer, stats, **options)
-    return writer, stats
-
-
-def start(rows, captioner, writer, stats, *, on_row=lambda: None, **options: Any) -> None:
-    options = {"batch_size": 3, "workers": 2, "limits": DEFAULT_LIMITS, **options}
-    caption_images(iter(rows), captioner, writer, RunOptions(**options), stats, on_row)
+def run(rows: Iterator[InputRow] | Sequence[InputRow], model: Model, **options: Any) -> tuple[Sink, RunStats]:
+    sink, stats = Sink(), RunStats()
+    start(rows, model, sink, stats, **options)
+    return sink, stats
 
 
 # Rows
 
 
-@given(st.lists(st.booleans(), max_size=40), st.integers(1, 6), st.integers(1, 4))
-@settings(max_examples=50, deadline=None)
-def test_every_row_comes_out_once_in_order(good: list[bool], batch_size: int, workers: int) -> None:
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 6), st.integers(1, 4), st.sampled_from([Model, Ahead]))
+@settings(max_examples=60, deadline=None)
+def test_every_row_comes_out_once_in_order(good: list[bool], batch_size: int, workers: int, kind: type[Model]) -> None:
     rows = [row(i, f"{'good' if is_good else 'bad'} {i}") for i, is_good in enumerate(good)]
-    captioner = EchoCaptioner()
-    writer, stats = run(rows, captioner, batch_size=batch_size, workers=workers)
-    assert [r["id"] for r in writer.rows] == [r.id for r in rows]
-    assert [r["caption"] for r in writer.rows] == [
-        r.id if is_good else None for r, is_good in zip(rows, good, strict=True)
-    ]
-    assert writer.finished
+    model = kind(batch_size, shuffled=True)
+    sink, stats = run(rows, model, workers=workers)
+    assert sink.ids == [r.id for r in rows]
+    assert sink.texts == [r.id if is_good else None for r, is_good in zip(rows, good, strict=True)]
     assert (stats.rows, stats.num_failed) == (len(good), good.count(False))
-    assert max(captioner.calls, default=0) <= batch_size and sum(captioner.calls) == good.count(True)
+    assert max(model.calls, default=0) <= batch_size
 
 
 def test_pictures_that_are_ready_early_wait_for_their_turn() -> None:
-    class Uneven(EchoCaptioner):
-        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
-            time.sleep(random.random() / 200)
-            return source
+    def uneven(row: InputRow) -> str:
+        time.sleep(random.random() / 200)
+        return row.id
 
-    rows = [row(i) for i in range(60)]
-    writer, _ = run(rows, Uneven(), workers=8)
-    assert [r["id"] for r in writer.rows] == [r.id for r in rows]
+    sink, _ = run([row(i) for i in range(60)], Model(shuffled=True), workers=8, prepare=uneven)
+    assert sink.ids == sink.texts == [f"row {i}" for i in range(60)]
 
 
 def test_batches_are_full() -> None:
-    captioner = EchoCaptioner()
-    run([row(i, "bad" if i % 2 else None) for i in range(14)], captioner)
-    assert captioner.calls == [3, 3, 1]
+    model = Model()
+    run([row(i, f"bad {i}" if i % 2 else None) for i in range(14)], model)
+    assert model.calls == [3, 3, 1]
 
 
-def test_columns_of_a_row() -> None:
-    result = FakeResult("a cat", -0.25, 3, (FakeCandidate("a cat", -0.25, 3), FakeCandidate("cat", float("-inf"), 2)))
-    columns = caption_row(InputRow(0, "a.png", "d/a.png", Path("d/a.png")), result, candidates=False)
-    assert columns == {
-        "id": "a.png",
-        "image": "d/a.png",
-        "caption": "a cat",
-        "score": -0.25,
-        "tokens": 3,
-        "error": None,
-    }
-    assert list(columns) == ["id", "image", "caption", "score", "tokens", "error"]
-    columns = caption_row(row(0), result, candidates=True)
-    assert columns["candidates"] == [
-        {"text": "a cat", "score": -0.25, "tokens": 3},
-        {"text": "cat", "score": None, "tokens": 2},
-    ]
+def test_rows_that_are_known_to_be_bad_are_not_prepared() -> None:
+    def never(row: InputRow) -> str:
+        raise AssertionError(row)
 
-
-@pytest.mark.parametrize("outcome", [BAD, FakeResult(None, error=BAD)])
-def test_columns_of_a_failed_row(outcome: RowError | FakeResult) -> None:
-    columns = caption_row(row(0), outcome, candidates=True)
-    assert columns["error"] == "image_unreadable: broken"
-    assert [columns[key] for key in ("caption", "score", "tokens", "candidates")] == [None] * 4
-
-
-def test_rows_that_are_known_to_be_bad_are_not_opened() -> None:
-    writer, _ = run([row(0, error=RowError("image_not_allowed", "a link"))], EchoCaptioner())
-    assert writer.rows[0]["error"] == "image_not_allowed: a link"
+    sink, _ = run([row(0, error=RowError("image_not_allowed", "a link"))], Model(), prepare=never)
+    assert str(sink.rows[0][1]) == "image_not_allowed: a link"
 
 
 def test_statistics_count_by_code_and_keep_the_first_ids() -> None:
-    _, stats = run([row(i, f"bad {i}" if i < 5 else None) for i in range(6)], EchoCaptioner(delay=0.01))
+    _, stats = run([row(i, f"bad {i}" if i < 5 else None) for i in range(6)], Model(before=lambda _: time.sleep(0.01)))
     assert dict(stats.failed) == {"image_unreadable": 5}
     assert stats.failed_ids == {"image_unreadable": ["bad 0", "bad 1", "bad 2"]}
     assert stats.rate == pytest.approx(6 / stats.seconds)
@@ -145,63 +151,115 @@ def test_statistics_count_by_code_and_keep_the_first_ids() -> None:
 
 
 def test_reading_ahead_is_bounded() -> None:
-    seen = count()
-    ahead: list[int] = []
+    read: list[int] = []
 
     def endless() -> Iterator[InputRow]:
-        for index in seen:
-            ahead.append(index)
+        for index in count():
+            read.append(index)
             yield row(index)
 
-    def look(images: Sequence[Any]) -> None:
-        time.sleep(0.15)
-        if len(captioner.calls) == 2:
+    options = FlowOptions(3, 2)
+    sink, stats = Sink(), RunStats()
+    furthest: list[int] = []
+
+    def look() -> None:
+        furthest.append(len(read) - stats.rows)
+        if stats.rows == 50:
             raise KeyboardInterrupt
 
-    captioner = EchoCaptioner(before_call=look)
     with pytest.raises(KeyboardInterrupt):
-        run(endless(), captioner, batch_size=3, workers=2)
-    assert ahead[-1] <= 2 * 3 + (2 * 3 + 2) + 1  # two batches taken, a window that is full, and one row in the hand
+        start(endless(), Model(before=lambda _: time.sleep(0.005)), sink, stats, on_row=look)
+    assert len(sink.rows) == 50
+    assert max(furthest) <= options.window
 
 
-def test_rows_are_not_held_back_for_slow_input() -> None:
-    more = threading.Event()
+def test_a_row_that_takes_long_holds_the_others_back_in_bounds() -> None:
+    released = threading.Event()
+    prepared: list[int] = []
+
+    def prepare(row: InputRow) -> str:
+        if row.index == 0:
+            assert released.wait(10)
+        prepared.append(row.index)
+        return row.id
+
+    def release_later() -> None:
+        while len(prepared) < FlowOptions(3, 2).window - 1:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        released.set()
+
+    thread = threading.Thread(target=release_later)
+    thread.start()
+    sink, _ = run(map(row, range(200)), Model(), prepare=prepare)
+    thread.join()
+    assert sink.ids == [f"row {i}" for i in range(200)]
+    assert prepared.index(0) == FlowOptions(3, 2).window - 1
+
+
+def test_rows_that_are_slow_to_come_leave_at_once() -> None:
+    times: dict[str, float] = {}
 
     def slow() -> Iterator[InputRow]:
+        for index in range(3):
+            yield row(index)
+            times[f"row {index}"] = time.monotonic()
+            time.sleep(3 * PATIENCE)
+
+    sink, stats, left = Sink(), RunStats(), {}
+    start(slow(), Model(), sink, stats, on_row=lambda: left.update({sink.ids[-1]: time.monotonic()}), workers=1)
+    assert all(left[name] - times[name] < 2 * PATIENCE for name in times)
+    assert stats.seconds_waited > PATIENCE
+
+
+def test_errors_leave_while_the_model_waits_for_a_prompt() -> None:
+    left = threading.Event()
+
+    def rows() -> Iterator[InputRow]:
+        yield row(0, "bad 0")
+        assert left.wait(5), "the row was held back"
+        yield row(1)
+
+    sink, _ = run(rows(), Model(), on_row=left.set, workers=1)
+    assert sink.ids == ["bad 0", "row 1"]
+
+
+def test_the_model_is_not_made_to_wait_while_it_has_work() -> None:
+    """`take` without waiting gives what is ready, which may be nothing."""
+    may_come = threading.Event()
+
+    def rows() -> Iterator[InputRow]:
         yield row(0)
-        yield row(1, "bad")
-        assert more.wait(20 * PATIENCE)
-        yield row(2)
+        may_come.wait(5)
+        yield row(1)
 
-    writer, stats = ListWriter(), RunStats()
-    start(slow(), EchoCaptioner(), writer, stats, on_row=lambda: stats.rows == 2 and more.set())
-    assert more.is_set() and len(writer.rows) == 3
+    def decode(source: Any) -> Iterator[tuple[int, FakeResult]]:
+        assert source.take(8, True) == ["row 0"]
+        assert source.take(8, False) == []
+        yield 0, FakeResult("first")
+        may_come.set()
+        assert source.take(8, True) == ["row 1"]
+        yield 1, FakeResult("second")
+        assert source.take(8, True) == []
 
-
-def test_errors_are_not_held_back_for_pictures() -> None:
-    rows = (row(i, "bad") for i in count())
-    writer, stats = run(rows, EchoCaptioner(), max_errors=100)
-    assert len(writer.rows) == 100 and stats.stopped_early
-
-
-def test_the_share_of_time_spent_waiting() -> None:
-    class SlowPictures(EchoCaptioner):
-        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
-            time.sleep(0.05)
-            return source
-
-    _, stats = run([row(i) for i in range(4)], SlowPictures(), workers=1)
-    assert stats.waited_share > 0.8
-    _, stats = run([row(i) for i in range(4)], EchoCaptioner(delay=0.1))
-    assert stats.waited_share < 0.5
+    sink, stats = Sink(), RunStats()
+    run_rows(rows(), Stages(echo, decode, sink.write), FlowOptions(4, 1), stats, lambda: None)
+    assert sink.texts == ["first", "second"]
 
 
-# Ends
+# Endings
 
 
 def test_enough_errors_end_the_run_early() -> None:
-    writer, stats = run([row(i, "bad" if i > 2 else None) for i in range(9)], EchoCaptioner(), max_errors=2)
-    assert len(writer.rows) == 5 and stats.stopped_early and not writer.finished
+    sink, stats = run([row(i, f"bad {i}" if i > 2 else None) for i in range(9)], Model(), max_errors=2)
+    assert len(sink.rows) == 5 and stats.stopped_early
+
+
+def test_errors_of_an_earlier_run_do_not_end_this_one() -> None:
+    stats = RunStats()
+    stats.add("before", "image_missing")
+    start([row(0, "bad 0"), row(1)], Model(), Sink(), stats, max_errors=2)
+    assert not stats.stopped_early and stats.num_failed == 2
 
 
 def test_what_the_reader_raises_comes_behind_its_rows() -> None:
@@ -209,93 +267,53 @@ def test_what_the_reader_raises_comes_behind_its_rows() -> None:
         yield from map(row, range(4))
         raise InputError("two rows with one id")
 
-    writer, stats = ListWriter(), RunStats()
+    sink, stats = Sink(), RunStats()
     with pytest.raises(InputError, match="one id"):
-        start(broken(), EchoCaptioner(), writer, stats)
-    assert len(writer.rows) == stats.rows == 4 and not writer.finished
+        start(broken(), Model(), sink, stats)
+    assert len(sink.rows) == stats.rows == 4
 
 
 def test_a_bug_goes_through_and_rows_before_it_are_written() -> None:
-    def fail_later(images: Sequence[Any]) -> None:
-        if len(captioner.calls) == 2:
+    def fail_later(prompts: list) -> None:
+        if len(model.calls) == 2:
             raise ValueError("shapes")
 
-    captioner = EchoCaptioner(before_call=fail_later)
-    writer, stats = ListWriter(), RunStats()
+    model, sink = Model(before=fail_later), Sink()
     with pytest.raises(ValueError, match="shapes"):
-        start(map(row, range(9)), captioner, writer, stats)
-    assert [r["id"] for r in writer.rows] == ["row 0", "row 1", "row 2"] and not writer.finished
+        start(map(row, range(9)), model, sink, RunStats())
+    assert sink.ids == ["row 0", "row 1", "row 2"]
 
 
-def test_a_bug_in_a_decode_thread_goes_through() -> None:
-    class Broken(EchoCaptioner):
-        def prepare_image(self, source: Any, limits: ImageLimits) -> Any:
+def test_a_bug_in_a_prepare_thread_goes_through_behind_the_rows_before_it() -> None:
+    def broken(row: InputRow) -> str:
+        if row.index == 5:
             raise ZeroDivisionError
+        return row.id
 
+    sink = Sink()
     with pytest.raises(ZeroDivisionError):
-        run([row(0)], Broken())
+        start(map(row, range(9)), Model(), sink, RunStats(), prepare=broken)
+    assert sink.ids == [f"row {i}" for i in range(5)]
+
+
+def test_a_model_that_forgets_a_row_is_found_out() -> None:
+    def forgetful(source: Any) -> Iterator[tuple[int, FakeResult]]:
+        while source.take(3, True):
+            yield from ()
+
+    with pytest.raises(AssertionError, match="2 rows came in and 0 went out"):
+        run_rows(
+            iter(map(row, range(2))), Stages(echo, forgetful, Sink().write), FlowOptions(3, 1), RunStats(), lambda: None
+        )
 
 
 def test_no_thread_outlives_a_run() -> None:
+    def stop(prompts: list) -> None:
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        run(
-            (row(i) for i in count()),
-            EchoCaptioner(before_call=lambda images: (_ for _ in ()).throw(KeyboardInterrupt)),
-        )
+        run((row(i) for i in count()), Model(before=stop), workers=4)
     deadline = time.monotonic() + 5
-    while any(thread.name.startswith(("reader", "decode")) for thread in threading.enumerate()):
+    while any(thread.name.startswith("prepare") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, threading.enumerate()
         time.sleep(0.01)
-
-
-# Memory
-
-
-class OutOfMemory(RuntimeError):
-    pass
-
-
-@pytest.fixture
-def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A `torch` whose out-of-memory error is ours."""
-    cuda = SimpleNamespace(OutOfMemoryError=OutOfMemory, empty_cache=lambda: None)
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-
-
-def needs_room(num_rows: int):
-    def check(images: Sequence[str]) -> None:
-        if len(images) > num_rows or "huge" in images:
-            raise OutOfMemory
-
-    return check
-
-
-@pytest.mark.usefixtures("small_device")
-@pytest.mark.parametrize(
-    ("room", "calls"), [(8, [8, 8, 4]), (4, [8, 4, 4, 4, 4, 4]), (3, [8, 4, 2, 2, 4, 2, 2] + [2] * 6)]
-)
-def test_a_batch_that_does_not_fit_is_halved_and_stays_so(room: int, calls: list[int]) -> None:
-    captioner = EchoCaptioner(before_call=needs_room(room))
-    writer, stats = run(map(row, range(20)), captioner, batch_size=8)
-    assert [r["caption"] for r in writer.rows] == [f"row {i}" for i in range(20)]
-    assert captioner.calls == calls
-    assert stats.batch_size == max(size for size in calls if size <= room)
-
-
-@pytest.mark.usefixtures("small_device")
-def test_only_the_row_that_does_not_fit_alone_fails() -> None:
-    captioner = EchoCaptioner(before_call=needs_room(8))
-    writer, stats = run([row(i, "huge" if i == 5 else None) for i in range(24)], captioner, batch_size=8)
-    assert [r["id"] for r in writer.rows if r["error"]] == ["huge"]
-    assert writer.rows[5]["error"].startswith("out_of_memory: ")
-    assert [r["caption"] for r in writer.rows if not r["error"]] == [f"row {i}" for i in range(24) if i != 5]
-    assert stats.batch_size == 8 and captioner.calls[-2:] == [8, 8]
-
-
-@pytest.mark.usefixtures("small_device")
-def test_other_errors_of_the_device_end_the_run() -> None:
-    def fail(images: Sequence[str]) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with pytest.raises(RuntimeError, match="illegal"):
-        run([row(0)], EchoCaptioner(before_call=fail))

@@ -1,42 +1,37 @@
-"""Rows -> JSON lines: to a stream as they come, or to a file that gets its name when the run has finished.
+"""Where finished rows go as they come: a stream, a run's journal, text files beside the pictures.
 
-While a run is under way its rows are in `F.jsonl.part`, which holds whole lines only and is locked by the kernel for as
-long as the process lives; `F.jsonl` appears by rename. Everything that can be wrong with an output is found when its
-writer is opened, before a model is loaded. This module knows nothing of pictures or models; a row is a mapping.
+A writer takes rows in order. This module knows nothing of pictures or models; a row is a mapping.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
+import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from idefics_cli.data.readers import escape_name
+from idefics_cli.data.journal import Journal, reason, shown_path
+from idefics_cli.data.names import IMAGE_SUFFIX
+from idefics_cli.data.values import json_text, strict_json
 from idefics_cli.errors import OutputError
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
+COMMIT_SECONDS = 0.5  # how long a finished row waits at the most for others to be written with
+COMMIT_ROWS = 1_000
+FOLDERS_KEPT = 64  # whose listings the sidecars' names are made from
 
 
 class RowWriter(Protocol):
-    """Where rows go: `write` once per row, in order; `finish` behind the last; `close` whenever the run ends."""
+    """`write` once per row, in order; `close` whenever the run ends, with all rows in their place when it returns."""
+
+    @property
+    def num_safe(self) -> int:
+        """Rows that have reached their place."""
 
     def write(self, row: Mapping[str, Any]) -> None: ...
 
-    def finish(self) -> None: ...
-
     def close(self) -> None: ...
-
-
-def json_line(row: Mapping[str, Any]) -> bytes:
-    """One line of UTF-8 JSON. A text with a lone surrogate, which UTF-8 cannot hold, is written with JSON's escapes."""
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    try:
-        return text.encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
 class StreamClosed(Exception):
@@ -44,154 +39,123 @@ class StreamClosed(Exception):
 
 
 class StreamWriter:
-    """JSON lines on a stream that is open already, flushed row by row. `write` raises StreamClosed."""
+    """JSON lines on a stream that is open already and stays so, flushed row by row. `write` raises StreamClosed."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.stream = stream
+        self.stream, self.num_safe = stream, 0
 
     def write(self, row: Mapping[str, Any]) -> None:
         try:
-            self.stream.write(json_line(row))
+            self.stream.write(strict_json(json_text(row)) + b"\n")
             self.stream.flush()
         except BrokenPipeError as error:
             raise StreamClosed from error
         except OSError as error:
-            raise OutputError(f"cannot write to stdout: {_reason(error)}; make room and run again") from error
-
-    def finish(self) -> None:
-        """Nothing is left to do: every row has been flushed."""
+            raise OutputError(f"cannot write to stdout: {reason(error)}; make room and run again") from error
+        self.num_safe += 1
 
     def close(self) -> None:
-        """The stream belongs to the caller and stays open."""
+        """Every row has been flushed."""
 
 
-class FileWriter:
-    """JSON lines in `path`.part, which `finish` makes durable and renames to `path`.
+class JournalWriter:
+    """Rows to a journal, many at a time, from a thread of its own: the model does not wait for the disk.
 
-    Opening raises OutputError when the output could not be written, is there already, or belongs to a run that is under
-    way or was stopped; `overwrite` discards what is there, a run under way excepted.
+    A row is in its place half a second later at the most. What goes wrong in the thread is raised by the next `write`
+    or by `close`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
-        _check_place(self.path, overwrite)
-        self._file = _open_locked(self.part)
-        self._size = os.fstat(self._file).st_size  # bytes of whole lines
-        if self._size and not overwrite:
-            os.close(self._file)
-            raise OutputError(
-                f"{_shown(self.part)} holds the rows of a run that was stopped: keep it under another name, or discard"
-                " it with --overwrite"
-            )
-        self._truncate(0)
+    def __init__(self, journal: Journal) -> None:
+        self.journal, self.num_safe = journal, 0
+        self._texts: list[bytes] = []
+        self._error: BaseException | None = None
+        self._is_closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one whole line; when that fails (a full disk) the rows before it stay as they are."""
-        line = json_line(row)
-        try:
-            _write_all(self._file, line)
-        except OSError as error:
-            self._truncate(self._size)
-            raise OutputError(
-                f"cannot write {_shown(self.part)}: {_reason(error)}; make room, or use another disk"
-            ) from error
-        self._size += len(line)
-
-    def finish(self) -> None:
-        """Give the rows their final name, durably: the file first, then the folder that names it."""
-        try:
-            os.fsync(self._file)
-            self.part.rename(self.path)
-            _sync_folder(self.path.parent)
-        except OSError as error:
-            raise OutputError(f"cannot finish {_shown(self.path)}: {_reason(error)}; check its disk") from error
-        finally:
-            self._release()
+        text = json_text(row)
+        with self._changed:
+            while len(self._texts) >= 4 * COMMIT_ROWS and self._error is None:
+                self._changed.wait()
+            self._raise_error()
+            self._texts.append(text)
+            if len(self._texts) in (1, COMMIT_ROWS):
+                self._changed.notify_all()
 
     def close(self) -> None:
-        """End a run that did not finish: its rows stay, whole and durable, in the part file; an empty one goes."""
-        if self._file < 0:
-            return
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self) -> None:
         try:
-            self._truncate(self._size)
-            if self._size:
-                os.fsync(self._file)
-            else:
-                self.part.unlink(missing_ok=True)
-        finally:
-            self._release()
+            while texts := self._next_texts():
+                self.journal.append(texts)
+                self.num_safe += len(texts)
+        except BaseException as error:  # raised where the rows come from
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
 
-    def _truncate(self, size: int) -> None:
-        os.ftruncate(self._file, size)
-        self._size = size
-
-    def _release(self) -> None:
-        file, self._file = self._file, -1
-        os.close(file)  # frees the lock
-
-
-def open_writer(output: str, *, stdout: BinaryIO | None, overwrite: bool = False) -> StreamWriter | FileWriter:
-    """The writer for an `-o` value: `-` is `stdout`, else a path that ends in .jsonl. Raises OutputError."""
-    if output != "-":
-        return FileWriter(output, overwrite=overwrite)
-    if stdout is None:
-        raise OutputError("stdout is closed: name a file with -o F.jsonl")
-    return StreamWriter(stdout)
+    def _next_texts(self) -> list[bytes]:
+        """What is to be written now; nothing when the writer closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._texts or self._is_closing)
+            self._changed.wait_for(lambda: len(self._texts) >= COMMIT_ROWS or self._is_closing, COMMIT_SECONDS)
+            texts, self._texts = self._texts, []
+            self._changed.notify_all()
+        return texts
 
 
-def _check_place(path: Path, overwrite: bool) -> None:
-    shown = _shown(path)
-    if os.path.isdir(path):
-        raise OutputError(f"{shown} is a folder: name a file in it, such as {_shown(path / 'captions.jsonl')}")
-    if path.suffix.lower() not in JSONL_SUFFIXES:
-        raise OutputError(f"{shown}: this version writes JSON lines: name a file that ends in .jsonl, or - for stdout")
-    if not os.path.isdir(path.parent):
-        raise OutputError(f"there is no folder {_shown(path.parent)} to write {shown} into: make it first")
-    if os.path.lexists(path) and not overwrite:
-        raise OutputError(f"{shown} exists already: name another output, or replace it with --overwrite")
+class SidecarWriter:
+    """The text of a row in `stem.txt` beside its picture, whole or not at all.
+
+    Where another picture in the folder has the same stem, the name is `stem.ext.txt`, so that no two share a file. A
+    file that holds another text is somebody's own, unless `overwrite` says that it may go.
+    """
+
+    def __init__(self, overwrite: bool) -> None:
+        self.overwrite = overwrite
+        self._shared_stems: dict[Path, frozenset[str]] = {}
+
+    def target(self, picture: Path) -> Path:
+        if picture.parent not in self._shared_stems:
+            if len(self._shared_stems) >= FOLDERS_KEPT:
+                self._shared_stems.clear()
+            self._shared_stems[picture.parent] = shared_stems(picture.parent)
+        is_shared = picture.stem in self._shared_stems[picture.parent]
+        return picture.with_name(f"{picture.name if is_shared else picture.stem}.txt")
+
+    def write(self, picture: Path, text: str) -> None:
+        """Raises OutputError for a file that may not go, or that cannot be written."""
+        target, data = self.target(picture), text.encode() + b"\n"
+        try:
+            if target.exists():
+                if target.read_bytes() == data:
+                    return
+                self._require_overwrite(target)
+            temporary = target.with_name(f".{target.name[:200]}.tmp")
+            temporary.write_bytes(data)
+            temporary.rename(target)
+        except OSError as error:
+            raise OutputError(f"cannot write {shown_path(target)}: {reason(error)}; leave --sidecar out") from error
+
+    def _require_overwrite(self, target: Path) -> None:
+        if not self.overwrite:
+            raise OutputError(f"{shown_path(target)} holds another text: move it away, or replace it with --overwrite")
 
 
-def _open_locked(part: Path) -> int:
-    """Open the part file and lock it, or raise OutputError."""
-    shown = _shown(part)
-    try:
-        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"cannot write {shown}: {_reason(error)}; name an output that can be written") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _check_same(file, part)
-    except OSError as error:
-        os.close(file)
-        if isinstance(error, BlockingIOError | FileNotFoundError):
-            raise OutputError(f"another run is writing {shown}: wait for it, or name another output") from error
-        raise OutputError(f"cannot lock {shown}: {_reason(error)}; name an output on another file system") from error
-    return file
-
-
-def _check_same(file: int, part: Path) -> None:
-    """The file that was locked must still bear the name: another run may have renamed it in between."""
-    if not os.path.samestat(os.fstat(file), os.stat(part)):
-        raise BlockingIOError(f"{part} was replaced")
-
-
-def _write_all(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def _shown(path: Path) -> str:
-    return escape_name(str(path))
+def shared_stems(folder: Path) -> frozenset[str]:
+    """The stems in a folder that stand for several pictures: of two pictures, or the whole name of another one."""
+    names = [name for name in os.listdir(folder) if IMAGE_SUFFIX.search(name)]
+    stems = Counter(Path(name).stem for name in names)
+    return frozenset(stem for stem, count in stems.items() if count > 1) | (stems.keys() & set(names))

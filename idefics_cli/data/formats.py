@@ -1,0 +1,181 @@
+"""The two forms of a finished result file, JSON lines and Parquet: written whole from a journal's rows, and read back.
+
+What run made a result is kept beside its rows: in a Parquet file's own metadata, and for `F.jsonl` in `F.jsonl.run`.
+Nothing here renames or locks anything; this module knows neither journals nor runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from idefics_cli.data.names import escape_name
+from idefics_cli.data.values import (
+    Column,
+    arrow_type,
+    fitted,
+    from_json,
+    inferred_types,
+    json_text,
+    strict_json,
+)
+from idefics_cli.errors import OutputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+JSONL_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".ndjson"), (".parquet",)
+METADATA_KEY = b"idefics_run"
+CHUNK_ROWS = 1_000
+ROW_GROUP_BYTES = 64 << 20
+ROW_GROUP_ROWS = 100_000
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as JSON objects; `texts()` starts anew at each call."""
+
+    texts: Any  # Callable[[], Iterator[bytes]]
+
+    def chunks(self) -> Iterator[list[dict[str, Any]]]:
+        texts = self.texts()
+        while chunk := [json.loads(text) for text in islice(texts, CHUNK_ROWS)]:
+            yield chunk
+
+
+class Format(Protocol):
+    """`write` makes a whole file; `run_of` tells what run made one that is there, or None; `texts` reads it back."""
+
+    def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None: ...
+
+    def before_rename(self, path: Path, run: Mapping[str, Any]) -> None: ...
+
+    def run_of(self, path: Path) -> dict[str, Any] | None: ...
+
+    def texts(self, path: Path) -> Iterator[bytes]: ...
+
+
+def format_of(path: Path) -> Format:
+    suffix = path.suffix.lower()
+    if suffix in JSONL_SUFFIXES:
+        return JsonLines()
+    if suffix in PARQUET_SUFFIXES:
+        return Parquet()
+    raise OutputError(
+        f"{escape_name(str(path))}: results are JSON lines or Parquet: name a file that ends in .jsonl or .parquet, or"
+        " - for stdout"
+    )
+
+
+class JsonLines:
+    """`F.jsonl`, and `F.jsonl.run` beside it."""
+
+    def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None:
+        with open(target, "wb") as file:
+            for text in rows.texts():
+                file.write(strict_json(text) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def before_rename(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Put the record in its place: from here on it speaks of the rows that are about to appear."""
+        target = path.with_name(path.name + ".run.tmp")
+        with open(target, "wb") as file:
+            file.write(json_text(run) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        target.rename(self._record(path))
+
+    def run_of(self, path: Path) -> dict[str, Any] | None:
+        with suppress(FileNotFoundError, ValueError):  # no record, or none that can be read: nothing is known
+            return json.loads(self._record(path).read_bytes())
+        return None
+
+    def texts(self, path: Path) -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            for line in file:
+                yield line.rstrip(b"\n")
+
+    def _record(self, path: Path) -> Path:
+        return path.with_name(path.name + ".run")
+
+
+class Parquet:
+    """`F.parquet`: typed columns, zstd, row groups of up to 64 MB."""
+
+    def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None:
+        import pyarrow.parquet as pq
+
+        schema = arrow_schema(columns, rows).with_metadata({METADATA_KEY: json_text(run)})
+        with open(target, "wb") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+                for table in _row_groups((_batch(chunk, columns, schema) for chunk in rows.chunks()), schema):
+                    writer.write_table(table, row_group_size=max(1, table.num_rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def before_rename(self, path: Path, run: Mapping[str, Any]) -> None:
+        """The record is inside the file."""
+
+    def run_of(self, path: Path) -> dict[str, Any] | None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with suppress(FileNotFoundError, pa.ArrowInvalid, ValueError):  # nothing is known of a file that is no result
+            metadata = pq.read_schema(path).metadata or {}
+            return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+        return None
+
+    def texts(self, path: Path) -> Iterator[bytes]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=CHUNK_ROWS, use_threads=False):
+                yield from map(json_text, batch.to_pylist())
+
+
+def arrow_schema(columns: Sequence[Column], rows: Rows) -> pa.Schema:
+    """Undeclared columns get the type that all their values have."""
+    import pyarrow as pa
+
+    undeclared = [column.name for column in columns if column.type is None]
+    found = inferred_types(rows.chunks(), undeclared) if undeclared else {}
+    return pa.schema([(column.name, _type_of(column, found)) for column in columns])
+
+
+def _type_of(column: Column, found: Mapping[str, pa.DataType]) -> pa.DataType:
+    if column.type is None:
+        return found[column.name]
+    return arrow_type(column.type) if isinstance(column.type, str) else column.type
+
+
+def _batch(rows: list[dict[str, Any]], columns: Sequence[Column], schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    arrays = []
+    for column, field in zip(columns, schema, strict=True):
+        restore = fitted if column.type is None else from_json
+        arrays.append(pa.array([restore(row.get(column.name), field.type) for row in rows], field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Batches gathered to row groups of sensible size; one without rows where there are none."""
+    import pyarrow as pa
+
+    gathered: list[pa.RecordBatch] = []
+    num_rows = num_bytes = 0
+    for batch in batches:
+        gathered.append(batch)
+        num_rows, num_bytes = num_rows + batch.num_rows, num_bytes + batch.nbytes
+        if num_rows >= ROW_GROUP_ROWS or num_bytes >= ROW_GROUP_BYTES:
+            yield pa.Table.from_batches(gathered, schema)
+            gathered, num_rows, num_bytes = [], 0, 0
+    if gathered:
+        yield pa.Table.from_batches(gathered, schema)

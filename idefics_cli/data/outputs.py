@@ -1,0 +1,167 @@
+"""`-o F.jsonl` and `-o F.parquet`: what is there already, whose it is, and how a run's rows become the final file.
+
+A run under way has its rows in the journal `F.part`; `F` appears whole, by rename, when all rows are there. A journal
+that says that it has ended is made into `F` again wherever a kill came in between. Rows that failed can be done again:
+then the journal holds new rows for failed ones of `F`, in their order, and the two are merged at the end.
+
+Everything that can be wrong with an output is found when it is opened, before a model is loaded. This module knows no
+pictures and no models; a row is a mapping with an `id` and an `error`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from idefics_cli.data.formats import Rows, format_of
+from idefics_cli.data.journal import Journal, reason, shown_path, sync_folder
+from idefics_cli.data.values import Column
+from idefics_cli.errors import OutputError
+
+SETTINGS, AMENDS = "settings", "amends"
+
+
+class FileOutput:
+    """An output file, locked until `close`.
+
+    `overwrite` forgets what is there (a run under way excepted); what stands under the final name stays until the end.
+    Raises OutputError where nothing could be written, or where what is there is nobody knows whose.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        _check_place(self.path)
+        self.format = format_of(self.path)
+        self.journal = Journal(self.path.with_name(self.path.name + ".part"), discard=overwrite)
+        try:
+            self.record = None if overwrite else self._finished_run()
+        except BaseException:
+            self.journal.close()
+            raise
+
+    def _finished_run(self) -> dict[str, Any] | None:
+        """What is known of the run that made the final file, or None where there is none."""
+        if not os.path.lexists(self.path):
+            return None
+        record = self.format.run_of(self.path)
+        if record is None and self.journal.header is None:
+            raise OutputError(
+                f"{shown_path(self.path)} exists already, and nothing tells by what settings it was made: name another"
+                " output, or replace it with --overwrite"
+            )
+        return record
+
+    # ---- what is there
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """Those of the run that is there, finished or not; None: there is none."""
+        known = self.journal.header or self.record
+        return None if known is None else known[SETTINGS]
+
+    @property
+    def is_amending(self) -> bool:
+        return self.journal.header is not None and self.journal.header[AMENDS]
+
+    @property
+    def is_finished(self) -> bool:
+        """The final file is that of the run that is there (whose failed rows may have begun to be done again)."""
+        return self.record is not None and (self.journal.header is None or self.is_amending)
+
+    def require_same(self, settings: Mapping[str, Any]) -> None:
+        """Raise OutputError naming what differs from the run that is there. Settings not known yet are left out."""
+        if self.settings is None:
+            return
+        differing = sorted(differences(self.settings, json.loads(json.dumps(settings))))
+        if differing:
+            raise OutputError(
+                f"{shown_path(self.path)} belongs to a run with other settings ({'; '.join(differing[:4])}): name"
+                " another output, or begin anew with --overwrite"
+            )
+
+    def rows_so_far(self) -> Iterator[dict[str, Any]]:
+        """The rows that need not be done again."""
+        return self.journal.rows() if self.journal.header is not None else iter(())
+
+    def finished_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of the final file."""
+        return (row for chunk in Rows(lambda: self.format.texts(self.path)).chunks() for row in chunk)
+
+    # ---- writing
+
+    def begin(self, settings: Mapping[str, Any], *, amends: bool = False) -> None:
+        """Make ready for rows: go on where a journal is, else begin one."""
+        if self.journal.header is None:
+            self.journal.begin({SETTINGS: settings, AMENDS: amends})
+
+    def publish(self, columns: Sequence[Column], summary: Mapping[str, Any] | None = None) -> None:
+        """Give the rows their final name, durably. `summary` (None: the journal has it) is kept with the settings."""
+        if summary is not None:
+            self.journal.end(summary)
+        assert self.journal.summary is not None and self.journal.header is not None, self.journal.path
+        run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
+        target = self.path.with_name(self.path.name + ".tmp")
+        try:
+            self.format.write(target, Rows(self._final_texts), columns, run)
+            self.format.before_rename(self.path, run)
+            target.rename(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise OutputError(
+                f"cannot finish {shown_path(self.path)}: {reason(error)}; make room or check the disk, and run the same"
+                " command again"
+            ) from error
+        self.journal.remove()
+
+    def _final_texts(self) -> Iterator[bytes]:
+        if not self.is_amending:
+            return self.journal.texts()
+        return merged(self.format.texts(self.path), self.journal.texts())
+
+    def close(self) -> None:
+        """Let go; what has been written stays."""
+        self.journal.close()
+
+
+def merged(texts: Iterator[bytes], amended: Iterator[bytes]) -> Iterator[bytes]:
+    """All rows, those that were done again in their new form. Merging what is merged already changes nothing."""
+    newer = next(amended, None)
+    for text in texts:
+        if newer is not None and id_of(text) == id_of(newer):
+            yield newer
+            newer = next(amended, None)
+        else:
+            yield text
+    assert newer is None, f"a row was done again that is not in the result: {newer!r}"
+
+
+def id_of(text: bytes) -> str:
+    return json.loads(text)["id"]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """`name was this and is now that` for each setting that differs; what only one of them knows is passed over."""
+    for name in old.keys() & new.keys():
+        before, now = old[name], new[name]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from differences(before, now, f"{within}{name} ")
+        elif before != now:
+            yield f"{within}{name} was {_brief(before)} and is now {_brief(now)}"
+
+
+def _brief(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _check_place(path: Path) -> None:
+    shown = shown_path(path)
+    if os.path.isdir(path):
+        raise OutputError(f"{shown} is a folder: name a file in it, such as {shown_path(path / 'captions.jsonl')}")
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"there is no folder {shown_path(path.parent)} to write {shown} into: make it first")
+    if os.path.islink(path) and not os.path.exists(path):
+        raise OutputError(f"{shown} is a link that leads nowhere: name the file that it should lead to")

@@ -1,0 +1,278 @@
+"""Options that commands share, each defined once: groups of them as frozen dataclasses.
+
+A command names the groups it takes as parameters, and `flattened` shows Typer their fields one by one. Nothing heavy is
+imported here; what an option means is the business of the value that a group is turned into.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from idefics_cli.checkpoint import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from idefics_cli.checkpoint import ModelRequest
+    from idefics_cli.data.images import ImageLimits
+    from idefics_cli.data.rows import ReadOptions
+    from idefics_cli.generation.options import DecodingOptions
+
+MAX_WORKERS = 8
+
+RevisionFlag = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of the hub model.", show_default=False)
+]
+DtypeFlag = Annotated[
+    Literal["auto", "bf16", "fp16", "fp32"],
+    typer.Option(help="Number format of the weights; auto: bf16 or fp16 on CUDA, fp32 on the CPU."),
+]
+DeviceFlag = Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|cpu|mps", help="Where the model runs.")]
+AllowPickleFlag = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load weights from pickles (weights only) where there is no safetensors.")
+]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+
+
+def flattened(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command with the fields of its dataclass parameters in their place, for Typer to read."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters = inspect.signature(command).parameters
+    groups = {name: hints[name] for name in parameters if is_dataclass(hints[name])}
+
+    @functools.wraps(command)
+    def flat(**values: Any) -> None:
+        made = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        command(**values, **made)
+
+    shown: list[inspect.Parameter] = []
+    for name, parameter in parameters.items():
+        shown += _fields_as_parameters(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])]
+    assert len({each.name for each in shown}) == len(shown), [each.name for each in shown]
+    keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
+    flat.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+    flat.__annotations__ = {each.name: each.annotation for each in keyword_only}
+    del flat.__wrapped__
+    return flat
+
+
+def _fields_as_parameters(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+@dataclass(frozen=True)
+class InputFlags:
+    """Which rows are read."""
+
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT",
+            help="Image files, folders, manifests (.parquet, .jsonl, .csv, .tsv, also .gz), .tar, or - for paths from"
+            " stdin.",
+            show_default=False,
+        ),
+    ]
+    no_recursive: Annotated[bool, typer.Option("--no-recursive", help="Leave out the sub-folders of folders.")] = False
+    null: Annotated[bool, typer.Option("-0", "--null", help="Paths on stdin end with NUL, not with a line.")] = False
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of the pictures.", show_default="image, else the only one"),
+    ] = None
+    id_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of the ids.", show_default="id, else the row's number")
+    ] = None
+    image_root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where a manifest's pictures are; no path may lead out of it.",
+            show_default="the manifest's folder",
+        ),
+    ] = None
+    keep: Annotated[
+        str | None,
+        typer.Option(metavar="A,B|all", help="Columns of the manifest to pass through.", show_default=False),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Take the first N rows only.", show_default=False)
+    ] = None
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Take every N-th row, from the I-th on.", show_default=False)
+    ] = None
+
+    def reading(self, columns: tuple[str, ...] = ()) -> ReadOptions:
+        """What readers are told; `columns` are those that must be there."""
+        from idefics_cli.data.rows import ReadOptions
+
+        if self.null and "-" not in self.inputs:
+            raise typer.BadParameter("it says how stdin is read: add - to the inputs", param_hint="--null")
+        return ReadOptions(
+            recursive=not self.no_recursive,
+            null=self.null,
+            image_column=self.image_column,
+            id_column=self.id_column,
+            image_root=self.image_root,
+            columns=columns,
+            keep=parse_keep(self.keep),
+            limit=self.limit,
+            shard=parse_shard(self.shard),
+        )
+
+
+@dataclass(frozen=True)
+class PictureFlags:
+    """How pictures are opened."""
+
+    max_pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Refuse pictures with more pixels than this.")] = (
+        64_000_000
+    )
+    decode_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="Give a picture up that takes longer to decode.")
+    ] = 30.0
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Processes that decode images.", show_default=f"processors, at most {MAX_WORKERS}"
+        ),
+    ] = None
+
+    @property
+    def limits(self) -> ImageLimits:
+        from idefics_cli.data.images import ImageLimits
+
+        return ImageLimits(max_pixels=self.max_pixels)
+
+    @property
+    def num_workers(self) -> int:
+        return self.workers or min(MAX_WORKERS, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """Where rows go, and what happens to those that are there."""
+
+    output: Annotated[str, typer.Option("-o", "--output", metavar="F.jsonl|F.parquet|-", help="Where rows go.")] = "-"
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew and replace what is there under the output's name.")
+    ] = False
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Do the failed rows of a finished output again.")
+    ] = False
+    sidecar: Annotated[
+        bool, typer.Option("--sidecar", help="Write each text into a .txt file beside its picture, too.")
+    ] = False
+    max_errors: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Stop as soon as N rows have failed.", show_default=False)
+    ] = None
+
+    def check(self) -> None:
+        if self.output == "-" and self.overwrite and not self.sidecar:
+            raise typer.BadParameter(
+                "there is nothing to overwrite on stdout: add -o F.jsonl", param_hint="--overwrite"
+            )
+        if self.output == "-" and self.retry_errors:
+            raise typer.BadParameter("it needs the finished file: add -o F.jsonl", param_hint="--retry-errors")
+        if self.overwrite and self.retry_errors:
+            raise typer.BadParameter("one forgets the rows that the other mends: give one", param_hint="--retry-errors")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and on what it runs."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            "-m",
+            "--model",
+            envvar="IDEFICS_MODEL",
+            help="Hub id, local folder, or `demo` (coloured shapes, runs anywhere).",
+        ),
+    ] = DEFAULT_MODEL
+    revision: RevisionFlag = None
+    dtype: DtypeFlag = "auto"
+    device: DeviceFlag = "auto"
+    allow_pickle: AllowPickleFlag = False
+
+    @property
+    def request(self) -> ModelRequest:
+        from idefics_cli.checkpoint import ModelRequest
+
+        return ModelRequest(self.model, self.revision, self.dtype, self.device, self.allow_pickle)
+
+
+@dataclass(frozen=True)
+class DecodingFlags:
+    """How texts are written."""
+
+    num_beams: Annotated[int, typer.Option(metavar="N", min=1, help="Beams of the search; 1 is greedy.")] = 3
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Longest text, in tokens.", show_default="30 for captions, 15 for answers"
+        ),
+    ] = None
+    min_new_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Shortest text, in tokens.")] = 0
+    length_penalty: Annotated[float, typer.Option(metavar="X", help="Scores are divided by length to this power.")] = (
+        1.0
+    )
+    early_stopping: Annotated[bool, typer.Option(help="End when there are as many finished texts as beams.")] = True
+    no_repeat_ngram_size: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Never repeat N tokens in a row; 0: may.")
+    ] = 0
+    num_return_sequences: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Best texts per row; more than one adds a `candidates` column.")
+    ] = 1
+    batch_size: Annotated[str, typer.Option(metavar="auto|N", help="Rows that are decoded at a time.")] = "auto"
+
+    def decoding(self, max_new_tokens: int) -> DecodingOptions:
+        """`max_new_tokens` is the command's own default."""
+        from idefics_cli.generation.options import DecodingOptions
+
+        chosen = {name: value for name, value in vars(self).items() if name != "batch_size"}
+        return DecodingOptions(**{**chosen, "max_new_tokens": self.max_new_tokens or max_new_tokens})
+
+    @property
+    def rows_per_batch(self) -> int | None:
+        if self.batch_size == "auto":
+            return None
+        if not (self.batch_size.isascii() and self.batch_size.isdigit() and int(self.batch_size) > 0):
+            raise typer.BadParameter(
+                f"{self.batch_size!r} is neither `auto` nor a number above 0", param_hint="--batch-size"
+            )
+        return int(self.batch_size)
+
+
+def parse_keep(text: str | None) -> tuple[str, ...] | Literal["all"]:
+    if text == "all":
+        return "all"
+    names = [name.strip() for name in (text or "").split(",")]
+    if text is not None and not all(names):
+        raise typer.BadParameter(f"{text!r} has an empty name: name columns as in a,b", param_hint="--keep")
+    return tuple(dict.fromkeys(names)) if text else ()
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.split("/")
+    if len(parts) == 2 and all(part.isascii() and part.isdigit() for part in parts):
+        place, number = int(parts[0]), int(parts[1])
+        if 1 <= place <= number:
+            return place, number
+    raise typer.BadParameter(f"{text!r} is no share: use 1/4 for the first of four, up to 4/4", param_hint="--shard")

@@ -1,0 +1,77 @@
+"""What a row of a result holds, for each kind of question: its columns, and the row made from an outcome."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from idefics_cli.data.rows import InputRow
+from idefics_cli.data.values import Column, finite
+from idefics_cli.errors import InputError, RowError
+from idefics_cli.pipeline import Outcome, error_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from idefics_cli.idefics import Result
+
+
+@dataclass(frozen=True)
+class ResultForm:
+    """The columns of a command's rows, those that are passed through from the manifest at the end.
+
+    `text_column` is where the text stands; a question is shown where one is asked.
+    """
+
+    text_column: Literal["caption", "answer", "text"]
+    with_question: bool = False
+    candidates: bool = False
+    kept: Mapping[str, pa.DataType | None] = field(default_factory=dict)
+    kept_names: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept_names", self._names_of_kept())
+
+    def _names_of_kept(self) -> dict[str, str]:
+        """What each kept column is called here: `input_...` where the result has a column of its name."""
+        own = {column.name for column in self.own_columns}
+        names = {name: f"input_{name}" if name in own else name for name in self.kept}
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            raise InputError(f"two kept columns would be called {', '.join(twice)}: keep one of them, by its name")
+        return names
+
+    @property
+    def own_columns(self) -> list[Column]:
+        question = [Column("question", "text")] if self.with_question else []
+        candidates = [Column("candidates", "candidates")] if self.candidates else []
+        text = [Column(self.text_column, "text"), Column("score", "real"), Column("tokens", "count")]
+        return [Column("id", "text"), Column("image", "text"), *question, *text, Column("error", "text"), *candidates]
+
+    @property
+    def columns(self) -> list[Column]:
+        return self.own_columns + [Column(self.kept_names[name], of) for name, of in self.kept.items()]
+
+    def row(self, row: InputRow, outcome: Outcome, question: str | None = None) -> dict[str, Any]:
+        """A failed row has no text, and a score that is no number is null."""
+        error = error_of(outcome)
+        result = None if isinstance(outcome, RowError) or error else outcome
+        columns: dict[str, Any] = {"id": row.id, "image": row.image}
+        if self.with_question:
+            columns["question"] = question
+        columns[self.text_column] = result.text if result else None
+        columns["score"] = finite(result.score) if result else None
+        columns["tokens"] = result.tokens if result else None
+        columns["error"] = str(error) if error else None
+        if self.candidates:
+            columns["candidates"] = candidate_rows(result) if result else None
+        for name, shown_as in self.kept_names.items():
+            columns[shown_as] = row.values.get(name)
+        return columns
+
+
+def candidate_rows(result: Result) -> list[dict[str, Any]]:
+    """Best first."""
+    return [{"text": c.text, "score": finite(c.score), "tokens": c.tokens} for c in result.candidates]
