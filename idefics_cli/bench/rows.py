@@ -1,0 +1,227 @@
+"""How fast rows go through everything but the model: `python -m idefics_cli.bench.rows`.
+
+Manifests of so many rows are made in a temporary folder, and each is run through reader, pipeline, journal and writer
+in a process of its own, with a model and pictures that cost nothing. Told are rows per second, when the first row was
+safe, and the peak of memory over what the imports take; then the same for a run that an earlier one has half done.
+One JSON line on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from idefics_cli.bench.memory import resident_bytes
+from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.data.images import ImageLimits
+from idefics_cli.data.rows import ReadOptions
+from idefics_cli.errors import RowError
+from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.pipeline import PromptSource, RunStats
+from idefics_cli.run import Loader, Run, RunOptions
+
+FORMATS = ("jsonl", "csv", "parquet")
+PICTURE_BYTES = 50_000  # of each picture in the Parquet file of pictures
+CHUNK_ROWS = 10_000
+
+
+# ---- what costs nothing
+
+
+@dataclass(frozen=True)
+class EchoResult:
+    text: str
+    score: float = -0.5
+    tokens: int = 5
+    candidates: tuple = ()
+    error: RowError | None = None
+
+
+class EchoModel:
+    """Answers each prompt with a text made of it; a picture is what the row names."""
+
+    batch_size = 64
+    is_instruct = False
+
+    def picture_decoders(self, limits: ImageLimits, workers: int, timeout: float) -> Any:
+        return nullcontext(self)
+
+    def prepare(self, source: Any) -> bytes:
+        return source[:40] if isinstance(source, bytes) else os.fsencode(source)
+
+    def encode(self, prompt: Sequence[Any], max_new_tokens: int) -> str:
+        return next(item for item in prompt if isinstance(item, bytes)).hex()
+
+    def stream(self, source: PromptSource, **decoding: Any) -> Iterator[tuple[int, EchoResult]]:
+        number = 0
+        while prompts := source.take(self.batch_size, wait=True):
+            for number, prompt in enumerate(prompts, start=number):
+                yield number, EchoResult(f"a caption of {prompt}")
+            number += 1
+
+
+# ---- manifests
+
+
+def make_manifest(path: Path, num_rows: int) -> None:
+    """Columns id, image (a path) and question."""
+    if path.suffix == ".parquet":
+        _make_parquet(path, num_rows)
+        return
+    with open(path, "w", newline="") as file:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(file, ["id", "image", "question"])
+            writer.writeheader()
+            writer.writerows(map(_row, range(num_rows)))
+        else:
+            file.writelines(json.dumps(_row(number)) + "\n" for number in range(num_rows))
+
+
+def _row(number: int) -> dict[str, str]:
+    name = f"{number:09}"
+    return {"id": name, "image": f"shard/{name[:5]}/{name}.jpg", "question": "What is on the table, and is it red?"}
+
+
+def _make_parquet(path: Path, num_rows: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.string()) for name in _row(0)])
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, num_rows, CHUNK_ROWS):
+            rows = [_row(number) for number in range(first, min(first + CHUNK_ROWS, num_rows))]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def make_pictures(path: Path, num_rows: int) -> None:
+    """A Parquet file of pictures' bytes (random ones) in a single row group."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    random = np.random.default_rng(0)
+    pictures = pa.array([random.bytes(PICTURE_BYTES) for _ in range(num_rows)], pa.binary())
+    table = pa.table({"id": [f"{number:09}" for number in range(num_rows)], "image": pictures})
+    pq.write_table(table, path, row_group_size=num_rows, compression="none")
+
+
+# ---- one run, in this process
+
+
+class Watch:
+    """Follows a run: when the first row came, and memory when so many rows were out; stops it where it is told."""
+
+    def __init__(self, stats: RunStats, stop_at: int | None):
+        self.stats, self.stop_at = stats, stop_at
+        self.started = time.perf_counter()
+        self.first_row: float | None = None
+        self.memory: dict[int, int] = {}
+
+    def on_start(self, total: int | None) -> None:
+        """Nothing is shown."""
+
+    def on_row(self) -> None:
+        if self.first_row is None:
+            self.first_row = time.perf_counter() - self.started
+        if self.stats.rows % 100_000 == 0:
+            self.memory[self.stats.rows] = resident_bytes() or 0
+        if self.stats.rows == self.stop_at:
+            raise KeyboardInterrupt
+
+
+def run_once(manifest: str, output: str, stop_at: int | None) -> dict[str, Any]:
+    """Run a manifest to its end, or until `stop_at` rows are out; seconds, rows and bytes."""
+    options = RunOptions(
+        inputs=(manifest,),
+        output=output,
+        request=ModelRequest("echo"),
+        reading=ReadOptions(),
+        limits=ImageLimits(),
+        decode_timeout=30.0,
+        workers=2,
+        decoding=DecodingOptions(),
+    )
+    before = resident_bytes() or 0
+    stats = RunStats()
+    watch = Watch(stats, stop_at)
+    loader = Loader(check=lambda request: "echo", load=lambda request, batch_size: EchoModel())
+    try:
+        Run(options, loader, stats, watch, stdin=None).run(stdout=None)
+    except KeyboardInterrupt:
+        if stop_at is None:
+            raise
+    seconds = time.perf_counter() - watch.started
+    return {
+        "rows": stats.rows - stats.resumed,
+        "resumed": stats.resumed,
+        "seconds": seconds,
+        "first_row_seconds": watch.first_row,
+        "rows_per_second": (stats.rows - stats.resumed) / seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "bytes_by_rows": {rows: memory - before for rows, memory in watch.memory.items()},
+    }
+
+
+# ---- all runs, each in a process of its own
+
+
+def in_a_process(manifest: Path, output: Path, stop_at: int | None = None) -> dict[str, Any]:
+    command = [sys.executable, "-m", __spec__.name, "--run", str(manifest), str(output)]
+    command += ["--stop-at", str(stop_at)] if stop_at is not None else []
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def measure(folder: Path, num_rows: int, num_pictures: int) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for suffix in FORMATS:
+        manifest = folder / f"rows.{suffix}"
+        make_manifest(manifest, num_rows)
+        output = folder / f"{suffix}.{'parquet' if suffix == 'parquet' else 'jsonl'}"
+        report[suffix] = say(suffix, in_a_process(manifest, output))
+        output.unlink()
+        in_a_process(manifest, output, stop_at=num_rows // 2)
+        report[f"{suffix}, half done"] = say(f"{suffix}, half done", in_a_process(manifest, output))
+        output.unlink()
+        manifest.unlink()
+    make_pictures(folder / "pictures.parquet", num_pictures)
+    report["pictures"] = say("pictures", in_a_process(folder / "pictures.parquet", folder / "pictures.jsonl"))
+    return report
+
+
+def say(name: str, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    print(
+        f"{name}: {found['rows']} rows in {found['seconds']:.1f} s, {found['rows_per_second']:,.0f} rows/s, first row"
+        f" after {found['first_row_seconds']:.2f} s, peak {found['peak_bytes'] / 1e6:.0f} MB over the imports",
+        file=sys.stderr,
+    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--pictures", type=int, default=10_000, help="of 50 kB each, in one row group")
+    parser.add_argument("--run", nargs=2, metavar=("MANIFEST", "OUTPUT"), help="one run in this process")
+    parser.add_argument("--stop-at", type=int)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(run_once(*options.run, options.stop_at)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(Path(folder), options.rows, options.pictures)))
+
+
+if __name__ == "__main__":
+    main()
