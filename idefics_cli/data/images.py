@@ -24,7 +24,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 
@@ -53,6 +53,8 @@ PLUGINS = (
     AvifImagePlugin,
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+MAX_BRAND_BYTES = 1024
 SELF_LIMITING_FORMATS = ("WEBP", "GIF", "TIFF")
 ADDRESS = re.compile(r"\s*(?:(?:https?|ftps?|data|file):|[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
 UPRIGHT = {
@@ -65,33 +67,41 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 ORIENTATION_TAG = 0x0112
+DRAFT_SIDES = 4  # docs/benchmarks.md has what other numbers save and cost
 WHITE = (255, 255, 255, 255)
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """How large a picture may be: `max_pixels` is width x height, `max_bytes` the file's. And whether half will do."""
+    """How large a picture may be, and how much of it will do.
+
+    `max_pixels` is width x height, `max_bytes` the file's length. With `allow_truncated` a file may end early. With
+    `draft` a JPEG may be decoded at a half, a quarter or an eighth of its size, where that is still far more than is
+    asked for (`load_image`).
+    """
 
     max_pixels: int = 64_000_000
     max_bytes: int = 256 * 1024 * 1024
     allow_truncated: bool = False
+    draft: bool = False
 
 
 DEFAULT_LIMITS = ImageLimits()
 
 
 def load_image(
-    source: str | os.PathLike | bytes | Image.Image, limits: ImageLimits = DEFAULT_LIMITS
+    source: str | os.PathLike | bytes | Image.Image, limits: ImageLimits = DEFAULT_LIMITS, side: int | None = None
 ) -> Image.Image | RowError:
     """The picture as a new RGB image, upright, on white; or why there is none. A bad picture never raises.
 
-    `source` is a path, the bytes of a file, or a Pillow image (its current frame; it is left as it was).
+    `source` is a path, the bytes of a file, or a Pillow image (its current frame; it is left as it was). `side` is that
+    of the square the picture will be resized to: with `limits.draft`, no side is decoded to less than four times it.
     """
     try:
         if isinstance(source, Image.Image):
             return _too_many_pixels(source.size, limits) or _to_rgb(_to_upright(source.copy()))
         data = _read(source, limits)
-        return data if isinstance(data, RowError) else _decode(data, limits)
+        return data if isinstance(data, RowError) else _decode(data, limits, side)
     except Image.DecompressionBombError as error:
         return RowError("image_too_large", str(error))
     except Exception as error:  # Pillow's decoders raise nearly anything at bytes that were made to break them
@@ -172,17 +182,19 @@ def _limits_for(image_format: str, limits: ImageLimits) -> ImageLimits:
     """Some of Pillow's readers warn about large pictures, or refuse them, by its own limit: there it is ours too."""
     if image_format not in SELF_LIMITING_FORMATS or Image.MAX_IMAGE_PIXELS is None:
         return limits
-    return ImageLimits(min(limits.max_pixels, Image.MAX_IMAGE_PIXELS), limits.max_bytes, limits.allow_truncated)
+    return replace(limits, max_pixels=min(limits.max_pixels, Image.MAX_IMAGE_PIXELS))
 
 
 # ---- decoding
 
 
-def _decode(data: bytes, limits: ImageLimits) -> Image.Image | RowError:
+def _decode(data: bytes, limits: ImageLimits, side: int | None) -> Image.Image | RowError:
     image = _open(data, limits)
     if isinstance(image, RowError):
         return image
     with image:
+        if limits.draft and side is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            image.draft(image.mode, (DRAFT_SIDES * side, DRAFT_SIDES * side))
         raw_mode = image.tile[0].args if image.tile else None
         _load(image, limits)
         _fit_transparency(image, raw_mode)
@@ -195,9 +207,9 @@ def _readers() -> tuple[tuple[str, Callable, Callable], ...]:
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
-        pass  # the `heif` extra is not installed: HEIF files are then of no known format
+        pass  # the `heif` extra is not installed; _open says so when it matters
     else:
-        register_heif_opener()
+        register_heif_opener(decode_threads=1)  # who wants more work done at once gives us more pictures
     return tuple((name, *Image.OPEN[name]) for name in FORMATS if name in Image.OPEN)
 
 
@@ -207,6 +219,8 @@ def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile | RowError:
     `Image.open` does the same, but warns about a large picture before our limit can be asked; this way no warning is
     made.
     """
+    if _is_heif(data) and "HEIF" not in _formats():
+        return RowError("image_unreadable", "HEIF pictures need the extra: pip install 'idefics-cli[heif]'")
     failure = None
     for image_format, open_image, accept in _readers():
         if accept(data[:16]) is not True:
@@ -226,9 +240,18 @@ def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile | RowError:
     raise failure
 
 
+def _formats() -> list[str]:
+    return [image_format for image_format, *_ in _readers()]
+
+
 def _unknown_format(data: bytes) -> str:
-    known = ", ".join(image_format for image_format, *_ in _readers())
-    return f"not a picture of a known format ({known})" if data else "the file is empty"
+    return f"not a picture of a known format ({', '.join(_formats())})" if data else "the file is empty"
+
+
+def _is_heif(data: bytes) -> bool:
+    """Whether the file says that it holds a picture coded in HEVC: its first box lists what it is compatible with."""
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), MAX_BRAND_BYTES)]
+    return data[4:8] == b"ftyp" and any(brands[i : i + 4] in HEIF_BRANDS for i in range(0, len(brands), 4))
 
 
 def _gif_size(data: bytes) -> tuple[int, int]:

@@ -74,7 +74,7 @@ class ImageProcessor:
 
     def prepare_array(self, source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray | RowError:
         """Anything `load_image` takes -> pixels, or why there are none. Safe to call from many threads."""
-        image = load_image(source, limits)
+        image = load_image(source, limits, self.image_size)
         return image if isinstance(image, RowError) else self.array(image)
 
     def prepare(self, source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor | RowError:

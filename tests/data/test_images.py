@@ -101,11 +101,50 @@ def test_lossy_formats(image_format, options):
     assert abs(difference).mean() < 4
 
 
-def test_heif():
+def heif(image: Image.Image) -> bytes:
     pillow_heif = pytest.importorskip("pillow_heif")
     stream = io.BytesIO()
-    pillow_heif.from_pillow(photo()).save(stream, quality=95)
-    assert load_image(stream.getvalue()).size == (40, 30)
+    pillow_heif.from_pillow(image).save(stream, quality=95)
+    return stream.getvalue()
+
+
+def test_heif():
+    result = load_image(heif(photo()))
+    assert result.size == (40, 30)
+    assert abs(np.asarray(result).astype(int) - np.asarray(photo())).mean() < 4
+    assert refusal(heif(photo()), ImageLimits(max_pixels=1199)).code == "image_too_large"
+
+
+@pytest.fixture
+def no_heif(monkeypatch):
+    """As if the extra were not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    images._readers.cache_clear()
+    yield
+    images._readers.cache_clear()
+
+
+# Major brand, version, and what the file is compatible with: as iPhones, cameras and libheif write them.
+HEIF_HEADS = {
+    "iPhone": b"ftypheic\0\0\0\0mif1heic",
+    "ten bits": b"ftypheix\0\0\0\0mif1MiHBheix",
+    "a collection": b"ftypmif1\0\0\0\0mif1miafheic",
+    "a sequence": b"ftypmsf1\0\0\0\0msf1hevc",
+}
+
+
+@pytest.mark.parametrize("head", HEIF_HEADS.values(), ids=HEIF_HEADS)
+def test_heif_without_its_extra(no_heif, head):
+    data = (len(head) + 4).to_bytes(4, "big") + head + b"\0\0\0\x08mdat"
+    expected = "image_unreadable: HEIF pictures need the extra: pip install 'idefics-cli[heif]'"
+    assert str(refusal(data)) == expected
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_needs_no_extra(no_heif):
+    assert load_image(saved(photo(), "AVIF")).size == (40, 30)
+    assert "extra" not in str(refusal(saved(photo(), "AVIF")[:60]))
 
 
 def plain(image: Image.Image) -> Image.Image:
@@ -656,6 +695,47 @@ def test_many_threads(tmp_path):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ---- drafts
+
+
+@pytest.mark.parametrize(("size", "drawn"), [((1700, 900), (425, 225)), ((900, 500), (450, 250)), ((450, 399), None)])
+def test_a_draft_keeps_both_sides_at_four_times_what_is_asked_for(size, drawn):
+    data = saved(photo(*size), "JPEG", quality=95)
+    assert load_image(data, ImageLimits(draft=True), side=50).size == (drawn or size)
+
+
+@pytest.mark.parametrize("orientation", UNDO)
+def test_a_draft_is_upright(orientation):
+    image, exif = turned(orientation)
+    large = image.resize((image.width * 20, image.height * 20), Image.Resampling.NEAREST)
+    data = saved(large, "JPEG", exif=exif, quality=95)
+    whole, draft = (load_image(data, ImageLimits(draft=draft), side=40) for draft in (False, True))
+    assert draft.size == (whole.width // 4, whole.height // 4)
+    difference = np.asarray(whole.resize(draft.size)).astype(int) - np.asarray(draft)
+    assert abs(difference).mean() < 2
+
+
+def test_no_draft_unless_asked_for_and_none_of_other_formats():
+    jpeg, png = (saved(photo(800, 600), image_format) for image_format in ("JPEG", "PNG"))
+    assert load_image(jpeg, side=10) == load_image(jpeg) == load_image(jpeg, ImageLimits(draft=True))
+    assert load_image(png, ImageLimits(draft=True), side=10) == plain(photo(800, 600))
+
+
+def test_a_thumbnail_is_no_draft():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    with_thumbnail = pillow_heif.from_pillow(photo(800, 600))
+    with_thumbnail[0].info["thumbnails"] = [100]
+    stream = io.BytesIO()
+    with_thumbnail.save(stream)
+    assert pillow_heif.open_heif(stream).info["thumbnails"] == [100]
+    assert load_image(stream.getvalue(), ImageLimits(draft=True), side=10).size == (800, 600)
+
+
+def test_limits_count_the_whole_picture_and_not_the_draft():
+    data = saved(photo(800, 600), "JPEG")
+    assert refusal(data, ImageLimits(max_pixels=479_999, draft=True)).code == "image_too_large"
 
 
 # ---- Pillow's own test images: years of reported crashes
