@@ -40,6 +40,10 @@ class InputFile(Protocol):
         """Its bytes from the start, seekable."""
         ...
 
+    def open_native(self) -> Any:
+        """The same as a file of pyarrow's."""
+        ...
+
 
 @dataclass(frozen=True)
 class LocalFile:
@@ -65,6 +69,12 @@ class LocalFile:
             return open(self.path, "rb", buffering=self.buffer_bytes, opener=self._open_regular)
         except OSError as error:
             raise cannot_read(self.name, error, "check the file and its permissions") from error
+
+    def open_native(self) -> Any:
+        import pyarrow
+
+        with self.open() as file:  # named by its number, since pyarrow takes no name that is not UTF-8
+            return pyarrow.OSFile(f"/dev/fd/{file.fileno()}")
 
     def _open_regular(self, path: str, flags: int) -> int:
         """Looks again, since the name may have come to mean another file, and does not wait meanwhile."""
@@ -119,11 +129,13 @@ class RemoteInput:
         return RemoteFolder(self.place.filesystem, key, name)
 
     def open(self) -> BinaryIO:
+        return io.BufferedReader(self.open_native(), self.buffer_bytes)
+
+    def open_native(self) -> Any:
         try:
-            file = self.place.filesystem.open_input_file(self.place.key)
+            return self.place.filesystem.open_input_file(self.place.key)
         except OSError as error:
             raise cannot_read(self.name, error, "check the address and your access to it") from error
-        return io.BufferedReader(file, self.buffer_bytes)
 
 
 def is_remote(name: str) -> bool:

@@ -12,7 +12,7 @@ from idefics_cli.data.files import InputFile, file_digest
 from idefics_cli.data.names import is_utf8, shown
 from idefics_cli.data.pictures import Root, open_root, read_picture, read_pictures, shown_pictures
 from idefics_cli.data.rows import NO_VALUES, Entry, ImageSource, ReadOptions
-from idefics_cli.data.tables import Record, Table
+from idefics_cli.data.tables import OWN_ERROR, Record, Table
 from idefics_cli.errors import InputError, RowError
 
 MANIFEST_NAME = re.compile(
@@ -192,7 +192,8 @@ class Manifest:
         wanted = self._layout.values
         values = {column: record.get(column) for column in wanted} if wanted else NO_VALUES
         image, sources, error = self._pictures(record)
-        if name is None:
+        error = record.get(OWN_ERROR, error)
+        if name is None and OWN_ERROR not in record:
             error = RowError("row_invalid", f"no id: column {shown(self._layout.id)} holds no usable text here")
         return Entry(number, name, image, sources, values, error)
 

@@ -13,9 +13,11 @@ Record: TypeAlias = Mapping[str, Any]
 SAMPLE_ROWS = 100
 SAMPLE_BYTES = 1 << 20
 
-# Columns of an archive that no field of its own can be called.
+# Columns of the formats' own, which hardly a field is called. `OWN_ERROR` is there in a record that has its id but is
+# bad all the same; one whose id cannot be known is an error itself.
 OWN_PICTURES = "\0pictures"
 OWN_ID = "\0stem"
+OWN_ERROR = "\0error"
 
 
 class Table(Protocol):
