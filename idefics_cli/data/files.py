@@ -14,7 +14,6 @@ import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, BinaryIO, Protocol
 
 from idefics_cli.data.names import REMOTE_ADDRESS, WEB_ADDRESS, escape_name, shown_address
@@ -48,6 +47,7 @@ class InputFile(Protocol):
 @dataclass(frozen=True)
 class LocalFile:
     path: str
+    size: int
     buffer_bytes: int = BUFFER_BYTES
 
     @property
@@ -57,10 +57,6 @@ class LocalFile:
     @property
     def folder(self) -> str:
         return os.path.dirname(self.path)
-
-    @cached_property
-    def size(self) -> int:
-        return os.stat(self.path).st_size
 
     def open(self) -> BinaryIO:
         try:

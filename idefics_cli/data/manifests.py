@@ -192,8 +192,10 @@ class Manifest:
         wanted = self._layout.values
         values = {column: record.get(column) for column in wanted} if wanted else NO_VALUES
         image, sources, error = self._pictures(record)
-        error = record.get(OWN_ERROR, error)
-        if name is None and OWN_ERROR not in record:
+        failure = record.get(OWN_ERROR)
+        if isinstance(failure, RowError):
+            error = failure
+        elif name is None:
             error = RowError("row_invalid", f"no id: column {shown(self._layout.id)} holds no usable text here")
         return Entry(number, name, image, sources, values, error)
 

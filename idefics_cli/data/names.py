@@ -6,7 +6,6 @@ Nothing here looks at the file system.
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit
 
 # Every common image format, those too that this program cannot decode: such a file becomes an error row with a reason.
 IMAGE_SUFFIX = re.compile(
@@ -21,6 +20,7 @@ SYSTEM_NAMES = frozenset(
 )
 
 WEB_ADDRESS = re.compile(r"\s*(https?|ftps?|data|file):", re.IGNORECASE)
+SECRET_PARTS = re.compile(r"^(?P<scheme>\s*[a-z][a-z0-9+.-]+://)[^/?#]*@|[?#].*$", re.IGNORECASE | re.DOTALL)
 REMOTE_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 # What an escaped byte looks like in an id: a byte that is not UTF-8, or a backslash that would read as such an escape.
@@ -70,8 +70,7 @@ def shown(text: str) -> str:
 
 def shown_address(address: str) -> str:
     """A remote address without what may be secret in it: its user and password, and its query."""
-    parts = urlsplit(address)
-    return escape_name(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl())
+    return escape_name(SECRET_PARTS.sub(lambda match: match["scheme"] or "", address))
 
 
 def is_hidden(name: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +32,8 @@ BOMB_RATIO = 100
 LIST_VALUE_BYTES = 16  # what each value of a list takes once it is unpacked, at least
 PAGE_HEADER_BYTES = 64
 PAGE_HEADER_FIELD = 0x15  # "the next field, a number of 32 bits" in Thrift's compact protocol
+
+Batches: TypeAlias = Iterator[tuple[int, pa.RecordBatch]]
 
 
 class ParquetTable:
@@ -91,10 +93,8 @@ class ParquetTable:
                 page_checksum_verification=True,
             )
 
-    def _batches(
-        self, parquet: ParquetFile, start: int, columns: Sequence[str]
-    ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Rows in pieces that fit into memory, each with the number of its first row, from the row group of `start` on."""
+    def _batches(self, parquet: ParquetFile, start: int, columns: Sequence[str]) -> Batches:
+        """Pieces that fit into memory, each with the number of its first row, from the row group of row `start` on."""
         offset = 0
         for group in range(parquet.num_row_groups):
             num_rows = parquet.metadata.row_group(group).num_rows
@@ -102,9 +102,7 @@ class ParquetTable:
                 yield from self._group_batches(parquet, group, offset, columns)
             offset += num_rows
 
-    def _group_batches(
-        self, parquet: ParquetFile, group: int, offset: int, columns: Sequence[str]
-    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def _group_batches(self, parquet: ParquetFile, group: int, offset: int, columns: Sequence[str]) -> Batches:
         row_bytes, worst_bytes = self._look_at_pages(parquet, group, columns)
         batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes, WORST_BATCH_BYTES // worst_bytes))
         with self._refusing():

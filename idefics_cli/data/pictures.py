@@ -19,7 +19,7 @@ from typing import Protocol
 from idefics_cli.data.files import RemoteFolder, is_remote, open_remote
 from idefics_cli.data.names import REMOTE_ADDRESS, WEB_ADDRESS, escape_name, is_utf8, shown, shown_address
 from idefics_cli.data.rows import ImageSource, RemoteFile
-from idefics_cli.errors import RowError
+from idefics_cli.errors import InputError, RowError
 
 FOLDERS_REMEMBERED = 4096
 
@@ -34,6 +34,8 @@ def open_root(folder: str | RemoteFolder, image_root: str | None) -> Root:
     """`image_root` where one was named, else the `folder` of the manifest."""
     if image_root is not None:
         folder = open_remote(image_root) if is_remote(image_root) else image_root
+        if isinstance(folder, str) and not os.path.isdir(folder):
+            raise InputError(f"the image root {escape_name(folder)} is no folder: name one that is")
     return RemoteRoot(folder) if isinstance(folder, RemoteFolder) else LocalRoot(folder)
 
 

@@ -55,13 +55,15 @@ def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO |
     if is_remote(name):
         return _open_remote(name, among_others, options)
     try:
-        mode = os.stat(name).st_mode
+        status = os.stat(name)
     except (OSError, ValueError) as error:
         raise cannot_read(escape_name(name), error, "check the path") from error
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(status.st_mode):
         return list_folder(name, options.recursive)
-    refuse_irregular(escape_name(name), mode)
-    return open_manifest(LocalFile(name), among_others, options) if is_manifest(name) else list_file(name)
+    refuse_irregular(escape_name(name), status.st_mode)
+    if is_manifest(name):
+        return open_manifest(LocalFile(name, status.st_size), among_others, options)
+    return list_file(name)
 
 
 def _open_remote(address: str, among_others: bool, options: ReadOptions) -> Source:

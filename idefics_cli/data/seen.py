@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 
+from idefics_cli.errors import InputError
+
 CACHE_KIBIBYTES = 64 << 10
 
 
@@ -24,7 +26,13 @@ class SeenIds:
 
     def add(self, row_id: str, index: int) -> int | None:
         """The index of the row that has this id already, or None: then it is `index` from now on."""
-        added = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (row_id, index)).rowcount
+        try:
+            added = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (row_id, index)).rowcount
+        except sqlite3.Error as error:
+            raise InputError(
+                f"no room to remember the ids: {error}; free some in the folder for temporary files, or name another"
+                " one in SQLITE_TMPDIR"
+            ) from error
         return None if added else self._index(row_id)
 
     def __contains__(self, row_id: str) -> bool:

@@ -48,21 +48,22 @@ class ArchiveTable:
         pictures, fields = OWN_PICTURES in columns, not {OWN_ID, OWN_PICTURES}.issuperset(columns)
         with open_stream(self._file, self._compressed) as stream:
             archive = _Archive(stream, self._file.name)
-            for number, members in islice(enumerate(self._samples(archive)), start, None, step):
-                yield number, _read_record(archive, members, pictures=pictures, fields=fields)
+            for number, sample in islice(enumerate(self._samples(archive)), start, None, step):
+                yield number, _read_record(archive, *sample, pictures=pictures, fields=fields)
 
-    def _samples(self, archive: _Archive) -> Iterator[Iterator[_Member]]:
+    def _samples(self, archive: _Archive) -> Iterator[tuple[str, Iterator[_Member]]]:
         size = 0
-        for size, (_, members) in enumerate(groupby(archive.members(), lambda member: member.stem), 1):
-            yield members
+        for sample in groupby(archive.members(), lambda member: member.stem):
+            size += 1
+            yield sample
         self.size = size
 
     def _sample(self) -> list[str]:
         with open_stream(self._file, self._compressed) as stream:
             archive = _Archive(stream, self._file.name)
             records = []
-            for members in islice(self._samples(archive), SAMPLE_ROWS):
-                records.append(_read_record(archive, members, pictures=False, fields=True))
+            for sample in islice(self._samples(archive), SAMPLE_ROWS):
+                records.append(_read_record(archive, *sample, pictures=False, fields=True))
                 if stream.tell() > SAMPLE_ARCHIVE_BYTES:
                     break
         if not records:
@@ -87,11 +88,11 @@ class _Archive:
     def members(self) -> Iterator[_Member]:
         try:
             # Opened here, since tarfile reads the first header at once.
-            self._tar = tarfile.open(fileobj=self._stream, mode="r:", errors="surrogateescape", encoding="utf-8")
-            while (info := self._tar.next()) is not None:
-                self._tar.members.clear()  # else it remembers them all
-                if info.isreg() and not any(map(is_hidden, info.name.split("/"))):
-                    yield _member(info)
+            with tarfile.open(fileobj=self._stream, mode="r:", encoding="utf-8", errors="surrogateescape") as self._tar:
+                while (info := self._tar.next()) is not None:
+                    self._tar.members.clear()  # else it remembers them all
+                    if info.isreg() and not any(map(is_hidden, info.name.split("/"))):
+                        yield _member(info)
         except tarfile.TarError as error:
             raise self._broken(str(error)) from error
         self._refuse_a_false_end()
@@ -147,11 +148,11 @@ def _member(info: tarfile.TarInfo) -> _Member:
     return _Member(f"{folder}{slash}{stem}", suffix.lower(), info)
 
 
-def _read_record(archive: _Archive, members: Iterator[_Member], *, pictures: bool, fields: bool) -> Record:
+def _read_record(archive: _Archive, stem: str, members: Iterator[_Member], *, pictures: bool, fields: bool) -> Record:
     """The columns of one stem; pictures or fields that were not asked for are not read."""
-    stem, found = "", {}
+    found: dict[str, Record] = {}
     record: dict[str, Any] = {}
-    for stem, suffix, info in members:
+    for _, suffix, info in members:
         if pictures and IMAGE_SUFFIX.search(f".{suffix}"):
             content = _read_picture(archive, info)
             found |= {} if isinstance(content, RowError) else {info.name: content}
