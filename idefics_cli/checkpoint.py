@@ -303,10 +303,19 @@ def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    """The tokenizer as the model was trained with it: `tokenizer.json` to the letter.
 
+    IDEFICS learned texts that begin with a blank behind every special token (`<image>Caption` is a picture and
+    "▁Caption"), as LLaMA's tokenizers of 2023 had it. Today's LlamaTokenizer builds another one from the same file, in
+    which only the first text of a prompt has the blank; for a `tokenizer.model` alone it has to be told (`legacy`).
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder, options = checkpoint.folder, {"trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        return AutoTokenizer.from_pretrained(folder, legacy=True, **options)
     except Exception as error:  # the library raises many kinds for a damaged file
         raise CheckpointError(
             f"the tokenizer in {checkpoint.folder} cannot be read ({error}): fetch its files again"

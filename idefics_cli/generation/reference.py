@@ -19,11 +19,15 @@ from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids with a meaning of their own: those that end a text, those never written, and padding."""
+    """The token ids with a meaning of their own: those that end a text, those never written, and padding.
+
+    The last id of a banned sequence is not written where the others stand right before it, the prompt's end included.
+    """
 
     end_token_ids: tuple[int, ...]
     banned_token_ids: tuple[int, ...]
     pad_token_id: int
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def generation_config(options: DecodingOptions, vocabulary: Vocabulary) -> Gener
         no_repeat_ngram_size=options.no_repeat_ngram_size or None,
         num_return_sequences=options.num_return_sequences,
         suppress_tokens=list(vocabulary.banned_token_ids) or None,
+        bad_words_ids=[list(sequence) for sequence in vocabulary.banned_sequences] or None,
         eos_token_id=list(vocabulary.end_token_ids),
         pad_token_id=vocabulary.pad_token_id,
         return_dict_in_generate=True,
