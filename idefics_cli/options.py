@@ -18,12 +18,14 @@ import typer
 from idefics_cli.checkpoint import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from idefics_cli.asking import AskOptions
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.data.images import ImageLimits
     from idefics_cli.data.rows import ReadOptions
     from idefics_cli.generation.options import DecodingOptions
 
 MAX_WORKERS = 8
+DEFAULT_SHOTS = 4
 
 RevisionFlag = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of the hub model.", show_default=False)
@@ -132,6 +134,74 @@ class InputFlags:
             limit=self.limit,
             shard=parse_shard(self.shard),
         )
+
+
+@dataclass(frozen=True)
+class PromptFlags:
+    """How the model is asked, and what becomes of its texts."""
+
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Prompt in place of the official one: {image} stands for the pictures, {name} for a column.",
+            show_default=False,
+        ),
+    ] = None
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Official template: caption, vqa, vizwiz, instruct-caption, instruct-vqa.",
+            show_default="the model's own",
+        ),
+    ] = None
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Manifest of worked examples, with a caption or an answer each.", show_default=False
+        ),
+    ] = None
+    num_shots: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Examples before each row.", show_default=f"{DEFAULT_SHOTS} with --shots"),
+    ] = None
+    shot_selection: Annotated[
+        Literal["first", "random", "similar"],
+        typer.Option(help="Which examples; similar: those whose pictures are nearest to the row's."),
+    ] = "first"
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides what is random.")] = 0
+    bare: Annotated[
+        bool, typer.Option("--bare", help="No examples at all, not even the two of the published zero-shot prompts.")
+    ] = False
+    prefix: Annotated[str, typer.Option(metavar="TEXT", help="Written before each text.", show_default=False)] = ""
+    suffix: Annotated[str, typer.Option(metavar="TEXT", help="Written behind each text.", show_default=False)] = ""
+    stop_words: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Words at which a text is cut; '' for none.", show_default="those of the published protocol"
+        ),
+    ] = None
+
+    def asking(self, task: str, questions: tuple[str, ...] = (), question_column: str = "question") -> AskOptions:
+        from idefics_cli.asking import AskOptions, default_finish
+        from idefics_cli.prompts import PromptOptions
+        from idefics_cli.shots import ShotOptions
+
+        number = self._number_of_shots()
+        prompts = PromptOptions(task, self.template, self.prompt, number, self.bare)
+        shots = None if self.shots is None else ShotOptions(self.shots, number, self.shot_selection, self.seed)
+        finish = default_finish(task, self.prefix, self.suffix, parse_words(self.stop_words))
+        return AskOptions(prompts, questions, question_column, shots, finish)
+
+    def _number_of_shots(self) -> int:
+        if self.num_shots and self.shots is None:
+            raise typer.BadParameter("there is no file to take them from: add --shots FILE", param_hint="--num-shots")
+        if self.shot_selection == "similar" and not self.shots:
+            raise typer.BadParameter("it selects from a file: add --shots FILE", param_hint="--shot-selection")
+        if self.num_shots is not None:
+            return self.num_shots
+        return DEFAULT_SHOTS if self.shots is not None else 0
 
 
 @dataclass(frozen=True)
@@ -265,6 +335,10 @@ def parse_keep(text: str | None) -> tuple[str, ...] | Literal["all"]:
     if text is not None and not all(names):
         raise typer.BadParameter(f"{text!r} has an empty name: name columns as in a,b", param_hint="--keep")
     return tuple(dict.fromkeys(names)) if text else ()
+
+
+def parse_words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(filter(None, text.split(",")))
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:

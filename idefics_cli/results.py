@@ -15,7 +15,9 @@ from idefics_cli.pipeline import Outcome, error_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from idefics_cli.asking import AskOptions
     from idefics_cli.idefics import Result
+    from idefics_cli.texts import Finish
 
 
 @dataclass(frozen=True)
@@ -54,24 +56,24 @@ class ResultForm:
     def columns(self) -> list[Column]:
         return self.own_columns + [Column(self.kept_names[name], of) for name, of in self.kept.items()]
 
-    def row(self, row: InputRow, outcome: Outcome, question: str | None = None) -> dict[str, Any]:
+    def row(self, row: InputRow, outcome: Outcome, asking: AskOptions) -> dict[str, Any]:
         """A failed row has no text, and a score that is no number is null."""
         error = error_of(outcome)
         result = None if isinstance(outcome, RowError) or error else outcome
         columns: dict[str, Any] = {"id": row.id, "image": row.image}
         if self.with_question:
-            columns["question"] = question
-        columns[self.text_column] = result.text if result else None
+            columns["question"] = asking.question_of(row)
+        columns[self.text_column] = asking.finish(result.text) if result else None
         columns["score"] = finite(result.score) if result else None
         columns["tokens"] = result.tokens if result else None
         columns["error"] = str(error) if error else None
         if self.candidates:
-            columns["candidates"] = candidate_rows(result) if result else None
+            columns["candidates"] = candidate_rows(result, asking.finish) if result else None
         for name, shown_as in self.kept_names.items():
             columns[shown_as] = row.values.get(name)
         return columns
 
 
-def candidate_rows(result: Result) -> list[dict[str, Any]]:
+def candidate_rows(result: Result, finish: Finish) -> list[dict[str, Any]]:
     """Best first."""
-    return [{"text": c.text, "score": finite(c.score), "tokens": c.tokens} for c in result.candidates]
+    return [{"text": finish(c.text), "score": finite(c.score), "tokens": c.tokens} for c in result.candidates]

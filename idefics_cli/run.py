@@ -8,7 +8,8 @@ terminal: whoever starts a run is told how it ended, and is called back for ever
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from idefics_cli import __version__
+from idefics_cli.asking import AskOptions, PictureOpener, Preparation, rows_asked, with_questions
 from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.data.manifests import is_manifest
 from idefics_cli.data.outputs import FileOutput
 from idefics_cli.data.readers import open_inputs
 from idefics_cli.data.rows import InputRow, ReadOptions
 from idefics_cli.data.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 from idefics_cli.errors import InputError, OutputError, RowError
 from idefics_cli.pipeline import FlowOptions, Outcome, PromptSource, RunStats, Stages, error_of, run_rows
-from idefics_cli.prompts import Prompt, caption_prompt
+from idefics_cli.prompts import Prompt, Shot, leading_shots
 from idefics_cli.results import ResultForm
+from idefics_cli.shots import chosen_for_all, open_shots, read_shots
 
 if TYPE_CHECKING:
     from idefics_cli.data.images import ImageLimits
@@ -34,12 +38,6 @@ if TYPE_CHECKING:
     from idefics_cli.processing import EncodedPrompt
 
 STDIN = STDOUT = "-"
-
-
-class PictureOpener(Protocol):
-    """Opens pictures, from several threads at once."""
-
-    def prepare(self, source: Any) -> Any | RowError: ...
 
 
 class Captioner(Protocol):
@@ -77,6 +75,7 @@ class RunOptions:
     limits: ImageLimits
     decode_timeout: float
     workers: int
+    asking: AskOptions
     decoding: DecodingOptions
     batch_size: int | None = None
     max_errors: int | None = None
@@ -86,9 +85,14 @@ class RunOptions:
 
 
 class Observer(Protocol):
-    """Who follows a run: told how many rows will come (None: nobody knows), and after each row."""
+    """Who follows a run: told how many rows will come (None: nobody knows), after each row, and what users should know.
+
+    `say` may be called from several threads.
+    """
 
     def on_start(self, total: int | None) -> None: ...
+
+    def say(self, message: str) -> None: ...
 
     def on_row(self) -> None: ...
 
@@ -107,15 +111,17 @@ class Run:
         self, options: RunOptions, loader: Loader, stats: RunStats, observer: Observer, stdin: BinaryIO | None
     ) -> None:
         self.options, self.loader, self.stats, self.observer, self.stdin = options, loader, stats, observer, stdin
-        self.inputs = self._open_inputs()
-        self.form = ResultForm("caption", candidates=self._wants_candidates(), kept=self.inputs.kept)
+        _require_questions(options)
+        self.inputs = open_inputs(options.inputs, options.reading, stdin)
+        self.shots = None if options.asking.shots is None else open_shots(options.asking.shots)
+        self.form = ResultForm(
+            "answer" if options.asking.asks else "caption",
+            with_question=options.asking.asks,
+            candidates=options.decoding.num_return_sequences > 1,
+            kept=self.inputs.kept,
+        )
         self.captioner: Captioner | None = None
-
-    def _open_inputs(self) -> Inputs:
-        return open_inputs(self.options.inputs, self.options.reading, self.stdin)
-
-    def _wants_candidates(self) -> bool:
-        return self.options.decoding.num_return_sequences > 1
+        self._asked_of_first: list[str] = []  # ids of what an earlier run has asked of the first row that is left
 
     def run(self, stdout: BinaryIO | None) -> Ending:
         if self.options.output != STDOUT:
@@ -124,7 +130,7 @@ class Run:
         if stdout is None:
             raise OutputError("stdout is closed: name a file with -o F.jsonl")
         self._load()
-        self._run_rows(self.inputs.rows, StreamWriter(stdout))
+        self._run_rows(self._rows(), StreamWriter(stdout))
         return Ending.RAN
 
     # ---- to a file
@@ -137,10 +143,10 @@ class Run:
             return self._publish_again(output)
         weights = self.loader.check(self.options.request)
         output.require_same(self._settings(weights))
-        self.inputs.pass_over(self._recount(output.rows_so_far()))
+        self.inputs.pass_over(self._rows_done(output))
         self._load()
         self._begin(output)
-        self._run_rows(self.inputs.rows, JournalWriter(output.journal))
+        self._run_rows(self._rows(), JournalWriter(output.journal))
         if not self.stats.stopped_early:
             output.publish(self.form.columns, self._summary())
         return Ending.RAN
@@ -182,7 +188,7 @@ class Run:
         """The input's rows that failed and have not been done again yet."""
         done_again = output.rows_so_far()
         known = output.finished_rows()
-        for row in self.inputs.rows:
+        for row in self._rows():
             old = next(known, None)
             if old is None or old["id"] != row.id:
                 raise InputError(
@@ -226,10 +232,26 @@ class Run:
             "rows": {"limit": reading.limit, "shard": reading.shard, "recursive": reading.recursive},
             "columns": {"image": reading.image_column, "id": reading.id_column, "kept": list(self.form.kept)},
             "model": model if weights is None else {**model, "weights": weights},
+            "asking": options.asking.settings,
+            "shots": None if self.shots is None else list(self.shots.identity),
             "decoding": asdict(options.decoding),
         }
 
     # ---- rows
+
+    def _rows(self) -> Iterator[InputRow]:
+        questions = self.options.asking.questions
+        return with_questions(self.inputs.rows, questions, self._asked_of_first) if questions else self.inputs.rows
+
+    def _rows_done(self, output: FileOutput) -> Iterator[str]:
+        """The ids of the input's rows that an earlier run has done."""
+        num_questions = len(self.options.asking.questions) or 1
+        return rows_asked(self._recount(output.rows_so_far()), num_questions, self._asked_of_first)
+
+    @property
+    def _total(self) -> int | None:
+        num_questions = len(self.options.asking.questions) or 1
+        return None if self.inputs.total is None else self.inputs.total * num_questions
 
     def _load(self) -> Captioner:
         if self.captioner is None:
@@ -241,12 +263,12 @@ class Run:
         options, captioner, resumed = self.options, self._load(), self.stats.safe
         flow = FlowOptions(captioner.batch_size, options.workers, options.max_errors)
         opening = options.limits, options.workers, options.decode_timeout
-        self.observer.on_start(self.inputs.total)
-        leave = Leave(self.form, writer, SidecarWriter(options.overwrite) if options.sidecar else None)
+        self.observer.on_start(self._total)
+        leave = Leave(self.form, options.asking, writer, SidecarWriter(options.overwrite) if options.sidecar else None)
         try:
             with closing(writer), captioner.picture_decoders(*opening) as pictures:
                 stages = Stages(
-                    prepare=Preparation(captioner, pictures, options.decoding.max_new_tokens),
+                    prepare=self._preparation(captioner, pictures),
                     decode=lambda prompts: captioner.stream(prompts, **asdict(options.decoding)),
                     write=leave,
                 )
@@ -254,23 +276,38 @@ class Run:
         finally:
             self.stats.safe = resumed + writer.num_safe
 
+    def _preparation(self, captioner: Captioner, pictures: PictureOpener) -> Preparation:
+        shots = self._shots(captioner, pictures)
+        return Preparation(
+            self.options.asking,
+            captioner,
+            pictures,
+            shots,
+            self.options.decoding.max_new_tokens,
+            on_shots_dropped=Once(self.observer, "{} and perhaps others are too long for all shots: the first are left out"),
+        )
 
-@dataclass(frozen=True)
-class Preparation:
-    """A row -> what the model takes, or why there is nothing."""
+    def _shots(self, captioner: Captioner, pictures: PictureOpener) -> Sequence[Shot]:
+        """Those that stand before every row."""
+        asking = self.options.asking
+        pool: list[Shot] = []
+        if asking.shots is not None:
+            assert self.shots is not None, asking
+            pool = read_shots(asking.shots, self.shots, asking.prompts.task, pictures.prepare)
+            pool = chosen_for_all(asking.shots, pool)
+        return leading_shots(asking.prompts, pool, captioner.is_instruct)
 
-    captioner: Captioner
-    pictures: PictureOpener
-    max_new_tokens: int
 
-    def __call__(self, row: InputRow) -> EncodedPrompt | RowError:
-        opened = []
-        for source in row.sources:
-            picture = self.pictures.prepare(source)
-            if isinstance(picture, RowError):
-                return picture
-            opened.append(picture)
-        return self.captioner.encode(caption_prompt(opened[0], self.captioner.is_instruct), self.max_new_tokens)
+class Once:
+    """Says something the first time it is called, with the name it is called with."""
+
+    def __init__(self, observer: Observer, message: str) -> None:
+        self._observer, self._message, self._told = observer, message, threading.Event()
+
+    def __call__(self, name: str) -> None:
+        if not self._told.is_set():
+            self._told.set()
+            self._observer.say(self._message.format(name))
 
 
 @dataclass(frozen=True)
@@ -278,13 +315,15 @@ class Leave:
     """A row and its outcome -> a line of the result, and a text beside the picture where one is wanted."""
 
     form: ResultForm
+    asking: AskOptions
     writer: RowWriter
     sidecars: SidecarWriter | None
 
     def __call__(self, row: InputRow, outcome: Outcome) -> None:
+        line = self.form.row(row, outcome, self.asking)
         if self.sidecars is not None and error_of(outcome) is None:
-            self.sidecars.write(_own_file(row), outcome.text)
-        self.writer.write(self.form.row(row, outcome))
+            self.sidecars.write(_own_file(row), line[self.form.text_column])
+        self.writer.write(line)
 
 
 def _own_file(row: InputRow) -> Path:
@@ -292,3 +331,10 @@ def _own_file(row: InputRow) -> Path:
     if not isinstance(picture, Path):
         raise OutputError(f"the picture of row {row.id} is no file that a text could stand beside: leave --sidecar out")
     return picture
+
+
+def _require_questions(options: RunOptions) -> None:
+    """Files, folders and paths bring no questions of their own."""
+    without = [name for name in options.inputs if not is_manifest(name)]
+    if options.asking.needs_question_column and without:
+        raise InputError(f"{without[0]} has no column of questions: ask with -q QUESTION, or name a manifest")

@@ -207,6 +207,11 @@ class Progress:
         self._bar.initial = self._bar.n = self._stats.rows
         self._bar.refresh()
 
+    def say(self, message: str) -> None:
+        self._bar.clear()
+        say(message)
+        self._bar.refresh()
+
     def on_row(self) -> None:
         if not self._bar.disable:
             self._bar.set_postfix(failed=self._stats.num_failed, refresh=False)
