@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import pkgutil
 import resource
 import signal
@@ -78,12 +77,11 @@ class Task:
 
 
 def main(socket_number: int, task: str) -> None:
-    """Serve on an inherited socket. Standard error is heard until the process has started, to say why it does not."""
+    """Serve on an inherited socket. The parent listens to standard error until it hears that this process has begun."""
     _end_with_parent()
     todo = Task.from_json(task)
     _limit(todo.limits)
     with open(socket_number, "rb", closefd=False) as requests, open(socket_number, "wb", closefd=False) as answers:
-        _discard_errors()
         _send(answers, Kind.READY)
         while header := requests.read(HEADER.size):
             kind, size = HEADER.unpack(header)
@@ -115,9 +113,3 @@ def _limit(limits: ImageLimits) -> None:
 def memory_limit(limits: ImageLimits) -> int:
     """Bytes of address space: the interpreter and its libraries, a file twice, and the costliest form of a picture."""
     return (1 << 30) + 2 * limits.max_bytes + BYTES_PER_PIXEL * limits.max_pixels
-
-
-def _discard_errors() -> None:
-    """Libraries in C write to standard error as they like; nobody reads it from here on."""
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)

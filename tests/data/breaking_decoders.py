@@ -30,6 +30,12 @@ def take_all_memory() -> None:
         kept.append(np.zeros(1 << 28, np.uint8))
 
 
+def complain() -> None:
+    """As libraries in C do, on standard error and at length."""
+    for _ in range(1000):
+        ctypes.CDLL(None).perror(b"x" * 1000)
+
+
 def raise_out_of_memory() -> None:
     raise MemoryError
 
@@ -50,6 +56,7 @@ FAULTS = {
     b"nonsense": lambda: os.write(int(sys.argv[1]), b"\xff" * 1000),
     b"longest nonsense": lambda: os.write(int(sys.argv[1]), b"\x04" + b"\xff" * 8),
     b"poison": poison,
+    b"complaint": complain,
     b"bug": raise_something,
 }
 
@@ -66,7 +73,8 @@ def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageLimits
 
 def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> np.ndarray | RowError:
     """For the path of a folder: say so there, wait for a second, and answer."""
-    Path(source, "decoding").touch()
+    with Path(source, "decoding").open("a") as file:
+        file.write("once ")
     time.sleep(1)
     return RowError("image_missing", "it slept")
 

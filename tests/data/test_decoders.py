@@ -179,6 +179,11 @@ def test_a_picture_does_not_pay_for_the_one_before(breaking):
     assert same(breaking.prepare(saved(picture())), PROCESSOR.prepare(picture()))
 
 
+def test_what_a_library_says_on_standard_error_holds_nothing_up(breaking, capfd):
+    assert isinstance(breaking.prepare(b"complaint"), torch.Tensor)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_bug_is_not_a_bad_picture(breaking):
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         breaking.prepare(b"bug")
@@ -307,6 +312,7 @@ def test_a_signal_to_the_whole_group_is_for_the_parent(number, tmp_path):
         wait_for(tmp_path / "decoding")
         os.killpg(parent.pid, number)
         assert parent.communicate(timeout=60)[0] == "image_missing: it slept\n"
+    assert (tmp_path / "decoding").read_text() == "once "
 
 
 def test_a_picture_does_not_pay_for_a_run_that_was_suspended(tmp_path):
@@ -356,15 +362,16 @@ def test_no_process_comes_to_its_feet(monkeypatch, tmp_path):
 
 
 def test_fewer_processes_than_asked_for(monkeypatch):
-    start, started = subprocess.Popen, []
+    start, attempts = subprocess.Popen, []
 
     def start_one(*args: Any, **options: Any) -> subprocess.Popen:
-        if started:
+        attempts.append(args)
+        if len(attempts) > 1:
             raise BlockingIOError("no more processes")
-        started.append(start(*args, **options))
-        return started[0]
+        return start(*args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", start_one)
     with PictureDecoders(PROCESSOR, LIMITS, 4) as decoders, ThreadPoolExecutor(4) as pool:
         sources = [saved(picture(seed)) for seed in range(8)]
         assert all(map(same, pool.map(decoders.prepare, sources), map(PROCESSOR.prepare, sources)))
+    assert len(attempts) == 2
