@@ -1,0 +1,158 @@
+"""How fast pictures become pixels: `python -m idefics_cli.bench.pictures FOLDER...`.
+
+Every picture below the folders is prepared by a plain loop over Pillow (open, convert, resize, nothing else) in N
+processes, by our decoder processes and by threads, in turn and several times over. A rate is the median over the
+rounds, a ratio the median of the rounds' ratios to the plain loop's. Then the JPEGs are drafted, once for each number
+of sides that a draft may keep, and compared with the whole pictures in levels of 0..255 after the resize. Prints a
+table to stderr and one JSON object to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from idefics_cli.data.decoders import PictureDecoders
+from idefics_cli.data.images import ImageLimits, load_image
+from idefics_cli.data.pixels import ImageProcessor
+from idefics_cli.errors import RowError
+
+PROCESSOR = ImageProcessor()
+LEVELS = ImageProcessor(image_mean=(0, 0, 0), image_std=(1, 1, 1), rescale_factor=1)
+LIMITS = ImageLimits()
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+RunAll = Callable[[Sequence[Path]], None]
+
+
+def find_pictures(folders: Sequence[Path]) -> list[Path]:
+    """What can be read below the folders: the comparison is about good pictures."""
+    found = (path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
+    return [path for path in found if path.is_file() and not isinstance(load_image(path, LIMITS), RowError)]
+
+
+# ---- rates
+
+
+def plain(path: Path) -> None:
+    with Image.open(path) as image:
+        image.convert("RGB").resize((PROCESSOR.image_size, PROCESSOR.image_size), Image.Resampling.BICUBIC)
+
+
+@contextmanager
+def plain_processes(workers: int) -> Iterator[RunAll]:
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield lambda paths: list(pool.imap_unordered(plain, paths))
+
+
+@contextmanager
+def threads(workers: int) -> Iterator[RunAll]:
+    with ThreadPoolExecutor(workers) as pool:
+        yield lambda paths: list(pool.map(partial(PROCESSOR.prepare, limits=LIMITS), paths))
+
+
+@contextmanager
+def decoder_processes(workers: int) -> Iterator[RunAll]:
+    with PictureDecoders(PROCESSOR, LIMITS, workers) as decoders, ThreadPoolExecutor(workers) as pool:
+        yield lambda paths: list(pool.map(decoders.prepare, paths))
+
+
+WAYS = {"plain": plain_processes, "processes": decoder_processes, "threads": threads}
+
+
+def measure_rates(paths: Sequence[Path], workers: int, rounds: int) -> dict[str, Any]:
+    """For each way pictures per second, and how that compares with the plain loop."""
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for number in range(rounds):
+        for name in list(WAYS)[:: 1 if number % 2 else -1]:
+            with WAYS[name](workers) as run_all:
+                run_all(paths[: 4 * workers])  # whatever starts has started
+                started = time.perf_counter()
+                run_all(paths)
+                seconds[name].append(time.perf_counter() - started)
+    return {
+        name: {
+            "pictures_per_second": len(paths) / statistics.median(measured),
+            "of_plain": statistics.median(p / s for p, s in zip(seconds["plain"], measured, strict=True)),
+        }
+        for name, measured in seconds.items()
+    }
+
+
+# ---- drafts
+
+
+def measure_draft(paths: Sequence[Path]) -> dict[str, Any]:
+    """What `ImageLimits.draft` saves, and how far its pictures are from the whole ones."""
+    whole, seconds_whole = _resized(paths, ImageLimits())
+    draft, seconds_draft = _resized(paths, ImageLimits(draft=True))
+    differences = [np.abs(a - b) for a, b in zip(whole, draft, strict=True)]  # (3, S, S) each
+    return {
+        "pictures": len(paths),
+        "differ": sum(bool(difference.any()) for difference in differences),
+        "times_faster": seconds_whole / seconds_draft,
+        "max_levels": float(max(difference.max() for difference in differences)),
+        "mean_levels": float(np.mean([difference.mean() for difference in differences])),
+        "worst_mean_levels": float(max(difference.mean() for difference in differences)),
+    }
+
+
+def _resized(paths: Sequence[Path], limits: ImageLimits) -> tuple[list[np.ndarray], float]:
+    started = time.perf_counter()
+    return [LEVELS.prepare_array(path, limits) for path in paths], time.perf_counter() - started
+
+
+# ---- the whole
+
+
+def measure(folders: Sequence[Path], workers: Sequence[int], rounds: int) -> dict[str, Any]:
+    paths = find_pictures(folders)
+    jpegs = [path for path in paths if path.suffix.lower() in (".jpg", ".jpeg")]
+    report: dict[str, Any] = {"pictures": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+    report |= {"rounds": rounds, "processors": os.cpu_count(), "workers": {}}
+    for number in tqdm(workers, unit="workers"):
+        report["workers"][number] = measure_rates(paths, number, rounds)
+    report["draft"] = measure_draft(jpegs) if jpegs else None
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("workers", *WAYS, title=f"{report['pictures']} pictures, {report['bytes'] / 1e6:.0f} MB: per second")
+    for number, ways in report["workers"].items():
+        cells = (f"{way['pictures_per_second']:.1f} ({way['of_plain']:.2f}×)" for way in ways.values())
+        table.add_row(str(number), *cells)
+    Console(stderr=True).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    report = measure(options.folders, options.workers, options.rounds)
+    if not report["pictures"]:
+        sys.exit("no picture lies below these folders: name others")
+    show(report)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
