@@ -137,10 +137,10 @@ class Run:
 
     def _run_to_file(self, output: FileOutput) -> Ending:
         output.require_same(self._settings(weights=None))
-        if output.is_finished:
-            return self._after_finish(output)
         if output.journal.summary is not None:
             return self._publish_again(output)
+        if output.is_finished:
+            return self._after_finish(output)
         weights = self.loader.check(self.options.request)
         output.require_same(self._settings(weights))
         self.inputs.pass_over(self._rows_done(output))
@@ -173,8 +173,6 @@ class Run:
 
     def _retry(self, output: FileOutput) -> Ending:
         """Do the failed rows of a finished file again."""
-        if output.journal.summary is not None:
-            return self._publish_again(output)
         output.require_same(self._settings(self.loader.check(self.options.request)))
         self._load()
         self._begin(output, amends=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from idefics_cli.data.names import escape_name
 from idefics_cli.data.values import (
@@ -23,6 +24,8 @@ from idefics_cli.data.values import (
     from_json,
     inferred_types,
     json_text,
+    python_values,
+    result_type,
     strict_json,
 )
 from idefics_cli.errors import OutputError
@@ -32,6 +35,10 @@ if TYPE_CHECKING:
 
 JSONL_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".ndjson"), (".parquet",)
 METADATA_KEY = b"idefics_run"
+SETTINGS, NUM_ROWS, FAILED = "settings", "rows", "failed"
+RECORD_KEYS = {SETTINGS, NUM_ROWS, FAILED}
+OF_BYTES = "of_bytes"
+BLOCK_BYTES = 1 << 20
 CHUNK_ROWS = 1_000
 ROW_GROUP_BYTES = 64 << 20
 ROW_GROUP_ROWS = 100_000
@@ -50,11 +57,12 @@ class Rows:
 
 
 class Format(Protocol):
-    """`write` makes a whole file; `run_of` tells what run made one that is there, or None; `texts` reads it back."""
+    """`write` makes a whole file, and `before_rename` puts beside its final name what belongs there. `run_of` tells
+    what run made the file that is there, None where it was changed since; `texts` reads it back."""
 
     def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None: ...
 
-    def before_rename(self, path: Path, run: Mapping[str, Any]) -> None: ...
+    def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None: ...
 
     def run_of(self, path: Path) -> dict[str, Any] | None: ...
 
@@ -74,27 +82,25 @@ def format_of(path: Path) -> Format:
 
 
 class JsonLines:
-    """`F.jsonl`, and `F.jsonl.run` beside it."""
+    """`F.jsonl`, and `F.jsonl.run` beside it, which also tells the bytes that it speaks of."""
 
     def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None:
-        with open(target, "wb") as file:
+        with _synced(target) as file:
             for text in rows.texts():
                 file.write(strict_json(text) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
-    def before_rename(self, path: Path, run: Mapping[str, Any]) -> None:
-        """Put the record in its place: from here on it speaks of the rows that are about to appear."""
-        target = path.with_name(path.name + ".run.tmp")
-        with open(target, "wb") as file:
-            file.write(json_text(run) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        target.rename(self._record(path))
+    def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None:
+        record = path.with_name(path.name + ".run")
+        temporary = path.with_name(path.name + ".run.tmp")
+        with _synced(temporary) as file:
+            file.write(json_text({**run, OF_BYTES: _content(target)}) + b"\n")
+        temporary.rename(record)
 
     def run_of(self, path: Path) -> dict[str, Any] | None:
         with suppress(FileNotFoundError, ValueError):  # no record, or none that can be read: nothing is known
-            return json.loads(self._record(path).read_bytes())
+            record = json.loads(path.with_name(path.name + ".run").read_bytes())
+            if _is_record(record) and record.get(OF_BYTES) == _content(path):
+                return record
         return None
 
     def texts(self, path: Path) -> Iterator[bytes]:
@@ -102,8 +108,14 @@ class JsonLines:
             for line in file:
                 yield line.rstrip(b"\n")
 
-    def _record(self, path: Path) -> Path:
-        return path.with_name(path.name + ".run")
+
+def _content(path: Path) -> list[int]:
+    """Length and CRC-32 of a file, which tell whether it is the one that was written."""
+    check = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            check = zlib.crc32(block, check)
+        return [file.tell(), check]
 
 
 class Parquet:
@@ -113,31 +125,45 @@ class Parquet:
         import pyarrow.parquet as pq
 
         schema = arrow_schema(columns, rows).with_metadata({METADATA_KEY: json_text(run)})
-        with open(target, "wb") as file:
-            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                for table in _row_groups((_batch(chunk, columns, schema) for chunk in rows.chunks()), schema):
-                    writer.write_table(table, row_group_size=max(1, table.num_rows))
-            file.flush()
-            os.fsync(file.fileno())
+        with _synced(target) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for table in _row_groups((_batch(chunk, columns, schema) for chunk in rows.chunks()), schema):
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
 
-    def before_rename(self, path: Path, run: Mapping[str, Any]) -> None:
+    def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None:
         """The record is inside the file."""
 
     def run_of(self, path: Path) -> dict[str, Any] | None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with suppress(FileNotFoundError, pa.ArrowInvalid, ValueError):  # nothing is known of a file that is no result
-            metadata = pq.read_schema(path).metadata or {}
-            return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
-        return None
+        with open(path, "rb") as file, suppress(pa.ArrowException, OSError, ValueError):
+            found = pq.read_metadata(file)
+            record = json.loads((found.metadata or {}).get(METADATA_KEY, b"null"))
+            if _is_record(record) and found.num_rows == record[NUM_ROWS]:
+                return record
+        return None  # nothing is known of a file that is no result
 
     def texts(self, path: Path) -> Iterator[bytes]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=CHUNK_ROWS, use_threads=False):
-                yield from map(json_text, batch.to_pylist())
+                values = [python_values(column) for column in batch.columns]
+                for row in zip(*values, strict=True):
+                    yield json_text(dict(zip(batch.schema.names, row, strict=True)))
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which is on the disk when the context ends."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_record(record: object) -> bool:
+    return isinstance(record, dict) and record.keys() >= RECORD_KEYS
 
 
 def arrow_schema(columns: Sequence[Column], rows: Rows) -> pa.Schema:
@@ -152,7 +178,7 @@ def arrow_schema(columns: Sequence[Column], rows: Rows) -> pa.Schema:
 def _type_of(column: Column, found: Mapping[str, pa.DataType]) -> pa.DataType:
     if column.type is None:
         return found[column.name]
-    return arrow_type(column.type) if isinstance(column.type, str) else column.type
+    return arrow_type(column.type) if isinstance(column.type, str) else result_type(column.type)
 
 
 def _batch(rows: list[dict[str, Any]], columns: Sequence[Column], schema: pa.Schema) -> pa.RecordBatch:

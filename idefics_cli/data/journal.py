@@ -13,8 +13,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,10 @@ def unchecked(line: bytes) -> bytes | None:
 
 
 class Journal:
-    """Opened and locked, its torn tail cut; with `discard` emptied.
+    """Opened and locked, its torn tail cut. With `discard` it is as a new one, and what it holds goes when it begins.
 
     `header` is None for a new one. `summary` is what `end` was told when a run had written all its rows, else None.
-    Raises OutputError where the file cannot be opened, locked or written, or is no journal.
+    Raises OutputError where the file cannot be opened, locked, read or written, or is no journal.
     """
 
     def __init__(self, path: Path, *, discard: bool = False) -> None:
@@ -55,10 +57,14 @@ class Journal:
         self.summary: dict[str, Any] | None = None
         try:
             self._require_own()
-            self._size = 0 if discard else self._end_of_whole_lines()
-            os.ftruncate(self._file, self._size)
+            self._size = 0
+            if not discard:
+                self._cut_torn_tail()
             if self._size:
                 self._read_ends()
+        except OSError as error:
+            self._release()
+            raise _unreadable(path, error) from error
         except BaseException:
             self._release()
             raise
@@ -72,29 +78,38 @@ class Journal:
 
     def texts(self) -> Iterator[bytes]:
         """The same as JSON objects, a line each, without their ends."""
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = unchecked(line)
-                if text is None:
-                    raise OutputError(
-                        f"{shown_path(self.path)} was changed in line {number}: mend the line from a copy, or discard"
-                        " the file with --overwrite"
-                    )
-                if number > 1 and not text.startswith(END_START):
-                    yield text
+        for number, line in enumerate(self._lines(), start=1):
+            text = unchecked(line)
+            if text is None:
+                raise OutputError(
+                    f"{shown_path(self.path)} was changed in line {number}: mend the line from a copy, or discard"
+                    " the file with --overwrite"
+                )
+            if number > 1 and not text.startswith(END_START):
+                yield text
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            with open(self.path, "rb") as file:
+                yield from file
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
 
     def _require_own(self) -> None:
         """A file that does not begin as a journal does is somebody's own: nothing of it is touched."""
-        start = os.pread(self._file, len(HEADER_START), 0)
-        if not HEADER_START.startswith(start):
+        is_file = stat.S_ISREG(os.fstat(self._file).st_mode)
+        if not is_file or not HEADER_START.startswith(os.pread(self._file, len(HEADER_START), 0)):
             shown = shown_path(self.path)
             raise OutputError(
                 f"{shown} is no file of this program, and would be written to: move it away, or name another output"
             )
 
-    def _end_of_whole_lines(self) -> int:
-        """What stands behind it was torn by a kill; it has to go before anything is appended."""
-        return _end_of_last_line(self._file, os.fstat(self._file).st_size)
+    def _cut_torn_tail(self) -> None:
+        """What stands behind the last whole line was torn by a kill; it has to go before anything is appended."""
+        size = os.fstat(self._file).st_size
+        self._size = _end_of_last_line(self._file, size)
+        if self._size < size:
+            os.ftruncate(self._file, self._size)
 
     def _read_ends(self) -> None:
         with open(self.path, "rb") as file:
@@ -113,11 +128,14 @@ class Journal:
     # ---- writing
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Say durably what run an empty journal is of."""
+        """Say durably what run a new journal is of. What had to be discarded goes now."""
         assert self._size == 0, f"{self.path} has {self._size} bytes"
+        with self._telling():
+            os.ftruncate(self._file, 0)
         self._append(checked(json_text({HEADER_KEY: header})))
         self.header = dict(header)
-        sync_folder(self.path.parent)
+        with self._telling():
+            sync_folder(self.path.parent)
 
     def append(self, texts: Sequence[bytes]) -> None:
         """Rows as JSON objects, durably, with one write; when it fails, none of them is there."""
@@ -130,18 +148,25 @@ class Journal:
 
     def _append(self, data: bytes) -> None:
         try:
-            _write_all(self._file, data)
-            os.fsync(self._file)
+            with self._telling():
+                _write_all(self._file, data)
+                os.fsync(self._file)
+        except BaseException:  # a signal among them: a line may be torn
+            with suppress(OSError):  # then it is cut when the file is opened again
+                os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(data)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Raise OutputError for what the system does not do."""
+        try:
+            yield
         except OSError as error:
-            os.ftruncate(self._file, self._size)
             raise OutputError(
                 f"cannot write {shown_path(self.path)}: {reason(error)}; make room or use another disk, and run the"
                 " same command again"
             ) from error
-        except BaseException:  # a signal came in between: a line may be torn
-            os.ftruncate(self._file, self._size)
-            raise
-        self._size += len(data)
 
     # ---- the end
 
@@ -154,13 +179,20 @@ class Journal:
         """Let go of the file; one without any rows goes."""
         if self._file < 0:
             return
-        if self._size == 0 or self._last_line().startswith(HEADER_START):
+        if self._is_empty() or (self._size and self._last_line().startswith(HEADER_START)):
             self.path.unlink(missing_ok=True)
         self._release()
+
+    def _is_empty(self) -> bool:
+        return os.fstat(self._file).st_size == 0
 
     def _release(self) -> None:
         file, self._file = self._file, -1
         os.close(file)  # frees the lock
+
+
+def _unreadable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot read {shown_path(path)}: {reason(error)}; check the disk, or name another output")
 
 
 def _end_of_last_line(file: int, size: int) -> int:

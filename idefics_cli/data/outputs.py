@@ -13,15 +13,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from idefics_cli.data.formats import Rows, format_of
+from idefics_cli.data.formats import SETTINGS, Rows, format_of
 from idefics_cli.data.journal import Journal, reason, shown_path, sync_folder
 from idefics_cli.data.values import Column
 from idefics_cli.errors import OutputError
 
-SETTINGS, AMENDS = "settings", "amends"
+AMENDS = "amends"
 
 
 class FileOutput:
@@ -44,15 +45,30 @@ class FileOutput:
 
     def _finished_run(self) -> dict[str, Any] | None:
         """What is known of the run that made the final file, or None where there is none."""
-        if not os.path.lexists(self.path):
-            return None
-        record = self.format.run_of(self.path)
-        if record is None and self.journal.header is None:
+        is_there = os.path.lexists(self.path)
+        with self._reading():
+            record = self.format.run_of(self.path) if is_there else None
+        if record is None and is_there and self.journal.header is None:
             raise OutputError(
-                f"{shown_path(self.path)} exists already, and nothing tells by what settings it was made: name another"
+                f"{shown_path(self.path)} exists already, and is not as a run of this program left it: name another"
                 " output, or replace it with --overwrite"
             )
+        if record is None and self.is_amending and not (is_there and self.journal.summary):
+            raise OutputError(
+                f"failed rows of {shown_path(self.path)} were being done again, but it is not there any more as it was:"
+                " bring it back, or begin anew with --overwrite"
+            )
         return record
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise OutputError where the final file cannot be read."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"cannot read {shown_path(self.path)}: {reason(error)}; mend that, or begin anew with --overwrite"
+            ) from error
 
     # ---- what is there
 
@@ -88,7 +104,9 @@ class FileOutput:
 
     def finished_rows(self) -> Iterator[dict[str, Any]]:
         """The rows of the final file."""
-        return (row for chunk in Rows(lambda: self.format.texts(self.path)).chunks() for row in chunk)
+        with self._reading():
+            for text in self.format.texts(self.path):
+                yield json.loads(text)
 
     # ---- writing
 
@@ -106,15 +124,15 @@ class FileOutput:
         target = self.path.with_name(self.path.name + ".tmp")
         try:
             self.format.write(target, Rows(self._final_texts), columns, run)
-            self.format.before_rename(self.path, run)
+            self.format.before_rename(target, self.path, run)
             target.rename(self.path)
             sync_folder(self.path.parent)
+            self.journal.remove()
         except OSError as error:
             raise OutputError(
                 f"cannot finish {shown_path(self.path)}: {reason(error)}; make room or check the disk, and run the same"
                 " command again"
             ) from error
-        self.journal.remove()
 
     def _final_texts(self) -> Iterator[bytes]:
         if not self.is_amending:
@@ -148,8 +166,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: str = ""
         before, now = old[name], new[name]
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             yield from differences(before, now, f"{within}{name} ")
+        elif _are_lists_alike(before, now):
+            yield from differences(_numbered(before), _numbered(now), f"{within}{name} ")
         elif before != now:
             yield f"{within}{name} was {_brief(before)} and is now {_brief(now)}"
+
+
+def _are_lists_alike(one: object, other: object) -> bool:
+    """Lists of as many mappings."""
+    if not (isinstance(one, list) and isinstance(other, list) and len(one) == len(other)):
+        return False
+    return all(isinstance(item, Mapping) for item in (*one, *other))
+
+
+def _numbered(items: list[Any]) -> dict[str, Any]:
+    return {str(number): item for number, item in enumerate(items, start=1)}
 
 
 def _brief(value: Any) -> str:

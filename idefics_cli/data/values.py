@@ -12,15 +12,23 @@ import datetime
 import decimal
 import json
 import math
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Kind = Literal["text", "real", "count", "candidates"]
+
+MOMENT = re.compile(r"(?P<seconds>.{19})(\.(?P<fraction>\d{1,9}))?(?P<zone>Z|[+-]\d\d:?\d\d)?")
+EPOCH, SECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(seconds=1)
+LARGEST_EXACT = 2**53  # up to which a double holds every whole number
+MOST_FIELDS = 200
+DEEPEST = 20  # lists and objects within each other
 
 
 @dataclass(frozen=True)
@@ -62,15 +70,25 @@ def json_value(value: Any) -> Any:
     raise TypeError(f"a kept column holds a {type(value).__name__}, which no row can hold")
 
 
+def python_values(array: pa.Array) -> list[Any]:
+    """`to_pylist`, with moments of nanoseconds, for which Python has no type, as text."""
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(array.type) and array.type.unit == "ns":
+        return array.cast(pa.string()).to_pylist()
+    return array.to_pylist()
+
+
 def from_json(value: Any, of: pa.DataType) -> Any:
     """The Python value that pyarrow takes for the type `of`, from what `json_value` left of it, or as it was."""
+    import pyarrow as pa
     import pyarrow.types as kinds
 
     if value is None:
         return None
     if kinds.is_string(of):
         return encodable(value)
-    if kinds.is_list(of) or kinds.is_large_list(of) or kinds.is_fixed_size_list(of):
+    if _is_list(of):
         return [from_json(item, of.value_type) for item in value]
     if kinds.is_struct(of):
         return {field.name: from_json(value.get(field.name), field.type) for field in of}
@@ -78,17 +96,33 @@ def from_json(value: Any, of: pa.DataType) -> Any:
         return [(from_json(key, of.key_type), from_json(item, of.item_type)) for key, item in value]
     if kinds.is_dictionary(of):
         return from_json(value, of.value_type)
+    if isinstance(of, pa.BaseExtensionType):
+        return _storage(from_json(value, of.storage_type), of)
     restore = _restorer(of)
     return restore(value) if restore is not None and isinstance(value, str | int) else value
+
+
+def _is_list(of: pa.DataType) -> bool:
+    import pyarrow.types as kinds
+
+    known = kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list, kinds.is_list_view, kinds.is_large_list_view
+    return any(is_kind(of) for is_kind in known)
+
+
+def _storage(value: Any, of: pa.BaseExtensionType) -> Any:
+    """The value as it is stored: truth as a number."""
+    return int(value) if of.extension_name == "arrow.bool8" else value
 
 
 def _restorer(of: pa.DataType) -> Callable[[Any], Any] | None:
     import pyarrow.types as kinds
 
-    if kinds.is_binary(of) or kinds.is_large_binary(of) or kinds.is_fixed_size_binary(of) or kinds.is_binary_view(of):
+    if kinds.is_fixed_size_binary(of):
+        return lambda text: _fixed_bytes(text, of.byte_width)
+    if kinds.is_binary(of) or kinds.is_large_binary(of) or kinds.is_binary_view(of):
         return base64.b64decode
     if kinds.is_timestamp(of):
-        return datetime.datetime.fromisoformat
+        return nanoseconds if of.unit == "ns" else datetime.datetime.fromisoformat
     if kinds.is_date(of):
         return datetime.date.fromisoformat
     if kinds.is_time(of):
@@ -96,6 +130,25 @@ def _restorer(of: pa.DataType) -> Callable[[Any], Any] | None:
     if kinds.is_duration(of):
         return lambda microseconds: datetime.timedelta(microseconds=microseconds)
     return decimal.Decimal if kinds.is_decimal(of) else None
+
+
+def _fixed_bytes(text: str, width: int) -> bytes:
+    """From base 64, or from the text of a UUID, which is as long as no 16 bytes in base 64 are."""
+    return uuid.UUID(text).bytes if width == 16 and len(text) == 36 else base64.b64decode(text)
+
+
+def nanoseconds(moment: str) -> int:
+    """A moment in ISO 8601, with up to nine digits behind the second -> nanoseconds since 1970 (UTC where no zone is
+    named)."""
+    match = MOMENT.fullmatch(moment)
+    assert match, f"no moment: {moment!r}"
+    zone = match["zone"]
+    when = datetime.datetime.fromisoformat(match["seconds"]).replace(tzinfo=datetime.timezone.utc)
+    if zone and zone != "Z":
+        hours, minutes = int(zone[1:3]), int(zone[-2:])
+        offset = datetime.timedelta(hours=hours, minutes=minutes)
+        when += offset if zone[0] == "-" else -offset
+    return (when - EPOCH) // SECOND * 10**9 + int((match["fraction"] or "").ljust(9, "0"))
 
 
 # ---- Arrow types
@@ -110,36 +163,140 @@ def arrow_type(kind: Kind) -> pa.DataType:
     return types[kind]
 
 
+def result_type(of: pa.DataType) -> pa.DataType:
+    """The type in which a result holds a declared one: what pyarrow does not make or write everywhere is plain."""
+    import pyarrow as pa
+
+    return of if isinstance(of, pa.BaseExtensionType) else _plain_type(of)
+
+
+def _plain_type(of: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+    import pyarrow.types as kinds
+
+    if isinstance(of, pa.BaseExtensionType):
+        return _plain_type(of.storage_type)
+    if kinds.is_dictionary(of):
+        return of if kinds.is_string(of.value_type) else _plain_type(of.value_type)
+    if kinds.is_string_view(of) or kinds.is_binary_view(of):
+        return pa.string() if kinds.is_string_view(of) else pa.binary()
+    if kinds.is_struct(of):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in of])
+    if kinds.is_map(of):
+        return pa.map_(_plain_type(of.key_type), _plain_type(of.item_type))
+    if kinds.is_fixed_size_list(of):
+        return pa.list_(of.value_field.with_type(_plain_type(of.value_type)), of.list_size)
+    if not _is_list(of):
+        return of
+    items = of.value_field.with_type(_plain_type(of.value_type))
+    return pa.large_list(items) if kinds.is_large_list(of) or kinds.is_large_list_view(of) else pa.list_(items)
+
+
+# ---- undeclared columns
+
+
 def inferred_types(chunks: Iterable[list[Mapping[str, Any]]], names: Iterable[str]) -> dict[str, pa.DataType]:
     """The Arrow types that hold all values of the undeclared columns in `chunks` of rows; text where no other does."""
     import pyarrow as pa
 
-    types = dict.fromkeys(names, pa.null())
-    for chunk in chunks:
+    types: dict[str, pa.DataType | None] = dict.fromkeys(names, pa.null())
+    for row in (row for chunk in chunks for row in chunk):
         for name, known in types.items():
-            if not pa.types.is_string(known):
-                types[name] = _widened(known, [row.get(name) for row in chunk])
-    return {name: pa.string() if pa.types.is_null(found) else found for name, found in types.items()}
+            if known is not None:
+                types[name] = _common(known, _type_of_value(row.get(name)))
+    return {name: _settled(found) or pa.string() for name, found in types.items()}
 
 
-def _widened(known: pa.DataType, values: list[Any]) -> pa.DataType:
+def _type_of_value(value: Any, depth: int = 0) -> pa.DataType | None:
+    """The narrowest type of a value from JSON: null, bool, int64, double, string, list or struct; None: only text is.
+
+    Whole numbers that a double holds exactly are int32 here, whatever their size, so that they go with fractions.
+    """
     import pyarrow as pa
 
-    try:
-        found = pa.infer_type(values)
-        fields = [pa.schema([("value", each)]) for each in (known, found)]
-        return pa.unify_schemas(fields, promote_options="permissive").field("value").type
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+    if value is None:
+        return pa.null()
+    if isinstance(value, bool):
+        return pa.bool_()
+    if isinstance(value, int):
+        if abs(value) <= LARGEST_EXACT:
+            return pa.int32()
+        return pa.int64() if -(2**63) <= value < 2**63 else None
+    if isinstance(value, float):
+        return pa.float64()
+    if isinstance(value, str):
         return pa.string()
+    if depth >= DEEPEST:
+        return None
+    if isinstance(value, list):
+        items = reduce(_common, (_type_of_value(item, depth + 1) for item in value), pa.null())
+        return None if items is None else pa.list_(items)
+    types = {name: _type_of_value(item, depth + 1) for name, item in value.items()}
+    return None if None in types.values() else _struct(types)
+
+
+def _common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:
+    """The narrowest type that holds the values of both; None: only text does."""
+    import pyarrow as pa
+    import pyarrow.types as kinds
+
+    if one is None or other is None:
+        return None
+    if one == other or kinds.is_null(other):
+        return one
+    if kinds.is_null(one):
+        return other
+    if {one, other} == {pa.int32(), pa.int64()}:
+        return pa.int64()
+    if {one, other} == {pa.int32(), pa.float64()}:
+        return pa.float64()
+    if kinds.is_list(one) and kinds.is_list(other):
+        items = _common(one.value_type, other.value_type)
+        return None if items is None else pa.list_(items)
+    return _common_struct(one, other) if kinds.is_struct(one) and kinds.is_struct(other) else None
+
+
+def _common_struct(one: pa.StructType, other: pa.StructType) -> pa.StructType | None:
+    types = {field.name: field.type for field in one}
+    for field in other:
+        types[field.name] = _common(types.get(field.name, field.type), field.type)
+    return None if None in types.values() else _struct(types)
+
+
+def _struct(types: Mapping[str, pa.DataType]) -> pa.StructType | None:
+    """Objects whose names are data and not a schema are text: very many of them, or some that no file can hold."""
+    import pyarrow as pa
+
+    if len(types) > MOST_FIELDS or any(encodable(name) != name for name in types):
+        return None
+    return pa.struct(list(types.items()))
+
+
+def _settled(found: pa.DataType | None) -> pa.DataType | None:
+    """With int64 for all whole numbers, and text where no value tells; None where Parquet has no such type."""
+    import pyarrow as pa
+    import pyarrow.types as kinds
+
+    if found is None or kinds.is_null(found):
+        return None if found is None else pa.string()
+    if found == pa.int32():
+        return pa.int64()
+    if kinds.is_list(found):
+        items = _settled(found.value_type)
+        return None if items is None else pa.list_(items)
+    if kinds.is_struct(found):
+        types = {field.name: _settled(field.type) for field in found}
+        return None if None in types.values() or not types else pa.struct(list(types.items()))
+    return found
 
 
 def fitted(value: Any, of: pa.DataType) -> Any:
     """A value of an undeclared column for its inferred type: what is no text becomes JSON in a column of texts."""
     import pyarrow.types as kinds
 
-    if kinds.is_string(of) and value is not None:
-        return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    return value
+    if kinds.is_string(of) and value is not None and not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False)
+    return from_json(value, of)
 
 
 def encodable(text: str) -> str:
