@@ -79,7 +79,9 @@ def weights_digest(request: ModelRequest) -> str | None:
     side_files = {path for pattern in SIDE_FILES for path in folder.glob(pattern)}
     digest = hashlib.sha256()
     for path in sorted({*checkpoint.weight_files, *side_files}):
-        digest.update(f"{path.name} {path.stat().st_size} {file_digest(LocalFile(str(path)))}\n".encode())
+        digest.update(
+            f"{path.name} {path.stat().st_size} {file_digest(LocalFile(str(path), path.stat().st_size))}\n".encode()
+        )
     return digest.hexdigest()
 
 

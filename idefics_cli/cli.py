@@ -25,8 +25,11 @@ from idefics_cli.options import (
     ModelFlags,
     OutputFlags,
     PictureFlags,
+    PromptFlags,
+    QuestionFlags,
     RevisionFlag,
     flattened,
+    run_options,
 )
 from idefics_cli.terminal import (
     EXIT_FAILED_ROWS,
@@ -90,6 +93,7 @@ def idefics(
 @flattened
 def caption(
     inputs: InputFlags,
+    prompts: PromptFlags,
     output: OutputFlags,
     pictures: PictureFlags,
     model: ModelFlags,
@@ -102,26 +106,32 @@ def caption(
     not followed. An image that cannot be read is a row with an error and never stops the run. The same command again
     goes on where a run was stopped.
     """
-    output.check()
-    rows_per_batch, reading = decoding.rows_per_batch, inputs.reading()
     with exit_codes(debug):
-        from idefics_cli.run import RunOptions
+        asking = prompts.asking("caption")
+        options = run_options(inputs, asking, output, pictures, model, decoding)
+    _run(options, debug)
 
-        options = RunOptions(
-            inputs=tuple(inputs.inputs),
-            output=output.output,
-            request=model.request,
-            reading=reading,
-            limits=pictures.limits,
-            decode_timeout=pictures.decode_timeout,
-            workers=pictures.num_workers,
-            decoding=decoding.decoding(max_new_tokens=30),
-            batch_size=rows_per_batch,
-            max_errors=output.max_errors,
-            overwrite=output.overwrite,
-            retry_errors=output.retry_errors,
-            sidecar=output.sidecar,
-        )
+
+@app.command()
+@flattened
+def vqa(
+    inputs: InputFlags,
+    questions: QuestionFlags,
+    prompts: PromptFlags,
+    output: OutputFlags,
+    pictures: PictureFlags,
+    model: ModelFlags,
+    decoding: DecodingFlags,
+    debug: DebugFlag = False,
+) -> None:
+    """Answer questions about images: those of a manifest's column `question`, or the same with -q about every image.
+
+    One row for each question, in input order. An image that cannot be read, or a row without a question, is a row with
+    an error and never stops the run. The same command again goes on where a run was stopped.
+    """
+    with exit_codes(debug):
+        asking = prompts.asking("vqa", tuple(questions.question or ()), questions.question_column)
+        options = run_options(inputs, asking, output, pictures, model, decoding)
     _run(options, debug)
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from idefics_cli.data.images import ImageLimits
     from idefics_cli.data.rows import ReadOptions
     from idefics_cli.generation.options import DecodingOptions
+    from idefics_cli.run import RunOptions
 
+QUESTION = "question"
 MAX_WORKERS = 8
 DEFAULT_SHOTS = 4
 
@@ -164,7 +166,9 @@ class PromptFlags:
     ] = None
     num_shots: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="Examples before each row.", show_default=f"{DEFAULT_SHOTS} with --shots"),
+        typer.Option(
+            metavar="N", min=0, help="Examples before each row.", show_default=f"{DEFAULT_SHOTS} with --shots"
+        ),
     ] = None
     shot_selection: Annotated[
         Literal["first", "random", "similar"],
@@ -179,11 +183,13 @@ class PromptFlags:
     stop_words: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B", help="Words at which a text is cut; '' for none.", show_default="those of the published protocol"
+            metavar="A,B",
+            help="Words at which a text is cut; '' for none.",
+            show_default="those of the published protocol",
         ),
     ] = None
 
-    def asking(self, task: str, questions: tuple[str, ...] = (), question_column: str = "question") -> AskOptions:
+    def asking(self, task: str, questions: tuple[str, ...] = (), question_column: str = QUESTION) -> AskOptions:
         from idefics_cli.asking import AskOptions, default_finish
         from idefics_cli.prompts import PromptOptions
         from idefics_cli.shots import ShotOptions
@@ -202,6 +208,19 @@ class PromptFlags:
         if self.num_shots is not None:
             return self.num_shots
         return DEFAULT_SHOTS if self.shots is not None else 0
+
+
+@dataclass(frozen=True)
+class QuestionFlags:
+    """What is asked."""
+
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-q", "--question", metavar="TEXT", help="Asked about every image; may be given again.", show_default=False
+        ),
+    ] = None
+    question_column: Annotated[str, typer.Option(metavar="NAME", help="Column of a manifest's questions.")] = QUESTION
 
 
 @dataclass(frozen=True)
@@ -326,6 +345,37 @@ class DecodingFlags:
                 f"{self.batch_size!r} is neither `auto` nor a number above 0", param_hint="--batch-size"
             )
         return int(self.batch_size)
+
+
+def run_options(
+    inputs: InputFlags,
+    asking: AskOptions,
+    output: OutputFlags,
+    pictures: PictureFlags,
+    model: ModelFlags,
+    decoding: DecodingFlags,
+) -> RunOptions:
+    """All that a run is told. Raises typer.BadParameter or IdeficsError for what contradicts itself."""
+    from idefics_cli.prompts import TASKS
+    from idefics_cli.run import RunOptions
+
+    output.check()
+    return RunOptions(
+        inputs=tuple(inputs.inputs),
+        output=output.output,
+        request=model.request,
+        reading=inputs.reading(asking.columns),
+        limits=pictures.limits,
+        decode_timeout=pictures.decode_timeout,
+        workers=pictures.num_workers,
+        asking=asking,
+        decoding=decoding.decoding(TASKS[asking.prompts.task].max_new_tokens),
+        batch_size=decoding.rows_per_batch,
+        max_errors=output.max_errors,
+        overwrite=output.overwrite,
+        retry_errors=output.retry_errors,
+        sidecar=output.sidecar,
+    )
 
 
 def parse_keep(text: str | None) -> tuple[str, ...] | Literal["all"]:

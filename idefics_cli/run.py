@@ -7,8 +7,8 @@ terminal: whoever starts a run is told how it ended, and is called back for ever
 
 from __future__ import annotations
 
-from collections import Counter
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
@@ -32,7 +32,6 @@ from idefics_cli.shots import chosen_for_all, open_shots, read_shots
 
 if TYPE_CHECKING:
     from idefics_cli.data.images import ImageLimits
-    from idefics_cli.data.readers import Inputs
     from idefics_cli.generation.options import DecodingOptions
     from idefics_cli.idefics import Result
     from idefics_cli.processing import EncodedPrompt
@@ -282,7 +281,9 @@ class Run:
             pictures,
             shots,
             self.options.decoding.max_new_tokens,
-            on_shots_dropped=Once(self.observer, "{} and perhaps others are too long for all shots: the first are left out"),
+            on_shots_dropped=Once(
+                self.observer, "{} and perhaps others are too long for all shots: the first are left out"
+            ),
         )
 
     def _shots(self, captioner: Captioner, pictures: PictureOpener) -> Sequence[Shot]:

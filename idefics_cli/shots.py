@@ -45,9 +45,7 @@ def open_shots(options: ShotOptions) -> Inputs:
     return open_inputs((options.file,), reading)
 
 
-def read_shots(
-    options: ShotOptions, rows: Inputs, task: str, prepare: Callable[[Any], Any | RowError]
-) -> list[Shot]:
+def read_shots(options: ShotOptions, rows: Inputs, task: str, prepare: Callable[[Any], Any | RowError]) -> list[Shot]:
     """The pool, or as much of it as will be shown; `prepare` opens a picture. Raises InputError for a bad row."""
     wanted = options.number if options.selection == "first" else None
     pool: list[Shot] = []
@@ -57,7 +55,9 @@ def read_shots(
         pictures = [] if row.error else [prepare(source) for source in row.sources]
         error = row.error or next((each for each in pictures if isinstance(each, RowError)), None)
         if error is not None:
-            raise InputError(f"row {row.index + 1} of the shots in {options.file} is bad ({error}): mend it, or take it out")
+            raise InputError(
+                f"row {row.index + 1} of the shots in {options.file} is bad ({error}): mend it, or take it out"
+            )
         pool.append(make_shot(row.values, tuple(pictures), task, f"row {row.index + 1} of {options.file}"))
     if len(pool) < options.number:
         raise InputError(f"{options.file} holds {len(pool)} shots: lower --num-shots {options.number}")

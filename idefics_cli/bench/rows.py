@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from idefics_cli.asking import AskOptions
 from idefics_cli.bench.memory import resident_bytes
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.data.images import ImageLimits
@@ -30,6 +32,7 @@ from idefics_cli.data.rows import ReadOptions
 from idefics_cli.errors import RowError
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.pipeline import PromptSource, RunStats
+from idefics_cli.prompts import PromptOptions
 from idefics_cli.run import Loader, Run, RunOptions
 
 FORMATS = ("jsonl", "csv", "parquet")
@@ -65,11 +68,10 @@ class EchoModel:
         return next(item for item in prompt if isinstance(item, bytes)).hex()
 
     def stream(self, source: PromptSource, **decoding: Any) -> Iterator[tuple[int, EchoResult]]:
-        number = 0
+        numbers = itertools.count()
         while prompts := source.take(self.batch_size, wait=True):
-            for number, prompt in enumerate(prompts, start=number):
-                yield number, EchoResult(f"a caption of {prompt}")
-            number += 1
+            for prompt in prompts:
+                yield next(numbers), EchoResult(f"a caption of {prompt}")
 
 
 # ---- manifests
@@ -151,6 +153,7 @@ def run_once(manifest: str, output: str, stop_at: int | None) -> dict[str, Any]:
         limits=ImageLimits(),
         decode_timeout=30.0,
         workers=2,
+        asking=AskOptions(PromptOptions("caption")),
         decoding=DecodingOptions(),
     )
     before = resident_bytes() or 0

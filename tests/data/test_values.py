@@ -190,7 +190,9 @@ def test_json_lines_of_every_declared_type_are_strict(column: pa.Array) -> None:
         json.loads(line.decode(), parse_constant=refuse)
 
 
-@given(st.lists(st.none() | st.integers(-(9 * 10**18), 9 * 10**18), max_size=5), st.sampled_from([None, "UTC", "+05:30"]))
+@given(
+    st.lists(st.none() | st.integers(-(9 * 10**18), 9 * 10**18), max_size=5), st.sampled_from([None, "UTC", "+05:30"])
+)
 @MOST_EXAMPLES
 def test_nanoseconds_come_back_to_the_last(counts: list[int | None], zone: str | None) -> None:
     column = pa.array(counts, pa.timestamp("ns", zone))
