@@ -1,24 +1,28 @@
-"""How a run's rows are asked: which questions a row gets, what prompt is made of it, what becomes of the text.
+"""Captions and answers: what prompt is made of a row, and what the model is to do with it.
 
-Rows in, prompts out. This module knows no files and no network.
+Rows in, prompts out. This module knows no output and no network: it is handed a model, and what opens pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from idefics_cli.data.rows import InputRow
-from idefics_cli.errors import InputError, RowError
-from idefics_cli.prompts import IMAGE_FIELD, TASKS, Prompt, PromptOptions, Shot, build_prompt, own_template
-from idefics_cli.shots import ShotOptions, without_furthest
+from idefics_cli.errors import RowError
+from idefics_cli.prompts import IMAGE_FIELD, TASKS, PromptOptions, Shot, build_prompt, leading_shots, own_template
+from idefics_cli.questions import QUESTION, rows_asked, with_questions
+from idefics_cli.results import ResultForm
+from idefics_cli.shots import ShotOptions, chosen_for_all, open_shots, read_shots, without_furthest
 from idefics_cli.texts import Finish
+from idefics_cli.work import Model, Observer, Once, PictureOpener, Steps, open_pictures
 
 if TYPE_CHECKING:
+    from idefics_cli.data.readers import Inputs
+    from idefics_cli.generation.options import DecodingOptions
     from idefics_cli.processing import EncodedPrompt
-
-QUESTION = "question"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class AskOptions:
     """
 
     prompts: PromptOptions
+    decoding: DecodingOptions
     questions: tuple[str, ...] = ()
     question_column: str = QUESTION
     shots: ShotOptions | None = None
@@ -49,11 +54,6 @@ class AskOptions:
         needed = [name for name in fields if name not in (IMAGE_FIELD, QUESTION)]
         return tuple(dict.fromkeys([self.question_column] * self.needs_question_column + needed))
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the texts, as a run's record holds it."""
-        return asdict(self)
-
     def question_of(self, row: InputRow) -> Any:
         return row.values.get(QUESTION if self.questions else self.question_column)
 
@@ -62,54 +62,64 @@ class AskOptions:
         return {**row.values, QUESTION: self.question_of(row)} if self.asks else row.values
 
 
-# ---- several questions about one row
+class Asking:
+    """The work of `caption` and `vqa`. Raises InputError for shots that cannot be read."""
 
+    def __init__(self, options: AskOptions) -> None:
+        self.options = options
+        self.rows_each = len(options.questions) or 1
+        self.columns = options.columns
+        asked = f"ask with -q QUESTION, or name one with a column {options.question_column!r}"
+        self.needs_manifest = asked if options.needs_question_column else None
+        self.needs_image = True
 
-def with_questions(rows: Iterable[InputRow], questions: Sequence[str], done: Sequence[str] = ()) -> Iterator[InputRow]:
-    """Each row once for every question. Of several, the k-th makes the id `ID#k`, so that all ids stay apart.
+    @cached_property
+    def shots(self) -> Inputs | None:
+        return None if self.options.shots is None else open_shots(self.options.shots)
 
-    `done` are the ids of what an earlier run has asked of the first row.
-    """
-    for row in rows:
-        asked = [_asked(row, questions, number) for number in range(len(questions))]
-        if [each.id for each in asked[: len(done)]] != list(done):
-            raise InputError(
-                f"row {row.index + 1} of the input is now {row.id}, but the unfinished output ends with {done[-1]}:"
-                " bring the old input back, or start anew with --overwrite"
-            )
-        yield from asked[len(done) :]
-        done = ()
+    @property
+    def settings(self) -> dict[str, Any]:
+        shots = None if self.shots is None else list(self.shots.identity)
+        return {**asdict(self.options), "shots_file": shots}
 
+    def form(self, kept: Mapping[str, Any]) -> ResultForm:
+        options = self.options
+        return ResultForm(
+            "answer" if options.asks else "caption",
+            options.finish,
+            question_of=options.question_of if options.asks else None,
+            candidates=options.decoding.num_return_sequences > 1,
+            kept=kept,
+        )
 
-def _asked(row: InputRow, questions: Sequence[str], number: int) -> InputRow:
-    name = f"{row.id}#{number + 1}" if len(questions) > 1 else row.id
-    return replace(row, id=name, values={**row.values, QUESTION: questions[number]})
+    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
+        questions = self.options.questions
+        return with_questions(rows, questions, done) if questions else rows
 
+    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
+        return rows_asked(ids, self.rows_each, left)
 
-def rows_asked(ids: Iterable[str], num_questions: int, left: list[str]) -> Iterator[str]:
-    """From the ids that `with_questions` gave to those of the rows of which all has been asked; the rest is `left`."""
-    for name in ids:
-        left.append(name)
-        if len(left) == num_questions:
-            left.clear()
-            yield name.rpartition("#")[0] if num_questions > 1 else name
+    def begin(self, model: Model, pictures: PictureOpener, observer: Observer) -> Steps:
+        options, task = self.options, TASKS[self.options.prompts.task]
+        decoding = asdict(options.decoding)
+        prepare = Preparation(
+            options,
+            model,
+            pictures,
+            self._leading_shots(model, pictures),
+            on_shots_dropped=Once(observer, "{} is too long for all shots: of such rows the first ones are left out"),
+        )
+        return Steps(prepare, lambda source: model.stream(source, banned_words=task.banned_words, **decoding))
 
-
-# ---- rows -> prompts
-
-
-class Encoder(Protocol):
-    """What turns prompts into tokens."""
-
-    is_instruct: bool
-
-    def encode(self, prompt: Prompt, max_new_tokens: int) -> EncodedPrompt | RowError: ...
-
-
-class PictureOpener(Protocol):
-    """Opens pictures, from several threads at once."""
-
-    def prepare(self, source: Any) -> Any | RowError: ...
+    def _leading_shots(self, model: Model, pictures: PictureOpener) -> Sequence[Shot]:
+        """Those that stand before every row."""
+        options = self.options
+        pool: list[Shot] = []
+        if options.shots is not None:
+            assert self.shots is not None, options
+            pool = read_shots(options.shots, self.shots, options.prompts.task, pictures.prepare)
+            pool = chosen_for_all(options.shots, pool)
+        return leading_shots(options.prompts, pool, model.is_instruct)
 
 
 @dataclass(frozen=True)
@@ -120,10 +130,9 @@ class Preparation:
     """
 
     options: AskOptions
-    encoder: Encoder
+    model: Model
     pictures: PictureOpener
     shots: Sequence[Shot]
-    max_new_tokens: int
     on_shots_dropped: Callable[[str], None]
 
     def __call__(self, row: InputRow) -> EncodedPrompt | RowError:
@@ -134,29 +143,17 @@ class Preparation:
 
     def encoded(self, row: InputRow, opened: Sequence[Any], shots: Sequence[Shot]) -> EncodedPrompt | RowError:
         """The row's prompt behind as many of the shots as the model has room for; the furthest go first."""
+        options, fields = self.options, self.options.fields_of(row)
         for kept in without_furthest(shots):
-            prompt = build_prompt(
-                self.options.prompts, self.options.fields_of(row), opened, kept, self.encoder.is_instruct
-            )
+            prompt = build_prompt(options.prompts, fields, opened, kept, self.model.is_instruct)
             if isinstance(prompt, RowError):
                 return prompt
-            encoded = self.encoder.encode(prompt, self.max_new_tokens)
+            encoded = self.model.encode(prompt, options.decoding.max_new_tokens)
             if not (isinstance(encoded, RowError) and encoded.code == "prompt_too_long"):
                 break
             if kept:
                 self.on_shots_dropped(row.id)
         return encoded
-
-
-def open_pictures(row: InputRow, pictures: PictureOpener) -> list[Any] | RowError:
-    """All pictures of a row, or what is wrong with the first that cannot be used."""
-    opened = []
-    for source in row.sources:
-        picture = pictures.prepare(source)
-        if isinstance(picture, RowError):
-            return picture
-        opened.append(picture)
-    return opened
 
 
 def default_finish(task: str, prefix: str = "", suffix: str = "", stop_words: Sequence[str] | None = None) -> Finish:

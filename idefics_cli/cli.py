@@ -45,7 +45,8 @@ from idefics_cli.terminal import (
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.run import Captioner, RunOptions
+    from idefics_cli.run import RunOptions
+    from idefics_cli.work import Model, Work
 
 app = typer.Typer(
     add_completion=False,
@@ -64,7 +65,7 @@ def check_model(request: ModelRequest) -> str | None:
     return weights_digest(request)
 
 
-def load_model(request: ModelRequest, batch_size: int | None) -> Captioner:
+def load_model(request: ModelRequest, batch_size: int | None) -> Model:
     """Read the weights. Tests put a fake in place of this and of `check_model`."""
     from idefics_cli.idefics import Idefics
 
@@ -107,9 +108,11 @@ def caption(
     goes on where a run was stopped.
     """
     with exit_codes(debug):
-        asking = prompts.asking("caption")
-        options = run_options(inputs, asking, output, pictures, model, decoding)
-    _run(options, debug)
+        from idefics_cli.asking import Asking
+
+        work = Asking(prompts.asking("caption", decoding))
+        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
+    _run(options, work, debug)
 
 
 @app.command()
@@ -130,9 +133,12 @@ def vqa(
     an error and never stops the run. The same command again goes on where a run was stopped.
     """
     with exit_codes(debug):
-        asking = prompts.asking("vqa", tuple(questions.question or ()), questions.question_column)
-        options = run_options(inputs, asking, output, pictures, model, decoding)
-    _run(options, debug)
+        from idefics_cli.asking import Asking
+
+        asked = tuple(questions.question or ())
+        work = Asking(prompts.asking("vqa", decoding, asked, questions.question_column))
+        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
+    _run(options, work, debug)
 
 
 @app.command()
@@ -228,7 +234,7 @@ def info(
 # Runs
 
 
-def _run(options: RunOptions, debug: bool) -> None:
+def _run(options: RunOptions, work: Work, debug: bool) -> None:
     from idefics_cli.pipeline import RunStats
     from idefics_cli.run import Ending, Loader, Run
 
@@ -236,7 +242,7 @@ def _run(options: RunOptions, debug: bool) -> None:
     with exit_codes(debug, lambda: rows_so_far(stats, options.output, options.overwrite)) as signals:
         with Progress(stats, signals) as progress:
             stdin = getattr(sys.stdin, "buffer", None)
-            run = Run(options, Loader(check_model, load_model), stats, progress, stdin)
+            run = Run(options, work, Loader(check_model, load_model), stats, progress, stdin)
             ending = run.run(progress.stdout())
         show = say_finished if ending is Ending.FINISHED_BEFORE else say_summary
         show(stats, options.output)

@@ -172,13 +172,17 @@ class Idefics:
             results[places[number]] = result
         return [results[place] for place in range(len(results))]
 
-    def stream(self, source: PromptSource, **decoding: object) -> Iterator[tuple[int, Result]]:
+    def stream(
+        self, source: PromptSource, *, banned_words: Sequence[str] = (), **decoding: object
+    ) -> Iterator[tuple[int, Result]]:
         """Continue encoded prompts as they come: (number, result) in the order of finishing, numbers in that of taking.
 
         The source is waited for only while no prompt is in work or in line. Each prompt must leave room for
-        `max_new_tokens` in the model's positions.
+        `max_new_tokens` in the model's positions. `banned_words` are not written, as `PromptEncoder.banned_sequences`
+        has it.
         """
-        for number, hypotheses in self.engine.stream(source, self._decoding_options(decoding)):
+        banned = self.encoder.banned_sequences(banned_words)
+        for number, hypotheses in self.engine.stream(source, self._decoding_options(decoding), banned):
             yield number, self._result(hypotheses)
 
     def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from idefics_cli.data.rows import ReadOptions
     from idefics_cli.generation.options import DecodingOptions
     from idefics_cli.run import RunOptions
+    from idefics_cli.work import Work
 
 QUESTION = "question"
 MAX_WORKERS = 8
@@ -119,7 +120,7 @@ class InputFlags:
         str | None, typer.Option(metavar="I/N", help="Take every N-th row, from the I-th on.", show_default=False)
     ] = None
 
-    def reading(self, columns: tuple[str, ...] = ()) -> ReadOptions:
+    def reading(self, columns: tuple[str, ...], needs_image: bool) -> ReadOptions:
         """What readers are told; `columns` are those that must be there."""
         from idefics_cli.data.rows import ReadOptions
 
@@ -135,6 +136,7 @@ class InputFlags:
             keep=parse_keep(self.keep),
             limit=self.limit,
             shard=parse_shard(self.shard),
+            needs_image=needs_image,
         )
 
 
@@ -189,16 +191,26 @@ class PromptFlags:
         ),
     ] = None
 
-    def asking(self, task: str, questions: tuple[str, ...] = (), question_column: str = QUESTION) -> AskOptions:
+    def asking(
+        self,
+        task: str,
+        decoding: DecodingFlags,
+        questions: tuple[str, ...] = (),
+        question_column: str = QUESTION,
+    ) -> AskOptions:
         from idefics_cli.asking import AskOptions, default_finish
-        from idefics_cli.prompts import PromptOptions
+        from idefics_cli.prompts import TASKS, PromptOptions
         from idefics_cli.shots import ShotOptions
 
         number = self._number_of_shots()
-        prompts = PromptOptions(task, self.template, self.prompt, number, self.bare)
-        shots = None if self.shots is None else ShotOptions(self.shots, number, self.shot_selection, self.seed)
-        finish = default_finish(task, self.prefix, self.suffix, parse_words(self.stop_words))
-        return AskOptions(prompts, questions, question_column, shots, finish)
+        return AskOptions(
+            PromptOptions(task, self.template, self.prompt, number, self.bare),
+            decoding.decoding(TASKS[task].max_new_tokens),
+            questions,
+            question_column,
+            None if self.shots is None else ShotOptions(self.shots, number, self.shot_selection, self.seed),
+            default_finish(task, self.prefix, self.suffix, parse_words(self.stop_words)),
+        )
 
     def _number_of_shots(self) -> int:
         if self.num_shots and self.shots is None:
@@ -349,14 +361,13 @@ class DecodingFlags:
 
 def run_options(
     inputs: InputFlags,
-    asking: AskOptions,
+    work: Work,
     output: OutputFlags,
     pictures: PictureFlags,
     model: ModelFlags,
-    decoding: DecodingFlags,
+    batch_size: int | None,
 ) -> RunOptions:
     """All that a run is told. Raises typer.BadParameter or IdeficsError for what contradicts itself."""
-    from idefics_cli.prompts import TASKS
     from idefics_cli.run import RunOptions
 
     output.check()
@@ -364,13 +375,11 @@ def run_options(
         inputs=tuple(inputs.inputs),
         output=output.output,
         request=model.request,
-        reading=inputs.reading(asking.columns),
+        reading=inputs.reading(work.columns, needs_image=work.needs_image),
         limits=pictures.limits,
         decode_timeout=pictures.decode_timeout,
         workers=pictures.num_workers,
-        asking=asking,
-        decoding=decoding.decoding(TASKS[asking.prompts.task].max_new_tokens),
-        batch_size=decoding.rows_per_batch,
+        batch_size=batch_size,
         max_errors=output.max_errors,
         overwrite=output.overwrite,
         retry_errors=output.retry_errors,

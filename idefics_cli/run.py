@@ -7,51 +7,29 @@ terminal: whoever starts a run is told how it ended, and is called back for ever
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from idefics_cli import __version__
-from idefics_cli.asking import AskOptions, PictureOpener, Preparation, rows_asked, with_questions
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.data.manifests import is_manifest
 from idefics_cli.data.outputs import FileOutput
 from idefics_cli.data.readers import open_inputs
 from idefics_cli.data.rows import InputRow, ReadOptions
 from idefics_cli.data.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
-from idefics_cli.errors import InputError, OutputError, RowError
-from idefics_cli.pipeline import FlowOptions, Outcome, PromptSource, RunStats, Stages, error_of, run_rows
-from idefics_cli.prompts import Prompt, Shot, leading_shots
-from idefics_cli.results import ResultForm
-from idefics_cli.shots import chosen_for_all, open_shots, read_shots
+from idefics_cli.errors import InputError, OutputError
+from idefics_cli.pipeline import FlowOptions, Outcome, RunStats, Stages, error_of, run_rows
+from idefics_cli.work import Form, Model, Observer, Work
 
 if TYPE_CHECKING:
     from idefics_cli.data.images import ImageLimits
-    from idefics_cli.generation.options import DecodingOptions
-    from idefics_cli.idefics import Result
-    from idefics_cli.processing import EncodedPrompt
 
 STDIN = STDOUT = "-"
-
-
-class Captioner(Protocol):
-    """What `Idefics` is to a run. `encode` may be called from several threads at once."""
-
-    batch_size: int
-    is_instruct: bool
-
-    def picture_decoders(
-        self, limits: ImageLimits, workers: int, timeout: float
-    ) -> AbstractContextManager[PictureOpener]: ...
-
-    def encode(self, prompt: Prompt, max_new_tokens: int) -> EncodedPrompt | RowError: ...
-
-    def stream(self, source: PromptSource, **decoding: Any) -> Iterator[tuple[int, Result]]: ...
 
 
 @dataclass(frozen=True)
@@ -60,12 +38,12 @@ class Loader:
     hand; `load` reads them."""
 
     check: Callable[[ModelRequest], str | None]
-    load: Callable[[ModelRequest, int | None], Captioner]
+    load: Callable[[ModelRequest, int | None], Model]
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """All that a run is told. `batch_size` None: as many as memory holds."""
+    """All that a run is told besides its work. `batch_size` None: as many as memory holds."""
 
     inputs: tuple[str, ...]
     output: str
@@ -74,26 +52,11 @@ class RunOptions:
     limits: ImageLimits
     decode_timeout: float
     workers: int
-    asking: AskOptions
-    decoding: DecodingOptions
     batch_size: int | None = None
     max_errors: int | None = None
     overwrite: bool = False
     retry_errors: bool = False
     sidecar: bool = False
-
-
-class Observer(Protocol):
-    """Who follows a run: told how many rows will come (None: nobody knows), after each row, and what users should know.
-
-    `say` may be called from several threads.
-    """
-
-    def on_start(self, total: int | None) -> None: ...
-
-    def say(self, message: str) -> None: ...
-
-    def on_row(self) -> None: ...
 
 
 class Ending(Enum):
@@ -107,20 +70,20 @@ class Run:
     """A run, from looking at its inputs on. Keeps `stats`; raises IdeficsError for a mistake, and whatever stops it."""
 
     def __init__(
-        self, options: RunOptions, loader: Loader, stats: RunStats, observer: Observer, stdin: BinaryIO | None
+        self,
+        options: RunOptions,
+        work: Work,
+        loader: Loader,
+        stats: RunStats,
+        observer: Observer,
+        stdin: BinaryIO | None = None,
     ) -> None:
-        self.options, self.loader, self.stats, self.observer, self.stdin = options, loader, stats, observer, stdin
-        _require_questions(options)
+        self.options, self.work, self.loader, self.stats, self.observer = options, work, loader, stats, observer
+        _require_manifests(options.inputs, work)
         self.inputs = open_inputs(options.inputs, options.reading, stdin)
-        self.shots = None if options.asking.shots is None else open_shots(options.asking.shots)
-        self.form = ResultForm(
-            "answer" if options.asking.asks else "caption",
-            with_question=options.asking.asks,
-            candidates=options.decoding.num_return_sequences > 1,
-            kept=self.inputs.kept,
-        )
-        self.captioner: Captioner | None = None
-        self._asked_of_first: list[str] = []  # ids of what an earlier run has asked of the first row that is left
+        self.form = work.form(self.inputs.kept)
+        self.model: Model | None = None
+        self._done_of_first: list[str] = []  # ids that an earlier run has done of the first row that is left
 
     def run(self, stdout: BinaryIO | None) -> Ending:
         if self.options.output != STDOUT:
@@ -229,111 +192,67 @@ class Run:
             "rows": {"limit": reading.limit, "shard": reading.shard, "recursive": reading.recursive},
             "columns": {"image": reading.image_column, "id": reading.id_column, "kept": list(self.form.kept)},
             "model": model if weights is None else {**model, "weights": weights},
-            "asking": options.asking.settings,
-            "shots": None if self.shots is None else list(self.shots.identity),
-            "decoding": asdict(options.decoding),
+            "work": self.work.settings,
         }
 
     # ---- rows
 
     def _rows(self) -> Iterator[InputRow]:
-        questions = self.options.asking.questions
-        return with_questions(self.inputs.rows, questions, self._asked_of_first) if questions else self.inputs.rows
+        return self.work.spread(self.inputs.rows, self._done_of_first)
 
     def _rows_done(self, output: FileOutput) -> Iterator[str]:
         """The ids of the input's rows that an earlier run has done."""
-        num_questions = len(self.options.asking.questions) or 1
-        return rows_asked(self._recount(output.rows_so_far()), num_questions, self._asked_of_first)
+        return self.work.gathered(self._recount(output.rows_so_far()), self._done_of_first)
 
     @property
     def _total(self) -> int | None:
-        num_questions = len(self.options.asking.questions) or 1
-        return None if self.inputs.total is None else self.inputs.total * num_questions
+        return None if self.inputs.total is None else self.inputs.total * self.work.rows_each
 
-    def _load(self) -> Captioner:
-        if self.captioner is None:
+    def _load(self) -> Model:
+        if self.model is None:
             self.loader.check(self.options.request)
-            self.captioner = self.loader.load(self.options.request, self.options.batch_size)
-        return self.captioner
+            self.model = self.loader.load(self.options.request, self.options.batch_size)
+        return self.model
 
     def _run_rows(self, rows: Iterator[InputRow], writer: RowWriter) -> None:
-        options, captioner, resumed = self.options, self._load(), self.stats.safe
-        flow = FlowOptions(captioner.batch_size, options.workers, options.max_errors)
+        options, model, resumed = self.options, self._load(), self.stats.safe
+        flow = FlowOptions(model.batch_size, options.workers, options.max_errors)
         opening = options.limits, options.workers, options.decode_timeout
         self.observer.on_start(self._total)
-        leave = Leave(self.form, options.asking, writer, SidecarWriter(options.overwrite) if options.sidecar else None)
+        leave = Leave(self.form, writer, SidecarWriter(options.overwrite) if options.sidecar else None)
         try:
-            with closing(writer), captioner.picture_decoders(*opening) as pictures:
-                stages = Stages(
-                    prepare=self._preparation(captioner, pictures),
-                    decode=lambda prompts: captioner.stream(prompts, **asdict(options.decoding)),
-                    write=leave,
-                )
-                run_rows(rows, stages, flow, self.stats, self.observer.on_row)
+            with closing(writer), model.picture_decoders(*opening) as pictures:
+                steps = self.work.begin(model, pictures, self.observer)
+                run_rows(rows, Stages(steps.prepare, steps.decode, leave), flow, self.stats, self.observer.on_row)
         finally:
             self.stats.safe = resumed + writer.num_safe
-
-    def _preparation(self, captioner: Captioner, pictures: PictureOpener) -> Preparation:
-        shots = self._shots(captioner, pictures)
-        return Preparation(
-            self.options.asking,
-            captioner,
-            pictures,
-            shots,
-            self.options.decoding.max_new_tokens,
-            on_shots_dropped=Once(
-                self.observer, "{} and perhaps others are too long for all shots: the first are left out"
-            ),
-        )
-
-    def _shots(self, captioner: Captioner, pictures: PictureOpener) -> Sequence[Shot]:
-        """Those that stand before every row."""
-        asking = self.options.asking
-        pool: list[Shot] = []
-        if asking.shots is not None:
-            assert self.shots is not None, asking
-            pool = read_shots(asking.shots, self.shots, asking.prompts.task, pictures.prepare)
-            pool = chosen_for_all(asking.shots, pool)
-        return leading_shots(asking.prompts, pool, captioner.is_instruct)
-
-
-class Once:
-    """Says something the first time it is called, with the name it is called with."""
-
-    def __init__(self, observer: Observer, message: str) -> None:
-        self._observer, self._message, self._told = observer, message, threading.Event()
-
-    def __call__(self, name: str) -> None:
-        if not self._told.is_set():
-            self._told.set()
-            self._observer.say(self._message.format(name))
 
 
 @dataclass(frozen=True)
 class Leave:
     """A row and its outcome -> a line of the result, and a text beside the picture where one is wanted."""
 
-    form: ResultForm
-    asking: AskOptions
+    form: Form
     writer: RowWriter
     sidecars: SidecarWriter | None
 
     def __call__(self, row: InputRow, outcome: Outcome) -> None:
-        line = self.form.row(row, outcome, self.asking)
+        line = self.form.row(row, outcome)
         if self.sidecars is not None and error_of(outcome) is None:
+            assert self.form.text_column is not None, self.form
             self.sidecars.write(_own_file(row), line[self.form.text_column])
         self.writer.write(line)
 
 
 def _own_file(row: InputRow) -> Path:
-    picture = row.sources[0]
+    picture = row.sources[0] if row.sources else None
     if not isinstance(picture, Path):
         raise OutputError(f"the picture of row {row.id} is no file that a text could stand beside: leave --sidecar out")
     return picture
 
 
-def _require_questions(options: RunOptions) -> None:
-    """Files, folders and paths bring no questions of their own."""
-    without = [name for name in options.inputs if not is_manifest(name)]
-    if options.asking.needs_question_column and without:
-        raise InputError(f"{without[0]} has no column of questions: ask with -q QUESTION, or name a manifest")
+def _require_manifests(inputs: tuple[str, ...], work: Work) -> None:
+    """Files, folders and paths bring no columns."""
+    without = [name for name in inputs if not is_manifest(name)]
+    if work.needs_manifest and without:
+        raise InputError(f"{without[0]} is no manifest: {work.needs_manifest}")

@@ -98,6 +98,8 @@ def exit_codes(debug: bool, safe_rows: Callable[[], str] = str) -> Iterator[Sign
         except IdeficsError as error:
             say_error(f"{error}. {safe_rows()}", debug)
             code = EXIT_MISTAKE
+        except typer.BadParameter:
+            raise  # it has its own line and code
         except Exception as error:
             told = "" if debug else " Please report it to the project, with the traceback that --debug shows."
             say_error(f"a bug: {type(error).__name__}: {error}.{told} {safe_rows()}", debug)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from idefics_cli.data.images import ImageLimits, load_image
 from idefics_cli.errors import RowError
-from idefics_cli.prompts import caption_prompt
+from idefics_cli.prompts import PromptOptions, build_prompt, leading_shots
 
 # Read when huggingface_hub is imported, by the processes too that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -115,7 +115,9 @@ def save_picture(path: Path, seed: int = 0) -> Path:
 
 def expected_text(path: Path) -> str:
     """What FakeCaptioner captions the picture with."""
-    return prompt_text(caption_prompt(load_image(path).tobytes(), instruct=False))
+    prompts = PromptOptions("caption")
+    shots = leading_shots(prompts, (), instruct=False)
+    return prompt_text(build_prompt(prompts, {}, [load_image(path).tobytes()], shots, instruct=False))
 
 
 @pytest.fixture

@@ -219,6 +219,7 @@ def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch, photos: Path) 
     CliRunner().invoke(cli.app, ["caption", str(photos), *options.split()], env={"IDEFICS_MODEL": "some/model"})
     assert seen[0] == (ModelRequest("some/model", "main", "fp32", "cpu", True), 7)
     assert seen[1] == {
+        "banned_words": ("\n", "\n\n"),
         "num_beams": 5,
         "max_new_tokens": 9,
         "min_new_tokens": 2,

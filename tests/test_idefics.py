@@ -11,7 +11,6 @@ from tiny_models import save_checkpoint
 
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.generation.engine import Stream
-from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.source import IterableSource
 from idefics_cli.processing import EncodedPrompt, collate
 from idefics_cli.prompts import END_OF_UTTERANCE
@@ -48,7 +47,7 @@ def prompts() -> list[list]:
 
 def log_probability(model: Idefics, prompt: list, token_ids: tuple[int, ...]) -> float:
     """The sum over `token_ids`, in one forward pass without a cache."""
-    encoded = model._encode(prompt, DecodingOptions())
+    encoded = model.encode(prompt, 30)
     start = len(encoded.input_ids)
     row = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
     with torch.no_grad():
@@ -238,7 +237,7 @@ def test_prompts_are_taken_a_few_batches_ahead_only(base: Idefics, monkeypatch: 
 
 def test_a_stream_gives_what_generate_gives(base: Idefics, prompts: list) -> None:
     """Prompts encoded elsewhere, numbered as they are taken."""
-    encoded = [base._encode(prompt, DecodingOptions()) for prompt in prompts]
+    encoded = [base.encode(prompt, 30) for prompt in prompts]
     streamed = list(base.stream(IterableSource(encoded), num_beams=2, max_new_tokens=6))
     expected = base.generate(prompts, num_beams=2, max_new_tokens=6)
     assert [result.token_ids for _, result in sorted(streamed, key=lambda pair: pair[0])] == [

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idefics_cli.asking import AskOptions
+from idefics_cli.asking import Asking, AskOptions
 from idefics_cli.bench.memory import resident_bytes
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.data.images import ImageLimits
@@ -153,15 +153,14 @@ def run_once(manifest: str, output: str, stop_at: int | None) -> dict[str, Any]:
         limits=ImageLimits(),
         decode_timeout=30.0,
         workers=2,
-        asking=AskOptions(PromptOptions("caption")),
-        decoding=DecodingOptions(),
     )
+    work = Asking(AskOptions(PromptOptions("caption"), DecodingOptions()))
     before = resident_bytes() or 0
     stats = RunStats()
     watch = Watch(stats, stop_at)
     loader = Loader(check=lambda request: "echo", load=lambda request, batch_size: EchoModel())
     try:
-        Run(options, loader, stats, watch, stdin=None).run(stdout=None)
+        Run(options, work, loader, stats, watch).run(stdout=None)
     except KeyboardInterrupt:
         if stop_at is None:
             raise

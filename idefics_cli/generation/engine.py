@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -87,13 +87,17 @@ class Engine:
         """`stream` over an iterable, which is taken from a few times the rows ahead."""
         return self.stream(IterableSource(prompts), options)
 
-    def stream(self, source: PromptSource, options: DecodingOptions) -> Iterator[tuple[int, list[Hypothesis]]]:
+    def stream(
+        self, source: PromptSource, options: DecodingOptions, banned_sequences: Sequence[Sequence[int]] = ()
+    ) -> Iterator[tuple[int, list[Hypothesis]]]:
         """(number of the prompt, its hypotheses, best first) for each prompt, in the order in which they finish.
 
         Prompts are numbered from 0 in the order taken. The source is waited for only while there is nothing else to
-        do. A prompt that the device's memory does not hold even alone has no hypotheses.
+        do. A prompt that the device's memory does not hold even alone has no hypotheses. `banned_sequences` are as
+        `Vocabulary` has them, for this stream.
         """
-        return Stream(self, options).run(source)
+        vocabulary = replace(self.vocabulary, banned_sequences=tuple(map(tuple, banned_sequences)))
+        return Stream(self, options, vocabulary).run(source)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -228,9 +232,9 @@ class Stream:
     Row i in work is row i of the store and of every tensor here.
     """
 
-    def __init__(self, engine: Engine, options: DecodingOptions):
+    def __init__(self, engine: Engine, options: DecodingOptions, vocabulary: Vocabulary):
         self.engine, self.model, self.options = engine, engine.model, options
-        config, vocabulary = engine.model.config, engine.vocabulary
+        config = engine.model.config
         self.rules = BeamRules.of(
             options,
             config.vocab_size + config.additional_vocab_size,

@@ -45,7 +45,7 @@ def test_prompts_that_trickle_in_are_numbered_as_taken_and_waited_for_only_when_
     source = Trickle(some)
     idle = []
     runner = engine(MODELS[0], rows=4)
-    stream = Stream(runner, OPTIONS)
+    stream = Stream(runner, OPTIONS, runner.vocabulary)
     take = source.take
 
     def watching(most: int, wait: bool) -> list[EncodedPrompt]:

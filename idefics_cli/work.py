@@ -1,0 +1,133 @@
+"""What a run does with its rows, as seen from the run: captions, answers and whatever else has rows and a model.
+
+Interfaces only, and what all that implement them share. `run.py` drives a `Work`; `asking.py` and its neighbours are
+works.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from idefics_cli.data.rows import InputRow
+from idefics_cli.errors import RowError
+from idefics_cli.pipeline import Outcome, Prepared, PromptSource
+
+if TYPE_CHECKING:
+    from idefics_cli.data.images import ImageLimits
+    from idefics_cli.data.values import Column
+    from idefics_cli.idefics import Result
+    from idefics_cli.processing import EncodedPrompt
+    from idefics_cli.prompts import Prompt
+
+
+class PictureOpener(Protocol):
+    """Opens pictures, from several threads at once."""
+
+    def prepare(self, source: Any) -> Any | RowError: ...
+
+
+class Model(Protocol):
+    """What `Idefics` is to a run. `encode` may be called from several threads at once."""
+
+    batch_size: int
+    is_instruct: bool
+
+    def picture_decoders(
+        self, limits: ImageLimits, workers: int, timeout: float
+    ) -> AbstractContextManager[PictureOpener]: ...
+
+    def encode(self, prompt: Prompt, max_new_tokens: int) -> EncodedPrompt | RowError: ...
+
+    def stream(
+        self, source: PromptSource, *, banned_words: Sequence[str] = (), **decoding: Any
+    ) -> Iterator[tuple[int, Result]]: ...
+
+
+class Observer(Protocol):
+    """Who follows a run: told how many rows will come (None: nobody knows), after each row, and what users should know.
+
+    `say` may be called from several threads.
+    """
+
+    def on_start(self, total: int | None) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def on_row(self) -> None: ...
+
+
+class Form(Protocol):
+    """What a row of the result holds. `text_column` is where its text stands; None: it has none."""
+
+    text_column: str | None
+    kept: Mapping[str, Any]
+
+    @property
+    def columns(self) -> Sequence[Column]: ...
+
+    def row(self, row: InputRow, outcome: Outcome) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A row -> what the model takes (in several threads at once), and from that to results, in the model's thread.
+
+    `decode` gives (number of the prompt in the order taken, result) in the order of finishing.
+    """
+
+    prepare: Callable[[InputRow], Prepared | RowError]
+    decode: Callable[[PromptSource], Iterator[tuple[int, Outcome]]]
+
+
+class Work(Protocol):
+    """What is done with each row.
+
+    `columns` are those that a manifest must have, `needs_manifest` what else to give where an input is none (None: no
+    need), `needs_image` whether each row has a picture of its own. One row of the input becomes `rows_each` of the
+    result: `spread` makes them, without those that are `done` of the first; `gathered` goes back from the ids of the
+    result to those of the input, and leaves the ids of a row that is not complete in `left`. `settings` decide the
+    texts: a run goes on only where they are the same.
+    """
+
+    columns: tuple[str, ...]
+    needs_manifest: str | None
+    needs_image: bool
+    rows_each: int
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def form(self, kept: Mapping[str, Any]) -> Form: ...
+
+    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]: ...
+
+    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]: ...
+
+    def begin(self, model: Model, pictures: PictureOpener, observer: Observer) -> Steps: ...
+
+
+class Once:
+    """Says something the first time it is called, with the name it is called with."""
+
+    def __init__(self, observer: Observer, message: str) -> None:
+        self._observer, self._message, self._told = observer, message, threading.Event()
+
+    def __call__(self, name: str) -> None:
+        if not self._told.is_set():
+            self._told.set()
+            self._observer.say(self._message.format(name))
+
+
+def open_pictures(row: InputRow, pictures: PictureOpener) -> list[Any] | RowError:
+    """All pictures of a row, or what is wrong with the first that cannot be used."""
+    opened = []
+    for source in row.sources:
+        picture = pictures.prepare(source)
+        if isinstance(picture, RowError):
+            return picture
+        opened.append(picture)
+    return opened
