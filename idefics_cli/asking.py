@@ -17,7 +17,7 @@ from idefics_cli.questions import QUESTION, rows_asked, with_questions
 from idefics_cli.results import ResultForm
 from idefics_cli.shots import ShotOptions, chosen_for_all, open_shots, read_shots, without_furthest
 from idefics_cli.texts import Finish
-from idefics_cli.work import Model, Observer, Once, PictureOpener, Steps, open_pictures
+from idefics_cli.work import Model, Observer, Once, PictureOpener, Resolve, Steps, open_pictures
 
 if TYPE_CHECKING:
     from idefics_cli.data.readers import Inputs
@@ -99,7 +99,7 @@ class Asking:
     def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
         return rows_asked(ids, self.rows_each, left)
 
-    def begin(self, model: Model, pictures: PictureOpener, observer: Observer) -> Steps:
+    def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
         options, task = self.options, TASKS[self.options.prompts.task]
         decoding = asdict(options.decoding)
         prepare = Preparation(

@@ -28,7 +28,9 @@ from idefics_cli.options import (
     PromptFlags,
     QuestionFlags,
     RevisionFlag,
+    TextFlags,
     flattened,
+    parse_words,
     run_options,
 )
 from idefics_cli.terminal import (
@@ -46,6 +48,7 @@ from idefics_cli.terminal import (
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.run import RunOptions
+    from idefics_cli.score import ScoreOptions
     from idefics_cli.work import Model, Work
 
 app = typer.Typer(
@@ -95,6 +98,7 @@ def idefics(
 def caption(
     inputs: InputFlags,
     prompts: PromptFlags,
+    text: TextFlags,
     output: OutputFlags,
     pictures: PictureFlags,
     model: ModelFlags,
@@ -110,7 +114,7 @@ def caption(
     with exit_codes(debug):
         from idefics_cli.asking import Asking
 
-        work = Asking(prompts.asking("caption", decoding))
+        work = Asking(prompts.asking("caption", decoding, text))
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
     _run(options, work, debug)
 
@@ -121,6 +125,7 @@ def vqa(
     inputs: InputFlags,
     questions: QuestionFlags,
     prompts: PromptFlags,
+    text: TextFlags,
     output: OutputFlags,
     pictures: PictureFlags,
     model: ModelFlags,
@@ -136,9 +141,67 @@ def vqa(
         from idefics_cli.asking import Asking
 
         asked = tuple(questions.question or ())
-        work = Asking(prompts.asking("vqa", decoding, asked, questions.question_column))
+        work = Asking(prompts.asking("vqa", decoding, text, asked, questions.question_column))
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
     _run(options, work, debug)
+
+
+@app.command()
+@flattened
+def generate(
+    inputs: InputFlags,
+    text: TextFlags,
+    output: OutputFlags,
+    pictures: PictureFlags,
+    model: ModelFlags,
+    decoding: DecodingFlags,
+    prompt_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the prompts.")] = "prompt",
+    debug: DebugFlag = False,
+) -> None:
+    """Continue free prompts: manifest rows whose `prompt` is a list of texts and pictures, or a conversation.
+
+    In a list a string is text, a picture is bytes or a struct (`{"image": "a.jpg"}`, `{bytes, path}`). A conversation
+    is a list of `{"role", "content"}` messages, as transformers' chat templates take them.
+    """
+    with exit_codes(debug):
+        from idefics_cli.generating import MAX_NEW_TOKENS, GenerateOptions, Generating
+        from idefics_cli.texts import Finish
+
+        finish = Finish(parse_words(text.stop_words) or (), text.prefix, text.suffix)
+        work = Generating(GenerateOptions(decoding.decoding(MAX_NEW_TOKENS), prompt_column, finish))
+        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
+    _run(options, work, debug)
+
+
+@app.command()
+def score(
+    results: Annotated[
+        str, typer.Argument(metavar="RESULTS", help="Result file of caption or vqa (.jsonl, .parquet, also .jsonl.gz).")
+    ],
+    answers_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of the references, a list of texts.")
+    ] = "answers",
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column whose values are told apart.", show_default=False)
+    ] = None,
+    metric: Annotated[
+        Literal["auto", "vqa", "cider", "exact"],
+        typer.Option(help="auto: VQA accuracy for answers, CIDEr for captions; exact match always."),
+    ] = "auto",
+    tokenization: Annotated[
+        Literal["ptb", "treebank"],
+        typer.Option(help="How CIDEr's words are found; ptb: as published, needs Java; treebank: needs none."),
+    ] = "ptb",
+    debug: DebugFlag = False,
+) -> None:
+    """Say how right a result file is: VQA accuracy, exact match, CIDEr, against a column kept with --keep.
+
+    A row with an error counts as wrong. A table goes to stderr, one JSON line to stdout.
+    """
+    with exit_codes(debug):
+        from idefics_cli.score import ScoreOptions
+
+        _print_scores(results, ScoreOptions(answers_column, by, metric, tokenization))
 
 
 @app.command()
@@ -248,6 +311,17 @@ def _run(options: RunOptions, work: Work, debug: bool) -> None:
         show(stats, options.output)
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+# Scores
+
+
+def _print_scores(results: str, options: ScoreOptions) -> None:
+    from idefics_cli.score import score_results, score_table
+
+    scores = score_results(results, options)
+    console(sys.stderr).print(score_table(scores))
+    print(json.dumps(scores.as_dict(), ensure_ascii=False))
 
 
 # Measurements

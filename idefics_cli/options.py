@@ -142,7 +142,7 @@ class InputFlags:
 
 @dataclass(frozen=True)
 class PromptFlags:
-    """How the model is asked, and what becomes of its texts."""
+    """How the model is asked."""
 
     prompt: Annotated[
         str | None,
@@ -180,21 +180,12 @@ class PromptFlags:
     bare: Annotated[
         bool, typer.Option("--bare", help="No examples at all, not even the two of the published zero-shot prompts.")
     ] = False
-    prefix: Annotated[str, typer.Option(metavar="TEXT", help="Written before each text.", show_default=False)] = ""
-    suffix: Annotated[str, typer.Option(metavar="TEXT", help="Written behind each text.", show_default=False)] = ""
-    stop_words: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B",
-            help="Words at which a text is cut; '' for none.",
-            show_default="those of the published protocol",
-        ),
-    ] = None
 
     def asking(
         self,
         task: str,
         decoding: DecodingFlags,
+        text: TextFlags,
         questions: tuple[str, ...] = (),
         question_column: str = QUESTION,
     ) -> AskOptions:
@@ -209,7 +200,7 @@ class PromptFlags:
             questions,
             question_column,
             None if self.shots is None else ShotOptions(self.shots, number, self.shot_selection, self.seed),
-            default_finish(task, self.prefix, self.suffix, parse_words(self.stop_words)),
+            default_finish(task, text.prefix, text.suffix, parse_words(text.stop_words)),
         )
 
     def _number_of_shots(self) -> int:
@@ -220,6 +211,22 @@ class PromptFlags:
         if self.num_shots is not None:
             return self.num_shots
         return DEFAULT_SHOTS if self.shots is not None else 0
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """What becomes of the model's texts."""
+
+    prefix: Annotated[str, typer.Option(metavar="TEXT", help="Written before each text.", show_default=False)] = ""
+    suffix: Annotated[str, typer.Option(metavar="TEXT", help="Written behind each text.", show_default=False)] = ""
+    stop_words: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Words at which a text is cut; '' for none.",
+            show_default="those of the published protocol",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -325,7 +332,10 @@ class DecodingFlags:
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Longest text, in tokens.", show_default="30 for captions, 15 for answers"
+            metavar="N",
+            min=1,
+            help="Longest text, in tokens.",
+            show_default="30 for captions, 15 for answers, else 100",
         ),
     ] = None
     min_new_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Shortest text, in tokens.")] = 0

@@ -222,7 +222,7 @@ class Run:
         leave = Leave(self.form, writer, SidecarWriter(options.overwrite) if options.sidecar else None)
         try:
             with closing(writer), model.picture_decoders(*opening) as pictures:
-                steps = self.work.begin(model, pictures, self.observer)
+                steps = self.work.begin(model, pictures, self.inputs.resolve, self.observer)
                 run_rows(rows, Stages(steps.prepare, steps.decode, leave), flow, self.stats, self.observer.on_row)
         finally:
             self.stats.safe = resumed + writer.num_safe

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
     from rich.table import Table
 
-TEXT_COLUMNS = ("answer", "caption")
+TEXT_COLUMNS = ("answer", "caption", "text")
 STRUCT_FIELDS = ("answer", "caption", "text")  # where a reference that is a struct keeps its words
 METRICS = {
     "vqa": ("vqa_accuracy", "exact_match"),

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from idefics_cli.data.rows import InputRow
+from idefics_cli.data.rows import ImageSource, InputRow
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline import Outcome, Prepared, PromptSource
 
@@ -45,6 +45,12 @@ class Model(Protocol):
     def stream(
         self, source: PromptSource, *, banned_words: Sequence[str] = (), **decoding: Any
     ) -> Iterator[tuple[int, Result]]: ...
+
+
+class Resolve(Protocol):
+    """A picture value that stands in the row of this index -> what opens it, as `Inputs.resolve` does."""
+
+    def __call__(self, value: object, index: int) -> ImageSource | RowError: ...
 
 
 class Observer(Protocol):
@@ -107,7 +113,7 @@ class Work(Protocol):
 
     def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]: ...
 
-    def begin(self, model: Model, pictures: PictureOpener, observer: Observer) -> Steps: ...
+    def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps: ...
 
 
 class Once:

@@ -1,0 +1,94 @@
+"""Free prompts: a manifest's column of texts and pictures in any order, or conversations, each to be continued.
+
+Rows in, prompts out, as `asking.py` does it. What a cell may hold is the business of `interleaved.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from idefics_cli.data.rows import InputRow
+from idefics_cli.errors import RowError
+from idefics_cli.interleaved import Picture, interleaved_prompt
+from idefics_cli.prompts import END_OF_UTTERANCE
+from idefics_cli.results import ResultForm
+from idefics_cli.texts import Finish
+from idefics_cli.work import Model, Observer, PictureOpener, Resolve, Steps
+
+if TYPE_CHECKING:
+    from idefics_cli.generation.options import DecodingOptions
+    from idefics_cli.processing import EncodedPrompt
+
+PROMPT = "prompt"
+MAX_NEW_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Where the prompts stand, and what becomes of the texts that continue them."""
+
+    decoding: DecodingOptions
+    prompt_column: str = PROMPT
+    finish: Finish = field(default_factory=Finish)
+
+
+class Generating:
+    """The work of `generate`."""
+
+    rows_each = 1
+    needs_image = False
+
+    def __init__(self, options: GenerateOptions) -> None:
+        self.options = options
+        self.columns = (options.prompt_column,)
+        self.needs_manifest = f"name one with a column {options.prompt_column!r} of texts and pictures"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return asdict(self.options)
+
+    def form(self, kept: Mapping[str, Any]) -> ResultForm:
+        options = self.options
+        return ResultForm("text", options.finish, candidates=options.decoding.num_return_sequences > 1, kept=kept)
+
+    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
+        assert not done, done
+        return rows
+
+    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
+        return ids
+
+    def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
+        decoding = asdict(self.options.decoding)
+        prepare = PromptOpening(self.options, model, pictures, resolve)
+        return Steps(prepare, lambda source: model.stream(source, **decoding))
+
+
+@dataclass(frozen=True)
+class PromptOpening:
+    """A row -> its prompt with the pictures opened, or why there is none. Safe in many threads."""
+
+    options: GenerateOptions
+    model: Model
+    pictures: PictureOpener
+    resolve: Resolve
+
+    def __call__(self, row: InputRow) -> EncodedPrompt | RowError:
+        prompt = interleaved_prompt(row.values.get(self.options.prompt_column))
+        if isinstance(prompt, RowError):
+            return prompt
+        if END_OF_UTTERANCE in prompt and not self.model.is_instruct:
+            return RowError("row_invalid", "a conversation, which only instruct models were taught: name one with -m")
+        items = []
+        for item in prompt:
+            opened = self._opened(item, row.index) if isinstance(item, Picture) else item
+            if isinstance(opened, RowError):
+                return opened
+            items.append(opened)
+        return self.model.encode(items, self.options.decoding.max_new_tokens)
+
+    def _opened(self, picture: Picture, index: int) -> Any | RowError:
+        source = self.resolve(picture.source, index)
+        return source if isinstance(source, RowError) else self.pictures.prepare(source)
