@@ -1,7 +1,8 @@
 """What the demo learns from: scenes, what lies where in them, and texts about them in the official templates.
 
 A lesson is made from a range of seeds alone, so training can stop and go on anywhere. One picture serves several
-texts: its caption, some questions, and prompts in which other pictures of the batch are the shots.
+texts: its caption, some questions, prompts in which other pictures of the batch are the shots, and prompts behind the
+text-only shots that base models are shown by default.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from torch import Tensor
 from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.demo.scene import COLORS, MAX_OBJECTS, SHAPES, SIZES, Scene, scene
 from idefics_cli.processing import PromptEncoder, image_attention_mask
-from idefics_cli.prompts import CAPTION, QUESTION_ANSWER, Shot, Template, few_shot_prompt
+from idefics_cli.prompts import (
+    CAPTION,
+    QUESTION_ANSWER,
+    PromptOptions,
+    Shot,
+    Template,
+    few_shot_prompt,
+    leading_shots,
+)
 
 IGNORED = -100
 MAX_SHOTS = 4
@@ -64,8 +73,9 @@ class LessonPlan(torch.utils.data.Dataset):
     """Lesson `step` of `steps` shows the scenes from seed `first_seed + step * scenes` on.
 
     The first `captions` of them are captioned, each is asked `questions` questions, and all stand once more in prompts
-    with shots; no texts at all without questions. Few shapes come first: one while a third of `easy_steps` lasts, then
-    two, then all.
+    with shots; no texts at all without questions. The first `published` of them are captioned, and asked a question,
+    behind the default's text-only shots too, which speak of a world that the demo does not know. Few shapes come first:
+    one while a third of `easy_steps` lasts, then two, then all.
     """
 
     images: ImageProcessor
@@ -75,6 +85,7 @@ class LessonPlan(torch.utils.data.Dataset):
     steps: range
     captions: int = 0
     questions: int = 0
+    published: int = 0
     easy_steps: int = 0
 
     def __len__(self) -> int:
@@ -92,7 +103,7 @@ class LessonPlan(torch.utils.data.Dataset):
         return Lesson(pixel_values, object_table(drawn), texts)
 
     def _texts(self, scenes: list[Scene], generator: np.random.Generator):
-        """Three groups: captions without shots, questions without shots, and both with shots."""
+        """Captions without shots, questions without shots, and both with shots; then both behind the default's."""
         asked = [
             (index, int(question))
             for index, drawn in enumerate(scenes)
@@ -101,6 +112,10 @@ class LessonPlan(torch.utils.data.Dataset):
         yield collate_texts([self._caption_row(scenes, [index]) for index in range(self.captions)], self.encoder)
         yield collate_texts([self._question_row(scenes, [i], [question]) for i, question in asked], self.encoder)
         yield collate_texts(list(self._shot_rows(scenes, generator)), self.encoder)
+        if self.published:
+            yield collate_texts([self._published_caption_row(scenes, i) for i in range(self.published)], self.encoder)
+            rows = [self._published_question_row(scenes, *pair) for pair in asked[: self.published]]
+            yield collate_texts(rows, self.encoder)
 
     def _shot_rows(self, scenes: list[Scene], generator: np.random.Generator):
         """Every picture once more, in prompts of one to four shots, some of them with text-only shots."""
@@ -126,7 +141,16 @@ class LessonPlan(torch.utils.data.Dataset):
             QUESTION_ANSWER, [Shot(index, answer, question) for index, question, answer in asked], text_only
         )
 
-    def _row(self, template: Template, turns: list[Shot], text_only: bool) -> Row:
+    def _published_caption_row(self, scenes: list[Scene], index: int) -> Row:
+        shots = leading_shots(PromptOptions("caption"), (), instruct=False)
+        return self._row(CAPTION, [*shots, Shot(index, scenes[index].caption)])
+
+    def _published_question_row(self, scenes: list[Scene], index: int, which: int) -> Row:
+        shots = leading_shots(PromptOptions("vqa"), (), instruct=False)
+        question, answer = scenes[index].questions[which]
+        return self._row(QUESTION_ANSWER, [*shots, Shot(index, answer, question)])
+
+    def _row(self, template: Template, turns: list[Shot], text_only: bool = False) -> Row:
         """Token ids of shots, query and answer; every answer that has its picture in sight is learned, with its end."""
         shots = [replace(shot, image=None) if text_only else shot for shot in turns[:-1]]
         input_ids: list[int] = []

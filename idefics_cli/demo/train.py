@@ -1,11 +1,12 @@
 """Make the `demo` model from nothing: `python -m idefics_cli.demo.train`.
 
-Three stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
+Four stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
 lies where: for each patch the shape it belongs to, and in the first latents the shapes from left to right. *Speak*:
-the whole model learns to caption and to answer, in the official prompt templates. *Answer*: it is asked
-more, because captions are learned sooner than answers. Scenes are drawn from seeds in
-order, so a run can stop anywhere and goes on from its last checkpoint; seeds from `EVALUATION_SEEDS` on are never
-drawn here.
+the whole model learns to caption and to answer, in the official prompt templates. *Answer*: it is asked more, because
+captions are learned sooner than answers. *Default*: with its eyes as they are, it learns to do so behind the text-only
+shots of the default protocol. Scenes are drawn from seeds in order, so a run can stop anywhere and goes on from its
+last checkpoint; seeds from `EVALUATION_SEEDS` on are never drawn here. With `--start`, a finished checkpoint goes
+through the last stage alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -32,7 +34,8 @@ from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.processing import PromptEncoder
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
-RECORD_EVERY, SAVE_EVERY = 100, 250
+RECORD_EVERY, SAVE_EVERY = 20, 40
+TEXT_GROUPS = ("caption", "question", "shots", "published caption", "published question")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Stage:
 
     `matrix_rate` is Muon's, `other_rate` AdamW's; the eyes (vision tower and resampler) learn at `eyes_share` of them.
     At a share of zero they are left as they are. The rates fall to zero over the last `decay` part of the steps. Of
-    each lesson `captions` pictures are captioned, and each is asked `questions` questions.
+    each lesson `captions` pictures are captioned, and each is asked `questions` questions; `published` pictures are
+    captioned and asked behind the text-only shots of the default protocol.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Stage:
     decay: float = 0.4
     captions: int = 0
     questions: int = 0
+    published: int = 0
 
 
 def stages(scale: float) -> tuple[Stage, ...]:
@@ -62,7 +67,20 @@ def stages(scale: float) -> tuple[Stage, ...]:
     see = Stage("see", round(4500 * scale), first_seed=0, easy_steps=round(600 * scale))
     speak = Stage("speak", round(3000 * scale), first_seed=500_000_000, eyes_share=0.15, captions=64, questions=1)
     answer = Stage("answer", round(800 * scale), first_seed=800_000_000, eyes_share=0.15, captions=16, questions=3)
-    return see, speak, answer
+    default = Stage(
+        "default",
+        round(320 * scale),
+        first_seed=900_000_000,
+        scenes=32,
+        matrix_rate=0.01,
+        other_rate=1e-3,
+        eyes_share=0.0,
+        decay=0.7,
+        captions=8,
+        questions=1,
+        published=24,
+    )
+    return see, speak, answer, default
 
 
 def demo_config(vocab_size: int) -> IdeficsConfig:
@@ -174,7 +192,7 @@ class Pupil(nn.Module):
             patches = network.vision_model(lesson.pixel_values).last_hidden_state
             latents = network.perceiver_resampler(patches)
             loss, right = self.tutor(patches[:, 1:], latents, lesson.objects)
-        for name, texts in zip(("caption", "question", "shots"), lesson.texts, strict=False):
+        for name, texts in zip(TEXT_GROUPS, lesson.texts, strict=False):
             text_loss, right[f"{name} tokens"] = self._read(latents, texts)
             loss = loss + text_loss
         return loss, right
@@ -220,10 +238,10 @@ def rate(stage: Stage, step: int) -> float:
 class Training:
     """One run: its model, where it stands, and its checkpoint in `folder`."""
 
-    def __init__(self, folder: Path, device: str, scale: float, threads: int):
+    def __init__(self, folder: Path, device: str, scale: float, threads: int, start: Path | None = None):
         torch.manual_seed(0)
         torch.set_num_threads(threads)
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.start = folder, device, start
         self.stages = stages(scale)
         self.tokenizer = build_tokenizer()
         self.encoder = PromptEncoder(self.tokenizer)
@@ -242,10 +260,17 @@ class Training:
 
     def _resume(self) -> tuple[int, dict | None]:
         if not self.state_file.exists():
-            return 0, None
+            return self._begin(), None
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
         self.pupil.load_state_dict(state["pupil"])
         return state["stage"], state
+
+    def _begin(self) -> int:
+        """How many stages are behind a new run: none, or all but the last of the checkpoint that it starts from."""
+        if self.start is None:
+            return 0
+        self.pupil.model.load_state_dict(load_file(self.start / "model.safetensors", device=self.device))
+        return len(self.stages) - 1
 
     def _run_stage(self, index: int, stage: Stage, state: dict | None) -> None:
         self.pupil.eyes_learn = stage.eyes_share > 0
@@ -276,6 +301,7 @@ class Training:
             steps=range(first, stage.steps),
             captions=stage.captions,
             questions=stage.questions,
+            published=stage.published,
             easy_steps=stage.easy_steps,
         )
         return DataLoader(plan, batch_size=None, num_workers=1, prefetch_factor=8)
@@ -356,12 +382,18 @@ def main() -> None:
         default=Path("demo-training"),
         help="where the run keeps its state, its curve and the finished checkpoint",
     )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="teach this finished checkpoint the last stage, in place of a new one all of them",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="lengthen or shorten all stages")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     try:
-        Training(options.folder, options.device, options.scale, options.threads).run()
+        Training(options.folder, options.device, options.scale, options.threads, options.start).run()
     except KeyboardInterrupt:
         sys.exit(f"stopped: the same command goes on from the last {SAVE_EVERY} lessons")
 
