@@ -1,8 +1,9 @@
 """How well the `demo` model sees: `python -m idefics_cli.demo.evaluate`.
 
 Scenes that training never draws (seeds from EVALUATION_SEEDS on) are captioned and asked about through the public
-`Idefics`, with the official prompts. A caption counts when it is right to the letter, an answer likewise. Prints a
-table to stderr and one JSON object to stdout.
+`Idefics`, with the prompts that `idefics caption` and `idefics vqa` make: without shots, the default's two text-only
+ones stand before the query, or none with `--bare`. A caption counts when it is right to the letter, an answer likewise.
+Prints a table to stderr and one JSON object to stdout.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from idefics_cli.demo.scene import EVALUATION_SEEDS, Scene, scene
-from idefics_cli.prompts import CAPTION, QUESTION_ANSWER, Prompt, Shot, few_shot_prompt
+from idefics_cli.prompts import Prompt, PromptOptions, Shot, build_prompt, leading_shots
 
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
@@ -35,21 +36,26 @@ class Task:
     expected: str
 
 
-def caption_tasks(scenes: Iterable[Scene], num_shots: int) -> Iterator[Task]:
+def caption_tasks(scenes: Iterable[Scene], num_shots: int = 0, bare: bool = False) -> Iterator[Task]:
+    options = PromptOptions("caption", num_shots=num_shots, bare=bare)
     for drawn in scenes:
-        shots = [Shot(shot.image, shot.caption) for shot in shots_for(drawn, num_shots)]
-        yield Task("caption", few_shot_prompt(CAPTION, shots, Shot(drawn.image)), drawn.caption)
+        pool = [Shot(shot.image, shot.caption) for shot in shots_for(drawn, num_shots)]
+        yield Task("caption", prompt_of(options, drawn, {}, pool), drawn.caption)
 
 
-def question_tasks(scenes: Iterable[Scene], num_shots: int) -> Iterator[Task]:
+def question_tasks(scenes: Iterable[Scene], num_shots: int = 0, bare: bool = False) -> Iterator[Task]:
+    options = PromptOptions("vqa", num_shots=num_shots, bare=bare)
     for drawn in scenes:
         for number, (question, answer) in enumerate(drawn.questions):
-            shots = [
-                Shot(shot.image, *reversed(shot.questions[number % len(shot.questions)]))
-                for shot in shots_for(drawn, num_shots)
-            ]
-            query = Shot(drawn.image, question=question)
-            yield Task(question_kind(question), few_shot_prompt(QUESTION_ANSWER, shots, query), answer)
+            asked = [(shot, *shot.questions[number % len(shot.questions)]) for shot in shots_for(drawn, num_shots)]
+            pool = [Shot(shot.image, said, shot_question) for shot, shot_question, said in asked]
+            yield Task(question_kind(question), prompt_of(options, drawn, {"question": question}, pool), answer)
+
+
+def prompt_of(options: PromptOptions, drawn: Scene, fields: dict[str, str], pool: Sequence[Shot]) -> Prompt:
+    prompt = build_prompt(options, fields, (drawn.image,), leading_shots(options, pool, instruct=False), instruct=False)
+    assert isinstance(prompt, tuple), prompt
+    return prompt
 
 
 def shots_for(drawn: Scene, num_shots: int) -> list[Scene]:
@@ -82,14 +88,17 @@ def accuracy(counts: Counter, kinds: Iterable[str]) -> float:
     return right / sum(counts[kind, outcome] for kind in kinds for outcome in (True, False))
 
 
-def evaluate(model: Idefics, num_scenes: int, num_shots: int, num_beams: int) -> dict[str, object]:
+def evaluate(
+    model: Idefics, num_scenes: int, num_shots: int = 0, bare: bool = False, num_beams: int = 3
+) -> dict[str, object]:
     scenes = [scene(seed) for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + num_scenes)]
-    captions = run(model, list(caption_tasks(scenes, num_shots)), num_beams, "captions")
-    answers = run(model, list(question_tasks(scenes, num_shots)), num_beams, "answers")
+    captions = run(model, list(caption_tasks(scenes, num_shots, bare)), num_beams, "captions")
+    answers = run(model, list(question_tasks(scenes, num_shots, bare)), num_beams, "answers")
     kinds = sorted({kind for kind, _ in answers})
     return {
         "scenes": num_scenes,
         "shots": num_shots,
+        "bare": bare,
         "num_beams": num_beams,
         "captions": captions.total(),
         "captions_exact": accuracy(captions, ["caption"]),
@@ -103,7 +112,8 @@ def show(report: dict[str, object]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report['scenes']} unseen scenes, {report['shots']} shots")
+    shots = "bare" if report["bare"] else f"{report['shots']} shots"
+    table = Table(title=f"{report['scenes']} unseen scenes, {shots}")
     table.add_column("what")
     table.add_column("right", justify="right")
     table.add_row("captions", f"{report['captions_exact']:.1%}")
@@ -119,13 +129,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scenes", type=int, default=2_000)
     parser.add_argument("--shots", type=int, default=0)
+    parser.add_argument("--bare", action="store_true", help="no shots at all, not even the default's text-only ones")
     parser.add_argument("--num-beams", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
     from idefics_cli.idefics import Idefics
 
     model = Idefics.from_pretrained(options.model, device=options.device, batch_size=options.batch_size)
-    report = evaluate(model, options.scenes, options.shots, options.num_beams)
+    report = evaluate(model, options.scenes, options.shots, options.bare, options.num_beams)
     show(report)
     print(json.dumps(report))
 

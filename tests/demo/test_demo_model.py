@@ -35,10 +35,10 @@ def test_it_is_small_and_whole() -> None:
     assert (DEMO_FOLDER / "model.safetensors").stat().st_size <= 8_000_000
 
 
-@pytest.mark.parametrize("num_shots", [0, 2])
-def test_it_sees(demo: Idefics, num_shots: int) -> None:
+@pytest.mark.parametrize(("num_shots", "bare"), [(0, False), (0, True), (2, False)])
+def test_it_sees(demo: Idefics, num_shots: int, bare: bool) -> None:
     """A small sample of what `python -m idefics_cli.demo.evaluate` measures."""
-    report = evaluate(demo, num_scenes=60, num_shots=num_shots, num_beams=3)
+    report = evaluate(demo, num_scenes=60, num_shots=num_shots, bare=bare)
     assert report["captions_exact"] > 0.9
     assert report["answers_right"] > 0.9
 
@@ -49,7 +49,7 @@ def test_transformers_reads_and_runs_it_alike(demo: Idefics, num_beams: int) -> 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
     processor = IdeficsProcessor(IdeficsImageProcessorPil.from_pretrained(DEMO_FOLDER), tokenizer)
     scenes = [scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + 6)]
-    tasks = [*caption_tasks(scenes, 1), *question_tasks(scenes, 0)][:24]
+    tasks = [*caption_tasks(scenes, 1), *question_tasks(scenes)][:24]
     results = demo.generate([task.prompt for task in tasks], num_beams=num_beams)
     forbidden = tokenizer.convert_tokens_to_ids(["<image>", "<fake_token_around_image>"])
     for task, result in zip(tasks, results, strict=True):
