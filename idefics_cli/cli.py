@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -28,6 +29,7 @@ from idefics_cli.options import (
     PromptFlags,
     QuestionFlags,
     RevisionFlag,
+    ScoreFlags,
     TextFlags,
     flattened,
     parse_words,
@@ -100,6 +102,7 @@ def caption(
     prompts: PromptFlags,
     text: TextFlags,
     output: OutputFlags,
+    scores: ScoreFlags,
     pictures: PictureFlags,
     model: ModelFlags,
     decoding: DecodingFlags,
@@ -115,8 +118,9 @@ def caption(
         from idefics_cli.asking import Asking
 
         work = Asking(prompts.asking("caption", decoding, text))
-        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
-    _run(options, work, debug)
+        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
+        scoring = scores.scoring(output)
+    _run(options, work, debug, scoring)
 
 
 @app.command()
@@ -127,6 +131,7 @@ def vqa(
     prompts: PromptFlags,
     text: TextFlags,
     output: OutputFlags,
+    scores: ScoreFlags,
     pictures: PictureFlags,
     model: ModelFlags,
     decoding: DecodingFlags,
@@ -142,8 +147,9 @@ def vqa(
 
         asked = tuple(questions.question or ())
         work = Asking(prompts.asking("vqa", decoding, text, asked, questions.question_column))
-        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
-    _run(options, work, debug)
+        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
+        scoring = scores.scoring(output)
+    _run(options, work, debug, scoring)
 
 
 @app.command()
@@ -297,7 +303,7 @@ def info(
 # Runs
 
 
-def _run(options: RunOptions, work: Work, debug: bool) -> None:
+def _run(options: RunOptions, work: Work, debug: bool, scoring: ScoreOptions | None = None) -> None:
     from idefics_cli.pipeline import RunStats
     from idefics_cli.run import Ending, Loader, Run
 
@@ -309,6 +315,9 @@ def _run(options: RunOptions, work: Work, debug: bool) -> None:
             ending = run.run(progress.stdout())
         show = say_finished if ending is Ending.FINISHED_BEFORE else say_summary
         show(stats, options.output)
+        if scoring is not None and not stats.stopped_early:
+            shown_as = run.form.kept_names[scoring.answers_column]
+            _print_scores(options.output, replace(scoring, answers_column=shown_as))
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from idefics_cli.data.rows import ReadOptions
     from idefics_cli.generation.options import DecodingOptions
     from idefics_cli.run import RunOptions
+    from idefics_cli.score import ScoreOptions
     from idefics_cli.work import Work
 
 QUESTION = "question"
@@ -120,12 +121,15 @@ class InputFlags:
         str | None, typer.Option(metavar="I/N", help="Take every N-th row, from the I-th on.", show_default=False)
     ] = None
 
-    def reading(self, columns: tuple[str, ...], needs_image: bool) -> ReadOptions:
-        """What readers are told; `columns` are those that must be there."""
+    def reading(self, columns: tuple[str, ...], needs_image: bool, answers_column: str | None) -> ReadOptions:
+        """What readers are told; `columns` are those that must be there, that of the answers is kept."""
         from idefics_cli.data.rows import ReadOptions
 
         if self.null and "-" not in self.inputs:
             raise typer.BadParameter("it says how stdin is read: add - to the inputs", param_hint="--null")
+        keep = parse_keep(self.keep)
+        if answers_column is not None and keep != "all":
+            keep = tuple(dict.fromkeys((*keep, answers_column)))
         return ReadOptions(
             recursive=not self.no_recursive,
             null=self.null,
@@ -133,7 +137,7 @@ class InputFlags:
             id_column=self.id_column,
             image_root=self.image_root,
             columns=columns,
-            keep=parse_keep(self.keep),
+            keep=keep,
             limit=self.limit,
             shard=parse_shard(self.shard),
             needs_image=needs_image,
@@ -227,6 +231,26 @@ class TextFlags:
             show_default="those of the published protocol",
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class ScoreFlags:
+    """What the texts are held against at the end."""
+
+    answers_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of right answers: kept, and scored at the end.", show_default=False),
+    ] = None
+
+    def scoring(self, output: OutputFlags) -> ScoreOptions | None:
+        """Raises typer.BadParameter or IdeficsError for what cannot be scored."""
+        from idefics_cli.score import ScoreOptions, closing_tokenization
+
+        if self.answers_column is None:
+            return None
+        if output.output == "-":
+            raise typer.BadParameter("the finished file is scored: add -o F.jsonl", param_hint="--answers-column")
+        return ScoreOptions(self.answers_column, tokenization=closing_tokenization())
 
 
 @dataclass(frozen=True)
@@ -376,6 +400,7 @@ def run_options(
     pictures: PictureFlags,
     model: ModelFlags,
     batch_size: int | None,
+    answers_column: str | None = None,
 ) -> RunOptions:
     """All that a run is told. Raises typer.BadParameter or IdeficsError for what contradicts itself."""
     from idefics_cli.run import RunOptions
@@ -385,7 +410,7 @@ def run_options(
         inputs=tuple(inputs.inputs),
         output=output.output,
         request=model.request,
-        reading=inputs.reading(work.columns, needs_image=work.needs_image),
+        reading=inputs.reading(work.columns, work.needs_image, answers_column),
         limits=pictures.limits,
         decode_timeout=pictures.decode_timeout,
         workers=pictures.num_workers,

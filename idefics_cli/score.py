@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
     from rich.table import Table
 
-TEXT_COLUMNS = ("answer", "caption", "text")
+AUTOMATIC_METRIC = {"answer": "vqa", "caption": "cider", "text": "exact"}
+TEXT_COLUMNS = tuple(AUTOMATIC_METRIC)
 STRUCT_FIELDS = ("answer", "caption", "text")  # where a reference that is a struct keeps its words
 METRICS = {
     "vqa": ("vqa_accuracy", "exact_match"),
@@ -42,9 +44,9 @@ ROWS_AT_A_TIME = 1024
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """`answers_column` holds the references, `by` the groups. `metric` "auto" is vqa for answers, cider for captions.
+    """`answers_column` holds the references, `by` the groups.
 
-    `tokenization` is how CIDEr's words are found: "ptb" as the published figures do, with Java; "treebank" without.
+    `metric` "auto" is vqa for answers, cider for captions, exact for others. `tokenization` is how CIDEr's words are found: "ptb" as the published figures do, with Java; "treebank" without.
     """
 
     answers_column: str = "answers"
@@ -98,6 +100,11 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
     return scorer.scores()
 
 
+def closing_tokenization() -> Literal["ptb", "treebank"]:
+    """As the published figures do, where there is a Java for it."""
+    return "treebank" if shutil.which("java") is None else "ptb"
+
+
 def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
     """The column with the texts to score: `answer`, else `caption`. Raises InputError if a column is missing."""
     for name in (options.answers_column, options.by):
@@ -139,7 +146,7 @@ class Scorer:
     """Takes result rows as they come (`add`) and says at the end how right they were (`scores`)."""
 
     def __init__(self, options: ScoreOptions, text_column: str) -> None:
-        automatic = "vqa" if text_column == "answer" else "cider"
+        automatic = AUTOMATIC_METRIC[text_column]
         self.options, self.text_column = options, text_column
         self.metrics = METRICS[automatic if options.metric == "auto" else options.metric]
         self._total, self._groups = _Tally(), {}

@@ -67,10 +67,12 @@ class Observer(Protocol):
 
 
 class Form(Protocol):
-    """What a row of the result holds. `text_column` is where its text stands; None: it has none."""
+    """What a row of the result holds. `text_column` is where its text stands; None: it has none. `kept_names` are what
+    the columns that are passed through are called."""
 
     text_column: str | None
     kept: Mapping[str, Any]
+    kept_names: Mapping[str, str]
 
     @property
     def columns(self) -> Sequence[Column]: ...
