@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from idefics_cli.data.rows import InputRow
 from idefics_cli.errors import RowError
+from idefics_cli.pipeline import Outcome, PromptSource
 from idefics_cli.prompts import IMAGE_FIELD, TASKS, PromptOptions, Shot, build_prompt, leading_shots, own_template
 from idefics_cli.questions import QUESTION, rows_asked, with_questions
 from idefics_cli.results import ResultForm
-from idefics_cli.shots import ShotOptions, chosen_for_all, open_shots, read_shots, without_furthest
+from idefics_cli.shots import ShotOptions, chosen_for_all, open_shots, opened, read_shots, without_furthest
+from idefics_cli.similar import SimilarShots
 from idefics_cli.texts import Finish
 from idefics_cli.work import Model, Observer, Once, PictureOpener, Resolve, Steps, open_pictures
 
@@ -100,25 +102,41 @@ class Asking:
         return rows_asked(ids, self.rows_each, left)
 
     def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
-        options, task = self.options, TASKS[self.options.prompts.task]
-        decoding = asdict(options.decoding)
+        options = self.options
+        pool = self._pool()
+        is_similar = options.shots is not None and options.shots.selection == "similar" and options.shots.number > 0
         prepare = Preparation(
             options,
             model,
             pictures,
-            self._leading_shots(model, pictures),
+            () if is_similar else self._leading_shots(pool, model, pictures),
             on_shots_dropped=Once(observer, "{} is too long for all shots: of such rows the first ones are left out"),
         )
-        return Steps(prepare, lambda source: model.stream(source, banned_words=task.banned_words, **decoding))
+        if not is_similar:
+            return Steps(prepare, self._decode(model))
+        assert options.shots is not None, options
+        similar = SimilarShots(options.shots, pool, model, pictures)
+        similar.encode_pool(observer.say)
+        selection = Selection(prepare, similar)
+        return Steps(selection.prepare, lambda source: self._decode(model)(Selected(source, selection)))
 
-    def _leading_shots(self, model: Model, pictures: PictureOpener) -> Sequence[Shot]:
+    def _decode(self, model: Model) -> Callable[[PromptSource], Iterator[tuple[int, Outcome]]]:
+        options = self.options
+        banned_words, decoding = TASKS[options.prompts.task].banned_words, asdict(options.decoding)
+        return lambda source: model.stream(source, banned_words=banned_words, **decoding)
+
+    def _pool(self) -> list[Shot]:
+        if self.options.shots is None:
+            return []
+        assert self.shots is not None, self.options
+        return read_shots(self.options.shots, self.shots, self.options.prompts.task)
+
+    def _leading_shots(self, pool: list[Shot], model: Model, pictures: PictureOpener) -> Sequence[Shot]:
         """Those that stand before every row."""
         options = self.options
-        pool: list[Shot] = []
         if options.shots is not None:
-            assert self.shots is not None, options
-            pool = read_shots(options.shots, self.shots, options.prompts.task, pictures.prepare)
-            pool = chosen_for_all(options.shots, pool)
+            chosen = chosen_for_all(options.shots, pool)
+            pool = [opened(shot, pictures.prepare, options.shots.file) for shot in chosen]
         return leading_shots(options.prompts, pool, model.is_instruct)
 
 
@@ -136,10 +154,11 @@ class Preparation:
     on_shots_dropped: Callable[[str], None]
 
     def __call__(self, row: InputRow) -> EncodedPrompt | RowError:
-        opened = open_pictures(row, self.pictures)
-        if isinstance(opened, RowError):
-            return opened
-        return self.encoded(row, opened, self.shots)
+        pictures = self.opened(row)
+        return pictures if isinstance(pictures, RowError) else self.encoded(row, pictures, self.shots)
+
+    def opened(self, row: InputRow) -> Sequence[Any] | RowError:
+        return open_pictures(row, self.pictures)
 
     def encoded(self, row: InputRow, opened: Sequence[Any], shots: Sequence[Shot]) -> EncodedPrompt | RowError:
         """The row's prompt behind as many of the shots as the model has room for; the furthest go first."""
@@ -154,6 +173,56 @@ class Preparation:
             if kept:
                 self.on_shots_dropped(row.id)
         return encoded
+
+
+# ---- shots that differ from row to row
+
+
+@dataclass(frozen=True)
+class OpenedRow:
+    """A row whose shots have not been chosen yet."""
+
+    row: InputRow
+    pictures: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows with their pictures opened -> prompts behind the shots whose pictures are most like their own."""
+
+    preparation: Preparation
+    similar: SimilarShots
+
+    def prepare(self, row: InputRow) -> OpenedRow | RowError:
+        """What is wrong with a row shows here, without its shots: in `prompts` nothing can be."""
+        pictures = self.preparation.opened(row)
+        if isinstance(pictures, RowError):
+            return pictures
+        if not pictures:
+            return RowError("row_invalid", "there is no picture that shots could be like")
+        alone = self.preparation.encoded(row, pictures, ())
+        return alone if isinstance(alone, RowError) else OpenedRow(row, pictures)
+
+    def prompts(self, rows: Sequence[OpenedRow]) -> list[EncodedPrompt]:
+        chosen = self.similar.shots_for([row.pictures for row in rows])
+        return [self._prompt(row, shots) for row, shots in zip(rows, chosen, strict=True)]
+
+    def _prompt(self, row: OpenedRow, shots: Sequence[Shot]) -> EncodedPrompt:
+        encoded = self.preparation.encoded(row.row, row.pictures, shots)
+        assert not isinstance(encoded, RowError), (row.row.id, encoded)
+        return encoded
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A source of rows as a source of prompts, for the model's thread."""
+
+    rows: PromptSource
+    selection: Selection
+
+    def take(self, most: int, wait: bool) -> list[EncodedPrompt]:
+        rows = self.rows.take(most, wait)
+        return self.selection.prompts(rows) if rows else []
 
 
 def default_finish(task: str, prefix: str = "", suffix: str = "", stop_words: Sequence[str] | None = None) -> Finish:

@@ -46,7 +46,8 @@ ROWS_AT_A_TIME = 1024
 class ScoreOptions:
     """`answers_column` holds the references, `by` the groups.
 
-    `metric` "auto" is vqa for answers, cider for captions, exact for others. `tokenization` is how CIDEr's words are found: "ptb" as the published figures do, with Java; "treebank" without.
+    `metric` "auto" is vqa for answers, cider for captions, exact for others. `tokenization` is how CIDEr's words
+    are found: "ptb" as the published figures do, with Java; "treebank" without.
     """
 
     answers_column: str = "answers"

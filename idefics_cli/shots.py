@@ -1,23 +1,21 @@
 """Worked examples from a file: which columns they are made of, and which of them a run or a row is shown.
 
-Shots come from any manifest, in its order. This module knows no network: an embedding is a vector that it is given.
+Shots come from any manifest, in its order. This module knows no network; similar pictures are found by `similar.py`.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
 
 from idefics_cli.data.readers import Inputs, open_inputs
-from idefics_cli.data.rows import ReadOptions
+from idefics_cli.data.rows import InputRow, ReadOptions
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.prompts import Shot, shot_answer
 from idefics_cli.score import references_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}
 Selection = Literal["first", "random", "similar"]
@@ -45,23 +43,33 @@ def open_shots(options: ShotOptions) -> Inputs:
     return open_inputs((options.file,), reading)
 
 
-def read_shots(options: ShotOptions, rows: Inputs, task: str, prepare: Callable[[Any], Any | RowError]) -> list[Shot]:
-    """The pool, or as much of it as will be shown; `prepare` opens a picture. Raises InputError for a bad row."""
+def read_shots(options: ShotOptions, rows: Inputs, task: str) -> list[Shot]:
+    """The pool, or as much of it as will be shown, its pictures not opened yet. Raises InputError for a bad row."""
     wanted = options.number if options.selection == "first" else None
-    pool: list[Shot] = []
-    for row in rows.rows:
-        if wanted is not None and len(pool) == wanted:
-            break
-        pictures = [] if row.error else [prepare(source) for source in row.sources]
-        error = row.error or next((each for each in pictures if isinstance(each, RowError)), None)
-        if error is not None:
-            raise InputError(
-                f"row {row.index + 1} of the shots in {options.file} is bad ({error}): mend it, or take it out"
-            )
-        pool.append(make_shot(row.values, tuple(pictures), task, f"row {row.index + 1} of {options.file}"))
+    pool = [_read_shot(row, task, options.file) for row in islice(rows.rows, wanted)]
     if len(pool) < options.number:
         raise InputError(f"{options.file} holds {len(pool)} shots: lower --num-shots {options.number}")
     return pool
+
+
+def _read_shot(row: InputRow, task: str, file: str) -> Shot:
+    place = f"row {row.index + 1} of {file}"
+    if row.error is not None:
+        raise _bad_shot(place, row.error)
+    return make_shot(row.values, row.sources, task, place)
+
+
+def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> Shot:
+    """The shot with its pictures as `prepare` opens them. Raises InputError for one that cannot be opened."""
+    pictures = tuple(prepare(source) for source in shot.pictures)
+    error = next((each for each in pictures if isinstance(each, RowError)), None)
+    if error is not None:
+        raise _bad_shot(f"a picture in {file}", error)
+    return replace(shot, image=pictures or None)
+
+
+def _bad_shot(place: str, error: RowError) -> InputError:
+    return InputError(f"{place}, which is to be a shot, is bad ({error}): mend it, or take it out")
 
 
 def make_shot(values: Mapping[str, Any], pictures: tuple, task: str, place: str) -> Shot:
@@ -85,15 +93,6 @@ def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> list[Shot]:
     if options.selection == "random":
         return random.Random(options.seed).sample(list(pool), options.number)
     return list(pool[: options.number])
-
-
-def nearest(query: Tensor, pool: Tensor, number: int) -> list[int]:
-    """Of `pool` (shots, dim) the indices of those most like `query` (dim,), by cosine, the nearest last."""
-    import torch
-
-    likeness = torch.nn.functional.cosine_similarity(pool.float(), query.float().unsqueeze(0), dim=-1)
-    order = torch.sort(likeness, descending=True, stable=True).indices[:number]
-    return order.flip(0).tolist()
 
 
 def without_furthest(shots: Sequence[Shot]) -> Iterator[Sequence[Shot]]:

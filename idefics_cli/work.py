@@ -17,6 +17,8 @@ from idefics_cli.errors import RowError
 from idefics_cli.pipeline import Outcome, Prepared, PromptSource
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from idefics_cli.data.images import ImageLimits
     from idefics_cli.data.values import Column
     from idefics_cli.idefics import Result
@@ -31,16 +33,22 @@ class PictureOpener(Protocol):
 
 
 class Model(Protocol):
-    """What `Idefics` is to a run. `encode` may be called from several threads at once."""
+    """What `Idefics` is to a run. `encode` may be called from several threads at once.
+
+    `picture_vectors` gives (pictures, dim), alike for pictures that are alike.
+    """
 
     batch_size: int
     is_instruct: bool
+    fingerprint: str  # equal for models that see pictures alike
 
     def picture_decoders(
         self, limits: ImageLimits, workers: int, timeout: float
     ) -> AbstractContextManager[PictureOpener]: ...
 
     def encode(self, prompt: Prompt, max_new_tokens: int) -> EncodedPrompt | RowError: ...
+
+    def picture_vectors(self, pictures: Sequence[Any]) -> Tensor: ...
 
     def stream(
         self, source: PromptSource, *, banned_words: Sequence[str] = (), **decoding: Any
