@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +34,8 @@ from idefics_cli.generation.reference import Hypothesis, Vocabulary
 from idefics_cli.generation.source import IterableSource, PromptSource
 from idefics_cli.model.packed import pack_linears
 from idefics_cli.processing import EncodedPrompt, PromptEncoder
-from idefics_cli.prompts import Prompt, SpecialToken, caption_prompt, question_prompt
+from idefics_cli.prompts import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
+from idefics_cli.texts import Finish
 
 if TYPE_CHECKING:
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
@@ -70,6 +71,12 @@ class Result:
     def of(cls, candidates: Sequence[Candidate]) -> Result:
         best = candidates[0]
         return cls(best.text, best.score, best.tokens, best.token_ids, tuple(candidates))
+
+    def finished(self, finish: Finish) -> Result:
+        """The same with every text as `finish` leaves it; scores and tokens are still those of all that was decoded."""
+        if self.text is None:
+            return self
+        return self.of([replace(each, text=finish(each.text)) for each in self.candidates])
 
 
 class Idefics:
@@ -132,21 +139,32 @@ class Idefics:
         return self.images.prepare(source, limits)
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
-        """Describe each picture, prompted as its checkpoint was published: a base model or an instruct one."""
+        """Describe each picture with the published prompt of the base or the instruct model, its texts cut likewise."""
         if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
             raise IdeficsError("caption takes pictures, not one picture: write [picture]")
-        prompts = (caption_prompt(self._picture(image), self.encoder.is_instruct) for image in images)
-        return self.generate(prompts, **decoding)
+        return self._ask("caption", ((image, {}) for image in images), decoding)
 
     def answer(self, pairs: Iterable[tuple[ImageSource | PreparedImage, str]], **decoding: object) -> list[Result]:
-        """Answer (picture, question) pairs, each prompted as its checkpoint was published.
+        """Answer (picture, question) pairs with the published prompt, as `caption` does.
 
         A picture that stands in several pairs is encoded once.
         """
-        prompts = (
-            question_prompt(self._picture(image), question, self.encoder.is_instruct) for image, question in pairs
+        return self._ask("vqa", ((image, {"question": question}) for image, question in pairs), decoding)
+
+    def _ask(
+        self,
+        task: str,
+        asked: Iterable[tuple[ImageSource | PreparedImage, dict[str, str]]],
+        decoding: dict[str, object],
+    ) -> list[Result]:
+        prompts, about = PromptOptions(task), TASKS[task]
+        shots = leading_shots(prompts, (), self.is_instruct)
+        built = (
+            build_prompt(prompts, fields, [self._picture(image)], shots, self.is_instruct) for image, fields in asked
         )
-        return self.generate(prompts, **decoding)
+        decoding = {"max_new_tokens": about.max_new_tokens, **decoding}
+        finish = Finish(about.cut_words)
+        return [result.finished(finish) for result in self._results(built, about.banned_words, decoding)]
 
     def generate(self, prompts: Iterable[Prompt | Sequence], **decoding: object) -> list[Result]:
         """Continue each prompt, a sequence of texts and pictures that stands verbatim behind `<s>`.
@@ -155,20 +173,25 @@ class Idefics:
         DecodingOptions. One Result for each prompt, in order; prompts are taken as they are decoded, a few batches
         ahead.
         """
+        return self._results(prompts, (), decoding)
+
+    def _results(
+        self, prompts: Iterable[Prompt | Sequence | RowError], banned_words: Sequence[str], decoding: dict[str, object]
+    ) -> list[Result]:
         options = self._decoding_options(decoding)
         results: dict[int, Result] = {}
         places: list[int] = []  # of the prompts that reach the engine
 
         def decodable() -> Iterator[EncodedPrompt]:
             for place, prompt in enumerate(prompts):
-                encoded = self.encode(prompt, options.max_new_tokens)
+                encoded = prompt if isinstance(prompt, RowError) else self.encode(prompt, options.max_new_tokens)
                 if isinstance(encoded, RowError):
                     results[place] = Result(error=encoded)
                 else:
                     places.append(place)
                     yield encoded
 
-        for number, result in self.stream(IterableSource(decodable()), **decoding):
+        for number, result in self.stream(IterableSource(decodable()), banned_words=banned_words, **decoding):
             results[places[number]] = result
         return [results[place] for place in range(len(results))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from idefics_cli.generation.engine import Stream
 from idefics_cli.generation.source import IterableSource
 from idefics_cli.processing import EncodedPrompt, collate
 from idefics_cli.prompts import END_OF_UTTERANCE
+from idefics_cli.texts import Finish
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +120,33 @@ def test_captions_are_asked_for_as_the_checkpoint_was_published(
     base: Idefics, instruct: Idefics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = {
-        base: ["Image:", "Caption:"],
-        instruct: ["User:", "Describe the image briefly.", END_OF_UTTERANCE, "\nAssistant:"],
+        base: (
+            "Image:Caption: a man riding a bicycle down a quiet street\n"
+            "Image:Caption: two dogs playing with a ball in the grass\nImage:",
+            "Caption:",
+        ),
+        instruct: ("User:", "Describe the image briefly.", END_OF_UTTERANCE, "\nAssistant:"),
     }
     for model, expected in published.items():
         seen = []
-        monkeypatch.setattr(model, "generate", lambda prompts, seen=seen, **decoding: seen.extend(prompts) or [])
-        model.caption([picture()])
+        encode = model.encoder.encode
+        recording = lambda prompt, encode=encode, seen=seen: seen.append(prompt) or encode(prompt)  # noqa: E731
+        monkeypatch.setattr(model.encoder, "encode", recording)
+        (result,) = model.caption([picture()], max_new_tokens=3)
         (prompt,) = seen
         assert isinstance(prompt[1], torch.Tensor)
-        assert [prompt[0], *prompt[2:]] == expected
+        assert (prompt[0], *prompt[2:]) == expected
+        assert result.text is not None and result.error is None
         monkeypatch.undo()
+
+
+def test_texts_of_captions_and_answers_end_at_the_first_stop_word() -> None:
+    long = Candidate("red\nImage: more", -1.0, 4, (1, 2, 3, 4))
+    finished = Result.of([long, replace(long, text="blue")]).finished(Finish(("Image", "\n")))
+    assert finished.text == "red" and [each.text for each in finished.candidates] == ["red", "blue"]
+    assert finished.token_ids == long.token_ids and finished.score == -1.0
+    failed = Result(error=RowError("image_missing", "no such file"))
+    assert failed.finished(Finish()) == failed
 
 
 def test_captions_from_paths_pictures_and_pixels_are_one(base: Idefics, tmp_path: Path) -> None:
