@@ -54,6 +54,26 @@ def test_caption_folder(tmp_path: Path) -> None:
     assert [json.loads(line)["caption"] for line in piped] == [row["caption"] for row in rows[:3]]
 
 
+def test_questions(tmp_path: Path) -> None:
+    """Both pictures are asked both questions, and every answer that is scored is right."""
+    done = run(["bash", str(EXAMPLES / "questions.sh")], OUTPUT_FOLDER=str(tmp_path))
+    *rows, scores, by_kind = [json.loads(line) for line in done.stdout.splitlines()]
+    right = {number: dict(scene(seed_of(path)).questions) for number, path in enumerate(PICTURES[:2])}
+    assert [row["id"] for row in rows] == [f"{path.name}#{k}" for path in PICTURES[:2] for k in (1, 2)]
+    assert [row["answer"] for row in rows] == [right[number // 2][row["question"]] for number, row in enumerate(rows)]
+    assert scores["rows"] == by_kind["rows"] == 12
+    assert scores["vqa_accuracy"] == by_kind["vqa_accuracy"] == 1.0
+    assert sum(group["rows"] for group in by_kind["groups"].values()) == 12
+
+
+def test_free_prompts() -> None:
+    done = run(["bash", str(EXAMPLES / "free_prompts.sh")])
+    rows = {row["id"]: row["text"] for row in map(json.loads, done.stdout.splitlines())}
+    assert rows["caption"] == scene(seed_of(PICTURES[4])).caption
+    assert rows["two-pictures"] == scene(seed_of(PICTURES[5])).caption
+    assert rows["question"] == scene(seed_of(PICTURES[6])).questions[0][1]
+
+
 def test_python_api() -> None:
     lines = run([sys.executable, str(EXAMPLES / "python_api.py")]).stdout.splitlines()
     assert lines[:-1] == [f"{path.name}: {scene(seed_of(path)).caption}" for path in PICTURES]
