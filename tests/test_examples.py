@@ -58,9 +58,11 @@ def test_questions(tmp_path: Path) -> None:
     """Both pictures are asked both questions, and every answer that is scored is right."""
     done = run(["bash", str(EXAMPLES / "questions.sh")], OUTPUT_FOLDER=str(tmp_path))
     *rows, scores, by_kind = [json.loads(line) for line in done.stdout.splitlines()]
-    right = {number: dict(scene(seed_of(path)).questions) for number, path in enumerate(PICTURES[:2])}
+    shown = [scene(seed_of(path)).objects for path in PICTURES[:2]]
     assert [row["id"] for row in rows] == [f"{path.name}#{k}" for path in PICTURES[:2] for k in (1, 2)]
-    assert [row["answer"] for row in rows] == [right[number // 2][row["question"]] for number, row in enumerate(rows)]
+    leftmost = [min(objects, key=lambda item: item.x) for objects in shown]
+    right = [text for objects, left in zip(shown, leftmost, strict=True) for text in (str(len(objects)), left.color)]
+    assert [row["answer"] for row in rows] == right
     assert scores["rows"] == by_kind["rows"] == 12
     assert scores["vqa_accuracy"] == by_kind["vqa_accuracy"] == 1.0
     assert sum(group["rows"] for group in by_kind["groups"].values()) == 12
