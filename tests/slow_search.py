@@ -6,6 +6,8 @@ A third opinion beside transformers' search and our tensors. The stopping rules 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,12 @@ from idefics_cli.generation.options import DecodingOptions
 
 
 def slow_beam_search(
-    model, row: dict[str, Tensor], options: DecodingOptions, ends: set[int], banned: set[int]
+    model,
+    row: dict[str, Tensor],
+    options: DecodingOptions,
+    ends: set[int],
+    banned: set[int],
+    banned_sequences: Sequence[tuple[int, ...]] = (),
 ) -> list[tuple[float, list[int]]]:
     """(score, token ids with their end token) of the finished texts, best first. `row`: the tensors of one prompt."""
     beams, longest, penalty = options.num_beams, options.max_new_tokens, options.length_penalty
@@ -23,8 +30,9 @@ def slow_beam_search(
         candidates = []
         for score, ids in running:
             log_probabilities = next_log_probabilities(model, row, ids)
-            for token in forbidden(row["input_ids"][0].tolist(), ids, options, ends, banned):
-                log_probabilities[token] = -torch.inf
+            prompt = row["input_ids"][0].tolist()
+            tokens = forbidden(prompt, ids, options, ends, banned) | completing(prompt + ids, banned_sequences)
+            log_probabilities[list(tokens)] = -torch.inf
             candidates += [(score + float(value), [*ids, token]) for token, value in enumerate(log_probabilities)]
         candidates.sort(key=lambda candidate: -candidate[0])
         candidates = candidates[: max(2, 1 + len(ends)) * beams]
@@ -60,6 +68,11 @@ def forbidden(
         starts = range(len(written) - size + 1)
         tokens |= {written[start + size - 1] for start in starts if written[start : start + size - 1] == tail}
     return tokens
+
+
+def completing(written: list[int], banned_sequences: Sequence[tuple[int, ...]]) -> set[int]:
+    """Tokens that would complete a banned sequence."""
+    return {ids[-1] for ids in banned_sequences if tuple(written[len(written) - len(ids) + 1 :]) == ids[:-1]}
 
 
 @torch.no_grad()

@@ -7,12 +7,14 @@ nothing here reads a tensor's value on the host. Tensors in, tensors out: no mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.generation.reference import Vocabulary
 
 NEVER = -1.0e9  # transformers' stand-in for "not a candidate": finite, so that sums of it stay ordered
 
@@ -22,11 +24,14 @@ class BeamRules:
     """What does not change during a run, as tensors on the device.
 
     `forbidden` (vocabulary,) is −inf on tokens that are never written, `ends` (vocabulary,) true on tokens that end a
-    text, `penalties` (max_new_tokens + 1,) is length ** length_penalty.
+    text, `penalties` (max_new_tokens + 1,) is length ** length_penalty. `banned_last` (sequences,) is not written where
+    `banned_start` (sequences, tokens) stands right before it, padded on the left with −1, which any token matches.
     """
 
     options: DecodingOptions
     forbidden: Tensor
+    banned_start: Tensor
+    banned_last: Tensor
     ends: Tensor
     penalties: Tensor
     num_candidates: int
@@ -36,22 +41,51 @@ class BeamRules:
         cls,
         options: DecodingOptions,
         vocab_size: int,
-        end_token_ids: tuple[int, ...],
-        banned_token_ids: tuple[int, ...],
+        vocabulary: Vocabulary,
         device: torch.device | str = "cpu",
     ) -> BeamRules:
+        end_token_ids = vocabulary.end_token_ids
         if options.num_beams == 1:
             # `generate` with one beam is greedy search: its text is over at the first end token, whatever may follow.
             options = replace(options, early_stopping=True)
         forbidden = torch.zeros(vocab_size)
-        forbidden[list(banned_token_ids)] = -torch.inf
+        forbidden[[*vocabulary.banned_token_ids, *single_ids(vocabulary)]] = -torch.inf
+        banned_start, banned_last = (table.to(device) for table in banned_tables(vocabulary.banned_sequences))
         ends = torch.zeros(vocab_size, dtype=torch.bool)
         ends[list(end_token_ids)] = True
         lengths = range(options.max_new_tokens + 1)
         penalties = torch.tensor([float(max(length, 1)) ** options.length_penalty for length in lengths])
         # Even if every beam's best token ends its text, enough candidates are left to go on with.
         num_candidates = max(2, 1 + len(end_token_ids)) * options.num_beams
-        return cls(options, forbidden.to(device), ends.to(device), penalties.to(device), num_candidates)
+        return cls(
+            options,
+            forbidden.to(device),
+            banned_start,
+            banned_last,
+            ends.to(device),
+            penalties.to(device),
+            num_candidates,
+        )
+
+
+def single_ids(vocabulary: Vocabulary) -> list[int]:
+    """Banned sequences of one token. As in transformers, an end token alone is not banned: texts must end."""
+    singles = (sequence[0] for sequence in vocabulary.banned_sequences if len(sequence) == 1)
+    return [token_id for token_id in singles if token_id not in vocabulary.end_token_ids]
+
+
+def banned_tables(banned_sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Sequences of two tokens and more as (sequences, tokens before the last), padded, and (sequences,), the last."""
+    several = [sequence for sequence in banned_sequences if len(sequence) > 1]
+    width = longest_start(banned_sequences)
+    starts = [[-1] * (width + 1 - len(sequence)) + list(sequence[:-1]) for sequence in several]
+    last = [sequence[-1] for sequence in several]
+    return torch.tensor(starts, dtype=torch.long).view(len(several), width), torch.tensor(last, dtype=torch.long)
+
+
+def longest_start(banned_sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens must be known to tell what may not come next."""
+    return max((len(sequence) - 1 for sequence in banned_sequences), default=0)
 
 
 @dataclass(frozen=True)
@@ -108,7 +142,7 @@ def beam_step(
     """Write one token to every beam: logits (rows, beams, vocabulary) -> the next state and each new beam's parent.
 
     Parents are (rows, beams), indices among the row's old beams. `context` (rows, prompt tokens), padded on the left
-    with −1, is what n-gram blocking looks at before the generated tokens.
+    with −1, is what n-gram blocking and banned sequences look at before the generated tokens.
     """
     options = rules.options
     log_probabilities = allowed_log_probabilities(logits, state, rules, context) + state.scores[:, :, None]
@@ -145,34 +179,51 @@ def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules
     if rules.options.no_repeat_ngram_size:
         repeats = repeated_ngrams(state, context, rules)
         log_probabilities = log_probabilities.masked_fill(repeats, -torch.inf)
+    if len(rules.banned_last):
+        log_probabilities = without_banned_ends(log_probabilities, state, rules, context)
     return log_probabilities
+
+
+def without_banned_ends(
+    log_probabilities: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None
+) -> Tensor:
+    """−inf on tokens that would complete a banned sequence."""
+    recent = last_tokens(known_tokens(state, context), state, rules.banned_start.shape[1])  # (rows, beams, tokens)
+    same = (recent[:, :, None] == rules.banned_start) | (rules.banned_start < 0)
+    penalties = torch.zeros(same.shape[:3], device=same.device).masked_fill(same.all(dim=-1), -torch.inf)
+    return log_probabilities.scatter_add(2, rules.banned_last.expand_as(penalties), penalties)
 
 
 def repeated_ngrams(state: BeamState, context: Tensor | None, rules: BeamRules) -> Tensor:
     """(rows, beams, vocabulary): true on tokens that would complete an n-gram which prompt or text holds already."""
     size = rules.options.no_repeat_ngram_size
-    rows, beams, longest = state.tokens.shape
-    context = torch.full((rows, 0), -1, device=state.tokens.device) if context is None else context
-    width = context.shape[1]
-    written = torch.arange(longest, device=state.tokens.device) < state.length[:, None, None]
-    sequence = torch.cat(
-        [context[:, None].expand(-1, beams, -1), state.tokens.masked_fill(~written, -1)], dim=2
-    )  # (rows, beams, width + max_new_tokens), −1 where there is no token
+    sequence = known_tokens(state, context)
+    rows, beams, _ = sequence.shape
     if sequence.shape[2] < size:
         return torch.zeros(rows, beams, rules.ends.shape[0], dtype=torch.bool, device=sequence.device)
     windows = sequence.unfold(2, size, 1)  # (rows, beams, windows, size)
-    recent = (
-        torch.arange(1 - size, 0, device=sequence.device) + 1
-    )  # offsets of the last size − 1 tokens, the last being 0
-    recent = (width + state.length - 1)[:, None] + recent  # (rows, size − 1)
-    inside = (recent >= 0)[:, None]
-    recent = recent.clamp(min=0)[:, None].expand(-1, beams, -1)
-    tail = sequence.gather(2, recent).masked_fill(~inside, -2)  # (rows, beams, size − 1); −2 matches nothing
+    tail = last_tokens(sequence, state, size - 1)
     same = (windows[..., :-1] == tail[:, :, None]).all(dim=-1) & (windows >= 0).all(dim=-1)
     repeats = torch.zeros(rows, beams, rules.ends.shape[0] + 1, dtype=torch.bool, device=sequence.device)
     # Windows that do not match write to a column behind the vocabulary, which is dropped.
     target = torch.where(same, windows[..., -1], rules.ends.shape[0])
     return repeats.scatter(2, target, True)[..., :-1]
+
+
+def known_tokens(state: BeamState, context: Tensor | None) -> Tensor:
+    """Prompt and text, (rows, beams, prompt tokens + max_new_tokens), −1 where there is no token."""
+    rows, beams, longest = state.tokens.shape
+    context = torch.full((rows, 0), -1, device=state.tokens.device) if context is None else context
+    written = torch.arange(longest, device=state.tokens.device) < state.length[:, None, None]
+    return torch.cat([context[:, None].expand(-1, beams, -1), state.tokens.masked_fill(~written, -1)], dim=2)
+
+
+def last_tokens(sequence: Tensor, state: BeamState, count: int) -> Tensor:
+    """The last `count` of `known_tokens`, (rows, beams, count); −2 before the first."""
+    end = sequence.shape[2] - state.tokens.shape[2] + state.length  # (rows,)
+    places = end[:, None] + torch.arange(-count, 0, device=sequence.device)  # (rows, count)
+    found = sequence.gather(2, places.clamp(min=0)[:, None].expand(-1, sequence.shape[1], -1))
+    return found.masked_fill((places < 0)[:, None], -2)
 
 
 def candidates(log_probabilities: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from idefics_cli.errors import IdeficsError
-from idefics_cli.generation.beam import NEVER, BeamRules, BeamState, beam_step
+from idefics_cli.generation.beam import NEVER, BeamRules, BeamState, beam_step, longest_start
 from idefics_cli.generation.cache import (
     BoundedCache,
     DecodeMemory,
@@ -94,9 +94,10 @@ class Engine:
 
         Prompts are numbered from 0 in the order taken. The source is waited for only while there is nothing else to
         do. A prompt that the device's memory does not hold even alone has no hypotheses. `banned_sequences` are as
-        `Vocabulary` has them, for this stream.
+        `Vocabulary` has them, for this stream, beside its own.
         """
-        vocabulary = replace(self.vocabulary, banned_sequences=tuple(map(tuple, banned_sequences)))
+        banned = (*self.vocabulary.banned_sequences, *map(tuple, banned_sequences))
+        vocabulary = replace(self.vocabulary, banned_sequences=banned)
         return Stream(self, options, vocabulary).run(source)
 
     @contextmanager
@@ -236,12 +237,11 @@ class Stream:
         self.engine, self.model, self.options = engine, engine.model, options
         config = engine.model.config
         self.rules = BeamRules.of(
-            options,
-            config.vocab_size + config.additional_vocab_size,
-            vocabulary.end_token_ids,
-            vocabulary.banned_token_ids,
-            engine.model.device,
+            options, config.vocab_size + config.additional_vocab_size, vocabulary, engine.model.device
         )
+        self.context_length = longest_start(vocabulary.banned_sequences)  # of prompts, None for all of it
+        if options.no_repeat_ngram_size:
+            self.context_length = None
         self.num_rows = self.rows_at_first = engine.rows  # fewer where memory has ended
         self.line: list[Waiting] = []
         self.num_taken = 0
@@ -393,12 +393,12 @@ class Stream:
             self.store.take_over(old)
 
     def _context(self, group: list[Waiting]) -> Tensor:
-        """Whole prompts for n-gram blocking, padded on the left with −1; nothing where none is blocked."""
-        if not self.options.no_repeat_ngram_size:
-            return torch.zeros(len(group), 0, dtype=torch.long, device=self.model.device)
-        width = max(len(prompt.input_ids) for prompt in group)
-        rows = [[-1] * (width - len(prompt.input_ids)) + list(prompt.input_ids) for prompt in group]
-        return torch.tensor(rows, device=self.model.device)
+        """What n-gram blocking and banned sequences look at of each prompt, padded on the left with −1."""
+        count = self.context_length
+        ends = [prompt.input_ids if count is None else prompt.input_ids[-count:] if count else () for prompt in group]
+        width = max(map(len, ends))
+        rows = [[-1] * (width - len(ids)) + list(ids) for ids in ends]
+        return torch.tensor(rows, dtype=torch.long, device=self.model.device).view(len(group), width)
 
     # ---- decode
 

@@ -59,7 +59,7 @@ def test_steps_find_what_generate_finds(
 @torch.inference_mode()
 def search(model, inputs: dict, options: DecodingOptions, vocabulary: reference.Vocabulary) -> BeamState:
     """Every step runs the whole forward pass over every beam's whole sequence."""
-    rules = BeamRules.of(options, VOCAB, vocabulary.end_token_ids, vocabulary.banned_token_ids)
+    rules = BeamRules.of(options, VOCAB, vocabulary)
     rows = len(inputs["input_ids"])
     state = BeamState.start(rows, options)
     context = inputs["input_ids"].clone()

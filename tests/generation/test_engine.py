@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from idefics_cli.generation import reference
 from idefics_cli.generation.engine import Engine, Stream, survivors
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis
+from idefics_cli.generation.source import IterableSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.processing import EncodedPrompt
 
@@ -87,6 +89,41 @@ def test_a_third_opinion(prompt, chosen) -> None:
     texts = slow_beam_search(network, tensors_of(prompt), chosen, set(ENDS), {FAKE_ID, IMAGE_ID})
     expected = [Hypothesis(reference.until_end(ids, ENDS), score) for score, ids in texts]
     assert_same(decode(engine(network), [prompt], chosen)[0], expected[: chosen.num_return_sequences])
+
+
+@few
+@given(model, st.lists(prompts(), min_size=1, max_size=4), options(), st.randoms(use_true_random=False))
+def test_banned_sequences_are_not_written(network, some, chosen, chance) -> None:
+    banned = bans_that_bite(some, decode(engine(network), some, chosen), chance)
+    vocabulary = replace(VOCABULARY, banned_sequences=banned)
+    results = sorted(engine(network).stream(IterableSource(some), chosen, banned), key=lambda result: result[0])
+    for prompt, (_, got) in zip(some, results, strict=True):
+        assert_same(got, reference.generate(network, tensors_of(prompt), chosen, vocabulary)[0])
+
+
+@few
+@given(prompts(max_images=1, longest_text=12), options(max_beams=4, longest=5), st.randoms(use_true_random=False))
+def test_a_third_opinion_on_banned_sequences(prompt, chosen, chance) -> None:
+    network = MODELS[0]
+    banned = bans_that_bite([prompt], decode(engine(network), [prompt], chosen), chance)
+    texts = slow_beam_search(network, tensors_of(prompt), chosen, set(ENDS), {FAKE_ID, IMAGE_ID}, banned)
+    expected = [Hypothesis(reference.until_end(ids, ENDS), score) for score, ids in texts]
+    [(_, got)] = engine(network).stream(IterableSource([prompt]), chosen, banned)
+    assert_same(got, expected[: chosen.num_return_sequences])
+
+
+def bans_that_bite(
+    some: list[EncodedPrompt], found: list[list[Hypothesis]], chance: random.Random
+) -> tuple[tuple[int, ...], ...]:
+    """One to four tokens that end in a text which is written where nothing is banned, and may begin in its prompt."""
+    banned = [(7, 8, 9, 10), (ENDS[0],)]
+    for prompt, (best, *_) in zip(some, found, strict=True):
+        written = [*prompt.input_ids, *best.token_ids]
+        if best.token_ids:
+            end = chance.randint(len(prompt.input_ids), len(written) - 1)
+            # Not the very first token: transformers applies no ban that is as long as all that is written.
+            banned.append(tuple(written[max(1, end - chance.randint(0, 3)) : end + 1]))
+    return tuple(banned)
 
 
 @few
