@@ -1,4 +1,4 @@
-"""`Idefics`: captions and texts from Python. A model, its tokenizer and its way with pictures behind three methods.
+"""`Idefics`: captions and texts from Python. A model, its tokenizer and its way with pictures behind a few methods.
 
 A picture that cannot be used, or a prompt that is too long, is a `Result` with an `error`; the others beside it are
 not touched. A caller's mistake (an unknown option, a model that is not there) raises IdeficsError.
@@ -7,7 +7,7 @@ not touched. A caller's mistake (an unknown option, a model that is not there) r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from idefics_cli.checkpoint import (
     resolve_device,
     resolve_dtype,
 )
+from idefics_cli.choices import ChoiceNorm, checked_choices, normalised, require_norm, split_answers, with_answer
 from idefics_cli.data.decoders import PictureDecoders
 from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
 from idefics_cli.data.pixels import ImageProcessor
@@ -31,9 +32,10 @@ from idefics_cli.errors import CheckpointError, IdeficsError, RowError
 from idefics_cli.generation.engine import Engine, rows_that_fit
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis, Vocabulary
+from idefics_cli.generation.scoring import Scoring
 from idefics_cli.generation.source import IterableSource, PromptSource
 from idefics_cli.model.packed import pack_linears
-from idefics_cli.processing import EncodedPrompt, PromptEncoder
+from idefics_cli.processing import EncodedChoices, EncodedPrompt, PromptEncoder
 from idefics_cli.prompts import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
 from idefics_cli.texts import Finish
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 ImageSource = str | os.PathLike | bytes | Image.Image
 PreparedImage = torch.Tensor | RowError
+TOO_LARGE = RowError("out_of_memory", "the device's memory does not hold this prompt alone")
 
 
 @dataclass(frozen=True)
@@ -179,21 +182,24 @@ class Idefics:
         self, prompts: Iterable[Prompt | Sequence | RowError], banned_words: Sequence[str], decoding: dict[str, object]
     ) -> list[Result]:
         options = self._decoding_options(decoding)
-        results: dict[int, Result] = {}
-        places: list[int] = []  # of the prompts that reach the engine
+        encoded = (
+            prompt if isinstance(prompt, RowError) else self.encode(prompt, options.max_new_tokens)
+            for prompt in prompts
+        )
+        return in_order(encoded, lambda source: self.stream(source, banned_words=banned_words, **decoding))
 
-        def decodable() -> Iterator[EncodedPrompt]:
-            for place, prompt in enumerate(prompts):
-                encoded = prompt if isinstance(prompt, RowError) else self.encode(prompt, options.max_new_tokens)
-                if isinstance(encoded, RowError):
-                    results[place] = Result(error=encoded)
-                else:
-                    places.append(place)
-                    yield encoded
+    def score(
+        self, asked: Iterable[tuple[Prompt | Sequence, Sequence[str]]], choice_norm: ChoiceNorm = "none"
+    ) -> list[Result]:
+        """Which of given answers fits best: (prompt, choices) pairs, prompts as `generate` takes them.
 
-        for number, result in self.stream(IterableSource(decodable()), banned_words=banned_words, **decoding):
-            results[places[number]] = result
-        return [results[place] for place in range(len(results))]
+        One Result for each pair, in order: all choices are its candidates, the likeliest first. A score is the sum of
+        the log-probabilities of the choice's tokens ("none"), or that divided by their number ("tokens") or by the
+        length of the choice in UTF-8 ("bytes"); no end of text is among them.
+        """
+        require_norm(choice_norm)
+        encoded = (self.encode_choices(prompt, choices) for prompt, choices in asked)
+        return in_order(encoded, lambda source: self.score_stream(source, choice_norm))
 
     def stream(
         self, source: PromptSource, *, banned_words: Sequence[str] = (), **decoding: object
@@ -208,6 +214,12 @@ class Idefics:
         for number, hypotheses in self.engine.stream(source, self._decoding_options(decoding), banned):
             yield number, self._result(hypotheses)
 
+    def score_stream(self, source: PromptSource, choice_norm: ChoiceNorm = "none") -> Iterator[tuple[int, Result]]:
+        """`score` for what `encode_choices` has made, as it comes: numbers and order are those of `stream`."""
+        require_norm(choice_norm)
+        for number, encoded, log_likelihoods in Scoring(self.engine).run(source):
+            yield number, _choice_result(encoded, log_likelihoods, choice_norm)
+
     def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:
         options = DecodingOptions.from_keywords(decoding)
         room = self.model.config.max_position_embeddings
@@ -219,21 +231,42 @@ class Idefics:
 
     def encode(self, prompt: Prompt | Sequence, max_new_tokens: int) -> EncodedPrompt | RowError:
         """A prompt as `stream` takes it, with room for so many tokens, or why there is none. Safe in many threads."""
-        if isinstance(prompt, (str, bytes)):
-            raise IdeficsError(
-                "a prompt is a sequence of texts and pictures, not one text: write [text] or [picture, text]"
-            )
-        items = tuple(item if isinstance(item, (str, SpecialToken)) else self._picture(item) for item in prompt)
-        error = next((item for item in items if isinstance(item, RowError)), None)
-        if error is not None:
-            return error
+        items = self._items(prompt)
+        if isinstance(items, RowError):
+            return items
         input_ids = self.encoder.encode(items)
         longest = self.model.config.max_position_embeddings - max_new_tokens
         if len(input_ids) > longest:
             return RowError(
                 "prompt_too_long", f"{len(input_ids)} tokens, and the model takes {longest} before its answer"
             )
-        return EncodedPrompt(input_ids, tuple(item for item in items if isinstance(item, torch.Tensor)))
+        return EncodedPrompt(input_ids, _pixels_of(items))
+
+    def encode_choices(self, prompt: Prompt | Sequence, choices: Sequence[str]) -> EncodedChoices | RowError:
+        """A prompt with the answers to choose from, as `score_stream` takes it. Safe in many threads.
+
+        Prompt and choice are tokenised as one text, with a blank between them.
+        """
+        items, checked = self._items(prompt), checked_choices(choices)
+        for value in (items, checked):
+            if isinstance(value, RowError):
+                return value
+        prompt_ids = self.encoder.encode(items)
+        answered = [self.encoder.encode(with_answer(items, choice)) for choice in checked]
+        longest, room = max(map(len, answered)), self.model.config.max_position_embeddings
+        if longest > room:
+            return RowError("prompt_too_long", f"{longest} tokens with the longest choice, and the model takes {room}")
+        common, choice_ids = split_answers(prompt_ids, answered)
+        return EncodedChoices(prompt_ids[:common], _pixels_of(items), choices=checked, choice_ids=tuple(choice_ids))
+
+    def _items(self, prompt: Prompt | Sequence) -> Prompt | RowError:
+        """The prompt with its pictures prepared."""
+        if isinstance(prompt, (str, bytes)):
+            raise IdeficsError(
+                "a prompt is a sequence of texts and pictures, not one text: write [text] or [picture, text]"
+            )
+        items = tuple(item if isinstance(item, (str, SpecialToken)) else self._picture(item) for item in prompt)
+        return next((item for item in items if isinstance(item, RowError)), items)
 
     def _picture(self, image: ImageSource | PreparedImage) -> PreparedImage:
         if isinstance(image, RowError):
@@ -247,12 +280,47 @@ class Idefics:
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
         if not hypotheses:
-            return Result(error=RowError("out_of_memory", "the device's memory does not hold this prompt alone"))
+            return Result(error=TOO_LARGE)
         return Result.of([self._candidate(hypothesis) for hypothesis in hypotheses])
 
     def _candidate(self, hypothesis: Hypothesis) -> Candidate:
         token_ids = hypothesis.token_ids
         return Candidate(self.encoder.decode(token_ids), hypothesis.score, len(token_ids), token_ids)
+
+
+def in_order(
+    encoded: Iterable[EncodedPrompt | RowError], stream: Callable[[PromptSource], Iterator[tuple[int, Result]]]
+) -> list[Result]:
+    """One Result for each prompt, in their order; what could not be encoded passes `stream` by."""
+    results: dict[int, Result] = {}
+    places: list[int] = []  # of the prompts that reach the stream
+
+    def usable() -> Iterator[EncodedPrompt]:
+        for place, prompt in enumerate(encoded):
+            if isinstance(prompt, RowError):
+                results[place] = Result(error=prompt)
+            else:
+                places.append(place)
+                yield prompt
+
+    for number, result in stream(IterableSource(usable())):
+        results[places[number]] = result
+    return [results[place] for place in range(len(results))]
+
+
+def _pixels_of(items: Prompt) -> tuple[torch.Tensor, ...]:
+    return tuple(item for item in items if isinstance(item, torch.Tensor))
+
+
+def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], norm: ChoiceNorm) -> Result:
+    """The likeliest first; of equals the one that was named first."""
+    if not log_likelihoods:
+        return Result(error=TOO_LARGE)
+    candidates = [
+        Candidate(text, normalised(log_likelihood, text, len(ids), norm), len(ids), ids)
+        for text, ids, log_likelihood in zip(encoded.choices, encoded.choice_ids, log_likelihoods, strict=True)
+    ]
+    return Result.of(sorted(candidates, key=lambda candidate: -candidate.score))
 
 
 def _require_vocabulary(encoder: PromptEncoder, size: int) -> None:

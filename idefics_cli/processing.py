@@ -209,6 +209,22 @@ class EncodedPrompt:
         assert len(self.image_keys) == len(self.pixels), (len(self.image_keys), len(self.pixels))
 
 
+@dataclass(frozen=True)
+class EncodedChoices(EncodedPrompt):
+    """A prompt and the answers to choose from: their texts, and the token ids of each behind `input_ids`.
+
+    `input_ids` are what all of them have in common, which may be a little less than the prompt.
+    """
+
+    choices: tuple[str, ...] = ()
+    choice_ids: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert len(self.choices) == len(self.choice_ids) > 0, (self.choices, self.choice_ids)
+        assert all(self.choice_ids), self.choice_ids
+
+
 def content_key(pixels: torch.Tensor) -> bytes:
     """Equal for equal pixels."""
     data = pixels.contiguous().cpu().numpy()
