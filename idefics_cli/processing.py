@@ -118,18 +118,6 @@ class PromptEncoder:
         literal = (NOT_TEXT.sub(REPLACEMENT, word) for word in words)
         return tuple(dict.fromkeys(tuple(self._twin.encode(word, add_special_tokens=False).ids) for word in literal))
 
-    def token_ids_holding(self, words: Collection[str]) -> tuple[int, ...]:
-        """The tokens whose own text holds one of the words: a text with such a token in it holds the word for certain.
-
-        The reverse is not so, since a word can be spelled out by several tokens.
-        """
-        ordinary = [
-            token_id for token_id in range(self._tokenizer.get_vocab_size()) if token_id not in self._special_ids
-        ]
-        texts = self._tokenizer.decode_batch([[token_id] for token_id in ordinary], skip_special_tokens=False)
-        found = zip(ordinary, texts, strict=True)
-        return tuple(token_id for token_id, text in found if any(word in text for word in words))
-
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated ids, stripped, special tokens left out."""
         text_ids = [int(token_id) for token_id in token_ids if int(token_id) not in self._special_ids]

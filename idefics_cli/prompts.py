@@ -336,20 +336,6 @@ def shot_answer(task: str, references: Sequence[str]) -> str:
     return Counter(references).most_common(1)[0][0] if task == "vqa" else references[0]
 
 
-def num_fitting_shots(shot_lengths: Sequence[int], query_length: int, limit: int) -> int:
-    """How many of the last shots fit before the query: the furthest, which stand first, are dropped first.
-
-    Lengths and `limit` are in tokens; `query_length` counts everything that is no shot. 0 does not say that the query
-    alone fits.
-    """
-    room = limit - query_length
-    for kept, length in enumerate(reversed(shot_lengths)):
-        room -= length
-        if room < 0:
-            return kept
-    return len(shot_lengths)
-
-
 def merge_texts(items: Iterable[Any]) -> Prompt:
     """The items with neighbouring texts joined and empty ones left out."""
     merged: list[Any] = []

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from real_llama import RealLlama, fetch_real_llama
 
 from idefics_cli.data.images import ImageLimits, load_image
 from idefics_cli.errors import RowError
@@ -128,3 +129,9 @@ def photos(tmp_path: Path) -> Path:
         save_picture(folder / name, i)
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_llama(tmp_path_factory: pytest.TempPathFactory) -> RealLlama:
+    """LLaMA's own vocabulary; tests that ask for it are skipped where it cannot be had."""
+    return fetch_real_llama(tmp_path_factory.mktemp("npm"))

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import random
-import re
-import shutil
-import struct
-import subprocess
-import tarfile
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +15,6 @@ from PIL import Image
 from tiny_tokenizers import (
     BASE_TOKENS,
     INSTRUCT_TOKENS,
-    NAMED,
     llama_tokenizer,
     save_sentencepiece_folder,
     verbatim_tokenizer,
@@ -184,36 +177,9 @@ def check_like_a_checkpoint(tokenizer) -> None:
     ]
 
 
-@pytest.fixture(scope="module")
-def real_llama(tmp_path_factory):
-    """LLaMA's own vocabulary and merges, from a package that carries them."""
-    folder = tmp_path_factory.mktemp("npm")
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    command = ["npm", "pack", "llama-tokenizer-js@1.2.2", "--silent"]
-    try:
-        subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=True)
-    except (subprocess.SubprocessError, OSError) as error:
-        pytest.skip(f"llama-tokenizer-js cannot be had here: {error}")
-    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        source = archive.extractfile("package/llama-tokenizer.js").read().decode()
-    return llama_vocabulary(source)
-
-
-def llama_vocabulary(source: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The package's two base64 strings: names, a line each; and pairs of 16-bit ids, a merge each."""
-    names_text, merges_text = (base64.b64decode(text) for text in re.findall(r'["\'`]([A-Za-z0-9+/=]{10000,})', source))
-    names = names_text.decode().split("\n")
-    ids = struct.unpack(f"<{len(merges_text) // 2}H", merges_text)
-    merges = [(names[left], names[right]) for left, right in zip(ids[::2], ids[1::2], strict=True)]
-    return {name: index for index, name in enumerate(names)}, merges
-
-
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_real_llama_tokenizer(real_llama, legacy):
-    vocab, merges = real_llama
-    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, padding_side="left", **NAMED)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(INSTRUCT_TOKENS)})
+    tokenizer = real_llama.tokenizer(legacy)
     encoder = PromptEncoder(tokenizer)
     assert (encoder.bos_token_id, encoder.eos_token_id, encoder.pad_token_id) == (1, 2, 0)
     assert (encoder.fake_token_id, encoder.image_token_id, encoder.end_token_ids) == (32000, 32001, (2, 32002))
