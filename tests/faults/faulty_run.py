@@ -1,0 +1,141 @@
+"""The command line with a fake captioner and, if wanted, a fault at the n-th call of the system that changes a file.
+
+`main` does not return: it is for a process of its own. As a script: FAKE in the environment holds the fields of
+`Settings` as JSON, the arguments are those of the command line.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import FakeCaptioner
+
+from idefics_cli import asking, cli, run  # noqa: F401 (the slow imports, done once where processes are forked)
+from idefics_cli.data import formats, writers
+
+COMMIT_ROWS = 20
+CALLS = ("write", "fsync", "ftruncate", "rename", "unlink")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at the `number`-th of the `calls`, counted from 1 (with `for_ever`, at those behind it too).
+
+    `kill` is before the call; `torn` is a kill when half of it is written, `half` a full disk with half of it written.
+    `fired` is a file that is made when the fault happens.
+    """
+
+    number: int
+    action: Literal["kill", "torn", "full", "half", "io", "interrupt", "terminate"]
+    fired: str
+    calls: tuple[str, ...] = CALLS
+    for_ever: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`delay`: seconds for each batch; `file_limit`: bytes that a file may have; `model`: what its digest is."""
+
+    delay: float = 0.0
+    batch_size: int = 4
+    commit_rows: int = COMMIT_ROWS
+    commit_seconds: float = 60.0
+    file_limit: int | None = None
+    weights: str | None = "fake"
+    fault: Fault | None = None
+
+
+class Shim:
+    """Stands in for the calls of the system, and counts them."""
+
+    def __init__(self, fault: Fault) -> None:
+        self._fault, self._count, self._counting = fault, 0, threading.Lock()
+        self._real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in CALLS}
+
+    def install(self) -> None:
+        for name in self._fault.calls:
+            setattr(os, name, self._stand_in(name))
+        formats.open = self._open  # type: ignore[attr-defined]
+
+    def _stand_in(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self._is_due():
+                self._fire(name, arguments)
+            return self._real[name](*arguments, **options)
+
+        return call
+
+    def _open(self, path: Any, mode: str = "r", **options: Any) -> Any:
+        """Python's own buffered files write past `os.write`."""
+        if mode != "wb":
+            return builtins.open(path, mode, **options)
+        shim = self
+
+        class File(io.FileIO):
+            def write(self, data: Any) -> int:
+                return os.write(self.fileno(), data) if "write" in shim._fault.calls else super().write(data)
+
+        return io.BufferedWriter(File(path, "wb"))
+
+    def _is_due(self) -> bool:
+        with self._counting:
+            self._count += 1
+            return self._count == self._fault.number or (self._fault.for_ever and self._count > self._fault.number)
+
+    def _fire(self, name: str, arguments: tuple[Any, ...]) -> None:
+        action = self._fault.action
+        os.close(os.open(self._fault.fired, os.O_CREAT | os.O_WRONLY))
+        if action in ("torn", "half") and name == "write":
+            file, data = arguments
+            self._real["write"](file, bytes(data)[: len(data) // 2])
+        if action in ("kill", "torn"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if action in ("interrupt", "terminate"):
+            os.kill(os.getpid(), signal.SIGINT if action == "interrupt" else signal.SIGTERM)
+            return
+        code = errno.EIO if action == "io" else errno.ENOSPC
+        raise OSError(code, os.strerror(code))
+
+
+def main(arguments: list[str], settings: Settings) -> NoReturn:
+    writers.COMMIT_ROWS, writers.COMMIT_SECONDS = settings.commit_rows, settings.commit_seconds
+    if settings.file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (settings.file_limit, settings.file_limit))
+    if settings.fault is not None:
+        Shim(settings.fault).install()
+    cli.check_model = lambda request: settings.weights
+    cli.load_model = lambda request, batch_size: FakeCaptioner(batch_size or settings.batch_size, delay=settings.delay)
+    sys.argv = ["idefics", *arguments]
+    cli.main()
+    raise AssertionError("the command line came back")
+
+
+def main_in_session(arguments: list[str], settings: Settings, stdout: str, stderr: str) -> NoReturn:
+    """The same in a process group of its own, with these files for its streams."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that nothing has forked
+    for number, path in (1, stdout), (2, stderr):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    main(arguments, settings)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], Settings(**json.loads(os.environ.get("FAKE", "{}"))))

@@ -1,0 +1,183 @@
+"""Runs with faults, and the oracle that says whether all their rows came out.
+
+A run is a process forked from one that has imported everything, so that fifty of them take seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import expected_text, save_picture
+from faulty_run import Fault, Settings, main_in_session
+
+KILLED = -signal.SIGKILL
+BROKEN_EACH = 17
+RECORDS = {".jsonl": (".run",), ".parquet": ()}  # what stands beside a finished file
+
+
+@cache
+def forks() -> ForkServerContext:
+    """Whose server has imported what a run needs; it is found by the environment only."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        forkserver.ensure_running()
+    return context
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def said(self) -> str:
+        """The one line on stderr."""
+        (line,) = self.stderr.splitlines()
+        return line
+
+
+@dataclass(frozen=True)
+class Started:
+    process: BaseProcess
+    folder: Path
+
+    def send(self, number: int) -> None:
+        """To the whole group. One that has not begun is no group yet."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            self.process.join(0)
+            if self.process.exitcode is None:
+                os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float = 60) -> Ended:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running after {seconds} s"
+        texts = [path.read_text() if path.exists() else "" for path in (self.folder / "stdout", self.folder / "stderr")]
+        return Ended(self.process.exitcode, *texts)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder of pictures, a few of them broken, and where their captions go."""
+
+    folder: Path
+    output: Path
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / "pictures"
+
+    @property
+    def part(self) -> Path:
+        return self.output.with_name(self.output.name + ".part")
+
+    def start(self, *options: str, settings: Settings = Settings()) -> Started:
+        arguments = ["caption", str(self.pictures), "-o", str(self.output), "--workers", "2", *options]
+        streams = self.folder / f"streams-{time.monotonic_ns()}"
+        streams.mkdir()
+        process = forks().Process(
+            target=main_in_session, args=(arguments, settings, str(streams / "stdout"), str(streams / "stderr"))
+        )
+        process.start()
+        return Started(process, streams)
+
+    def run(self, *options: str, settings: Settings = Settings()) -> Ended:
+        return self.start(*options, settings=settings).wait()
+
+    def run_with_fault(self, number: int, action: Any, *options: str, **fault: Any) -> Ended | None:
+        """None: the run has fewer calls than that, and is not disturbed."""
+        fired = self.folder / "fired"
+        fired.unlink(missing_ok=True)
+        settings = Settings(fault=Fault(number, action, str(fired), **fault))
+        ended = self.run(*options, settings=settings)
+        return ended if fired.exists() else None
+
+    def wait_for_rows(self, number: int) -> None:
+        wait_for(lambda: self.part.exists() and self.part.read_bytes().count(b"\n") > number)
+
+    def clear(self) -> None:
+        for path in self.output.parent.iterdir():
+            path.unlink()
+
+    def rows(self) -> list[dict[str, Any]]:
+        if self.output.suffix == ".jsonl":
+            return [json.loads(line) for line in self.output.read_bytes().splitlines()]
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.output).to_pylist()
+
+    def verify(self, prefix: str = "") -> None:
+        """The oracle: each picture has its row, in order, with its text or a reason; nothing else is left over."""
+        expected = expected_rows(self.pictures)
+        found = [(row["id"], row["caption"], (row["error"] or "").split(":")[0]) for row in self.rows()]
+        assert found == [(name, text and prefix + text, error) for name, text, error in expected]
+        left = {path.name for path in self.output.parent.iterdir()}
+        assert left == {self.output.name + suffix for suffix in ("", *RECORDS[self.output.suffix])}
+
+
+def expected_rows(pictures: Path) -> list[tuple[str, str | None, str]]:
+    """Worked out from the pictures, without a run."""
+    return [(path.name, *expected_outcome(path.read_bytes(), path)) for path in sorted(pictures.glob("*.png"))]
+
+
+_known: dict[bytes, tuple[str | None, str]] = {}
+
+
+def expected_outcome(data: bytes, path: Path) -> tuple[str | None, str]:
+    if data not in _known:
+        _known[data] = (None, "image_unreadable") if data == b"broken" else (expected_text(path), "")
+    return _known[data]
+
+
+def make_bench(folder: Path, number: int, suffix: str, output: Path | None = None) -> Bench:
+    bench = Bench(folder, output or folder / "out" / f"f{suffix}")
+    bench.output.parent.mkdir(parents=True, exist_ok=True)
+    bench.pictures.mkdir(parents=True)
+    for i in range(number):
+        path = bench.pictures / f"{i:04}.png"
+        if i % BROKEN_EACH == 5:
+            path.write_bytes(b"broken")
+        else:
+            save_picture(path, i)
+    return bench
+
+
+def mend_pictures(bench: Bench) -> None:
+    for i, path in enumerate(sorted(bench.pictures.glob("*.png"))):
+        if path.read_bytes() == b"broken":
+            save_picture(path, i)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def until_untouched(run: Callable[[int], Ended | int | None], numbers: Iterable[int] | None = None) -> int:
+    """Call `run` with 1, 2, ... until it is not disturbed any more, or with `numbers`; how often it was."""
+    disturbed = 0
+    for number in numbers or range(1, 10_000):
+        if run(number) is None:
+            break
+        disturbed += 1
+    return disturbed

@@ -1,0 +1,221 @@
+"""Runs that are killed: at random moments, and at every call of the system that changes a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from faulty_run import COMMIT_ROWS, Settings
+from runs import (
+    BROKEN_EACH,
+    KILLED,
+    Bench,
+    Ended,
+    expected_rows,
+    make_bench,
+    mend_pictures,
+    until_untouched,
+    wait_for,
+)
+
+SCRIPT = Path(__file__).with_name("faulty_run.py")
+ROWS = 200
+MOST_CALLS = 60
+SLOW_ROWS = Settings(delay=0.01, batch_size=2, commit_rows=5)
+LONGEST_WAIT = 0.25  # in which that many rows may come out at the most:
+ROWS_PER_KILL = round(LONGEST_WAIT / SLOW_ROWS.delay * SLOW_ROWS.batch_size)
+
+both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+# ---- at random moments
+
+
+@both_formats
+@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=slow)])
+def test_kills_at_random_moments_lose_and_repeat_nothing(tmp_path: Path, suffix: str, kills: int) -> None:
+    bench = make_bench(tmp_path, kills * ROWS_PER_KILL, suffix)
+    moments = random.Random(kills)
+    for number in range(kills):
+        run = bench.start(settings=SLOW_ROWS)
+        wait_longest = LONGEST_WAIT
+        if number % 2:  # every other one when rows have come
+            wait_for(lambda size=size_of(bench.part): size_of(bench.part) > size)
+            wait_longest = 0.05
+        time.sleep(moments.uniform(0, wait_longest))
+        run.send(signal.SIGKILL)
+        assert run.wait().code == KILLED
+        assert not bench.output.exists()
+    last = bench.run()
+    assert last.code == 3 and "by an earlier run" in last.stderr
+    bench.verify()
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+# ---- at every call
+
+
+def a_sample(step: int) -> list[int]:
+    return list(range(1, MOST_CALLS, step))
+
+
+@both_formats
+@pytest.mark.parametrize("action", ["kill", "torn"])
+@pytest.mark.parametrize("numbers", [a_sample(5), pytest.param(None, marks=slow)], ids=["sample", "all"])
+def test_a_kill_at_each_call(tmp_path: Path, suffix: str, action: str, numbers: list[int] | None) -> None:
+    bench = make_bench(tmp_path, ROWS, suffix)
+
+    def killed_and_run_again(number: int) -> Ended | None:
+        bench.clear()
+        ended = bench.run_with_fault(number, action)
+        if ended is not None:
+            assert ended.code == KILLED
+            assert bench.run().code == 3
+            bench.verify()
+        return ended
+
+    disturbed = until_untouched(killed_and_run_again, numbers)
+    appends = ROWS // COMMIT_ROWS
+    assert disturbed > 2 * appends if numbers is None else disturbed >= 5
+
+
+@both_formats
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize("threads", ["all", "main"])
+@pytest.mark.parametrize("numbers", [[1, 4], pytest.param(None, marks=slow)], ids=["sample", "all"])
+def test_a_kill_at_each_system_call(tmp_path: Path, suffix: str, threads: str, numbers: list[int] | None) -> None:
+    """Calls are counted in each thread by itself: where all are followed, the one that writes rows comes first."""
+    bench = make_bench(tmp_path, ROWS, suffix)
+
+    def killed_and_run_again(number: int) -> int | None:
+        bench.clear()
+        code = run_in_strace(bench, number, follow=threads == "all")
+        assert code in (KILLED, 3), f"ended with {code}"
+        if code == KILLED:
+            assert bench.run().code == 3
+        bench.verify()
+        return code if code == KILLED else None
+
+    assert until_untouched(killed_and_run_again, numbers) >= 2
+
+
+def run_in_strace(bench: Bench, number: int, follow: bool) -> int:
+    """The exit code of a run that the kernel kills at its `number`-th call on one of the output's files."""
+    calls = "/^(write|fsync|ftruncate|rename.*|unlink.*)$"
+    names = [str(bench.output) + end for end in ("", ".part", ".tmp", ".run", ".run.tmp")]
+    watched = [argument for name in names for argument in ("-P", name)]
+    inject = f"inject={calls}:signal=KILL:when={number}"
+    command = ["strace", *["-f"] * follow, "-qq", "-o", "/dev/null", *watched, "-e", f"trace={calls}", "-e", inject]
+    run = [sys.executable, SCRIPT, "caption", bench.pictures, "-o", bench.output, "--workers", "2"]
+    environment = {**os.environ, "FAKE": json.dumps(asdict(Settings()))}
+    return subprocess.run([*command, *run], env=environment, capture_output=True, timeout=60).returncode
+
+
+# ---- with the options that change what is there
+
+
+@both_formats
+@pytest.mark.parametrize("numbers", [a_sample(4), pytest.param(None, marks=slow)], ids=["sample", "all"])
+def test_kills_while_failed_rows_are_done_again(tmp_path: Path, suffix: str, numbers: list[int] | None) -> None:
+    bench = make_bench(tmp_path, ROWS, suffix)
+    assert bench.run().code == 3
+    failed = bench.rows()
+    finished = shutil.copytree(bench.output.parent, tmp_path / "finished")
+    mend_pictures(bench)
+
+    def killed_and_run_again(number: int) -> Ended | None:
+        bench.clear()
+        shutil.copytree(finished, bench.output.parent, dirs_exist_ok=True)
+        ended = bench.run_with_fault(number, "kill", "--retry-errors")
+        if ended is not None:
+            assert ended.code == KILLED
+            assert bench.rows() == failed or all(row["error"] is None for row in bench.rows())
+            assert bench.run("--retry-errors").code == 0
+            bench.verify()
+        return ended
+
+    assert until_untouched(killed_and_run_again, numbers) >= 2
+
+
+@both_formats
+@pytest.mark.parametrize("numbers", [a_sample(9), pytest.param(None, marks=slow)], ids=["sample", "all"])
+def test_kills_while_a_result_is_replaced(tmp_path: Path, suffix: str, numbers: list[int] | None) -> None:
+    """What stands under the final name is the old result or the new one, and never a part of either."""
+    bench = make_bench(tmp_path, ROWS, suffix)
+    assert bench.run().code == 3
+    new = bench.rows()
+    bench.clear()
+    assert bench.run("--prefix", "old ").code == 3
+    old = bench.rows()
+    finished = shutil.copytree(bench.output.parent, tmp_path / "finished")
+
+    def killed_and_run_again(number: int) -> Ended | None:
+        bench.clear()
+        shutil.copytree(finished, bench.output.parent, dirs_exist_ok=True)
+        ended = bench.run_with_fault(number, "kill", "--overwrite")
+        if ended is not None:
+            assert ended.code == KILLED
+            assert bench.rows() in (old, new)
+            assert bench.run(*([] if has_begun(bench) else ["--overwrite"])).code == 3
+            bench.verify()
+        return ended
+
+    assert until_untouched(killed_and_run_again, numbers) >= 3
+
+
+def has_begun(bench: Bench) -> bool:
+    """Whether the run that replaces a result has said of what it is: then it goes on by itself."""
+    return b"old " not in bench.part.read_bytes() and bench.part.stat().st_size > 0
+
+
+@pytest.mark.parametrize("step", [30, pytest.param(1, marks=slow)])
+def test_kills_while_texts_are_written_beside_the_pictures(tmp_path: Path, step: int) -> None:
+    bench = make_bench(tmp_path, ROWS, ".jsonl")
+
+    def killed_and_run_again(number: int) -> Ended | None:
+        bench.clear()
+        for path in texts_beside(bench):
+            path.unlink()
+        ended = bench.run_with_fault(number, "kill", "--sidecar")
+        if ended is not None:
+            assert ended.code == KILLED
+            assert bench.run("--sidecar").code == 3
+            bench.verify()
+            expected = {f"{Path(name).stem}.txt": text for name, text, _ in expected_rows(bench.pictures) if text}
+            assert {path.name: path.read_text().rstrip("\n") for path in texts_beside(bench)} == expected
+        return ended
+
+    assert until_untouched(killed_and_run_again, range(1, 10_000, step)) > ROWS // step
+
+
+def texts_beside(bench: Bench) -> list[Path]:
+    return [path for path in bench.pictures.iterdir() if path.suffix != ".png"]
+
+
+@both_formats
+def test_kills_of_runs_that_stop_at_many_errors(tmp_path: Path, suffix: str) -> None:
+    bench = make_bench(tmp_path, ROWS, suffix)
+    options = "--max-errors", "2"
+    for number in (9, 4, 1, 2, 3):
+        ended = bench.run_with_fault(number, "kill", *options)
+        assert ended is not None and ended.code == KILLED
+    for _ in range(ROWS // BROKEN_EACH):
+        ended = bench.run(*options)
+        assert ended.code == 3
+        assert bench.output.exists() != ("Stopped early" in ended.stderr)
+        if bench.output.exists():
+            break
+    bench.verify()
