@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from idefics_cli import cli
 from idefics_cli.data.readers import open_inputs
+from idefics_cli.data.rows import ReadOptions
 
 
 def idefics(*arguments: str | Path) -> Result:
@@ -99,7 +100,7 @@ def test_a_random_model_captions_what_it_is_given(whole: Path, photos: Path, tmp
 def test_pillows_own_test_images_run_through(tmp_path: Path) -> None:
     """Some hundreds of files, many of them broken on purpose: one row for each, with a caption or a reason."""
     folder = sdist("pillow", metadata.version("pillow")) / "Tests" / "images"
-    expected = [row.id for row in open_inputs([str(folder)]).rows]
+    expected = [row.id for row in open_inputs([str(folder)], ReadOptions()).rows]
     assert len(expected) > 500
     result = idefics("caption", folder, "-m", "demo", "-o", tmp_path / "f.jsonl", "--num-beams", "1")
     assert result.exit_code == 3, result.stderr

@@ -13,7 +13,6 @@ import csv
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -171,9 +170,15 @@ def run_once(manifest: str, output: str, stop_at: int | None) -> dict[str, Any]:
         "seconds": seconds,
         "first_row_seconds": watch.first_row,
         "rows_per_second": (stats.rows - stats.resumed) / seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "peak_bytes": peak_bytes() - before,
         "bytes_by_rows": {rows: memory - before for rows, memory in watch.memory.items()},
     }
+
+
+def peak_bytes() -> int:
+    """The most that this process has held. (`ru_maxrss` would count what its parent held when it was started.)"""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 # ---- all runs, each in a process of its own

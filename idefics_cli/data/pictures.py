@@ -59,7 +59,7 @@ class LocalRoot:
 
     def _leaves(self, path: str) -> bool:
         folder, name = os.path.split(path)
-        if name in ("", ".", "..") or os.path.islink(path):
+        if name in ("", ".") or ".." in path or os.path.islink(path):
             real = os.path.realpath(path)
         else:
             real = f"{self._real_folder(folder)}/{name}"
