@@ -50,16 +50,16 @@ class LocalRoot:
         refusal = _refuse_path(path)
         if refusal:
             return refusal
-        full = os.path.join(self._folder, path)
-        if self._leaves(full):
+        source = Path(self._folder, path)
+        if self._leaves(str(source)):
             return RowError(
                 "image_not_allowed", f"{shown(path)} leads out of the image root {shown(self._folder or '.')}"
             )
-        return Path(full)
+        return source
 
     def _leaves(self, path: str) -> bool:
         folder, name = os.path.split(path)
-        if name in ("", ".") or ".." in path or os.path.islink(path):
+        if name == "." or ".." in path or os.path.islink(path):
             real = os.path.realpath(path)
         else:
             real = f"{self._real_folder(folder)}/{name}"
