@@ -2,8 +2,9 @@
 
 Manifests of so many rows are made in a temporary folder, and each is run through reader, pipeline, journal and writer
 in a process of its own, with a model and pictures that cost nothing. Told are rows per second, when the first row was
-safe, and the peak of memory over what the imports take; then the same for a run that an earlier one has half done.
-One JSON line on stdout.
+written, and memory over what the imports take: its peak, and what was held after each 100,000 rows; then the same for a
+run that an earlier one has half done. Last come a Parquet file of pictures' bytes and a folder of files. One JSON line
+on stdout.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from idefics_cli.prompts import PromptOptions
 from idefics_cli.run import Loader, Run, RunOptions
 
 FORMATS = ("jsonl", "csv", "parquet")
+SUBJECTS = (*FORMATS, "pictures", "folder")
 PICTURE_BYTES = 50_000  # of each picture in the Parquet file of pictures
 CHUNK_ROWS = 10_000
 
@@ -118,6 +120,15 @@ def make_pictures(path: Path, num_rows: int) -> None:
     pq.write_table(table, path, row_group_size=num_rows, compression="none")
 
 
+def make_folder(path: Path, num_files: int) -> None:
+    """Files of no bytes, a thousand in each folder below `path`."""
+    for number in range(num_files):
+        folder = path / f"{number // 1000:03}"
+        if number % 1000 == 0:
+            folder.mkdir(parents=True)
+        (folder / f"{number:09}.jpg").touch()
+
+
 # ---- one run, in this process
 
 
@@ -190,27 +201,39 @@ def in_a_process(manifest: Path, output: Path, stop_at: int | None = None) -> di
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def measure(folder: Path, num_rows: int, num_pictures: int) -> dict[str, Any]:
+def measure(folder: Path, subjects: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
-    for suffix in FORMATS:
-        manifest = folder / f"rows.{suffix}"
-        make_manifest(manifest, num_rows)
-        output = folder / f"{suffix}.{'parquet' if suffix == 'parquet' else 'jsonl'}"
-        report[suffix] = say(suffix, in_a_process(manifest, output))
-        output.unlink()
-        in_a_process(manifest, output, stop_at=num_rows // 2)
-        report[f"{suffix}, half done"] = say(f"{suffix}, half done", in_a_process(manifest, output))
-        output.unlink()
-        manifest.unlink()
-    make_pictures(folder / "pictures.parquet", num_pictures)
-    report["pictures"] = say("pictures", in_a_process(folder / "pictures.parquet", folder / "pictures.jsonl"))
+    for subject in subjects:
+        if subject in FORMATS:
+            report |= measure_manifest(folder, subject, options.rows)
+            continue
+        place = folder / ("files" if subject == "folder" else "pictures.parquet")
+        make, size = (make_folder, options.files) if subject == "folder" else (make_pictures, options.pictures)
+        make(place, size)
+        report[subject] = say(subject, in_a_process(place, folder / f"{subject}.jsonl"))
+    return report
+
+
+def measure_manifest(folder: Path, suffix: str, num_rows: int) -> dict[str, Any]:
+    """A whole run, then the second half of one."""
+    manifest = folder / f"rows.{suffix}"
+    make_manifest(manifest, num_rows)
+    outputs = [folder / f"{name}.{'parquet' if suffix == 'parquet' else 'jsonl'}" for name in ("whole", "halves")]
+    report = {suffix: say(suffix, in_a_process(manifest, outputs[0]))}
+    in_a_process(manifest, outputs[1], stop_at=num_rows // 2)
+    report[f"{suffix}, half done"] = say(f"{suffix}, half done", in_a_process(manifest, outputs[1]))
+    assert outputs[0].read_bytes() == outputs[1].read_bytes(), f"{suffix}: a halved run wrote something else"
+    for path in (manifest, *outputs):
+        path.unlink()
     return report
 
 
 def say(name: str, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    kept = [f"{memory / 1e6:.0f} MB at {int(rows):,} rows" for rows, memory in found["bytes_by_rows"].items()]
     print(
         f"{name}: {found['rows']} rows in {found['seconds']:.1f} s, {found['rows_per_second']:,.0f} rows/s, first row"
-        f" after {found['first_row_seconds']:.2f} s, peak {found['peak_bytes'] / 1e6:.0f} MB over the imports",
+        f" after {found['first_row_seconds']:.2f} s, peak {found['peak_bytes'] / 1e6:.0f} MB over the imports"
+        + "".join(f", {text}" for text in dict.fromkeys(kept[:1] + kept[-1:])),
         file=sys.stderr,
     )
     return found
@@ -220,6 +243,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pictures", type=int, default=10_000, help="of 50 kB each, in one row group")
+    parser.add_argument("--files", type=int, default=50_000, help="in the folder")
+    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=SUBJECTS)
     parser.add_argument("--run", nargs=2, metavar=("MANIFEST", "OUTPUT"), help="one run in this process")
     parser.add_argument("--stop-at", type=int)
     options = parser.parse_args()
@@ -227,7 +252,7 @@ def main() -> None:
         print(json.dumps(run_once(*options.run, options.stop_at)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder), options.rows, options.pictures)))
+        print(json.dumps(measure(Path(folder), options.only, options)))
 
 
 if __name__ == "__main__":
