@@ -10,10 +10,20 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from idefics_cli.choices import ChoiceOptions
 from idefics_cli.data.rows import InputRow
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline import Outcome, PromptSource
-from idefics_cli.prompts import IMAGE_FIELD, TASKS, PromptOptions, Shot, build_prompt, leading_shots, own_template
+from idefics_cli.prompts import (
+    IMAGE_FIELD,
+    TASKS,
+    Prompt,
+    PromptOptions,
+    Shot,
+    build_prompt,
+    leading_shots,
+    own_template,
+)
 from idefics_cli.questions import QUESTION, rows_asked, with_questions
 from idefics_cli.results import ResultForm
 from idefics_cli.shots import ShotOptions, chosen_for_all, open_shots, opened, read_shots, without_furthest
@@ -39,6 +49,7 @@ class AskOptions:
     questions: tuple[str, ...] = ()
     question_column: str = QUESTION
     shots: ShotOptions | None = None
+    choices: ChoiceOptions | None = None
     finish: Finish = field(default_factory=Finish)
 
     @property
@@ -54,6 +65,8 @@ class AskOptions:
         """The manifest's columns that prompts are made of."""
         fields = own_template(self.prompts.text, instruct=False).fields if self.prompts.text is not None else ()
         needed = [name for name in fields if name not in (IMAGE_FIELD, QUESTION)]
+        if self.choices is not None and self.choices.column is not None:
+            needed.append(self.choices.column)
         return tuple(dict.fromkeys([self.question_column] * self.needs_question_column + needed))
 
     def question_of(self, row: InputRow) -> Any:
@@ -90,7 +103,7 @@ class Asking:
             "answer" if options.asks else "caption",
             options.finish,
             question_of=options.question_of if options.asks else None,
-            candidates=options.decoding.num_return_sequences > 1,
+            candidates=options.decoding.num_return_sequences > 1 or options.choices is not None,
             kept=kept,
         )
 
@@ -122,6 +135,9 @@ class Asking:
 
     def _decode(self, model: Model) -> Callable[[PromptSource], Iterator[tuple[int, Outcome]]]:
         options = self.options
+        if options.choices is not None:
+            norm = options.choices.norm
+            return lambda source: model.score_stream(source, norm)
         banned_words, decoding = TASKS[options.prompts.task].banned_words, asdict(options.decoding)
         return lambda source: model.stream(source, banned_words=banned_words, **decoding)
 
@@ -167,12 +183,17 @@ class Preparation:
             prompt = build_prompt(options.prompts, fields, opened, kept, self.model.is_instruct)
             if isinstance(prompt, RowError):
                 return prompt
-            encoded = self.model.encode(prompt, options.decoding.max_new_tokens)
+            encoded = self._encoded(row, prompt)
             if not (isinstance(encoded, RowError) and encoded.code == "prompt_too_long"):
                 break
             if kept:
                 self.on_shots_dropped(row.id)
         return encoded
+
+    def _encoded(self, row: InputRow, prompt: Prompt) -> EncodedPrompt | RowError:
+        if self.options.choices is None:
+            return self.model.encode(prompt, self.options.decoding.max_new_tokens)
+        return self.model.encode_choices(prompt, self.options.choices.of(row.values))
 
 
 # ---- shots that differ from row to row
@@ -223,9 +244,3 @@ class Selected:
     def take(self, most: int, wait: bool) -> list[EncodedPrompt]:
         rows = self.rows.take(most, wait)
         return self.selection.prompts(rows) if rows else []
-
-
-def default_finish(task: str, prefix: str = "", suffix: str = "", stop_words: Sequence[str] | None = None) -> Finish:
-    """Texts end where the published protocol ends them, or at the caller's own words."""
-    words = TASKS[task].cut_words if stop_words is None else (*stop_words, *TASKS[task].banned_words)
-    return Finish(tuple(words), prefix, suffix)

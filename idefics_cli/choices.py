@@ -7,7 +7,8 @@ not punished for going on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, get_args
 
@@ -43,6 +44,26 @@ def _common_length(prompt_ids: Sequence[int], ids: Sequence[int]) -> int:
     """At most all of `ids` but the last, as an answer has at least one token of its own."""
     pairs = zip(prompt_ids, ids[:-1], strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """The same `words` to choose from for all rows, or each row's own in `column`."""
+
+    words: tuple[str, ...] = ()
+    column: str | None = None
+    norm: ChoiceNorm = "none"
+
+    def of(self, values: Mapping[str, Any]) -> Any:
+        """What a row with these values chooses from, unchecked; a text is split at its commas, as the option is."""
+        if self.column is None:
+            return self.words
+        value = values.get(self.column)
+        return split_choices(value) if isinstance(value, str) else value
+
+
+def split_choices(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
 
 
 def checked_choices(choices: Any) -> tuple[str, ...] | RowError:

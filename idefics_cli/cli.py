@@ -18,6 +18,7 @@ import typer
 from idefics_cli import __version__
 from idefics_cli.options import (
     AllowPickleFlag,
+    ChoiceFlags,
     DebugFlag,
     DecodingFlags,
     DeviceFlag,
@@ -32,7 +33,6 @@ from idefics_cli.options import (
     ScoreFlags,
     TextFlags,
     flattened,
-    parse_words,
     run_options,
 )
 from idefics_cli.terminal import (
@@ -101,6 +101,7 @@ def caption(
     inputs: InputFlags,
     prompts: PromptFlags,
     text: TextFlags,
+    choices: ChoiceFlags,
     output: OutputFlags,
     scores: ScoreFlags,
     pictures: PictureFlags,
@@ -117,7 +118,7 @@ def caption(
     with exit_codes(debug):
         from idefics_cli.asking import Asking
 
-        work = Asking(prompts.asking("caption", decoding, text))
+        work = Asking(prompts.asking("caption", decoding, text, choices))
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
         scoring = scores.scoring(output)
     _run(options, work, debug, scoring)
@@ -130,6 +131,7 @@ def vqa(
     questions: QuestionFlags,
     prompts: PromptFlags,
     text: TextFlags,
+    choices: ChoiceFlags,
     output: OutputFlags,
     scores: ScoreFlags,
     pictures: PictureFlags,
@@ -146,7 +148,7 @@ def vqa(
         from idefics_cli.asking import Asking
 
         asked = tuple(questions.question or ())
-        work = Asking(prompts.asking("vqa", decoding, text, asked, questions.question_column))
+        work = Asking(prompts.asking("vqa", decoding, text, choices, asked, questions.question_column))
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
         scoring = scores.scoring(output)
     _run(options, work, debug, scoring)
@@ -171,10 +173,8 @@ def generate(
     """
     with exit_codes(debug):
         from idefics_cli.generating import MAX_NEW_TOKENS, GenerateOptions, Generating
-        from idefics_cli.texts import Finish
 
-        finish = Finish(parse_words(text.stop_words) or (), text.prefix, text.suffix)
-        work = Generating(GenerateOptions(decoding.decoding(MAX_NEW_TOKENS), prompt_column, finish))
+        work = Generating(GenerateOptions(decoding.decoding(MAX_NEW_TOKENS), prompt_column, text.finish(task=None)))
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
     _run(options, work, debug)
 

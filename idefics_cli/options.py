@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from idefics_cli.checkpoint import DEFAULT_MODEL
+from idefics_cli.errors import RowError
 
 if TYPE_CHECKING:
     from idefics_cli.asking import AskOptions
     from idefics_cli.checkpoint import ModelRequest
+    from idefics_cli.choices import ChoiceOptions
     from idefics_cli.data.images import ImageLimits
     from idefics_cli.data.rows import ReadOptions
     from idefics_cli.generation.options import DecodingOptions
     from idefics_cli.run import RunOptions
     from idefics_cli.score import ScoreOptions
+    from idefics_cli.texts import Finish
     from idefics_cli.work import Work
 
 QUESTION = "question"
@@ -190,21 +193,23 @@ class PromptFlags:
         task: str,
         decoding: DecodingFlags,
         text: TextFlags,
+        choices: ChoiceFlags,
         questions: tuple[str, ...] = (),
         question_column: str = QUESTION,
     ) -> AskOptions:
-        from idefics_cli.asking import AskOptions, default_finish
+        from idefics_cli.asking import AskOptions
         from idefics_cli.prompts import TASKS, PromptOptions
         from idefics_cli.shots import ShotOptions
 
-        number = self._number_of_shots()
+        number, ranked = self._number_of_shots(), choices.options()
         return AskOptions(
             PromptOptions(task, self.template, self.prompt, number, self.bare),
             decoding.decoding(TASKS[task].max_new_tokens),
             questions,
             question_column,
             None if self.shots is None else ShotOptions(self.shots, number, self.shot_selection, self.seed),
-            default_finish(task, text.prefix, text.suffix, parse_words(text.stop_words)),
+            ranked,
+            text.finish(task if ranked is None else None),
         )
 
     def _number_of_shots(self) -> int:
@@ -234,6 +239,34 @@ class TextFlags:
 
 
 @dataclass(frozen=True)
+class ChoiceFlags:
+    """Answers to choose from, in place of decoding."""
+
+    choices: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Rank these answers by likelihood; the best is the text.", show_default=False),
+    ] = None
+    choices_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The same with each row's own, a list.", show_default=False)
+    ] = None
+    choice_norm: Annotated[
+        Literal["none", "tokens", "bytes"], typer.Option(help="What an answer's likelihood is divided by.")
+    ] = "none"
+
+    def options(self) -> ChoiceOptions | None:
+        from idefics_cli.choices import ChoiceOptions, checked_choices, split_choices
+
+        if self.choices is not None and self.choices_column is not None:
+            raise typer.BadParameter("each row's own or the same for all: give one", param_hint="--choices-column")
+        if self.choices is None and self.choices_column is None:
+            return None
+        words = () if self.choices is None else checked_choices(split_choices(self.choices))
+        if isinstance(words, RowError):
+            raise typer.BadParameter(words.message, param_hint="--choices")
+        return ChoiceOptions(words, self.choices_column, self.choice_norm)
+
+
+@dataclass(frozen=True)
 class ScoreFlags:
     """What the texts are held against at the end."""
 
@@ -251,6 +284,17 @@ class ScoreFlags:
         if output.output == "-":
             raise typer.BadParameter("the finished file is scored: add -o F.jsonl", param_hint="--answers-column")
         return ScoreOptions(self.answers_column, tokenization=closing_tokenization())
+
+    def finish(self, task: str | None) -> Finish:
+        """Texts end where the task's published protocol ends them, or at the caller's own words."""
+        from idefics_cli.prompts import TASKS
+        from idefics_cli.texts import Finish
+
+        words = parse_words(self.stop_words)
+        if task is None:
+            return Finish(words or (), self.prefix, self.suffix)
+        cut_words = TASKS[task].cut_words if words is None else (*words, *TASKS[task].banned_words)
+        return Finish(cut_words, self.prefix, self.suffix)
 
 
 @dataclass(frozen=True)
