@@ -237,6 +237,17 @@ class TextFlags:
         ),
     ] = None
 
+    def finish(self, task: str | None) -> Finish:
+        """Texts end where the task's published protocol ends them, or at the caller's own words."""
+        from idefics_cli.prompts import TASKS
+        from idefics_cli.texts import Finish
+
+        words = parse_words(self.stop_words)
+        if task is None:
+            return Finish(words or (), self.prefix, self.suffix)
+        cut_words = TASKS[task].cut_words if words is None else (*words, *TASKS[task].banned_words)
+        return Finish(cut_words, self.prefix, self.suffix)
+
 
 @dataclass(frozen=True)
 class ChoiceFlags:
@@ -284,17 +295,6 @@ class ScoreFlags:
         if output.output == "-":
             raise typer.BadParameter("the finished file is scored: add -o F.jsonl", param_hint="--answers-column")
         return ScoreOptions(self.answers_column, tokenization=closing_tokenization())
-
-    def finish(self, task: str | None) -> Finish:
-        """Texts end where the task's published protocol ends them, or at the caller's own words."""
-        from idefics_cli.prompts import TASKS
-        from idefics_cli.texts import Finish
-
-        words = parse_words(self.stop_words)
-        if task is None:
-            return Finish(words or (), self.prefix, self.suffix)
-        cut_words = TASKS[task].cut_words if words is None else (*words, *TASKS[task].banned_words)
-        return Finish(cut_words, self.prefix, self.suffix)
 
 
 @dataclass(frozen=True)
