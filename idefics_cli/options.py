@@ -317,6 +317,10 @@ class PictureFlags:
     max_pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Refuse pictures with more pixels than this.")] = (
         64_000_000
     )
+    draft: Annotated[
+        bool,
+        typer.Option("--draft", help="Decode large JPEGs at a part of their size: faster, and nearly the same."),
+    ] = False
     decode_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, help="Give a picture up that takes longer to decode.")
     ] = 30.0
@@ -331,7 +335,7 @@ class PictureFlags:
     def limits(self) -> ImageLimits:
         from idefics_cli.data.images import ImageLimits
 
-        return ImageLimits(max_pixels=self.max_pixels)
+        return ImageLimits(max_pixels=self.max_pixels, draft=self.draft)
 
     @property
     def num_workers(self) -> int:

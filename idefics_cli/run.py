@@ -191,6 +191,7 @@ class Run:
             "inputs": list(self.inputs.identity),
             "rows": {"limit": reading.limit, "shard": reading.shard, "recursive": reading.recursive},
             "columns": {"image": reading.image_column, "id": reading.id_column, "kept": list(self.form.kept)},
+            "pictures": {"draft": options.limits.draft},
             "model": model if weights is None else {**model, "weights": weights},
             "work": self.work.settings,
         }

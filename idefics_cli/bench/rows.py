@@ -144,6 +144,9 @@ class Watch:
     def on_start(self, total: int | None) -> None:
         """Nothing is shown."""
 
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr)
+
     def on_row(self) -> None:
         if self.first_row is None:
             self.first_row = time.perf_counter() - self.started
