@@ -12,8 +12,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
 SIDE_FILES = ("*.json", "tokenizer.model")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAMES_SHOWN = 8
+# Files of 2023 hold a buffer beside them, `position_ids`, which no class reads.
+VISION_TENSOR = re.compile(r"model\.(vision_model|perceiver_resampler)\..*(?<!position_ids)")
 # Fields of a configuration that name another file of weights (a pickle even), or classes to put in place of ours.
 LOADER_FIELDS = ("transformers_weights", "fusion_config")
 
@@ -83,6 +85,59 @@ def weights_digest(request: ModelRequest) -> str | None:
             f"{path.name} {path.stat().st_size} {file_digest(LocalFile(str(path), path.stat().st_size))}\n".encode()
         )
     return digest.hexdigest()
+
+
+def vision_fingerprint(checkpoint: Checkpoint) -> str:
+    """Equal for checkpoints that make the same latents of a picture, whatever their name, shards and language side.
+
+    Made of the tensors of vision tower and resampler as they are stored, of the settings that say how they are used,
+    and of how pixels are made. The dtype of a run is not part of it: it changes roundings only.
+    """
+    from idefics_cli.data.pixels import ImageProcessor
+
+    settings = _vision_settings(load_config(checkpoint)) | asdict(ImageProcessor.from_pretrained(checkpoint.folder))
+    tensors = {name: digest for file in checkpoint.weight_files for name, digest in _vision_digests(file, checkpoint)}
+    return hashlib.sha256(json.dumps([settings, tensors], sort_keys=True).encode()).hexdigest()
+
+
+def known_vision_fingerprint(request: ModelRequest) -> str | None:
+    """`vision_fingerprint` of a model that is here, without fetching it; None: it is not here yet."""
+    folder = local_folder(request.model) or _cached_folder(request)
+    return None if folder is None else vision_fingerprint(inspect_folder(folder, request.allow_pickle))
+
+
+def _vision_settings(config: IdeficsConfig) -> dict[str, Any]:
+    vision, perceiver = config.vision_config, config.perceiver_config
+    names = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
+    settings = {name: getattr(vision, name) for name in names} | {"use_resampler": config.use_resampler}
+    if config.use_resampler:
+        names = ("resampler_n_heads", "resampler_head_dim", "qk_layer_norms_perceiver")
+        settings |= {name: getattr(perceiver, name) for name in names}
+    return settings
+
+
+def _vision_digests(file: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Name and digest of each tensor in the file that latents are made with."""
+    import torch
+
+    for name, tensor in _stored_tensors(file, checkpoint.is_pickled):
+        about = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        about.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        yield name, about.hexdigest()
+
+
+def _stored_tensors(file: Path, is_pickled: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of vision tower and resampler, one at a time."""
+    import torch
+    from safetensors import safe_open
+
+    if is_pickled:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        yield from ((name, tensor) for name, tensor in stored.items() if VISION_TENSOR.fullmatch(name))
+        return
+    with safe_open(file, framework="pt") as tensors:
+        for name in filter(VISION_TENSOR.fullmatch, tensors.keys()):
+            yield name, tensors.get_tensor(name)
 
 
 def _cached_folder(request: ModelRequest) -> Path | None:

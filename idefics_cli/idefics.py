@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 
 from idefics_cli.checkpoint import (
     DEFAULT_MODEL,
+    Checkpoint,
     ModelRequest,
     find_checkpoint,
     load_config,
@@ -23,19 +25,21 @@ from idefics_cli.checkpoint import (
     load_tokenizer,
     resolve_device,
     resolve_dtype,
+    vision_fingerprint,
 )
 from idefics_cli.choices import ChoiceNorm, checked_choices, normalised, require_norm, split_answers, with_answer
 from idefics_cli.data.decoders import PictureDecoders
 from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
 from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
-from idefics_cli.generation.engine import Engine, rows_that_fit
+from idefics_cli.generation.embedding import embed
+from idefics_cli.generation.engine import Engine, image_seq_len, rows_that_fit
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis, Vocabulary
 from idefics_cli.generation.scoring import Scoring
 from idefics_cli.generation.source import IterableSource, PromptSource
 from idefics_cli.model.packed import pack_linears
-from idefics_cli.processing import EncodedChoices, EncodedPrompt, PromptEncoder
+from idefics_cli.processing import EncodedChoices, EncodedPicture, EncodedPrompt, PromptEncoder
 from idefics_cli.prompts import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
 from idefics_cli.texts import Finish
 
@@ -82,6 +86,14 @@ class Result:
         return self.of([replace(each, text=finish(each.text)) for each in self.candidates])
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """A picture's latents (seq, dim), or why there are none."""
+
+    latents: torch.Tensor | None
+    error: RowError | None = None
+
+
 class Idefics:
     """A loaded model. Methods may be called from one thread at a time, `prepare_image` from any."""
 
@@ -91,7 +103,9 @@ class Idefics:
         encoder: PromptEncoder,
         images: ImageProcessor,
         batch_size: int,
+        checkpoint: Checkpoint,
     ):
+        self.checkpoint = checkpoint
         self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
         vocabulary = Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id)
         self.engine = Engine(model, vocabulary, encoder.image_token_id, batch_size)
@@ -126,12 +140,17 @@ class Idefics:
         network = load_network(checkpoint, config, resolved_device, resolved_dtype)
         if resolved_device.type == "cpu":
             pack_linears(network)
-        return cls(network, encoder, images, batch_size or rows_that_fit(network))
+        return cls(network, encoder, images, batch_size or rows_that_fit(network), checkpoint)
 
     @property
     def is_instruct(self) -> bool:
         """Whether the checkpoint was taught to answer users, which shows in its tokenizer."""
         return self.encoder.is_instruct
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for models whose latents can stand for each other: see `vision_fingerprint`."""
+        return vision_fingerprint(self.checkpoint)
 
     def picture_decoders(self, limits: ImageLimits, workers: int, timeout: float) -> PictureDecoders:
         """`prepare_image` in processes of their own, which a broken picture may take down; `timeout` is in seconds."""
@@ -220,6 +239,39 @@ class Idefics:
         for number, encoded, log_likelihoods in Scoring(self.engine).run(source):
             yield number, _choice_result(encoded, log_likelihoods, choice_norm)
 
+    def embed(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
+        """What the model keeps of each picture, (pictures, seq, dim) in its dtype, on the host.
+
+        That is the resampler's output or, without one, the vision tower's. Each of them may stand in a prompt in place
+        of its picture, for a model of the same `fingerprint`. Raises IdeficsError for a picture that cannot be used.
+        """
+        encoded = [self.encode_picture(image) for image in images]
+        error = next((each for each in encoded if isinstance(each, RowError)), None)
+        if error is not None:
+            raise IdeficsError(f"a picture cannot be embedded ({error}): mend it, or leave it out")
+        results = [result for _, result in self.embed_stream(IterableSource(encoded))]
+        if any(result.latents is None for result in results):
+            raise IdeficsError("the device's memory does not hold one picture: use another --device")
+        latents = [result.latents for result in results]
+        return torch.stack(latents) if latents else torch.empty(0, *self.latents_shape, dtype=self.model.dtype)
+
+    def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]:
+        """`embed` for what `encode_picture` has made, as it comes: numbers are those of taking, in order."""
+        for number, latents in embed(self.engine, source):
+            yield number, Embedding(latents, TOO_LARGE if latents is None else None)
+
+    def picture_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
+        """One vector for each picture, (pictures, dim) in fp32, alike for pictures that are alike: its latents' mean.
+
+        It costs nothing beyond the latents, which decoding needs anyhow, and can be had of stored ones.
+        """
+        return self.embed(images).float().mean(dim=1)
+
+    @property
+    def latents_shape(self) -> tuple[int, int]:
+        """(seq, dim) of one picture's latents."""
+        return image_seq_len(self.model), self.model.config.vision_config.embed_dim
+
     def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:
         options = DecodingOptions.from_keywords(decoding)
         room = self.model.config.max_position_embeddings
@@ -259,6 +311,11 @@ class Idefics:
         common, choice_ids = split_answers(prompt_ids, answered)
         return EncodedChoices(prompt_ids[:common], _pixels_of(items), choices=checked, choice_ids=tuple(choice_ids))
 
+    def encode_picture(self, image: ImageSource | PreparedImage) -> EncodedPicture | RowError:
+        """A picture as `embed_stream` takes it, or why there is none. Safe in many threads."""
+        picture = self._picture(image)
+        return picture if isinstance(picture, RowError) else EncodedPicture((picture,))
+
     def _items(self, prompt: Prompt | Sequence) -> Prompt | RowError:
         """The prompt with its pictures prepared."""
         if isinstance(prompt, (str, bytes)):
@@ -274,8 +331,11 @@ class Idefics:
         if not isinstance(image, torch.Tensor):
             return self.prepare_image(image)
         wanted = (3, self.images.image_size, self.images.image_size)
-        if image.shape != wanted:
-            raise IdeficsError(f"a tensor of shape {tuple(image.shape)} is no picture: prepare_image gives {wanted}")
+        if image.shape not in (wanted, self.latents_shape):
+            raise IdeficsError(
+                f"a tensor of shape {tuple(image.shape)} is no picture: prepare_image gives {wanted}, embed"
+                f" {self.latents_shape}"
+            )
         return image.float()
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:

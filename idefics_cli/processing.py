@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -181,7 +181,7 @@ def _with_image_tokens(prompt: Prompt) -> Iterator[str | SpecialToken]:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One row: token ids, and the pixels (3, S, S) of each of its pictures in order.
+    """One row: token ids, and the pixels (3, S, S) of each of its pictures in order, or its latents (seq, dim).
 
     `image_keys` are the pictures' `content_key`s: computed here, in whatever thread makes the prompt, unless whoever
     makes many prompts with the same shots has them already.
@@ -213,8 +213,20 @@ class EncodedChoices(EncodedPrompt):
         assert all(self.choice_ids), self.choice_ids
 
 
+@dataclass(frozen=True)
+class EncodedPicture:
+    """One picture without a prompt, to be embedded: its pixels (3, S, S), and its `content_key`."""
+
+    pixels: tuple[torch.Tensor]
+    image_keys: tuple[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        (pixels,) = self.pixels
+        object.__setattr__(self, "image_keys", (content_key(pixels),))
+
+
 def content_key(pixels: torch.Tensor) -> bytes:
-    """Equal for equal pixels."""
+    """Equal for equal pixels, or latents."""
     data = pixels.contiguous().cpu().numpy()
     return hashlib.blake2b(data, digest_size=16, salt=str(data.shape[-1]).encode()).digest()
 

@@ -30,7 +30,7 @@ from idefics_cli.generation.cache import (
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
-from idefics_cli.generation.source import IterableSource, Prompt, PromptSource
+from idefics_cli.generation.source import IterableSource, Pictured, Prompt, PromptSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
@@ -125,7 +125,7 @@ class Engine:
         found = {key: self.image_key_values.get(key) for key in wanted}
         missing = [key for key, value in found.items() if value is None]
         if missing:
-            latents = self._latents(prompts, missing)
+            latents = self.encode(prompts, missing)
             with self.timed("prefill"):
                 projected = project_images(latents, self.model.model.gated_cross_attn_layers)
             for key, key_values in zip(missing, projected, strict=True):
@@ -133,11 +133,12 @@ class Engine:
                 self.image_key_values.put(key, key_values.clone(), key_values.nbytes)
         return torch.stack([found[key] for key in wanted])
 
-    def _latents(self, prompts: Sequence[Waiting], wanted: Sequence[bytes]) -> Tensor:
-        """(images, seq, dim): from the cache, or from vision tower and resampler, several at a time."""
-        found = {key: self.latents.get(key) for key in wanted}
-        missing = [key for key, value in found.items() if value is None]
+    def encode(self, prompts: Sequence[Pictured], wanted: Sequence[bytes]) -> Tensor:
+        """(images, seq, dim): given, from the cache, or from vision tower and resampler, several at a time."""
         pixels = {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
+        given = {key: pixels[key] for key in wanted if pixels[key].dim() == 2}
+        found = {key: self.latents.get(key) for key in wanted if key not in given}
+        missing = [key for key, value in found.items() if value is None]
         for first in range(0, len(missing), self.rows):
             keys = missing[first : first + self.rows]
             with self.timed("vision"):
@@ -147,6 +148,7 @@ class Engine:
             for key, latents in zip(keys, encoded, strict=True):
                 found[key] = latents
                 self.latents.put(key, latents.clone(), latents.nbytes)
+        found |= {key: latents.to(self.model.device, self.model.dtype) for key, latents in given.items()}
         return torch.stack([found[key] for key in wanted])
 
     def _no_image(self) -> Tensor:

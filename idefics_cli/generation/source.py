@@ -9,17 +9,21 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Prompt(Protocol):
-    """Token ids, and of the images among them, in order, the pixels (3, side, side) and keys equal for equal ones."""
-
-    @property
-    def input_ids(self) -> list[int]: ...
+class Pictured(Protocol):
+    """Images in order, and keys equal for equal ones: pixels (3, side, side), or latents (seq, dim) in their place."""
 
     @property
     def pixels(self) -> tuple[Tensor, ...]: ...
 
     @property
     def image_keys(self) -> tuple[bytes, ...]: ...
+
+
+class Prompt(Pictured, Protocol):
+    """Token ids, with those of the images among them."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
 
 
 class PromptSource(Protocol):

@@ -1,0 +1,48 @@
+"""The vision side alone: pictures in, their latents out, several at a time and each distinct picture once.
+
+Latents are what the engine keeps of a picture, and takes in its place: the resampler's output or, in a model without
+one, the vision tower's last hidden states. Knows nothing of text and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from idefics_cli.generation.engine import Engine
+    from idefics_cli.generation.source import Pictured, PromptSource
+
+
+def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | None]]:
+    """(number, latents (seq, dim)) of each thing with one picture, in order; numbers count from 0 as they are taken.
+
+    Latents have the model's dtype and are on the host. None: the device's memory does not hold the picture alone.
+    """
+    num_taken, num_rows = 0, engine.rows
+    while taken := source.take(num_rows, wait=True):
+        while taken:
+            batch, latents = taken[:num_rows], _latents(engine, taken[:num_rows])
+            if latents is None and len(batch) > 1:
+                num_rows = len(batch) // 2
+                continue
+            yield from enumerate(latents if latents is not None else [None], start=num_taken)
+            num_taken, taken = num_taken + len(batch), taken[len(batch) :]
+
+
+def _latents(engine: Engine, batch: list[Pictured]) -> Tensor | None:
+    """(pictures, seq, dim), or None where memory has ended."""
+    try:
+        with torch.no_grad():
+            found = engine.encode(batch, list(dict.fromkeys(each.image_keys[0] for each in batch)))
+    except torch.OutOfMemoryError:
+        found = None  # handled below, when the exception and the tensors it holds are gone
+    if found is None:
+        engine.clear_caches()
+        torch.cuda.empty_cache()
+        return None
+    place = {key: number for number, key in enumerate(dict.fromkeys(each.image_keys[0] for each in batch))}
+    return found.cpu()[[place[each.image_keys[0]] for each in batch]]
