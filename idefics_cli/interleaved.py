@@ -58,7 +58,7 @@ def _turn(role: str, content: Prompt) -> Prompt:
 
 def _message(message: Any, first: bool) -> tuple[str, Prompt]:
     role = message.get("role") if isinstance(message, Mapping) else None
-    if role not in LABELS and not (role == "system" and first):
+    if role not in tuple(LABELS) and not (role == "system" and first):
         raise _Malformed(f"has a message of {role!r}: user and assistant speak, and a system message stands first")
     content = message.get("content")
     items = [content] if isinstance(content, str) else content
@@ -83,7 +83,7 @@ def _item(item: Any) -> str | Picture:
         return text
     if text is None and source is not None:
         return Picture(source)
-    raise _Malformed(f"holds a struct of {', '.join(map(str, item)) or 'nothing'}: it needs either a text or an image")
+    raise _Malformed(f"holds a struct of {', '.join(map(repr, item)) or 'nothing'}: it needs either a text or an image")
 
 
 def _source(struct: Mapping[str, Any]) -> Any:

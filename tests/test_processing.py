@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from real_llama import RealLlama
 from tiny_tokenizers import BASE_TOKENS, INSTRUCT_TOKENS, llama_tokenizer, verbatim_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +25,8 @@ from idefics_cli.processing import (
     collate,
     image_attention_mask,
 )
-from idefics_cli.prompts import SpecialToken, caption_prompt
+from idefics_cli.prompts import TASKS, SpecialToken, caption_prompt
+from idefics_cli.texts import cut_at_stop_word
 
 IMAGE_ID, EOS_ID = 9, 2
 PICTURE = Image.new("RGB", (5, 4), "teal")
@@ -198,6 +200,36 @@ def test_one_encoder_for_many_threads():
     for thread in threads:
         thread.join()
     assert all(found[number] == expected for number in range(8))
+
+
+# ---- what is not to be written
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_banned_words_are_those_of_the_published_evaluation(real_llama: RealLlama, legacy: bool):
+    """LLaMA writes a line's end as a byte, behind a piece for the blank that every text begins with."""
+    tokenizer = real_llama.tokenizer(legacy)
+    words = TASKS["vqa"].banned_words
+    found = PromptEncoder(tokenizer).banned_sequences(words)
+    assert found == ((29871, 13), (29871, 13, 13))
+    assert [list(sequence) for sequence in found] == tokenizer(list(words), add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_banned_words_are_the_tokenizers_own(kind):
+    encoder = encoder_of(kind)
+    words = ("\n", "\n\n", "cat", "<image>", "\n")
+    sequences = encoder.banned_sequences(words)
+    assert [encoder.decode(sequence) for sequence in sequences] == ["", "", "cat", "<image>"]
+    assert not {token_id for sequence in sequences for token_id in sequence} & {*encoder.banned_token_ids, 0, 1, 2}
+
+
+def test_a_text_ends_where_a_line_ends_though_no_blank_is_before_it(real_llama: RealLlama):
+    """Nothing bans the byte right behind a word: there the written text is cut."""
+    encoder = PromptEncoder(real_llama.tokenizer(legacy=True))
+    written = [*encoder.encode(("red",))[1:], 13, *encoder.encode(("Image:",))[1:]]
+    assert encoder.decode(written).startswith("red\n")
+    assert cut_at_stop_word(encoder.decode(written), TASKS["vqa"].cut_words) == "red"
 
 
 # ---- the image mask

@@ -1,4 +1,4 @@
-"""The official templates, letter by letter."""
+"""The official templates letter by letter, own ones, shots, and what becomes of a row."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.prompts import (
     CAPTION,
     END_OF_UTTERANCE,
     INSTRUCT_CAPTION,
     INSTRUCT_QUESTION,
     QUESTION_ANSWER,
+    TASKS,
+    TEMPLATES,
     VIZWIZ,
+    PromptOptions,
     Shot,
     SpecialToken,
+    build_prompt,
     caption_prompt,
+    choose_template,
     few_shot_prompt,
+    leading_shots,
     merge_texts,
+    own_template,
+    parse_text,
     question_prompt,
+    require_fields,
+    shot_answer,
     strip,
 )
 
@@ -146,3 +157,209 @@ def test_merging_keeps_every_letter_and_leaves_no_two_texts_side_by_side(items):
     assert "" not in merged
     assert not any(isinstance(a, str) and isinstance(b, str) for a, b in pairwise(merged))
     assert merge_texts(merged) == merged
+
+
+# ---- own texts
+
+
+def asked(text: str, instruct: bool = False, **fields: str) -> str:
+    """What an own text shows of a query with picture A."""
+    return written(few_shot_prompt(own_template(text, instruct), (), Shot(A, fields=fields)))
+
+
+def test_an_own_text_stands_as_it_is_and_pictures_before_it() -> None:
+    assert asked("What is this?") == "[a]What is this?"
+    assert asked("Photo: {image} Title:") == "Photo: [a] Title:"
+
+
+def test_an_own_text_is_the_users_turn_to_an_instruct_model() -> None:
+    assert asked("What is this?", instruct=True) == "User:[a]What is this?<end_of_utterance>\nAssistant:"
+
+
+def test_braces_name_columns_and_doubled_braces_are_braces() -> None:
+    assert asked("{name}, {{name}} and {{}}", name="Ada") == "[a]Ada, {name} and {}"
+
+
+def test_what_a_field_holds_is_not_read_again() -> None:
+    assert asked("Is {name} here?", name="{name} {image} {{ }") == "[a]Is {name} {image} {{ } here?"
+
+
+@pytest.mark.parametrize("text", ["a { b", "a } b", "{name", "{{name}"])
+def test_a_brace_on_its_own_is_told_with_its_mend(text: str) -> None:
+    with pytest.raises(IdeficsError, match=r"write \{\{ or \}\} for a brace"):
+        own_template(text, instruct=False)
+
+
+@pytest.mark.parametrize("text", ["{}", "{name!r}", "{name:>9}"])
+def test_braces_hold_a_name_and_nothing_more(text: str) -> None:
+    with pytest.raises(IdeficsError, match="more than a column's name"):
+        parse_text(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=12), st.booleans())
+def test_any_text_can_be_written_with_its_braces_doubled(text: str, instruct: bool) -> None:
+    doubled = text.replace("{", "{{").replace("}", "}}")
+    prompt = few_shot_prompt(own_template(doubled, instruct), (), Shot(A))
+    items = ("User:", A, text, END_OF_UTTERANCE, "\nAssistant:") if instruct else (A, text)
+    assert prompt == strip(merge_texts(items))
+
+
+# ---- pictures have places
+
+
+def test_all_pictures_stand_at_the_only_place_or_one_at_each() -> None:
+    assert written(few_shot_prompt(CAPTION, (), Shot((A, B)))) == "Image:[a][b]Caption:"
+    between = own_template("from {image} to {image}:", instruct=False)
+    assert written(few_shot_prompt(between, (), Shot((A, B)))) == "from [a] to [b]:"
+    assert written(few_shot_prompt(between, [Shot(None, "none")], Shot((A, B)))) == "from  to : none\nfrom [a] to [b]:"
+
+
+def test_pictures_without_a_place_are_a_bad_row() -> None:
+    options = PromptOptions("caption", text="from {image} to {image}:")
+    assert build_prompt(options, {}, (A, B, C), (), instruct=False) == RowError(
+        "row_invalid", "3 pictures for the 2 places that the prompt has"
+    )
+
+
+# ---- which template
+
+
+@pytest.mark.parametrize(
+    ("task", "instruct", "template"),
+    [
+        ("caption", False, CAPTION),
+        ("caption", True, INSTRUCT_CAPTION),
+        ("vqa", False, QUESTION_ANSWER),
+        ("vqa", True, INSTRUCT_QUESTION),
+    ],
+)
+def test_a_checkpoint_gets_the_template_that_it_was_published_with(task, instruct, template) -> None:
+    assert choose_template(PromptOptions(task), instruct) is template
+
+
+def test_a_template_can_be_named() -> None:
+    assert choose_template(PromptOptions("vqa", template="vizwiz"), instruct=False) is VIZWIZ
+    assert choose_template(PromptOptions("vqa", template="vqa"), instruct=True) is QUESTION_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (PromptOptions("vqa", template="haiku"), "'haiku': use one of caption, vqa, vizwiz"),
+        (PromptOptions("vqa", template="instruct-vqa"), "for instruct models, and this is none: use 'vqa'"),
+        (PromptOptions("vqa", template="caption"), "asks no question: use 'vqa'"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_told_with_its_mend(options: PromptOptions, said: str) -> None:
+    with pytest.raises(IdeficsError, match=said):
+        choose_template(options, instruct=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"template": "vqa", "text": "{question}"}, "exclude each other"),
+        ({"num_shots": -1}, "from 0 on"),
+        ({"bare": True, "num_shots": 2}, "--bare"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict, said: str) -> None:
+    with pytest.raises(IdeficsError, match=said):
+        PromptOptions("vqa", **options)
+
+
+def test_a_field_that_no_row_has_is_told_with_those_there_are() -> None:
+    options = PromptOptions("caption", text="{title}: {image}")
+    with pytest.raises(IdeficsError, match="field 'title', and the rows have id, name: name one of these"):
+        require_fields(options, ("id", "name"), instruct=False)
+    require_fields(options, ("id", "title"), instruct=False)
+
+
+# ---- shots
+
+
+POOL = (Shot(A, "one", "q1"), Shot(B, "two", "q2"), Shot(C, "three", "q3"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_shots_base_models_are_shown_two_without_pictures(task: str) -> None:
+    options = PromptOptions(task)
+    assert leading_shots(options, (), instruct=False) == TASKS[task].text_only_shots
+    of_the_pool = leading_shots(options, POOL, instruct=False)
+    assert of_the_pool == (Shot(None, "one", "q1"), Shot(None, "two", "q2"))
+
+
+def test_the_published_zero_shot_prompt_as_a_whole() -> None:
+    options = PromptOptions("vqa")
+    shots = leading_shots(options, (), instruct=False)
+    prompt = build_prompt(options, {"question": "What is it?"}, (A,), shots, instruct=False)
+    assert written(prompt) == (
+        f"{VQA_PREFIX}Image:Question: What color is the bus? Answer: red\n"
+        "Image:Question: How many people are there? Answer: 2\nImage:[a]Question: What is it? Answer:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "instruct"),
+    [
+        (PromptOptions("vqa"), True),
+        (PromptOptions("vqa", bare=True), False),
+        (PromptOptions("vqa", text="{question}"), False),
+    ],
+)
+def test_there_are_none_for_instruct_models_own_texts_and_the_bare(options: PromptOptions, instruct: bool) -> None:
+    assert leading_shots(options, POOL, instruct) == ()
+
+
+def test_shots_are_the_first_of_the_pool_with_their_pictures() -> None:
+    assert leading_shots(PromptOptions("vqa", num_shots=2), POOL, instruct=True) == POOL[:2]
+    with pytest.raises(IdeficsError, match="4 shots are asked for, and there are 3"):
+        leading_shots(PromptOptions("vqa", num_shots=4), POOL, instruct=False)
+
+
+def test_a_shot_that_lacks_a_field_of_an_own_text_is_told() -> None:
+    template = own_template("{mood}: {image}", instruct=False)
+    with pytest.raises(IdeficsError, match="a shot has no 'mood'"):
+        few_shot_prompt(template, [Shot(A, "one")], Shot(B, fields={"mood": "glad"}))
+
+
+def test_a_shot_shows_the_most_common_answer_and_the_first_caption() -> None:
+    assert shot_answer("vqa", ["red", "blue", "blue", "green"]) == "blue"
+    assert shot_answer("vqa", ["red", "blue"]) == "red"
+    assert shot_answer("caption", ["a bus", "a coach", "a coach"]) == "a bus"
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "there is nothing in the column 'question'"), (["Why?"], "list, not text,"), (True, "bool, not text,")],
+)
+def test_a_row_without_a_question_is_a_bad_row(value: object, said: str) -> None:
+    error = build_prompt(PromptOptions("vqa"), {"question": value}, (A,), (), instruct=False)
+    assert isinstance(error, RowError) and error.code == "row_invalid" and said in error.message
+
+
+def test_numbers_are_written_out() -> None:
+    options = PromptOptions("caption", text="{year} {share}")
+    assert build_prompt(options, {"year": 1999, "share": 0.5}, (A,), (), instruct=False) == (A, "1999 0.5")
+
+
+# ---- what ends a text
+
+
+def test_texts_end_where_the_published_evaluation_ends_them() -> None:
+    published = {
+        "caption": "Caption Description User Image task <end_of_utterance>",
+        "vqa": "Question User Image task What Who When Where Why How <end_of_utterance>",
+    }
+    for name, words in published.items():
+        assert TASKS[name].cut_words == (*words.split(), "\n", "\n\n")
+
+
+def test_every_template_has_one_place_for_pictures_and_knows_its_task() -> None:
+    for name, template in TEMPLATES.items():
+        assert template.fields.count("image") == 1, name
+        assert ("question" in template.fields) == ("caption" not in name), name
