@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -363,3 +364,16 @@ def test_every_template_has_one_place_for_pictures_and_knows_its_task() -> None:
     for name, template in TEMPLATES.items():
         assert template.fields.count("image") == 1, name
         assert ("question" in template.fields) == ("caption" not in name), name
+
+
+def test_the_documentation_shows_every_template_and_stop_word() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "prompts.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for name, template in TEMPLATES.items():
+        answer = "{caption}" if "caption" in name else "{answer}"
+        shot = written(template.shot(Shot(Picture("IMG"), answer, "{question}"))).replace("[IMG]", "IMG")
+        row = next(row for row in rows if row.startswith(f"| `{name}` |"))
+        assert (name == "vizwiz" and "as `vqa`" in row) or shot.replace("\n", r"\n") in row
+        assert template.prefix.replace("\n", r"\n") in row
+    for name, task in TASKS.items():
+        assert any(row.startswith(f"| `{name}` | {', '.join(task.stop_words[:-1])}, `") for row in rows), name
