@@ -39,6 +39,7 @@ from idefics_cli.terminal import (
     EXIT_FAILED_ROWS,
     Progress,
     console,
+    end_at_once_when_interrupted,
     exit_codes,
     is_terminal,
     rows_so_far,
@@ -398,4 +399,5 @@ def _print_facts(facts: Mapping[str, str]) -> None:
 
 def main() -> None:
     """The console script."""
+    end_at_once_when_interrupted()
     app(prog_name="idefics")

@@ -34,6 +34,12 @@ EXIT_SIGNAL = 128  # and the signal's number
 # ---- endings
 
 
+def end_at_once_when_interrupted() -> None:
+    """Ctrl-C before a command has begun: nothing has been done, and Python's traceback would say nothing of use."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM came. No `except Exception` of a library takes it for a failure of its own."""
 
@@ -271,5 +277,8 @@ def rows_so_far(stats: RunStats, output: str, overwrite: bool = False) -> str:
         return f"{counted(stats.safe, 'row')} had been written." if stats.safe else ""
     if not stats.safe:
         return ""
+    part = f"{output}.part"
+    if not os.path.exists(part):
+        return f"{output} is finished." if os.path.exists(output) else ""
     again = "The same command without --overwrite" if overwrite else "The same command"
-    return f"{counted(stats.safe, 'row')} finished so far: safe in {output}.part. {again} goes on from there."
+    return f"{counted(stats.safe, 'row')} finished so far: safe in {part}. {again} goes on from there."

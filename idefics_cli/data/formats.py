@@ -91,10 +91,10 @@ class JsonLines:
 
     def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None:
         record = path.with_name(path.name + ".run")
-        temporary = path.with_name(path.name + ".run.tmp")
-        with _synced(temporary) as file:
-            file.write(json_text({**run, OF_BYTES: _content(target)}) + b"\n")
-        temporary.rename(record)
+        with temporary_file(record) as temporary:
+            with _synced(temporary) as file:
+                file.write(json_text({**run, OF_BYTES: _content(target)}) + b"\n")
+            temporary.rename(record)
 
     def run_of(self, path: Path) -> dict[str, Any] | None:
         with suppress(FileNotFoundError, ValueError):  # no record, or none that can be read: nothing is known
@@ -151,6 +151,17 @@ class Parquet:
                 values = [python_values(column) for column in batch.columns]
                 for row in zip(*values, strict=True):
                     yield json_text(dict(zip(batch.schema.names, row, strict=True)))
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` for what is to be renamed to it; what still has it at the end is gone, and holds no room."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):  # then the next run writes over it
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

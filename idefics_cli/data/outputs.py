@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from idefics_cli.data.formats import SETTINGS, Rows, format_of
+from idefics_cli.data.formats import SETTINGS, Rows, format_of, temporary_file
 from idefics_cli.data.journal import Journal, reason, shown_path, sync_folder
 from idefics_cli.data.values import Column
 from idefics_cli.errors import OutputError
@@ -121,11 +121,11 @@ class FileOutput:
             self.journal.end(summary)
         assert self.journal.summary is not None and self.journal.header is not None, self.journal.path
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
-        target = self.path.with_name(self.path.name + ".tmp")
         try:
-            self.format.write(target, Rows(self._final_texts), columns, run)
-            self.format.before_rename(target, self.path, run)
-            target.rename(self.path)
+            with temporary_file(self.path) as target:
+                self.format.write(target, Rows(self._final_texts), columns, run)
+                self.format.before_rename(target, self.path, run)
+                target.rename(self.path)
             sync_folder(self.path.parent)
             self.journal.remove()
         except OSError as error:
@@ -135,9 +135,16 @@ class FileOutput:
             ) from error
 
     def _final_texts(self) -> Iterator[bytes]:
-        if not self.is_amending:
-            return self.journal.texts()
-        return merged(self.format.texts(self.path), self.journal.texts())
+        return self._amended_texts() if self.is_amending else self.journal.texts()
+
+    def _amended_texts(self) -> Iterator[bytes]:
+        try:
+            yield from merged(self.format.texts(self.path), self.journal.texts())
+        except (ValueError, LookupError) as error:
+            raise OutputError(
+                f"{shown_path(self.path)} was changed while its failed rows were being done again: bring it back as it"
+                " was, or begin anew with --overwrite"
+            ) from error
 
     def close(self) -> None:
         """Let go; what has been written stays."""
@@ -145,7 +152,10 @@ class FileOutput:
 
 
 def merged(texts: Iterator[bytes], amended: Iterator[bytes]) -> Iterator[bytes]:
-    """All rows, those that were done again in their new form. Merging what is merged already changes nothing."""
+    """All rows, those that were done again in their new form. Merging what is merged already changes nothing.
+
+    Raises LookupError where one was done again that is not there, ValueError where one is no row.
+    """
     newer = next(amended, None)
     for text in texts:
         if newer is not None and id_of(text) == id_of(newer):
@@ -153,7 +163,8 @@ def merged(texts: Iterator[bytes], amended: Iterator[bytes]) -> Iterator[bytes]:
             newer = next(amended, None)
         else:
             yield text
-    assert newer is None, f"a row was done again that is not in the result: {newer!r}"
+    if newer is not None:
+        raise LookupError(f"a row was done again that is not in the result: {newer!r}")
 
 
 def id_of(text: bytes) -> str:

@@ -25,6 +25,7 @@ from conftest import expected_text, save_picture
 from faulty_run import Fault, Settings, main_in_session
 
 KILLED = -signal.SIGKILL
+PLAIN = Settings()
 BROKEN_EACH = 17
 RECORDS = {".jsonl": (".run",), ".parquet": ()}  # what stands beside a finished file
 
@@ -89,7 +90,7 @@ class Bench:
     def part(self) -> Path:
         return self.output.with_name(self.output.name + ".part")
 
-    def start(self, *options: str, settings: Settings = Settings()) -> Started:
+    def start(self, *options: str, settings: Settings = PLAIN) -> Started:
         arguments = ["caption", str(self.pictures), "-o", str(self.output), "--workers", "2", *options]
         streams = self.folder / f"streams-{time.monotonic_ns()}"
         streams.mkdir()
@@ -99,7 +100,7 @@ class Bench:
         process.start()
         return Started(process, streams)
 
-    def run(self, *options: str, settings: Settings = Settings()) -> Ended:
+    def run(self, *options: str, settings: Settings = PLAIN) -> Ended:
         return self.start(*options, settings=settings).wait()
 
     def run_with_fault(self, number: int, action: Any, *options: str, **fault: Any) -> Ended | None:

@@ -50,12 +50,12 @@ def test_a_call_that_fails_is_one_line_and_the_same_command_completes(
 
 
 @both_formats
-@pytest.mark.parametrize("limit", [0, 100, 5_000, 9_000])
+@pytest.mark.parametrize("limit", [500, 5_000, 9_000])
 def test_a_limit_on_the_size_of_files(tmp_path: Path, suffix: str, limit: int) -> None:
     bench = make_bench(tmp_path, ROWS, suffix)
     ended = bench.run(settings=Settings(file_limit=limit))
     assert ended.code == 2, ended
-    assert limit == 0 or "File too large" in ended.said  # stderr is a file, too
+    assert "File too large" in ended.said
     assert bench.run().code == 3
     bench.verify()
 

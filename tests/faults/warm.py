@@ -1,4 +1,4 @@
-"""Imported once, in the process that runs are forked from: what each of them would otherwise spend its time importing."""
+"""What every run would spend its time importing: imported once, in the process that runs are forked from."""
 
 import pyarrow.parquet  # noqa: F401 (imported, and not used before the fork)
 import tqdm  # noqa: F401

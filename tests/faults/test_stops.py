@@ -1,0 +1,140 @@
+"""Signals at any moment, and two runs on one output."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faulty_run import Settings
+from runs import PLAIN, Ended, Started, make_bench, until_untouched, wait_for
+
+SCRIPT = Path(__file__).with_name("faulty_run.py")
+ROWS = 100
+SECONDS_TO_STOP = 5
+SLOW_ROWS = Settings(delay=0.02, batch_size=2, commit_rows=5)
+
+both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+both_signals = pytest.mark.parametrize(
+    ("action", "number"), [("interrupt", signal.SIGINT), ("terminate", signal.SIGTERM)]
+)
+slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@both_formats
+@both_signals
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=slow)], ids=["sample", "all"])
+def test_a_signal_at_each_call(tmp_path: Path, suffix: str, action: str, number: signal.Signals, step: int) -> None:
+    bench = make_bench(tmp_path, ROWS, suffix)
+
+    def stopped_and_run_again(place: int) -> Ended | None:
+        bench.clear()
+        ended = bench.run_with_fault(place, action)
+        if ended is not None:
+            assert ended.code == 128 + number, ended
+            assert ended.said.startswith(f"Stopped by {number.name}.")
+            assert (str(bench.part) in ended.said) == bench.part.exists(), ended.said
+            assert not list(bench.output.parent.glob("*.tmp"))
+            assert bench.run().code == 3
+            bench.verify()
+        return ended
+
+    assert until_untouched(stopped_and_run_again, range(1, 60, step)) >= 3
+
+
+@both_formats
+@both_signals
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("stops", [3, pytest.param(30, marks=slow)])
+def test_signals_at_random_moments(
+    tmp_path: Path, suffix: str, action: str, number: signal.Signals, times: int, stops: int
+) -> None:
+    bench = make_bench(tmp_path, 30 * stops, suffix)
+    moments = random.Random(stops)
+    for _ in range(stops):
+        run = bench.start(settings=SLOW_ROWS)
+        wait_for(bench.part.exists)
+        for _ in range(times):
+            time.sleep(moments.uniform(0, 0.1))
+            run.send(number)
+        ended = run.wait(SECONDS_TO_STOP)
+        assert ended.code == 128 + number, ended
+        assert "Traceback" not in ended.stderr
+        assert is_gone(run)
+    assert bench.run().code == 3
+    bench.verify()
+
+
+def is_gone(run: Started) -> bool:
+    """No process of the run's group is left."""
+    try:
+        run.send(0)
+    except ProcessLookupError:
+        return True
+    return run.process.exitcode is not None and not _group_lives(run.process.pid)
+
+
+def _group_lives(number: int | None) -> bool:
+    listed = subprocess.run(["ps", "-o", "pid=", "-g", str(number)], capture_output=True, text=True)
+    return bool(listed.stdout.strip())
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.3, 0.5])
+def test_an_interrupt_before_anything_has_begun_leaves_no_traceback(tmp_path: Path, delay: float) -> None:
+    bench = make_bench(tmp_path, 5, ".jsonl")
+    script = f"""
+import signal, sys
+from typer import main
+from idefics_cli import cli
+make = main.get_command
+def slow(app):
+    print("begun", flush=True)
+    signal.sigtimedwait([], 60)
+    return make(app)
+main.get_command = slow
+sys.argv = ["idefics", "caption", {str(bench.pictures)!r}]
+cli.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=SECONDS_TO_STOP)[1] == b""
+    assert process.returncode == -signal.SIGINT  # 130 to a shell
+
+
+@both_formats
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--prefix", "other ")])
+def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path, suffix: str, options: tuple[str, ...]) -> None:
+    bench = make_bench(tmp_path, ROWS, suffix)
+    first = bench.start(settings=SLOW_ROWS)
+    bench.wait_for_rows(2)
+    second = bench.run(*options)
+    assert second.code == 2
+    assert second.said.startswith(f"Error: another run is writing {bench.part}: ")
+    assert first.wait().code == 3
+    bench.verify()
+
+
+@both_formats
+def test_many_runs_that_begin_at_one_moment(tmp_path: Path, suffix: str) -> None:
+    """One does the work; the others are refused, or find it done."""
+    bench = make_bench(tmp_path, ROWS, suffix)
+    runs = [bench.start(settings=PLAIN) for _ in range(6)]
+    ended = [run.wait() for run in runs]
+    assert {each.code for each in ended} <= {2, 3}
+    assert all("another run is writing" in each.said for each in ended if each.code == 2)
+    assert sum("with a text" in each.stderr for each in ended) == 1
+    bench.verify()
+
+
+def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, ROWS, ".jsonl")
+    command = 'set -o pipefail; "$@" | head -n 1'
+    run = [sys.executable, SCRIPT, "caption", bench.pictures]
+    done = subprocess.run(["bash", "-c", command, "bash", *run], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
