@@ -72,16 +72,12 @@ class ParquetTable:
         if not columns:
             yield from ((number, {}) for number in range(start, self.size, step))
             return
-        end = 0
         with self._open() as parquet:
             for offset, batch in self._batches(parquet, start, columns):
                 first = start - offset if start > offset else (start - offset) % step
                 places = range(first, batch.num_rows, step)
                 for place, record in zip(places, _records(batch, places, columns, offset), strict=True):
                     yield offset + place, record
-                end = offset + batch.num_rows
-        if max(end, start) < self.size:
-            raise InputError(f"{self._file.name} declares {self.size} rows but holds {end}: fetch or make it again")
 
     def _open(self) -> ParquetFile:
         """A context. `pre_buffer` and reading without a buffer would each hold whole row groups."""
@@ -94,25 +90,37 @@ class ParquetTable:
             )
 
     def _batches(self, parquet: ParquetFile, start: int, columns: Sequence[str]) -> Batches:
-        """Pieces that fit into memory, each with the number of its first row, from the row group of row `start` on."""
+        """Pieces that fit into memory, each with the number of its first row, from the row group of row `start` on.
+
+        Raises InputError behind a row group of fewer rows than it declares: Arrow passes over what it does not find.
+        """
         offset = 0
         for group in range(parquet.num_row_groups):
             num_rows = parquet.metadata.row_group(group).num_rows
             if offset + num_rows > start:
                 yield from self._group_batches(parquet, group, offset, columns)
             offset += num_rows
+        self._require_rows(self.size, offset)
 
     def _group_batches(self, parquet: ParquetFile, group: int, offset: int, columns: Sequence[str]) -> Batches:
         row_bytes, worst_bytes = self._look_at_pages(parquet, group, columns)
         batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes, WORST_BATCH_BYTES // worst_bytes))
+        declared, held = parquet.metadata.row_group(group).num_rows, 0
         with self._refusing():
             batches = parquet.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False)
         while (batch := self._next(batches)) is not None:
-            yield offset, batch
-            offset += batch.num_rows
+            yield offset + held, batch
+            held += batch.num_rows
             del batch
             if row_bytes > LARGE_ROW_BYTES:
                 pa.default_memory_pool().release_unused()  # what is kept for later would be pages of megabytes
+        self._require_rows(declared, held)
+
+    def _require_rows(self, declared: int, held: int) -> None:
+        if declared != held:
+            raise InputError(
+                f"{self._file.name} declares {declared} rows where it holds {held}: fetch or make it again"
+            )
 
     def _next(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
         with self._refusing():
