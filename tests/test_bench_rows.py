@@ -1,0 +1,44 @@
+"""The benches of rows and pictures run, and count what they say they count."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from conftest import save_picture
+from PIL import Image
+
+from idefics_cli.bench.pictures import find_pictures, measure_draft, measure_rates
+from idefics_cli.bench.rows import SUBJECTS, measure
+from idefics_cli.bench.waiting import WaitOptions
+from idefics_cli.bench.waiting import measure as measure_waiting
+
+
+def test_every_subject_is_run_to_its_end(tmp_path: Path) -> None:
+    report = measure(tmp_path, SUBJECTS, Namespace(rows=40, pictures=3, files=30))
+    assert {name: found["rows"] for name, found in report.items()} == {
+        **dict.fromkeys(["jsonl", "csv", "parquet"], 40),
+        **dict.fromkeys(["jsonl, half done", "csv, half done", "parquet, half done"], 20),
+        "pictures": 3,
+        "folder": 30,
+    }
+    assert all(found["peak_bytes"] > 0 and found["first_row_seconds"] > 0 for found in report.values())
+
+
+def test_only_good_pictures_are_compared_and_drafts_only_where_they_differ(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    small, large = save_picture(tmp_path / "small.png"), tmp_path / "large.jpg"
+    Image.effect_noise((2000, 2000), 50).save(large)
+    assert find_pictures([tmp_path]) == [large, small]
+    rates = measure_rates([large, small], workers=1, rounds=1)
+    assert rates["plain"]["of_plain"] == 1 and all(way["pictures_per_second"] > 0 for way in rates.values())
+    draft = measure_draft([large])
+    assert draft["differ"] == 1 and 0 < draft["mean_levels"] < 10
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_the_waiting_is_measured_twice(tmp_path: Path, draft: bool) -> None:
+    paths = [save_picture(tmp_path / f"{i}.png", i) for i in range(6)]
+    found = measure_waiting(paths, WaitOptions("tiny", rows=3, batch_size=2, max_new_tokens=2, draft=draft))
+    assert all(found[run]["rows"] == 3 and 0 <= found[run]["waited_share"] <= 1 for run in ("first", "then"))
