@@ -110,6 +110,19 @@ def test_an_address_in_any_column_causes_no_connection(
     assert good["error"] is None and not asked
 
 
+# Pictures
+
+
+def test_a_run_with_whole_pictures_is_not_continued_with_drafts(caption: Callable[..., Result], tmp_path: Path) -> None:
+    """The pixels differ, and so may the texts."""
+    save_picture(tmp_path / "photos/a.png")
+    output = ("-o", tmp_path / "f.jsonl")
+    assert caption(tmp_path / "photos", "--draft", *output).exit_code == 0
+    assert caption(tmp_path / "photos", "--draft", *output).exit_code == 0
+    refused = caption(tmp_path / "photos", *output)
+    assert refused.exit_code == 2 and "draft" in refused.stderr
+
+
 # Manifests that are not as they should be
 
 
