@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import time
@@ -10,15 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
 from real_llama import RealLlama, fetch_real_llama
+from typer.testing import CliRunner, Result
 
+from idefics_cli import cli
+from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.data.images import ImageLimits, load_image
 from idefics_cli.errors import RowError
-from idefics_cli.prompts import PromptOptions, build_prompt, leading_shots
+from idefics_cli.prompts import Prompt, PromptOptions, build_prompt, leading_shots
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Read when huggingface_hub is imported, by the processes too that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -62,22 +69,44 @@ class FakeResult:
 
 @dataclass
 class FakeCaptioner:
-    """Its text is a hash of the prompt. `before_call` may wait or raise; `calls` holds the batch sizes."""
+    """Its text is a hash of the prompt, or what `answer` makes of that. `before_call` may wait or raise.
+
+    `room` is how many letters a prompt may have. What it was told stays in `calls` (batch sizes), `looks` (pictures
+    whose vectors were asked for), `prompts` (by their hash) and `decoding`.
+    """
 
     batch_size: int = 4
     is_instruct: bool = False
     delay: float = 0.0
+    room: int = 100_000
+    fingerprint: str = "fake"
     before_call: Callable[[Sequence[Any]], None] = lambda prompts: None
+    answer: Callable[[str], str] = str
     calls: list[int] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
+    prompts: dict[str, Prompt] = field(default_factory=dict)
+    decoding: dict[str, Any] = field(default_factory=dict)
 
     def picture_decoders(self, limits: ImageLimits, workers: int, timeout: float) -> Any:
         return nullcontext(FakeOpener(limits))
 
-    def encode(self, prompt: Sequence[Any], max_new_tokens: int) -> str | RowError:
-        return prompt_text(prompt)
+    def encode(self, prompt: Prompt, max_new_tokens: int) -> str | RowError:
+        if sum(len(item) for item in prompt if isinstance(item, str)) > self.room:
+            return RowError("prompt_too_long", f"more than {self.room} letters")
+        text = prompt_text(prompt)
+        self.prompts[text] = prompt
+        return text
+
+    def picture_vectors(self, pictures: Sequence[bytes]) -> Tensor:
+        """(pictures, 3): the colour of each picture's first pixel."""
+        import torch
+
+        self.looks.append(len(pictures))
+        return torch.tensor([list(picture[:3]) for picture in pictures], dtype=torch.float32)
 
     def stream(self, source: Any, **decoding: Any) -> Iterator[tuple[int, FakeResult]]:
         number = 0
+        self.decoding = decoding
         while prompts := source.take(self.batch_size, True):
             self.calls.append(len(prompts))
             self.before_call(prompts)
@@ -87,6 +116,7 @@ class FakeCaptioner:
                 number += 1
 
     def _describe(self, text: str, num_texts: int) -> FakeResult:
+        text = self.answer(text)
         candidates = tuple(FakeCandidate(f"{text} {i}", -0.5 - i, 2) for i in range(num_texts))
         return FakeResult(text, -0.5, 2, candidates)
 
@@ -135,3 +165,43 @@ def photos(tmp_path: Path) -> Path:
 def real_llama(tmp_path_factory: pytest.TempPathFactory) -> RealLlama:
     """LLaMA's own vocabulary; tests that ask for it are skipped where it cannot be had."""
     return fetch_real_llama(tmp_path_factory.mktemp("npm"))
+
+
+def rows_of(text: str | bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`run(*arguments, captioner=..., input=...)`: the command line in this process, with a fake model."""
+    monkeypatch.delenv("IDEFICS_MODEL", raising=False)
+
+    def invoke(*arguments: str | Path, captioner: FakeCaptioner | None = None, input: bytes | None = None) -> Result:
+        def load(request: ModelRequest, batch_size: int | None) -> FakeCaptioner:
+            return captioner or FakeCaptioner(batch_size or 4)
+
+        monkeypatch.setattr(cli, "check_model", lambda request: None)
+        monkeypatch.setattr(cli, "load_model", load)
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=input)
+
+    return invoke
+
+
+@pytest.fixture
+def refused(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The one line on stderr of a command that must end with 2 before a model is loaded."""
+
+    def invoke(*arguments: str | Path, input: bytes | None = None) -> str:
+        def never(*arguments: Any) -> None:
+            raise AssertionError("the model was loaded")
+
+        runner = CliRunner()
+        monkeypatch.setattr(cli, "load_model", never)
+        result = runner.invoke(cli.app, [str(a) for a in arguments], input=input)
+        assert result.exit_code == 2, result.output
+        assert result.stdout == ""
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("Error: ") and "Traceback" not in result.stderr
+        return last
+
+    return invoke

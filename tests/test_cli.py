@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeCaptioner, expected_text, save_picture
+from conftest import FakeCaptioner, expected_text, rows_of, save_picture
 from typer.testing import CliRunner, Result
 
 import idefics_cli
@@ -66,42 +66,6 @@ cli.main()
 """
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """`run(*arguments, captioner=..., input=...)`: the command line in this process, with a fake model."""
-    monkeypatch.delenv("IDEFICS_MODEL", raising=False)
-
-    def invoke(*arguments: str | Path, captioner: FakeCaptioner | None = None, input: bytes | None = None) -> Result:
-        def load(request: ModelRequest, batch_size: int | None) -> FakeCaptioner:
-            return captioner or FakeCaptioner(batch_size or 4)
-
-        monkeypatch.setattr(cli, "check_model", lambda request: None)
-        monkeypatch.setattr(cli, "load_model", load)
-        return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=input)
-
-    return invoke
-
-
-@pytest.fixture
-def refused(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """The one line on stderr of a command that must end with 2 before a model is loaded."""
-
-    def invoke(*arguments: str | Path, input: bytes | None = None) -> str:
-        def never(*arguments: Any) -> None:
-            raise AssertionError("the model was loaded")
-
-        runner = CliRunner()
-        monkeypatch.setattr(cli, "load_model", never)
-        result = runner.invoke(cli.app, [str(a) for a in arguments], input=input)
-        assert result.exit_code == 2, result.output
-        assert result.stdout == ""
-        last = result.stderr.splitlines()[-1]
-        assert last.startswith("Error: ") and "Traceback" not in result.stderr
-        return last
-
-    return invoke
-
-
 @contextlib.contextmanager
 def started(
     *arguments: str | Path, fake: dict[str, Any] | None = None, **options: Any
@@ -123,10 +87,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def rows_of(text: str | bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
 
 
 # Rows
