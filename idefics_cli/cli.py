@@ -121,7 +121,7 @@ def caption(
 
         work = Asking(prompts.asking("caption", decoding, text, choices))
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
-        scoring = scores.scoring(output)
+        scoring = scores.scoring(output, "caption")
     _run(options, work, debug, scoring)
 
 
@@ -148,10 +148,9 @@ def vqa(
     with exit_codes(debug):
         from idefics_cli.asking import Asking
 
-        asked = tuple(questions.question or ())
-        work = Asking(prompts.asking("vqa", decoding, text, choices, asked, questions.question_column))
+        work = Asking(prompts.asking("vqa", decoding, text, choices, questions.asked, questions.question_column))
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
-        scoring = scores.scoring(output)
+        scoring = scores.scoring(output, "vqa")
     _run(options, work, debug, scoring)
 
 
@@ -316,7 +315,8 @@ def _run(options: RunOptions, work: Work, debug: bool, scoring: ScoreOptions | N
             ending = run.run(progress.stdout())
         show = say_finished if ending is Ending.FINISHED_BEFORE else say_summary
         show(stats, options.output)
-        if scoring is not None and not stats.stopped_early:
+    if scoring is not None and not stats.stopped_early:
+        with exit_codes(debug):
             shown_as = run.form.kept_names[scoring.answers_column]
             _print_scores(options.output, replace(scoring, answers_column=shown_as))
     if stats.num_failed:

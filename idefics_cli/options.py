@@ -286,15 +286,19 @@ class ScoreFlags:
         typer.Option(metavar="NAME", help="Column of right answers: kept, and scored at the end.", show_default=False),
     ] = None
 
-    def scoring(self, output: OutputFlags) -> ScoreOptions | None:
+    def scoring(self, output: OutputFlags, task: str) -> ScoreOptions | None:
         """Raises typer.BadParameter or IdeficsError for what cannot be scored."""
+        from idefics_cli.metrics import require_cider
         from idefics_cli.score import ScoreOptions, closing_tokenization
 
         if self.answers_column is None:
             return None
         if output.output == "-":
             raise typer.BadParameter("the finished file is scored: add -o F.jsonl", param_hint="--answers-column")
-        return ScoreOptions(self.answers_column, tokenization=closing_tokenization())
+        options = ScoreOptions(self.answers_column, tokenization=closing_tokenization())
+        if task == "caption":
+            require_cider(options.tokenization)
+        return options
 
 
 @dataclass(frozen=True)
@@ -308,6 +312,14 @@ class QuestionFlags:
         ),
     ] = None
     question_column: Annotated[str, typer.Option(metavar="NAME", help="Column of a manifest's questions.")] = QUESTION
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What is asked of every row. Raises typer.BadParameter for nothing that could be asked."""
+        asked = tuple(self.question or ())
+        if not all(question.strip() for question in asked):
+            raise typer.BadParameter("it is empty: write what is to be asked", param_hint="-q")
+        return asked
 
 
 @dataclass(frozen=True)
