@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from idefics_cli.data.rows import RemoteFile
 from idefics_cli.errors import InputError
 from idefics_cli.prompts import Shot
 from idefics_cli.shots import ShotOptions, opened
@@ -94,19 +95,23 @@ def nearest(query: Tensor, pool: Tensor, number: int) -> list[int]:
 def _kept_vectors(options: ShotOptions, pool: Sequence[Shot], fingerprint: str) -> Path:
     """The file for this pool as this model sees it: another once a picture or the model has changed."""
     digest = hashlib.sha256(f"{fingerprint} {options.image_root}".encode())
-    for source in (source for shot in pool for source in shot.pictures):
-        for part in _content(source):
-            digest.update(part + b"\0")
+    for shot in pool:
+        digest.update(b"\0shot")
+        for part in (part for source in shot.pictures for part in _content(source)):
+            digest.update(b"\0" + part)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "idefics" / "shots" / f"{digest.hexdigest()}.npy"
 
 
 def _content(source: object) -> Iterator[bytes]:
-    """What tells whether a picture is the same: its bytes, or its file's name, length and time of change."""
+    """What tells whether a picture is the same: its bytes, or its file's name, length and time of change.
+
+    Of one that is elsewhere the address has to do: to ask for more takes a round trip for each.
+    """
     if isinstance(source, bytes):
         yield hashlib.sha256(source).digest()
         return
-    yield os.fsencode(str(source))
+    yield os.fsencode(source.path if isinstance(source, RemoteFile) else str(source))
     if isinstance(source, Path) and source.exists():
         status = source.stat()
         yield f"{status.st_size} {status.st_mtime_ns}".encode()
