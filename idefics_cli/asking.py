@@ -17,12 +17,21 @@ from idefics_cli.pipeline import Outcome, PromptSource
 from idefics_cli.prompts import (
     IMAGE_FIELD,
     TASKS,
+<<<<<<< HEAD
     Prompt,
     PromptOptions,
     Shot,
     build_prompt,
     leading_shots,
     own_template,
+=======
+    PromptOptions,
+    Shot,
+    build_prompt,
+    choose_template,
+    field_text,
+    leading_shots,
+>>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
 )
 from idefics_cli.questions import QUESTION, rows_asked, with_questions
 from idefics_cli.results import ResultForm
@@ -61,20 +70,50 @@ class AskOptions:
         return self.asks and not self.questions
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """What prompts have fields for, pictures apart. Raises IdeficsError for a template that no model could take."""
+        template = choose_template(self.prompts, instruct=True)  # that for base models has the same fields
+        return tuple(dict.fromkeys(name for name in template.fields if name != IMAGE_FIELD))
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The manifest's columns that prompts are made of."""
+<<<<<<< HEAD
         fields = own_template(self.prompts.text, instruct=False).fields if self.prompts.text is not None else ()
         needed = [name for name in fields if name not in (IMAGE_FIELD, QUESTION)]
         if self.choices is not None and self.choices.column is not None:
             needed.append(self.choices.column)
+=======
+        needed = [name for name in self.fields if not (self.asks and name == QUESTION)]
+>>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
         return tuple(dict.fromkeys([self.question_column] * self.needs_question_column + needed))
 
-    def question_of(self, row: InputRow) -> Any:
-        return row.values.get(QUESTION if self.questions else self.question_column)
+    @property
+    def needs_manifest(self) -> str | None:
+        """What to do about an input that has no columns; None where it needs none."""
+        if self.needs_question_column:
+            return f"ask with -q QUESTION, or name one with a column {self.question_column!r}"
+        return f"name one with what the prompt has fields for, {', '.join(self.columns)}" if self.columns else None
 
-    def fields_of(self, row: InputRow) -> Mapping[str, Any]:
+    def question_of(self, row: InputRow) -> str | RowError:
+        if row.asked is not None:
+            return row.asked
+        question = field_text(self.question_column, row.values.get(self.question_column))
+        if isinstance(question, str) and not question.strip():
+            return RowError("row_invalid", f"the question in the column {self.question_column!r} is empty")
+        return question
+
+    def shown_question_of(self, row: InputRow) -> str | None:
+        """As it stands in the result."""
+        question = self.question_of(row)
+        return None if isinstance(question, RowError) else question
+
+    def fields_of(self, row: InputRow) -> Mapping[str, Any] | RowError:
         """What the template's fields stand for in this row."""
-        return {**row.values, QUESTION: self.question_of(row)} if self.asks else row.values
+        if not self.asks:
+            return row.values
+        question = self.question_of(row)
+        return question if isinstance(question, RowError) else {**row.values, QUESTION: question}
 
 
 class Asking:
@@ -84,8 +123,7 @@ class Asking:
         self.options = options
         self.rows_each = len(options.questions) or 1
         self.columns = options.columns
-        asked = f"ask with -q QUESTION, or name one with a column {options.question_column!r}"
-        self.needs_manifest = asked if options.needs_question_column else None
+        self.needs_manifest = options.needs_manifest
         self.needs_image = True
 
     @cached_property
@@ -97,13 +135,22 @@ class Asking:
         shots = None if self.shots is None else list(self.shots.identity)
         return {**asdict(self.options), "shots_file": shots}
 
+    def check(self) -> None:
+        """Raises InputError for shots that are no shots."""
+        assert len(self._pool) >= self.options.prompts.num_shots, self.options
+
     def form(self, kept: Mapping[str, Any]) -> ResultForm:
         options = self.options
         return ResultForm(
             "answer" if options.asks else "caption",
             options.finish,
+<<<<<<< HEAD
             question_of=options.question_of if options.asks else None,
             candidates=options.decoding.num_return_sequences > 1 or options.choices is not None,
+=======
+            question_of=options.shown_question_of if options.asks else None,
+            candidates=options.decoding.num_return_sequences > 1,
+>>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
             kept=kept,
         )
 
@@ -116,7 +163,7 @@ class Asking:
 
     def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
         options = self.options
-        pool = self._pool()
+        pool = self._pool
         is_similar = options.shots is not None and options.shots.selection == "similar" and options.shots.number > 0
         prepare = Preparation(
             options,
@@ -141,18 +188,21 @@ class Asking:
         banned_words, decoding = TASKS[options.prompts.task].banned_words, asdict(options.decoding)
         return lambda source: model.stream(source, banned_words=banned_words, **decoding)
 
+    @cached_property
     def _pool(self) -> list[Shot]:
-        if self.options.shots is None:
+        options = self.options
+        if options.shots is None:
             return []
-        assert self.shots is not None, self.options
-        return read_shots(self.options.shots, self.shots, self.options.prompts.task)
+        assert self.shots is not None, options
+        return read_shots(options.shots, self.shots, options.prompts.task, options.fields)
 
     def _leading_shots(self, pool: list[Shot], model: Model, pictures: PictureOpener) -> Sequence[Shot]:
-        """Those that stand before every row."""
+        """Those that stand before every row. Of shots that are shown as texts only no picture is opened."""
         options = self.options
         if options.shots is not None:
-            chosen = chosen_for_all(options.shots, pool)
-            pool = [opened(shot, pictures.prepare, options.shots.file) for shot in chosen]
+            pool = chosen_for_all(options.shots, pool)
+            if options.shots.number:
+                pool = [opened(shot, pictures.prepare, options.shots.file) for shot in pool]
         return leading_shots(options.prompts, pool, model.is_instruct)
 
 
@@ -178,22 +228,40 @@ class Preparation:
 
     def encoded(self, row: InputRow, opened: Sequence[Any], shots: Sequence[Shot]) -> EncodedPrompt | RowError:
         """The row's prompt behind as many of the shots as the model has room for; the furthest go first."""
-        options, fields = self.options, self.options.fields_of(row)
+        fields = self.options.fields_of(row)
+        if isinstance(fields, RowError):
+            return fields
         for kept in without_furthest(shots):
+<<<<<<< HEAD
             prompt = build_prompt(options.prompts, fields, opened, kept, self.model.is_instruct)
             if isinstance(prompt, RowError):
                 return prompt
             encoded = self._encoded(row, prompt)
             if not (isinstance(encoded, RowError) and encoded.code == "prompt_too_long"):
+=======
+            encoded = self._encoded(fields, opened, kept)
+            if not isinstance(encoded, RowError):
+                if len(kept) < len(shots):
+                    self.on_shots_dropped(row.id)
                 break
-            if kept:
-                self.on_shots_dropped(row.id)
+            if encoded.code != "prompt_too_long":
+>>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
+                break
         return encoded
 
+<<<<<<< HEAD
     def _encoded(self, row: InputRow, prompt: Prompt) -> EncodedPrompt | RowError:
         if self.options.choices is None:
             return self.model.encode(prompt, self.options.decoding.max_new_tokens)
         return self.model.encode_choices(prompt, self.options.choices.of(row.values))
+=======
+    def _encoded(
+        self, fields: Mapping[str, Any], opened: Sequence[Any], shots: Sequence[Shot]
+    ) -> EncodedPrompt | RowError:
+        options = self.options
+        prompt = build_prompt(options.prompts, fields, opened, shots, self.model.is_instruct)
+        return prompt if isinstance(prompt, RowError) else self.model.encode(prompt, options.decoding.max_new_tokens)
+>>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
 
 
 # ---- shots that differ from row to row

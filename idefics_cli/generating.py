@@ -49,6 +49,9 @@ class Generating:
     def settings(self) -> dict[str, Any]:
         return asdict(self.options)
 
+    def check(self) -> None:
+        """All that can be wrong is wrong with rows."""
+
     def form(self, kept: Mapping[str, Any]) -> ResultForm:
         options = self.options
         return ResultForm("text", options.finish, candidates=options.decoding.num_return_sequences > 1, kept=kept)

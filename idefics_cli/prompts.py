@@ -233,7 +233,7 @@ class PromptOptions:
         if self.num_shots < 0:
             raise IdeficsError(f"{self.num_shots} shots cannot be shown: use a number from 0 on")
         if self.bare and self.num_shots:
-            raise IdeficsError("--bare asks for no shots: leave --num-shots out, or --bare")
+            raise IdeficsError("--bare asks for no shots: leave --shots and --num-shots out, or --bare")
 
 
 def choose_template(options: PromptOptions, instruct: bool) -> Template:

@@ -25,11 +25,16 @@ def with_questions(rows: Iterable[InputRow], questions: Sequence[str], done: Seq
             )
         yield from asked[len(done) :]
         done = ()
+    if done:
+        raise InputError(
+            f"the input ends before the row of {done[-1]}, with which the unfinished output ends: bring the old input"
+            " back, or start anew with --overwrite"
+        )
 
 
 def _asked(row: InputRow, questions: Sequence[str], number: int) -> InputRow:
     name = f"{row.id}#{number + 1}" if len(questions) > 1 else row.id
-    return replace(row, id=name, values={**row.values, QUESTION: questions[number]})
+    return replace(row, id=name, asked=questions[number])
 
 
 def rows_asked(ids: Iterable[str], num_questions: int, left: list[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from idefics_cli.data.rows import InputRow, ReadOptions
 from idefics_cli.data.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 from idefics_cli.errors import InputError, OutputError
 from idefics_cli.pipeline import FlowOptions, Outcome, RunStats, Stages, error_of, run_rows
-from idefics_cli.work import Form, Model, Observer, Work
+from idefics_cli.work import Form, Model, Observer, Steps, Work
 
 if TYPE_CHECKING:
     from idefics_cli.data.images import ImageLimits
@@ -92,7 +92,7 @@ class Run:
         if stdout is None:
             raise OutputError("stdout is closed: name a file with -o F.jsonl")
         self._load()
-        self._run_rows(self._rows(), StreamWriter(stdout))
+        self._run_rows(self._rows(), lambda: StreamWriter(stdout))
         return Ending.RAN
 
     # ---- to a file
@@ -107,8 +107,8 @@ class Run:
         output.require_same(self._settings(weights))
         self.inputs.pass_over(self._rows_done(output))
         self._load()
-        self._begin(output)
-        self._run_rows(self._rows(), JournalWriter(output.journal))
+        settings = self._final_settings(output)
+        self._run_rows(self._rows(), lambda: self._begin(output, settings))
         if not self.stats.stopped_early:
             output.publish(self.form.columns, self._summary())
         return Ending.RAN
@@ -137,9 +137,8 @@ class Run:
         """Do the failed rows of a finished file again."""
         output.require_same(self._settings(self.loader.check(self.options.request)))
         self._load()
-        self._begin(output, amends=True)
-        rows = self._failed_rows(output)
-        self._run_rows(rows, JournalWriter(output.journal))
+        settings = self._final_settings(output)
+        self._run_rows(self._failed_rows(output), lambda: self._begin(output, settings, amends=True))
         if not self.stats.stopped_early:
             output.publish(self.form.columns, self._summary())
         return Ending.RAN
@@ -174,10 +173,15 @@ class Run:
         self.stats.resumed += 1
         self.stats.safe += 1
 
-    def _begin(self, output: FileOutput, *, amends: bool = False) -> None:
-        settings = self._settings(self.loader.check(self.options.request))  # a model of the hub is at hand by now
+    def _final_settings(self, output: FileOutput) -> dict[str, Any]:
+        """With the weights: a model of the hub is at hand once it has been loaded."""
+        settings = self._settings(self.loader.check(self.options.request))
         output.require_same(settings)
+        return settings
+
+    def _begin(self, output: FileOutput, settings: Mapping[str, Any], *, amends: bool = False) -> JournalWriter:
         output.begin(settings, amends=amends)
+        return JournalWriter(output.journal)
 
     def _summary(self) -> dict[str, Any]:
         return {"rows": self.stats.rows, "failed": dict(self.stats.failed)}
@@ -211,19 +215,26 @@ class Run:
 
     def _load(self) -> Model:
         if self.model is None:
+            self.work.check()
             self.loader.check(self.options.request)
             self.model = self.loader.load(self.options.request, self.options.batch_size)
         return self.model
 
-    def _run_rows(self, rows: Iterator[InputRow], writer: RowWriter) -> None:
-        options, model, resumed = self.options, self._load(), self.stats.safe
-        flow = FlowOptions(model.batch_size, options.workers, options.max_errors)
-        opening = options.limits, options.workers, options.decode_timeout
+    def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter]) -> None:
+        """A mistake that shows as the work begins leaves no output behind."""
+        options, model = self.options, self._load()
         self.observer.on_start(self._total)
+        with model.picture_decoders(options.limits, options.workers, options.decode_timeout) as pictures:
+            steps = self.work.begin(model, pictures, self.inputs.resolve, self.observer)
+            self._write_rows(
+                rows, steps, FlowOptions(model.batch_size, options.workers, options.max_errors), open_writer()
+            )
+
+    def _write_rows(self, rows: Iterator[InputRow], steps: Steps, flow: FlowOptions, writer: RowWriter) -> None:
+        options, resumed = self.options, self.stats.safe
         leave = Leave(self.form, writer, SidecarWriter(options.overwrite) if options.sidecar else None)
         try:
-            with closing(writer), model.picture_decoders(*opening) as pictures:
-                steps = self.work.begin(model, pictures, self.inputs.resolve, self.observer)
+            with closing(writer):
                 run_rows(rows, Stages(steps.prepare, steps.decode, leave), flow, self.stats, self.observer.on_row)
         finally:
             self.stats.safe = resumed + writer.num_safe

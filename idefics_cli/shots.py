@@ -14,7 +14,7 @@ from typing import Any, Literal
 from idefics_cli.data.readers import Inputs, open_inputs
 from idefics_cli.data.rows import InputRow, ReadOptions
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.prompts import Shot, shot_answer
+from idefics_cli.prompts import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
 from idefics_cli.score import references_of
 
 ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}
@@ -43,20 +43,23 @@ def open_shots(options: ShotOptions) -> Inputs:
     return open_inputs((options.file,), reading)
 
 
-def read_shots(options: ShotOptions, rows: Inputs, task: str) -> list[Shot]:
-    """The pool, or as much of it as will be shown, its pictures not opened yet. Raises InputError for a bad row."""
-    wanted = options.number if options.selection == "first" else None
-    pool = [_read_shot(row, task, options.file) for row in islice(rows.rows, wanted)]
+def read_shots(options: ShotOptions, rows: Inputs, task: str, fields: Sequence[str]) -> list[Shot]:
+    """The pool, or as much of it as will be shown, its pictures not opened yet.
+
+    `fields` are those that prompts have. Raises InputError for a bad row, and for too few of them.
+    """
+    wanted = options.number or TEXT_ONLY_SHOTS if options.selection == "first" else None
+    pool = [_read_shot(row, task, fields, options.file) for row in islice(rows.rows, wanted)]
     if len(pool) < options.number:
         raise InputError(f"{options.file} holds {len(pool)} shots: lower --num-shots {options.number}")
     return pool
 
 
-def _read_shot(row: InputRow, task: str, file: str) -> Shot:
+def _read_shot(row: InputRow, task: str, fields: Sequence[str], file: str) -> Shot:
     place = f"row {row.index + 1} of {file}"
     if row.error is not None:
         raise _bad_shot(place, row.error)
-    return make_shot(row.values, row.sources, task, place)
+    return make_shot(row.values, row.sources, task, fields, place)
 
 
 def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> Shot:
@@ -72,8 +75,13 @@ def _bad_shot(place: str, error: RowError) -> InputError:
     return InputError(f"{place}, which is to be a shot, is bad ({error}): mend it, or take it out")
 
 
-def make_shot(values: Mapping[str, Any], pictures: tuple, task: str, place: str) -> Shot:
-    """A row of a manifest as a worked example; of several answers the most common one is shown."""
+def make_shot(
+    values: Mapping[str, Any], pictures: tuple[Any, ...], task: str, fields: Sequence[str], place: str
+) -> Shot:
+    """A row of a manifest as a worked example; of several answers the most common one is shown.
+
+    Raises InputError for a row without an answer, or without one of the `fields` that prompts have.
+    """
     column = next((name for name in ANSWER_COLUMNS[task] if values.get(name) is not None), None)
     if column is None:
         raise InputError(
@@ -83,16 +91,21 @@ def make_shot(values: Mapping[str, Any], pictures: tuple, task: str, place: str)
     references = references_of(values[column], place)
     if not references:
         raise InputError(f"{place} has no answer to show: its {column} is empty")
-    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    texts = {name: text for name, value in values.items() if isinstance(text := field_text(name, value), str)}
+    without = next((name for name in fields if name not in texts), None)
+    if without is not None:
+        raise InputError(f"{place} has no text in a column {without!r}, which the prompt shows of each shot: add it")
     return Shot(pictures or None, shot_answer(task, references), texts.get("question", ""), texts)
 
 
 def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> list[Shot]:
-    """The same shots for every row, so that what they cost is paid once."""
-    assert options.selection != "similar", options
+    """The same shots for every row, so that what they cost is paid once; where 0 are asked for, those that can be shown
+    as texts only."""
+    assert options.selection != "similar" or not options.number, options
+    number = options.number or min(TEXT_ONLY_SHOTS, len(pool))
     if options.selection == "random":
-        return random.Random(options.seed).sample(list(pool), options.number)
-    return list(pool[: options.number])
+        return random.Random(options.seed).sample(list(pool), number)
+    return list(pool[:number])
 
 
 def without_furthest(shots: Sequence[Shot]) -> Iterator[Sequence[Shot]]:

@@ -110,7 +110,8 @@ class Work(Protocol):
     need), `needs_image` whether each row has a picture of its own. One row of the input becomes `rows_each` of the
     result: `spread` makes them, without those that are `done` of the first; `gathered` goes back from the ids of the
     result to those of the input, and leaves the ids of a row that is not complete in `left`. `settings` decide the
-    texts: a run goes on only where they are the same.
+    texts: a run goes on only where they are the same. `check` raises what can be known to be wrong before a model is
+    loaded.
     """
 
     columns: tuple[str, ...]
@@ -120,6 +121,8 @@ class Work(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]: ...
+
+    def check(self) -> None: ...
 
     def form(self, kept: Mapping[str, Any]) -> Form: ...
 
@@ -134,11 +137,10 @@ class Once:
     """Says something the first time it is called, with the name it is called with."""
 
     def __init__(self, observer: Observer, message: str) -> None:
-        self._observer, self._message, self._told = observer, message, threading.Event()
+        self._observer, self._message, self._first = observer, message, threading.Lock()
 
     def __call__(self, name: str) -> None:
-        if not self._told.is_set():
-            self._told.set()
+        if self._first.acquire(blocking=False):  # never given back
             self._observer.say(self._message.format(name))
 
 

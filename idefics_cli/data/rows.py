@@ -38,7 +38,8 @@ class InputRow:
     like `image`, holds no lone surrogate. `image` is what people are shown of the picture: its path as it was given, or
     None for bare bytes; of several pictures, a JSON list of these. `sources` are the row's pictures in order, usually
     one. `values` are the columns that were asked for, empty for plain files; a column that this row lacks is None.
-    A row that is already known to be bad carries its `error`.
+    A row that is already known to be bad carries its `error`; `asked` is what the run asks about it, where all rows are
+    asked the same.
     """
 
     index: int
@@ -47,6 +48,7 @@ class InputRow:
     sources: tuple[ImageSource, ...]
     values: Mapping[str, Any]
     error: RowError | None = None
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
