@@ -6,6 +6,7 @@ is seen once; its vectors are kept for later runs with the same model and the sa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -140,4 +141,5 @@ def _write_vectors(path: Path, vectors: Tensor) -> None:
             np.save(file, vectors.numpy())
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
