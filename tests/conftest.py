@@ -22,7 +22,7 @@ from idefics_cli import cli
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.data.images import ImageLimits, load_image
 from idefics_cli.errors import RowError
-from idefics_cli.prompts import Prompt, PromptOptions, build_prompt, leading_shots
+from idefics_cli.prompts import Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,6 +135,20 @@ class FakeOpener:
 def prompt_text(prompt: Sequence[Any]) -> str:
     data = b"".join(item if isinstance(item, bytes) else str(item).encode() for item in prompt)
     return "picture " + hashlib.sha256(data).hexdigest()[:12]
+
+
+def written(prompt: Prompt) -> str:
+    """For reading: a picture of `save_picture` as [seed], a special token by its name."""
+    return "".join(
+        item if isinstance(item, str) else item.name if isinstance(item, SpecialToken) else f"[{item[0]}]"
+        for item in prompt
+    )
+
+
+def prompts_of(captioner: FakeCaptioner, rows: Sequence[dict[str, Any]]) -> list[str | None]:
+    """What each row of a result was asked, None where nothing was."""
+    texts = [row.get("answer") or row.get("caption") or row.get("text") for row in rows]
+    return [text and written(captioner.prompts[text]) for text in texts]
 
 
 def save_picture(path: Path, seed: int = 0) -> Path:
