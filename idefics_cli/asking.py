@@ -17,21 +17,13 @@ from idefics_cli.pipeline import Outcome, PromptSource
 from idefics_cli.prompts import (
     IMAGE_FIELD,
     TASKS,
-<<<<<<< HEAD
     Prompt,
-    PromptOptions,
-    Shot,
-    build_prompt,
-    leading_shots,
-    own_template,
-=======
     PromptOptions,
     Shot,
     build_prompt,
     choose_template,
     field_text,
     leading_shots,
->>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
 )
 from idefics_cli.questions import QUESTION, rows_asked, with_questions
 from idefics_cli.results import ResultForm
@@ -78,14 +70,9 @@ class AskOptions:
     @property
     def columns(self) -> tuple[str, ...]:
         """The manifest's columns that prompts are made of."""
-<<<<<<< HEAD
-        fields = own_template(self.prompts.text, instruct=False).fields if self.prompts.text is not None else ()
-        needed = [name for name in fields if name not in (IMAGE_FIELD, QUESTION)]
+        needed = [name for name in self.fields if not (self.asks and name == QUESTION)]
         if self.choices is not None and self.choices.column is not None:
             needed.append(self.choices.column)
-=======
-        needed = [name for name in self.fields if not (self.asks and name == QUESTION)]
->>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
         return tuple(dict.fromkeys([self.question_column] * self.needs_question_column + needed))
 
     @property
@@ -144,13 +131,8 @@ class Asking:
         return ResultForm(
             "answer" if options.asks else "caption",
             options.finish,
-<<<<<<< HEAD
-            question_of=options.question_of if options.asks else None,
-            candidates=options.decoding.num_return_sequences > 1 or options.choices is not None,
-=======
             question_of=options.shown_question_of if options.asks else None,
-            candidates=options.decoding.num_return_sequences > 1,
->>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
+            candidates=options.decoding.num_return_sequences > 1 or options.choices is not None,
             kept=kept,
         )
 
@@ -232,36 +214,20 @@ class Preparation:
         if isinstance(fields, RowError):
             return fields
         for kept in without_furthest(shots):
-<<<<<<< HEAD
-            prompt = build_prompt(options.prompts, fields, opened, kept, self.model.is_instruct)
-            if isinstance(prompt, RowError):
-                return prompt
-            encoded = self._encoded(row, prompt)
-            if not (isinstance(encoded, RowError) and encoded.code == "prompt_too_long"):
-=======
-            encoded = self._encoded(fields, opened, kept)
+            prompt = build_prompt(self.options.prompts, fields, opened, kept, self.model.is_instruct)
+            encoded = prompt if isinstance(prompt, RowError) else self._encoded(row, prompt)
             if not isinstance(encoded, RowError):
                 if len(kept) < len(shots):
                     self.on_shots_dropped(row.id)
                 break
             if encoded.code != "prompt_too_long":
->>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
                 break
         return encoded
 
-<<<<<<< HEAD
     def _encoded(self, row: InputRow, prompt: Prompt) -> EncodedPrompt | RowError:
         if self.options.choices is None:
             return self.model.encode(prompt, self.options.decoding.max_new_tokens)
         return self.model.encode_choices(prompt, self.options.choices.of(row.values))
-=======
-    def _encoded(
-        self, fields: Mapping[str, Any], opened: Sequence[Any], shots: Sequence[Shot]
-    ) -> EncodedPrompt | RowError:
-        options = self.options
-        prompt = build_prompt(options.prompts, fields, opened, shots, self.model.is_instruct)
-        return prompt if isinstance(prompt, RowError) else self.model.encode(prompt, options.decoding.max_new_tokens)
->>>>>>> f4318ce (Refuse bad shots, templates and fields before the model is loaded, and leave no output behind them)
 
 
 # ---- shots that differ from row to row
