@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from idefics_cli.checkpoint import DEMO_FOLDER
 from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.demo import train
 from idefics_cli.demo.lessons import IGNORED, LessonPlan
@@ -16,11 +19,13 @@ from idefics_cli.demo.tokenizer import build_tokenizer
 from idefics_cli.demo.train import IMAGE_SIZE, Stage, Training, patch_targets, rate
 from idefics_cli.idefics import Idefics
 from idefics_cli.processing import PromptEncoder
+from idefics_cli.prompts import PromptOptions, build_prompt, leading_shots
 
 SHORT = (
     Stage("see", 3, first_seed=0, scenes=8),
     Stage("speak", 2, first_seed=500_000_000, scenes=8, eyes_share=0.15, captions=8, questions=1),
-    Stage("answer", 2, first_seed=800_000_000, scenes=8, eyes_share=0.0, captions=4, questions=3),
+    Stage("answer", 2, first_seed=800_000_000, scenes=8, eyes_share=0.15, captions=4, questions=3),
+    Stage("default", 2, first_seed=900_000_000, scenes=8, eyes_share=0.0, captions=4, questions=1, published=4),
 )
 
 
@@ -37,7 +42,9 @@ def encoder() -> PromptEncoder:
 
 
 def plan(encoder: PromptEncoder) -> LessonPlan:
-    return LessonPlan(ImageProcessor(image_size=IMAGE_SIZE), encoder, 8, 0, range(4), captions=8, questions=1)
+    return LessonPlan(
+        ImageProcessor(image_size=IMAGE_SIZE), encoder, 8, 0, range(4), captions=8, questions=1, published=4
+    )
 
 
 def test_stopping_and_going_on_changes_nothing(
@@ -61,7 +68,7 @@ def test_stopping_and_going_on_changes_nothing(
     for name, weight in straight.pupil.state_dict().items():
         assert torch.equal(weight, resumed.pupil.state_dict()[name]), name
     curves = [(tmp_path / run / "curve.jsonl").read_text().count("\n") for run in ("straight", "stopped")]
-    assert curves == [7, 7]
+    assert curves == [9, 9]
 
 
 def test_the_checkpoint_is_an_ordinary_one(short_stages: None, tmp_path: Path) -> None:
@@ -71,6 +78,17 @@ def test_the_checkpoint_is_an_ordinary_one(short_stages: None, tmp_path: Path) -
     assert result.error is None
     weights = tmp_path / "checkpoint" / "model.safetensors"
     assert weights.stat().st_size < 8_000_000
+
+
+def test_a_finished_checkpoint_can_go_through_the_last_stage_alone(short_stages: None, tmp_path: Path) -> None:
+    training = Training(tmp_path, "cpu", 1.0, 1, start=DEMO_FOLDER)
+    training.run()
+    curve = (tmp_path / "curve.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in curve] == ["default", "default"]
+    before = load_file(DEMO_FOLDER / "model.safetensors")
+    after = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    learned = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert learned and not any("vision_model" in name or "perceiver" in name for name in learned)
 
 
 def test_training_never_draws_what_measures_it() -> None:
@@ -105,11 +123,22 @@ def answers_in(labels: list[int], end: int) -> list[list[int]]:
     return [run[:-1] for run in runs]
 
 
-def test_the_three_groups_of_texts(encoder: PromptEncoder) -> None:
-    captions, questions, shots = plan(encoder)[0].texts
+def test_the_groups_of_texts(encoder: PromptEncoder) -> None:
+    captions, questions, shots, published_captions, published_questions = plan(encoder)[0].texts
     assert captions.pictures.shape == questions.pictures.shape == (8, 1)
     assert shots.pictures.shape[1] > 1
+    assert published_captions.pictures.shape == published_questions.pictures.shape == (4, 1)
     assert captions.image_attention_mask.shape == (*captions.input_ids.shape, 1)
+
+
+@pytest.mark.parametrize(("task", "group"), [("caption", 3), ("vqa", 4)])
+def test_published_texts_begin_as_a_run_begins_its_prompts(encoder: PromptEncoder, task: str, group: int) -> None:
+    texts = plan(encoder)[1].texts[group]
+    shots = leading_shots(PromptOptions(task), (), instruct=False)
+    prompt = build_prompt(PromptOptions(task), {"question": ""}, [object()], shots, instruct=False)
+    shared = encoder.encode(prompt[:2])  # up to the picture
+    for input_ids in texts.input_ids.tolist():
+        assert input_ids[: len(shared)] == shared
 
 
 def test_patches_are_told_what_lies_on_them() -> None:
