@@ -313,16 +313,6 @@ def field_text(name: str, value: Any) -> str | RowError:
     return RowError("row_invalid", f"there is {said} in the column {name!r}")
 
 
-def caption_prompt(image: Any, instruct: bool) -> Prompt:
-    """The official captioning prompt without shots, of the base or the instruct model."""
-    return few_shot_prompt(INSTRUCT_CAPTION if instruct else CAPTION, (), Shot(image))
-
-
-def question_prompt(image: Any, question: str, instruct: bool) -> Prompt:
-    """The official prompt for one question without shots, of the base or the instruct model."""
-    return few_shot_prompt(INSTRUCT_QUESTION if instruct else QUESTION_ANSWER, (), Shot(image, question=question))
-
-
 def few_shot_prompt(template: Template, shots: Sequence[Shot], query: Shot) -> Prompt:
     """Prefix, `shots` in their order, then `query` (a shot without an answer); no white space at either end."""
     assert not query.answer, f"the query is not to hold its answer: {query.answer!r}"

@@ -25,7 +25,7 @@ from idefics_cli.processing import (
     collate,
     image_attention_mask,
 )
-from idefics_cli.prompts import TASKS, SpecialToken, caption_prompt
+from idefics_cli.prompts import INSTRUCT_CAPTION, TASKS, Shot, SpecialToken, few_shot_prompt
 from idefics_cli.texts import cut_at_stop_word
 
 IMAGE_ID, EOS_ID = 9, 2
@@ -61,7 +61,7 @@ def test_a_base_tokenizer_ends_texts_with_one_token_only():
     assert not encoder.is_instruct
     assert encoder.end_token_ids == (encoder.eos_token_id,)
     with pytest.raises(IdeficsError, match="end_of_utterance"):
-        encoder.encode(caption_prompt(PICTURE, instruct=True))
+        encoder.encode(few_shot_prompt(INSTRUCT_CAPTION, (), Shot(PICTURE)))
 
 
 def test_a_tokenizer_without_image_tokens_is_refused():

@@ -23,14 +23,12 @@ from idefics_cli.prompts import (
     Shot,
     SpecialToken,
     build_prompt,
-    caption_prompt,
     choose_template,
     few_shot_prompt,
     leading_shots,
     merge_texts,
     own_template,
     parse_text,
-    question_prompt,
     require_fields,
     shot_answer,
     strip,
@@ -59,11 +57,11 @@ def written(prompt) -> str:
 
 
 def test_captions_of_the_base_model():
-    assert caption_prompt(A, instruct=False) == ("Image:", A, "Caption:")
+    assert few_shot_prompt(CAPTION, (), Shot(A)) == ("Image:", A, "Caption:")
 
 
 def test_captions_of_the_instruct_model():
-    assert caption_prompt(A, instruct=True) == (
+    assert few_shot_prompt(INSTRUCT_CAPTION, (), Shot(A)) == (
         "User:",
         A,
         "Describe the image briefly.",
@@ -73,7 +71,7 @@ def test_captions_of_the_instruct_model():
 
 
 def test_questions_to_the_base_model():
-    assert question_prompt(A, "What is it?", instruct=False) == (
+    assert few_shot_prompt(QUESTION_ANSWER, (), Shot(A, question="What is it?")) == (
         f"{VQA_PREFIX}Image:",
         A,
         "Question: What is it? Answer:",
@@ -81,7 +79,7 @@ def test_questions_to_the_base_model():
 
 
 def test_questions_to_the_instruct_model():
-    assert question_prompt(A, "What is it?", instruct=True) == (
+    assert few_shot_prompt(INSTRUCT_QUESTION, (), Shot(A, question="What is it?")) == (
         "User:",
         A,
         "What is it?",
@@ -130,7 +128,7 @@ def test_a_text_only_shot_leaves_its_image_slot_out():
 
 def test_words_of_a_question_stay_words():
     question = "Is {question} an <image>, </s> or <end_of_utterance>?"
-    prompt = question_prompt(A, question, instruct=True)
+    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot(A, question=question))
     assert prompt[2] == question
     assert [item for item in prompt if isinstance(item, SpecialToken)] == [END_OF_UTTERANCE]
 

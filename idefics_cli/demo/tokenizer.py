@@ -15,7 +15,7 @@ from transformers import AddedToken, LlamaTokenizer
 
 from idefics_cli.demo.scene import COLORS, MAX_OBJECTS, SHAPES, SIZES, scene
 from idefics_cli.processing import FAKE, IMAGE
-from idefics_cli.prompts import caption_prompt, question_prompt
+from idefics_cli.prompts import CAPTION, QUESTION_ANSWER, Shot, few_shot_prompt
 
 SPACE = "▁"
 SENTENCES_FROM_SCENES = range(2_000)
@@ -30,8 +30,8 @@ def world_texts() -> Iterator[str]:
             yield f"{question} {answer}"
     yield from (f"{size} {color} {shape}" for size in SIZES for color in COLORS for shape in SHAPES)
     yield " ".join(str(number) for number in range(MAX_OBJECTS + 1))
-    for prompt in (caption_prompt(None, instruct=False), question_prompt(None, "", instruct=False)):
-        yield from (item for item in prompt if isinstance(item, str))
+    for template in (CAPTION, QUESTION_ANSWER):
+        yield from few_shot_prompt(template, (), Shot(None))
 
 
 def learn_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:

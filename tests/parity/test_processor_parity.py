@@ -34,7 +34,7 @@ from idefics_cli.processing import (
     collate,
     image_attention_mask,
 )
-from idefics_cli.prompts import END_OF_UTTERANCE, SpecialToken, question_prompt
+from idefics_cli.prompts import END_OF_UTTERANCE, INSTRUCT_QUESTION, Shot, SpecialToken, few_shot_prompt
 
 WORDS = [
     "a red cat",
@@ -129,7 +129,7 @@ def test_a_batch_without_pictures():
 
 def test_the_end_of_an_utterance_is_the_token_transformers_finds_in_its_text():
     tokenizer, image = tokenizer_of("llama, instruct"), pictures()[0]
-    prompt = question_prompt(image, "how many dogs?", instruct=True)
+    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot(image, question="how many dogs?"))
     assert SpecialToken("<end_of_utterance>") in prompt
     spelled = [item.name if item == END_OF_UTTERANCE else item for item in prompt]
     assert PromptEncoder(tokenizer).encode(prompt) == theirs([spelled], tokenizer)["input_ids"][0].tolist()
