@@ -28,8 +28,8 @@ def test_only_good_pictures_are_compared_and_drafts_only_where_they_differ(tmp_p
     assert find_pictures([tmp_path]) == [large, small]
     rates = measure_rates([large, small], workers=1, rounds=1)
     assert rates["plain"]["of_plain"] == 1 and all(way["pictures_per_second"] > 0 for way in rates.values())
-    draft = measure_draft([large])
-    assert draft["differ"] == 1 and 0 < draft["mean_levels"] < 10
+    rough, fine = (measure_draft([large], kept) for kept in (1, 4))
+    assert rough["differ"] == fine["differ"] == 1 and rough["mean_levels"] > fine["mean_levels"] > 0
 
 
 @pytest.mark.parametrize("draft", [False, True])

@@ -2,8 +2,8 @@
 
 Every picture below the folders is prepared by a plain loop over Pillow (open, convert, resize, nothing else) in N
 processes, by our decoder processes and by threads, in turn and several times over. A rate is the median over the
-rounds, a ratio the median of the rounds' ratios to the plain loop's. Then the JPEGs are drafted, once for each number
-of sides that a draft may keep, and compared with the whole pictures in levels of 0..255 after the resize. Prints a
+rounds, a ratio the median of the rounds' ratios to the plain loop's. Then the JPEGs are drafted, once for each of
+several sizes that a draft may keep, and compared with the whole pictures in levels of 0..255 after the resize. Prints a
 table to stderr and one JSON object to stdout.
 """
 
@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from idefics_cli.data.decoders import PictureDecoders
-from idefics_cli.data.images import ImageLimits, load_image
+from idefics_cli.data.images import DRAFT_SIDES, ImageLimits, load_image
 from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.errors import RowError
 
@@ -36,6 +36,7 @@ PROCESSOR = ImageProcessor()
 LEVELS = ImageProcessor(image_mean=(0, 0, 0), image_std=(1, 1, 1), rescale_factor=1)
 LIMITS = ImageLimits()
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SIDES_KEPT = (1, 2, 4)
 RunAll = Callable[[Sequence[Path]], None]
 
 
@@ -96,10 +97,11 @@ def measure_rates(paths: Sequence[Path], workers: int, rounds: int) -> dict[str,
 # ---- drafts
 
 
-def measure_draft(paths: Sequence[Path]) -> dict[str, Any]:
-    """What `ImageLimits.draft` saves, and how far its pictures are from the whole ones."""
-    whole, seconds_whole = _resized(paths, ImageLimits())
-    draft, seconds_draft = _resized(paths, ImageLimits(draft=True))
+def measure_draft(paths: Sequence[Path], sides_kept: int) -> dict[str, Any]:
+    """What drafts save, and how far they are from the whole pictures, where no side is drafted below so many times
+    that of the pixels. `ImageLimits.draft` keeps DRAFT_SIDES."""
+    whole, seconds_whole = _resized(paths, ImageLimits(), sides_kept)
+    draft, seconds_draft = _resized(paths, ImageLimits(draft=True), sides_kept)
     differences = [np.abs(a - b) for a, b in zip(whole, draft, strict=True)]  # (3, S, S) each
     return {
         "pictures": len(paths),
@@ -111,9 +113,10 @@ def measure_draft(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _resized(paths: Sequence[Path], limits: ImageLimits) -> tuple[list[np.ndarray], float]:
+def _resized(paths: Sequence[Path], limits: ImageLimits, sides_kept: int) -> tuple[list[np.ndarray], float]:
+    side = LEVELS.image_size * sides_kept // DRAFT_SIDES
     started = time.perf_counter()
-    return [LEVELS.prepare_array(path, limits) for path in paths], time.perf_counter() - started
+    return [LEVELS.array(load_image(path, limits, side)) for path in paths], time.perf_counter() - started
 
 
 # ---- the whole
@@ -126,7 +129,7 @@ def measure(folders: Sequence[Path], workers: Sequence[int], rounds: int) -> dic
     report |= {"rounds": rounds, "processors": os.cpu_count(), "workers": {}}
     for number in tqdm(workers, unit="workers"):
         report["workers"][number] = measure_rates(paths, number, rounds)
-    report["draft"] = measure_draft(jpegs) if jpegs else None
+    report["draft"] = {kept: measure_draft(jpegs, kept) for kept in SIDES_KEPT} if jpegs else None
     return report
 
 
@@ -144,7 +147,7 @@ def show(report: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--workers", nargs="*", type=int, default=[1, 2], help="none: drafts alone")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     report = measure(options.folders, options.workers, options.rounds)
