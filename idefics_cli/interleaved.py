@@ -87,11 +87,16 @@ def _item(item: Any) -> str | Picture:
 
 
 def _source(struct: Mapping[str, Any]) -> Any:
-    named = next((struct[name] for name in SOURCE_FIELDS if struct.get(name) is not None), None)
+    named = next((struct[name] for name in SOURCE_FIELDS if _holds_something(struct.get(name))), None)
     if named is not None:
         return named
     stored = {name: struct[name] for name in ("bytes", "path") if struct.get(name) is not None}
     return stored or None
+
+
+def _holds_something(value: Any) -> bool:
+    """A struct of nulls is what Parquet may give where there is none."""
+    return any(part is not None for part in value.values()) if isinstance(value, Mapping) else value is not None
 
 
 def _kind(value: Any) -> str:
