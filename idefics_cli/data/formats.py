@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -27,11 +26,13 @@ from idefics_cli.data.values import (
     python_values,
     result_type,
     strict_json,
+    tensor_type,
 )
 from idefics_cli.errors import OutputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 JSONL_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".ndjson"), (".parquet",)
 METADATA_KEY = b"idefics_run"
@@ -39,7 +40,7 @@ SETTINGS, NUM_ROWS, FAILED = "settings", "rows", "failed"
 RECORD_KEYS = {SETTINGS, NUM_ROWS, FAILED}
 OF_BYTES = "of_bytes"
 BLOCK_BYTES = 1 << 20
-CHUNK_ROWS = 1_000
+CHUNK_ROWS, CHUNK_BYTES = 1_000, 16 << 20
 ROW_GROUP_BYTES = 64 << 20
 ROW_GROUP_ROWS = 100_000
 
@@ -51,8 +52,16 @@ class Rows:
     texts: Any  # Callable[[], Iterator[bytes]]
 
     def chunks(self) -> Iterator[list[dict[str, Any]]]:
-        texts = self.texts()
-        while chunk := [json.loads(text) for text in islice(texts, CHUNK_ROWS)]:
+        """As many rows at a time as take little memory."""
+        chunk: list[dict[str, Any]] = []
+        num_bytes = 0
+        for text in self.texts():
+            chunk.append(json.loads(text))
+            num_bytes += len(text)
+            if len(chunk) == CHUNK_ROWS or num_bytes >= CHUNK_BYTES:
+                yield chunk
+                chunk, num_bytes = [], 0
+        if chunk:
             yield chunk
 
 
@@ -125,7 +134,8 @@ class Parquet:
         import pyarrow.parquet as pq
 
         schema = arrow_schema(columns, rows).with_metadata({METADATA_KEY: json_text(run)})
-        with _synced(target) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        writing = {"compression": "zstd", "write_page_checksum": True}
+        with _synced(target) as file, pq.ParquetWriter(file, schema, **writing) as writer:
             for table in _row_groups((_batch(chunk, columns, schema) for chunk in rows.chunks()), schema):
                 writer.write_table(table, row_group_size=max(1, table.num_rows))
 
@@ -147,10 +157,17 @@ class Parquet:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=CHUNK_ROWS, use_threads=False):
+            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata), use_threads=False):
                 values = [python_values(column) for column in batch.columns]
                 for row in zip(*values, strict=True):
                     yield json_text(dict(zip(batch.schema.names, row, strict=True)))
+
+
+def _rows_at_once(metadata: pq.FileMetaData) -> int:
+    """As many as take `CHUNK_BYTES` in the mean."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    row_bytes = sum(group.total_byte_size for group in groups) // max(1, metadata.num_rows)
+    return max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, row_bytes)))
 
 
 @contextmanager
@@ -183,11 +200,16 @@ def arrow_schema(columns: Sequence[Column], rows: Rows) -> pa.Schema:
 
     undeclared = [column.name for column in columns if column.type is None]
     found = inferred_types(rows.chunks(), undeclared) if undeclared else {}
+    found |= {column.name: _latents_type(column, rows) for column in columns if column.type == "latents"}
     return pa.schema([(column.name, _type_of(column, found)) for column in columns])
 
 
+def _latents_type(column: Column, rows: Rows) -> pa.DataType:
+    return tensor_type(row.get(column.name) for chunk in rows.chunks() for row in chunk)
+
+
 def _type_of(column: Column, found: Mapping[str, pa.DataType]) -> pa.DataType:
-    if column.type is None:
+    if column.name in found:
         return found[column.name]
     return arrow_type(column.type) if isinstance(column.type, str) else result_type(column.type)
 

@@ -20,9 +20,10 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
-Kind = Literal["text", "real", "count", "candidates"]
+Kind = Literal["text", "real", "count", "candidates", "latents"]
 
 MOMENT = re.compile(r"(?P<seconds>.{19})(\.(?P<fraction>\d{1,9}))?(?P<zone>Z|[+-]\d\d:?\d\d)?")
 EPOCH, SECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(seconds=1)
@@ -71,9 +72,12 @@ def json_value(value: Any) -> Any:
 
 
 def python_values(array: pa.Array) -> list[Any]:
-    """`to_pylist`, with moments of nanoseconds, for which Python has no type, as text."""
+    """`to_pylist`, with moments of nanoseconds, for which Python has no type, as text, and tensors as their bytes."""
     import pyarrow as pa
 
+    if is_plain_tensor(array.type):
+        rows = zip(list_numbers(array.storage), array.is_valid().to_pylist(), strict=True)
+        return [_tensor_value(numbers, array.type.shape) if is_there else None for numbers, is_there in rows]
     if pa.types.is_timestamp(array.type) and array.type.unit == "ns":
         return array.cast(pa.string()).to_pylist()
     return array.to_pylist()
@@ -96,6 +100,8 @@ def from_json(value: Any, of: pa.DataType) -> Any:
         return [(from_json(key, of.key_type), from_json(item, of.item_type)) for key, item in value]
     if kinds.is_dictionary(of):
         return from_json(value, of.value_type)
+    if isinstance(value, Mapping) and is_plain_tensor(of):
+        return tensor_numbers(value)
     if isinstance(of, pa.BaseExtensionType):
         return _storage(from_json(value, of.storage_type), of)
     restore = _restorer(of)
@@ -149,6 +155,45 @@ def nanoseconds(moment: str) -> int:
         offset = datetime.timedelta(hours=hours, minutes=minutes)
         when += offset if zone[0] == "-" else -offset
     return (when - EPOCH) // SECOND * 10**9 + int((match["fraction"] or "").ljust(9, "0"))
+
+
+# ---- tensors
+
+
+def is_plain_tensor(of: pa.DataType) -> bool:
+    """Of fp16 or fp32 and one shape, its axes in their order: in JSON `{"dtype", "shape", "data"}`, data in base 64."""
+    import pyarrow as pa
+
+    is_tensor = isinstance(of, pa.FixedShapeTensorType) and of.permutation is None
+    return is_tensor and of.value_type in (pa.float16(), pa.float32())
+
+
+def list_numbers(array: pa.FixedSizeListArray) -> np.ndarray:
+    """(rows, numbers of a list), without a copy. A null has numbers too, which mean nothing."""
+    size = array.type.list_size
+    numbers = array.values.slice(array.offset * size, len(array) * size)
+    return numbers.to_numpy(zero_copy_only=False).reshape(len(array), size)
+
+
+def _tensor_value(numbers: np.ndarray, shape: Iterable[int]) -> dict[str, Any]:
+    return {"dtype": numbers.dtype.name, "shape": list(shape), "data": numbers.tobytes()}
+
+
+def tensor_numbers(value: Mapping[str, Any]) -> np.ndarray:
+    """All numbers of a tensor in a row, in one dimension. `data` is bytes, or what JSON has left of them."""
+    import numpy as np
+
+    data = value["data"]
+    return np.frombuffer(base64.b64decode(data) if isinstance(data, str) else data, dtype=value["dtype"])
+
+
+def tensor_type(values: Iterable[Mapping[str, Any] | None]) -> pa.FixedShapeTensorType:
+    """The type of a column of such values, which the first that is there tells; where none is, it hardly matters."""
+    import pyarrow as pa
+
+    first = next((value for value in values if value is not None), {"dtype": "float16", "shape": [1, 1]})
+    types = {"float16": pa.float16(), "float32": pa.float32()}
+    return pa.fixed_shape_tensor(types[first["dtype"]], first["shape"])
 
 
 # ---- Arrow types

@@ -1,0 +1,113 @@
+"""The work of `idefics embed`: each row's picture -> its latents; and the rows of what comes of it.
+
+Rows in, pictures out; what latents are in a file is the business of `data/embeddings.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from idefics_cli.data.embeddings import ERROR, ID, LATENTS, VISION, latents_value
+from idefics_cli.data.rows import InputRow
+from idefics_cli.data.values import Column
+from idefics_cli.errors import RowError
+from idefics_cli.pipeline import error_of
+from idefics_cli.results import kept_values, shown_names
+from idefics_cli.work import Observer, PictureOpener, Resolve, Steps, open_pictures
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from idefics_cli.checkpoint import ModelRequest
+    from idefics_cli.idefics import Embedding
+    from idefics_cli.pipeline import PromptSource
+    from idefics_cli.processing import EncodedPicture
+
+
+class Embedder(Protocol):
+    """What `Idefics` is to this work. `encode_picture` may be called from several threads at once."""
+
+    def encode_picture(self, image: Any) -> EncodedPicture | RowError: ...
+
+    def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]: ...
+
+
+@dataclass(frozen=True)
+class EmbeddingForm:
+    """The columns of an embedded row: no text, the picture's latents."""
+
+    kept: Mapping[str, pa.DataType | None] = field(default_factory=dict)
+    kept_names: Mapping[str, str] = field(init=False)
+    text_column: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        names = shown_names(self.kept, [column.name for column in self.own_columns])
+        object.__setattr__(self, "kept_names", names)
+
+    @property
+    def own_columns(self) -> list[Column]:
+        return [Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text")]
+
+    @property
+    def columns(self) -> list[Column]:
+        return self.own_columns + [Column(self.kept_names[name], of) for name, of in self.kept.items()]
+
+    def row(self, row: InputRow, outcome: Embedding | RowError) -> dict[str, Any]:
+        """A failed row has no latents."""
+        error = error_of(outcome)
+        own = {
+            ID: row.id,
+            "image": row.image,
+            LATENTS: None if error else latents_value(outcome.latents),
+            ERROR: str(error) if error else None,
+        }
+        return own | kept_values(row, self.kept_names)
+
+
+class EmbeddingWork:
+    """The work of `embed`. A run goes on only with a model that sees pictures alike."""
+
+    rows_each = 1
+    columns = ()
+    needs_manifest = None
+    needs_image = True
+
+    def __init__(self, request: ModelRequest) -> None:
+        self._request = request
+        self._fingerprint: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Without the fingerprint for as long as the model is not here to be looked at."""
+        from idefics_cli.checkpoint import known_vision_fingerprint
+
+        self._fingerprint = self._fingerprint or known_vision_fingerprint(self._request)
+        return {"embeds": True} | ({VISION: self._fingerprint} if self._fingerprint else {})
+
+    def form(self, kept: Mapping[str, Any]) -> EmbeddingForm:
+        return EmbeddingForm(kept)
+
+    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
+        assert not done, done
+        return rows
+
+    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
+        return ids
+
+    def begin(self, model: Embedder, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
+        def prepare(row: InputRow) -> EncodedPicture | RowError:
+            return encoded_picture(row, pictures, model)
+
+        return Steps(prepare, model.embed_stream)
+
+
+def encoded_picture(row: InputRow, pictures: PictureOpener, model: Embedder) -> EncodedPicture | RowError:
+    """The row's one picture as the model takes it, or why there is none. Safe in many threads."""
+    opened = open_pictures(row, pictures)
+    if isinstance(opened, RowError):
+        return opened
+    if len(opened) != 1:
+        return RowError("row_invalid", f"the row has {len(opened)} pictures, and each row of embeddings holds one")
+    return model.encode_picture(opened[0])

@@ -1,0 +1,137 @@
+"""`embed` as a run: every row once, with latents or a reason; stopped and taken up again; failed rows done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_picture
+from tiny_models import save_checkpoint
+
+from idefics_cli import Idefics, IdeficsError
+from idefics_cli.checkpoint import ModelRequest, weights_digest
+from idefics_cli.data.embeddings import EmbeddingFile
+from idefics_cli.data.images import DEFAULT_LIMITS
+from idefics_cli.data.rows import ReadOptions
+from idefics_cli.embedding import EmbeddingWork
+from idefics_cli.pipeline import RunStats
+from idefics_cli.run import Ending, Loader, Run, RunOptions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Idefics:
+    return Idefics.from_pretrained(folder, batch_size=2, device="cpu")
+
+
+class Stop(Exception):
+    """A run is stopped from outside."""
+
+
+class Watcher:
+    """Lets so many rows through."""
+
+    def __init__(self, rows: int = 1000) -> None:
+        self.left = rows
+
+    def on_start(self, total: int | None) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def on_row(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+
+
+def embed(folder: Path, model: Idefics, photos: Path, output: Path, rows: int = 1000, **more: object) -> tuple:
+    request = ModelRequest(str(folder))
+    options = RunOptions(
+        inputs=(str(photos),),
+        output=str(output),
+        request=request,
+        reading=ReadOptions(),
+        limits=DEFAULT_LIMITS,
+        decode_timeout=30.0,
+        workers=2,
+        **more,
+    )
+    stats = RunStats()
+    loader = Loader(weights_digest, lambda request, batch_size: model)
+    return Run(options, EmbeddingWork(request), loader, stats, Watcher(rows)).run(None), stats
+
+
+def test_every_picture_is_there_by_its_id_and_the_broken_one_with_its_reason(
+    folder: Path, model: Idefics, photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "e.parquet"
+    _, stats = embed(folder, model, photos, output)
+    assert (stats.rows, stats.failed["image_unreadable"]) == (7, 1)
+    file = EmbeddingFile(output)
+    file.require_model(model.fingerprint, model.latents_shape)
+    for path in sorted(photos.rglob("*.*")):
+        found = file.latents(path.relative_to(photos).as_posix())
+        if path.name == "broken.png":
+            assert found.code == "image_unreadable"
+        else:
+            assert torch.allclose(found, model.embed([path])[0], atol=1e-5)
+    assert embed(folder, model, photos, output)[0] is Ending.FINISHED_BEFORE
+
+
+def test_answers_from_the_file_are_those_from_the_pictures(
+    folder: Path, model: Idefics, photos: Path, tmp_path: Path
+) -> None:
+    embed(folder, model, photos, tmp_path / "e.parquet")
+    file, names = EmbeddingFile(tmp_path / "e.parquet"), ["a.jpg", "b.png", "sub/a.png"]
+    expected = model.answer([(photos / name, "what is this?") for name in names], max_new_tokens=5)
+    given = model.answer([(file.latents(name), "what is this?") for name in names], max_new_tokens=5)
+    assert [result.token_ids for result in given] == [result.token_ids for result in expected]
+
+
+@pytest.mark.parametrize("name", ["e.parquet", "e.jsonl"])
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(
+    folder: Path, model: Idefics, photos: Path, tmp_path: Path, name: str, rows: int
+) -> None:
+    embed(folder, model, photos, tmp_path / f"whole.{name}")
+    with pytest.raises(Stop):
+        embed(folder, model, photos, tmp_path / name, rows)
+    embed(folder, model, photos, tmp_path / name)
+    assert table(tmp_path / name) == table(tmp_path / f"whole.{name}")
+
+
+def table(path: Path) -> list[tuple]:
+    """Ids and errors, and latents to four digits: batches of other pictures round otherwise."""
+    from idefics_cli.data.formats import format_of
+    from idefics_cli.data.values import tensor_numbers
+
+    rows = [json.loads(text) for text in format_of(path).texts(path)]
+    return [
+        (row["id"], row["error"], row["latents"] and tensor_numbers(row["latents"]).round(4).tolist()) for row in rows
+    ]
+
+
+def test_failed_rows_can_be_done_again(folder: Path, model: Idefics, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "e.parquet"
+    embed(folder, model, photos, output)
+    before = table(output)
+    save_picture(photos / "broken.png", 9)
+    embed(folder, model, photos, output, retry_errors=True)
+    after = table(output)
+    assert [row for row in after if row[0] != "broken.png"] == [row for row in before if row[0] != "broken.png"]
+    mended = EmbeddingFile(output).latents("broken.png")
+    assert torch.allclose(mended, model.embed([photos / "broken.png"])[0], atol=1e-5)
+
+
+def test_another_model_does_not_go_on_with_it(folder: Path, model: Idefics, photos: Path, tmp_path: Path) -> None:
+    other = save_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(Stop):
+        embed(folder, model, photos, tmp_path / "e.parquet", 2)
+    with pytest.raises(IdeficsError, match="vision was"):
+        embed(other, model, photos, tmp_path / "e.parquet")
