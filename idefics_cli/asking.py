@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.choices import ChoiceOptions
+from idefics_cli.data.embeddings import EmbeddingFile
 from idefics_cli.data.rows import InputRow
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline import Outcome, PromptSource
@@ -25,7 +26,7 @@ from idefics_cli.prompts import (
     field_text,
     leading_shots,
 )
-from idefics_cli.questions import QUESTION, rows_asked, with_questions
+from idefics_cli.questions import QUESTION, input_id, rows_asked, with_questions
 from idefics_cli.results import ResultForm
 from idefics_cli.shots import ShotOptions, chosen_for_all, open_shots, opened, read_shots, without_furthest
 from idefics_cli.similar import SimilarShots
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 class AskOptions:
     """`questions` are asked about every row; without them each row has its own in `question_column`.
 
-    `finish` makes the written text of the decoded one.
+    `finish` makes the written text of the decoded one. With a file of `embeddings` no row's picture is looked at.
     """
 
     prompts: PromptOptions
@@ -51,6 +52,7 @@ class AskOptions:
     question_column: str = QUESTION
     shots: ShotOptions | None = None
     choices: ChoiceOptions | None = None
+    embeddings: str | None = None
     finish: Finish = field(default_factory=Finish)
 
     @property
@@ -111,7 +113,7 @@ class Asking:
         self.rows_each = len(options.questions) or 1
         self.columns = options.columns
         self.needs_manifest = options.needs_manifest
-        self.needs_image = True
+        self.needs_image = options.embeddings is None
 
     @cached_property
     def shots(self) -> Inputs | None:
@@ -120,7 +122,12 @@ class Asking:
     @property
     def settings(self) -> dict[str, Any]:
         shots = None if self.shots is None else list(self.shots.identity)
-        return {**asdict(self.options), "shots_file": shots}
+        stored = None if self.embeddings is None else self.embeddings.identity
+        return {**asdict(self.options), "shots_file": shots, "embeddings_file": stored}
+
+    @cached_property
+    def embeddings(self) -> EmbeddingFile | None:
+        return None if self.options.embeddings is None else EmbeddingFile(self.options.embeddings)
 
     def check(self) -> None:
         """Raises InputError for shots that are no shots."""
@@ -146,11 +153,14 @@ class Asking:
     def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
         options = self.options
         pool = self._pool
+        if self.embeddings is not None:
+            self.embeddings.require_model(model.fingerprint, model.latents_shape)
         is_similar = options.shots is not None and options.shots.selection == "similar" and options.shots.number > 0
         prepare = Preparation(
             options,
             model,
             pictures,
+            self.embeddings,
             () if is_similar else self._leading_shots(pool, model, pictures),
             on_shots_dropped=Once(observer, "{} is too long for all shots: of such rows the first ones are left out"),
         )
@@ -198,6 +208,7 @@ class Preparation:
     options: AskOptions
     model: Model
     pictures: PictureOpener
+    embeddings: EmbeddingFile | None
     shots: Sequence[Shot]
     on_shots_dropped: Callable[[str], None]
 
@@ -206,7 +217,11 @@ class Preparation:
         return pictures if isinstance(pictures, RowError) else self.encoded(row, pictures, self.shots)
 
     def opened(self, row: InputRow) -> Sequence[Any] | RowError:
-        return open_pictures(row, self.pictures)
+        """The row's pictures, or the latents in their place."""
+        if self.embeddings is None:
+            return open_pictures(row, self.pictures)
+        latents = self.embeddings.latents(input_id(row.id, len(self.options.questions)))
+        return latents if isinstance(latents, RowError) else [latents]
 
     def encoded(self, row: InputRow, opened: Sequence[Any], shots: Sequence[Shot]) -> EncodedPrompt | RowError:
         """The row's prompt behind as many of the shots as the model has room for; the furthest go first."""

@@ -18,11 +18,13 @@ import typer
 from idefics_cli import __version__
 from idefics_cli.options import (
     AllowPickleFlag,
+    BatchSizeFlag,
     ChoiceFlags,
     DebugFlag,
     DecodingFlags,
     DeviceFlag,
     DtypeFlag,
+    EmbeddingsFlag,
     InputFlags,
     ModelFlags,
     OutputFlags,
@@ -33,6 +35,7 @@ from idefics_cli.options import (
     ScoreFlags,
     TextFlags,
     flattened,
+    rows_per_batch,
     run_options,
 )
 from idefics_cli.terminal import (
@@ -108,6 +111,7 @@ def caption(
     pictures: PictureFlags,
     model: ModelFlags,
     decoding: DecodingFlags,
+    embeddings: EmbeddingsFlag = None,
     debug: DebugFlag = False,
 ) -> None:
     """Describe images: one row for each, in input order.
@@ -119,7 +123,7 @@ def caption(
     with exit_codes(debug):
         from idefics_cli.asking import Asking
 
-        work = Asking(prompts.asking("caption", decoding, text, choices))
+        work = Asking(prompts.asking("caption", decoding, text, choices, embeddings))
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
         scoring = scores.scoring(output, "caption")
     _run(options, work, debug, scoring)
@@ -138,6 +142,7 @@ def vqa(
     pictures: PictureFlags,
     model: ModelFlags,
     decoding: DecodingFlags,
+    embeddings: EmbeddingsFlag = None,
     debug: DebugFlag = False,
 ) -> None:
     """Answer questions about images: those of a manifest's column `question`, or the same with -q about every image.
@@ -148,7 +153,9 @@ def vqa(
     with exit_codes(debug):
         from idefics_cli.asking import Asking
 
-        work = Asking(prompts.asking("vqa", decoding, text, choices, questions.asked, questions.question_column))
+        work = Asking(
+            prompts.asking("vqa", decoding, text, choices, embeddings, questions.asked, questions.question_column)
+        )
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
         scoring = scores.scoring(output, "vqa")
     _run(options, work, debug, scoring)
@@ -164,6 +171,7 @@ def generate(
     model: ModelFlags,
     decoding: DecodingFlags,
     prompt_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the prompts.")] = "prompt",
+    embeddings: EmbeddingsFlag = None,
     debug: DebugFlag = False,
 ) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and pictures, or a conversation.
@@ -174,8 +182,36 @@ def generate(
     with exit_codes(debug):
         from idefics_cli.generating import MAX_NEW_TOKENS, GenerateOptions, Generating
 
-        work = Generating(GenerateOptions(decoding.decoding(MAX_NEW_TOKENS), prompt_column, text.finish(task=None)))
+        work = Generating(
+            GenerateOptions(decoding.decoding(MAX_NEW_TOKENS), prompt_column, embeddings, text.finish(task=None))
+        )
         options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
+    _run(options, work, debug)
+
+
+@app.command()
+@flattened
+def embed(
+    inputs: InputFlags,
+    output: OutputFlags,
+    pictures: PictureFlags,
+    model: ModelFlags,
+    batch_size: BatchSizeFlag = "auto",
+    debug: DebugFlag = False,
+) -> None:
+    """Run the vision side once: each image's latents into a Parquet file, by id.
+
+    `caption`, `vqa` and `generate` take it with --embeddings in place of the pictures.
+    """
+    with exit_codes(debug):
+        from idefics_cli.embedding import EmbeddingWork
+
+        work = EmbeddingWork(model.request)
+        options = run_options(inputs, work, output, pictures, model, rows_per_batch(batch_size))
+        if not output.output.endswith(".parquet"):
+            raise typer.BadParameter("latents go into Parquet: add -o E.parquet", param_hint="--output")
+        if output.sidecar:
+            raise typer.BadParameter("there are no texts to write: leave it out", param_hint="--sidecar")
     _run(options, work, debug)
 
 

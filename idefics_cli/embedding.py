@@ -86,6 +86,9 @@ class EmbeddingWork:
         self._fingerprint = self._fingerprint or known_vision_fingerprint(self._request)
         return {"embeds": True} | ({VISION: self._fingerprint} if self._fingerprint else {})
 
+    def check(self) -> None:
+        """All that can be wrong is wrong with rows."""
+
     def form(self, kept: Mapping[str, Any]) -> EmbeddingForm:
         return EmbeddingForm(kept)
 

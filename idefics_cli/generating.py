@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from idefics_cli.data.embeddings import EmbeddingFile
 from idefics_cli.data.rows import InputRow
 from idefics_cli.errors import RowError
 from idefics_cli.interleaved import Picture, interleaved_prompt
@@ -31,6 +33,7 @@ class GenerateOptions:
 
     decoding: DecodingOptions
     prompt_column: str = PROMPT
+    embeddings: str | None = None
     finish: Finish = field(default_factory=Finish)
 
 
@@ -47,7 +50,11 @@ class Generating:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return asdict(self.options)
+        return {**asdict(self.options), "embeddings_file": self.embeddings.identity if self.embeddings else None}
+
+    @cached_property
+    def embeddings(self) -> EmbeddingFile | None:
+        return None if self.options.embeddings is None else EmbeddingFile(self.options.embeddings)
 
     def check(self) -> None:
         """All that can be wrong is wrong with rows."""
@@ -65,7 +72,9 @@ class Generating:
 
     def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
         decoding = asdict(self.options.decoding)
-        prepare = PromptOpening(self.options, model, pictures, resolve)
+        if self.embeddings is not None:
+            self.embeddings.require_model(model.fingerprint, model.latents_shape)
+        prepare = PromptOpening(self.options, model, pictures, self.embeddings, resolve)
         return Steps(prepare, lambda source: model.stream(source, **decoding))
 
 
@@ -76,6 +85,7 @@ class PromptOpening:
     options: GenerateOptions
     model: Model
     pictures: PictureOpener
+    embeddings: EmbeddingFile | None
     resolve: Resolve
 
     def __call__(self, row: InputRow) -> EncodedPrompt | RowError:
@@ -93,5 +103,12 @@ class PromptOpening:
         return self.model.encode(items, self.options.decoding.max_new_tokens)
 
     def _opened(self, picture: Picture, index: int) -> Any | RowError:
+        if picture.embedding is not None:
+            return self._stored(picture.embedding)
         source = self.resolve(picture.source, index)
         return source if isinstance(source, RowError) else self.pictures.prepare(source)
+
+    def _stored(self, row_id: str) -> Any | RowError:
+        if self.embeddings is None:
+            return RowError("image_missing", f"the embedding {row_id!r} is nowhere: name its file with --embeddings")
+        return self.embeddings.latents(row_id)

@@ -19,9 +19,11 @@ LABELS = {"user": "User:", "assistant": "Assistant:"}
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture within a manifest's prompt: a path, bytes, or the datasets library's struct of both."""
+    """A picture within a manifest's prompt: a path, bytes, or the datasets library's struct of both; or the id of its
+    row in a file of embeddings."""
 
-    source: Any
+    source: Any = None
+    embedding: str | None = None
 
 
 def interleaved_prompt(value: Any) -> Prompt | RowError:
@@ -83,6 +85,8 @@ def _item(item: Any) -> str | Picture:
         return text
     if text is None and source is not None:
         return Picture(source)
+    if text is None and isinstance(item.get("embedding"), str):
+        return Picture(embedding=item["embedding"])
     raise _Malformed(f"holds a struct of {', '.join(map(repr, item)) or 'nothing'}: it needs either a text or an image")
 
 

@@ -45,6 +45,7 @@ DeviceFlag = Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|cpu|mps", hel
 AllowPickleFlag = Annotated[
     bool, typer.Option("--allow-pickle", help="Load weights from pickles (weights only) where there is no safetensors.")
 ]
+BatchSizeFlag = Annotated[str, typer.Option(metavar="auto|N", help="Rows that the model works on at a time.")]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
 
 
@@ -194,6 +195,7 @@ class PromptFlags:
         decoding: DecodingFlags,
         text: TextFlags,
         choices: ChoiceFlags,
+        embeddings: str | None = None,
         questions: tuple[str, ...] = (),
         question_column: str = QUESTION,
     ) -> AskOptions:
@@ -209,6 +211,7 @@ class PromptFlags:
             question_column,
             None if self.shots is None else ShotOptions(self.shots, number, self.shot_selection, self.seed),
             ranked,
+            embeddings,
             text.finish(task if ranked is None else None),
         )
 
@@ -354,6 +357,17 @@ class PictureFlags:
         return self.workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 
+EmbeddingsFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--embeddings",
+        metavar="E.parquet",
+        help="What `idefics embed` wrote of the same rows, by id, in place of their pictures.",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class OutputFlags:
     """Where rows go, and what happens to those that are there."""
@@ -433,7 +447,7 @@ class DecodingFlags:
     num_return_sequences: Annotated[
         int, typer.Option(metavar="N", min=1, help="Best texts per row; more than one adds a `candidates` column.")
     ] = 1
-    batch_size: Annotated[str, typer.Option(metavar="auto|N", help="Rows that are decoded at a time.")] = "auto"
+    batch_size: BatchSizeFlag = "auto"
 
     def decoding(self, max_new_tokens: int) -> DecodingOptions:
         """`max_new_tokens` is the command's own default."""
@@ -444,13 +458,16 @@ class DecodingFlags:
 
     @property
     def rows_per_batch(self) -> int | None:
-        if self.batch_size == "auto":
-            return None
-        if not (self.batch_size.isascii() and self.batch_size.isdigit() and int(self.batch_size) > 0):
-            raise typer.BadParameter(
-                f"{self.batch_size!r} is neither `auto` nor a number above 0", param_hint="--batch-size"
-            )
-        return int(self.batch_size)
+        return rows_per_batch(self.batch_size)
+
+
+def rows_per_batch(batch_size: str) -> int | None:
+    """None: as many as memory holds."""
+    if batch_size == "auto":
+        return None
+    if not (batch_size.isascii() and batch_size.isdigit() and int(batch_size) > 0):
+        raise typer.BadParameter(f"{batch_size!r} is neither `auto` nor a number above 0", param_hint="--batch-size")
+    return int(batch_size)
 
 
 def run_options(

@@ -43,4 +43,9 @@ def rows_asked(ids: Iterable[str], num_questions: int, left: list[str]) -> Itera
         left.append(name)
         if len(left) == num_questions:
             left.clear()
-            yield name.rpartition("#")[0] if num_questions > 1 else name
+            yield input_id(name, num_questions)
+
+
+def input_id(name: str, num_questions: int) -> str:
+    """The id that the row had before it was asked so many questions."""
+    return name.rpartition("#")[0] if num_questions > 1 else name

@@ -52,6 +52,9 @@ class Model(Protocol):
 
     def score_stream(self, source: PromptSource, choice_norm: Any) -> Iterator[tuple[int, Result]]: ...
 
+    @property
+    def latents_shape(self) -> tuple[int, int]: ...
+
     def picture_vectors(self, pictures: Sequence[Any]) -> Tensor: ...
 
     def stream(

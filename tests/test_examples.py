@@ -76,6 +76,15 @@ def test_free_prompts() -> None:
     assert rows["question"] == scene(seed_of(PICTURES[6])).questions[0][1]
 
 
+def test_embeddings(tmp_path: Path) -> None:
+    """What is said of latents is what is said of the pictures."""
+    done = run(["bash", str(EXAMPLES / "embeddings.sh")], OUTPUT_FOLDER=str(tmp_path))
+    captions = [json.loads(line)["caption"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert captions == [scene(seed_of(path)).caption for path in PICTURES]
+    answers = [json.loads(line)["answer"] for line in done.stdout.splitlines()]
+    assert answers == [str(len(scene(seed_of(path)).objects)) for path in PICTURES[:4]]
+
+
 def test_python_api() -> None:
     lines = run([sys.executable, str(EXAMPLES / "python_api.py")]).stdout.splitlines()
     assert lines[:-1] == [f"{path.name}: {scene(seed_of(path)).caption}" for path in PICTURES]

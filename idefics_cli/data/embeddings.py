@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from idefics_cli.data.files import cannot_read
+from idefics_cli.data.files import LocalFile, cannot_read, file_digest
 from idefics_cli.data.formats import ROW_GROUP_BYTES, SETTINGS, Parquet
 from idefics_cli.data.names import escape_name
 from idefics_cli.data.values import list_numbers
@@ -102,6 +102,12 @@ class EmbeddingFile:
                     error = group.errors[place]
                     return _row_error(error) if error else torch.from_numpy(group.latents[place].copy())
         return RowError("image_missing", f"{self.name} has no row {row_id}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Equal as long as the file is unchanged."""
+        size = self.path.stat().st_size
+        return {"name": self.name, "bytes": size, "digest": file_digest(LocalFile(str(self.path), size))}
 
     def close(self) -> None:
         self._parquet.close()
