@@ -62,15 +62,12 @@ class BoundedCache(Generic[Value]):
 
 
 def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> Tensor:
-    """What every gated layer reads of each image: (images, seq, dim) -> (images, layers, 2, seq, heads, head_dim).
+    """What every gated layer reads of each image: (images, seq, dim) -> (images, layers, 2, heads, seq, head_dim).
 
     Index 0 of the third axis holds keys, 1 values.
     """
-    projected = []
-    for layer in gated_layers:
-        pair = torch.stack(layer.cross_attn.project_key_value(latents), dim=1)  # (images, 2, heads, seq, head_dim)
-        projected.append(pair.transpose(2, 3))
-    return torch.stack(projected, dim=1)
+    pairs = [torch.stack(layer.cross_attn.project_key_value(latents), dim=1) for layer in gated_layers]
+    return torch.stack(pairs, dim=1)
 
 
 # ---- attention over parts
@@ -173,7 +170,8 @@ class RowStore:
         self.slots = prompt_slots + max_new_tokens * num_beams
 
         def room(layers: int, slots: int) -> Tensor:
-            return torch.zeros(layers, 2, rows, slots, heads, head_dim, device=device, dtype=dtype)
+            # A head's slots lie side by side, as the products of attention read them.
+            return torch.zeros(layers, 2, rows, heads, slots, head_dim, device=device, dtype=dtype)
 
         self.key_values = room(config.num_hidden_layers, self.slots)
         self.image_key_values = room(-(-config.num_hidden_layers // config.cross_layer_interval), image_seq_len)
@@ -185,7 +183,7 @@ class RowStore:
         return rows <= self.rows and prompt_length <= self.prompt_slots
 
     def admit(self, rows: slice, prompt_lengths: Tensor, images: Tensor, sees_image: Tensor) -> None:
-        """New rows: `images` (new rows, layers, 2, seq, heads, head_dim) is what each sees from now on."""
+        """New rows: `images` (new rows, layers, 2, heads, seq, head_dim) is what each sees from now on."""
         self.image_key_values[:, :, rows] = images.movedim(0, 2)
         self.sees_image[rows] = sees_image
         self.prompt_lengths[rows] = prompt_lengths
@@ -194,8 +192,8 @@ class RowStore:
     def take_over(self, other: RowStore) -> None:
         """All rows of a store with fewer rows or shorter prompts."""
         prompt, rows = other.prompt_slots, slice(other.rows)
-        self.key_values[:, :, rows, :prompt] = other.key_values[:, :, :, :prompt]
-        self.key_values[:, :, rows, self.prompt_slots :] = other.key_values[:, :, :, prompt:]
+        self.key_values[:, :, rows, :, :prompt] = other.key_values[..., :prompt, :]
+        self.key_values[:, :, rows, :, self.prompt_slots :] = other.key_values[..., prompt:, :]
         self.image_key_values[:, :, rows] = other.image_key_values
         for name in ("sees_image", "prompt_lengths", "ancestors"):
             getattr(self, name)[rows] = getattr(other, name)
@@ -216,8 +214,8 @@ class RowStore:
 class PrefillMemory:
     """While prompts are read: rows are padded on the right, and each token sees the prefix and what is before it.
 
-    Keys and values go into `key_values` (layers, 2, rows, at least as many slots as tokens, heads, head_dim).
-    `images` (rows, images, layers, 2, seq, heads, head_dim); `image_mask` (rows, 1, tokens, images * seq) is additive
+    Keys and values go into `key_values` (layers, 2, rows, heads, at least as many slots as tokens, head_dim).
+    `images` (rows, images, layers, 2, heads, seq, head_dim); `image_mask` (rows, 1, tokens, images * seq) is additive
     and `image_gate` (rows, tokens) open where a token sees one.
     """
 
@@ -230,7 +228,7 @@ class PrefillMemory:
     def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         num_tokens = key.shape[2]
         for index, states in enumerate((key, value)):
-            self.key_values[layer.layer_idx, index, :, :num_tokens] = states.transpose(1, 2)
+            self.key_values[layer.layer_idx, index, :, :, :num_tokens] = states
         if self.prefix.length == 0:
             output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scaling)
         else:
@@ -241,8 +239,8 @@ class PrefillMemory:
     def attend_image(
         self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
     ) -> AttentionOutput:
-        keys_values = self.images[:, :, layer.layer_idx]  # (rows, images, 2, seq, heads, head_dim)
-        key, value = (keys_values[:, :, index].flatten(1, 2).transpose(1, 2) for index in (0, 1))
+        keys_values = self.images[:, :, layer.layer_idx].movedim(1, 3)  # (rows, 2, heads, images, seq, head_dim)
+        key, value = keys_values.flatten(3, 4).unbind(1)
         output = nn.functional.scaled_dot_product_attention(query, key, value, self.image_mask, scale=layer.scaling)
         return output.transpose(1, 2).masked_fill(~self.image_gate[:, :, None, None], 0.0), None
 
@@ -251,8 +249,8 @@ class PrefillMemory:
 class DecodeMemory:
     """While texts are written: the k beams of a row are k queries of one attention over the row's slots.
 
-    `written` (rows * beams,) is where the new tokens go, counted over the first two axes of a layer's
-    (rows, slots, heads, head_dim); `mask` (rows, 1, beams, slots in use) is additive.
+    `written` (rows * heads * beams,) is where the new tokens go, counted over the first three axes of a layer's
+    (rows, heads, slots, head_dim); `mask` (rows, 1, beams, slots in use) is additive.
     """
 
     store: RowStore
@@ -269,7 +267,9 @@ class DecodeMemory:
         device = steps.device
         offsets = torch.arange(beams, device=device)
         tree_slots = steps[:, None] * beams + offsets  # (rows, beams)
-        first = torch.arange(num_rows, device=device)[:, None] * store.slots + store.prompt_slots
+        heads = store.key_values.shape[3]
+        first = torch.arange(num_rows * heads, device=device) * store.slots + store.prompt_slots
+        written = first.view(num_rows, heads, 1) + tree_slots[:, None]  # (rows, heads, beams)
         used = (longest + 1) * beams
         in_prompt = torch.arange(store.prompt_slots, device=device) < store.prompt_lengths[:num_rows, None]
         visible = torch.cat(
@@ -281,17 +281,16 @@ class DecodeMemory:
             store=store,
             prefix=prefix,
             num_rows=num_rows,
-            written=(first + tree_slots).flatten(),
+            written=written.flatten(),
             mask=mask[:, None],
             image_gate=store.sees_image[:num_rows, None, None, None],
         )
 
     def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
-        stored = self.store.key_values[layer.layer_idx]  # (2, rows, slots, heads, head_dim)
+        stored = self.store.key_values[layer.layer_idx]  # (2, rows, heads, slots, head_dim)
         for index, states in enumerate((key, value)):
-            stored[index].flatten(0, 1).index_copy_(0, self.written, states.transpose(1, 2).flatten(0, 1))
-        used = self.mask.shape[-1]
-        key, value = (stored[index, : self.num_rows, :used].transpose(1, 2) for index in (0, 1))
+            stored[index].flatten(0, 2).index_copy_(0, self.written, states.flatten(0, 2))
+        key, value = stored[:, : self.num_rows, :, : self.mask.shape[-1]]  # (rows, heads, slots in use, head_dim)
         if self.prefix.length == 0:
             output = attend_few(query, key, value, self.mask, layer.scaling)
         else:
@@ -302,8 +301,7 @@ class DecodeMemory:
     def attend_image(
         self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
     ) -> AttentionOutput:
-        stored = self.store.image_key_values[layer.layer_idx, :, : self.num_rows]
-        key, value = (states.transpose(1, 2) for states in stored)  # (rows, heads, seq, head_dim)
+        key, value = self.store.image_key_values[layer.layer_idx, :, : self.num_rows]  # (rows, heads, seq, head_dim)
         output = attend_few(query, key, value, None, layer.scaling)
         return output.transpose(1, 2).masked_fill(~self.image_gate, 0.0), None
 

@@ -34,6 +34,7 @@ from idefics_cli.generation.source import IterableSource, Pictured, Prompt, Prom
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
+VISION_BATCH = 16  # images; more at a time make no product faster
 SHORTEST_PREFIX = 8  # tokens; sharing fewer saves less than it costs
 WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
 SLOTS_ASSUMED = 512
@@ -110,46 +111,64 @@ class Engine:
 
     # ---- reading
 
-    def read(self, reading: Reading, prompts: Sequence[Waiting], key_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a reading of `prompts` -> its logits, and what each row still sees behind its prompt."""
-        images = reading.arrange(self.images(prompts, reading.wanted))
+    def read(
+        self, reading: Reading, prompts: Sequence[Waiting], key_values: Tensor, ahead: Sequence[Waiting] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Run a reading of `prompts` -> its logits, and what each row still sees behind its prompt.
+
+        Pictures of the prompts `ahead` fill up the vision tower's batch.
+        """
+        images = reading.arrange(self.images(prompts, reading.wanted, ahead))
         with self.timed("prefill"):
             logits = reading.run(self.model, images, key_values)
         self.times.prompt_tokens += sum(reading.lengths)
         return logits, reading.last_images(images)
 
-    def images(self, prompts: Sequence[Waiting], wanted: Sequence[bytes]) -> Tensor:
-        """What gated layers read of each wanted image of `prompts`: (images, layers, 2, seq, heads, head_dim)."""
+    def images(self, prompts: Sequence[Waiting], wanted: Sequence[bytes], ahead: Sequence[Waiting]) -> Tensor:
+        """What gated layers read of each wanted image of `prompts`: (images, layers, 2, heads, seq, head_dim)."""
         if not wanted:
             return self._no_image()
         found = {key: self.image_key_values.get(key) for key in wanted}
         missing = [key for key, value in found.items() if value is None]
         if missing:
-            latents = self.encode(prompts, missing)
+            latents = self.encode(prompts, missing, ahead)
             with self.timed("prefill"):
                 projected = project_images(latents, self.model.model.gated_cross_attn_layers)
             for key, key_values in zip(missing, projected, strict=True):
                 found[key] = key_values
-                self.image_key_values.put(key, key_values.clone(), key_values.nbytes)
+                self.image_key_values.put(key, key_values, key_values.nbytes)
         return torch.stack([found[key] for key in wanted])
 
-    def encode(self, prompts: Sequence[Pictured], wanted: Sequence[bytes]) -> Tensor:
-        """(images, seq, dim): given, from the cache, or from vision tower and resampler, several at a time."""
-        pixels = {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
-        given = {key: pixels[key] for key in wanted if pixels[key].dim() == 2}
+    def encode(self, prompts: Sequence[Pictured], wanted: Sequence[bytes], ahead: Sequence[Pictured] = ()) -> Tensor:
+        """(images, seq, dim): given, from the cache, or from vision tower and resampler, several at a time.
+
+        Pictures of prompts `ahead` fill the last batch.
+        """
+        pixels = pictures_of(prompts)
+        given = {key: pixels[key] for key in wanted if is_latents(pixels[key])}
         found = {key: self.latents.get(key) for key in wanted if key not in given}
         missing = [key for key, value in found.items() if value is None]
-        for first in range(0, len(missing), self.rows):
-            keys = missing[first : first + self.rows]
-            with self.timed("vision"):
-                batch = torch.stack([pixels[key] for key in keys]).to(self.model.device)
-                encoded = self.model.model.encode_images(pixel_values=batch[:, None]).squeeze(1)
-            self.times.images += len(keys)
-            for key, latents in zip(keys, encoded, strict=True):
-                found[key] = latents
-                self.latents.put(key, latents.clone(), latents.nbytes)
+        if missing:
+            coming = {key: each for key, each in pictures_of(ahead).items() if not is_latents(each)}
+            later = [key for key in coming if key not in pixels and self.latents.get(key) is None]
+            missing += later[: -len(missing) % VISION_BATCH]
+            found |= self._encode(missing, coming | pixels)
         found |= {key: latents.to(self.model.device, self.model.dtype) for key, latents in given.items()}
         return torch.stack([found[key] for key in wanted])
+
+    def _encode(self, keys: Sequence[bytes], pixels: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
+        """The pictures' latents, kept for later too."""
+        found: dict[bytes, Tensor] = {}
+        for first in range(0, len(keys), VISION_BATCH):
+            batch = keys[first : first + VISION_BATCH]
+            with self.timed("vision"):
+                stacked = torch.stack([pixels[key] for key in batch]).to(self.model.device)
+                encoded = self.model.model.encode_images(pixel_values=stacked[:, None]).squeeze(1)
+            self.times.images += len(batch)
+            found |= zip(batch, encoded, strict=True)
+        for key, latents in found.items():
+            self.latents.put(key, latents.clone(), latents.nbytes)
+        return found
 
     def _no_image(self) -> Tensor:
         """One image that nobody sees."""
@@ -188,16 +207,15 @@ class Engine:
         model, config = self.model, self.model.config
         heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         key_values = torch.empty(
-            config.num_hidden_layers, 2, 1, length, heads, head_dim, device=model.device, dtype=model.dtype
+            config.num_hidden_layers, 2, 1, heads, length, head_dim, device=model.device, dtype=model.dtype
         )
         reading = Reading([prompt], NOTHING_SHARED, self.vocabulary, self.image_token_id, stop=length)
         self.read(reading, [prompt], key_values)
-        states = key_values.transpose(3, 4).contiguous()  # (layers, 2, 1, heads, tokens, head_dim)
         num_images = len(reading.image_keys[0])
         # An end token itself still sees the image before it; what comes behind it does not.
         sees = bool(reading.sees_image()[0]) and prompt.input_ids[length - 1] != self.vocabulary.end_token_ids[0]
         last_image = prompt.image_keys[num_images - 1] if sees else None
-        shared = SharedPrefix(tuple(states[:, 0]), tuple(states[:, 1]), length, last_image)
+        shared = SharedPrefix(tuple(key_values[:, 0]), tuple(key_values[:, 1]), length, last_image)
         return Prefix(prompt.content[:length], num_images, shared)
 
 
@@ -219,6 +237,16 @@ def free_bytes(device: torch.device) -> int:
         return sys.maxsize
     facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(facts["MemAvailable"].split()[0]) * 1024
+
+
+def pictures_of(prompts: Sequence[Pictured]) -> dict[bytes, Tensor]:
+    """The prompts' pixels, or the latents in their place, by what they show."""
+    return {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
+
+
+def is_latents(picture: Tensor) -> bool:
+    """(seq, dim), not (3, side, side)."""
+    return picture.dim() == 2
 
 
 def image_seq_len(model: IdeficsForVisionText2Text) -> int:
@@ -363,7 +391,7 @@ class Stream:
         reading = Reading(group, self.prefix, engine.vocabulary, engine.image_token_id)
         rows = slice(len(self.rows), len(self.rows) + len(group))
         self._make_room(len(group), max(reading.lengths))
-        logits, last_images = engine.read(reading, group, self.store.key_values[:, :, rows])
+        logits, last_images = engine.read(reading, group, self.store.key_values[:, :, rows], ahead=self.line)
         lengths = torch.tensor(reading.lengths, device=device)
         self.store.admit(rows, lengths, last_images, reading.sees_image().to(device))
         context = self._context(group)

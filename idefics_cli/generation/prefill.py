@@ -123,18 +123,18 @@ class Reading:
     def run(self, model: IdeficsForVisionText2Text, images: Tensor, key_values: Tensor) -> Tensor:
         """The last tokens' logits, (rows, vocabulary).
 
-        `images` (rows, images, layers, 2, seq, heads, head_dim) as arranged; `key_values` (layers, 2, rows, slots,
-        heads, head_dim) is filled from its first slot on.
+        `images` (rows, images, layers, 2, heads, seq, head_dim) as arranged; `key_values` (layers, 2, rows, heads,
+        slots, head_dim) is filled from its first slot on.
         """
         input_ids = self._padded().to(model.device)  # (rows, tokens)
-        image_mask, image_gate = image_visibility(self._sees(input_ids), images.shape[4], model.dtype)
+        image_mask, image_gate = image_visibility(self._sees(input_ids), images.shape[5], model.dtype)
         memory = PrefillMemory(self.prefix.shared, key_values, images, image_mask, image_gate)
         positions = torch.arange(input_ids.shape[1], device=model.device).unsqueeze(0) + self.prefix.shared.length
         hidden_states = model.model.decode(model.model.embed_tokens(input_ids), positions, memory)
         return model.lm_head(self._last(hidden_states))
 
     def last_images(self, images: Tensor) -> Tensor:
-        """What each row still sees behind its prompt, (rows, layers, 2, seq, heads, head_dim), of arranged `images`."""
+        """What each row still sees behind its prompt, (rows, layers, 2, heads, seq, head_dim), of arranged `images`."""
         last = torch.tensor([max(len(keys) - 1, 0) for keys in self.image_keys], device=images.device)
         return images[torch.arange(len(last), device=images.device), last]
 

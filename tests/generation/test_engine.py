@@ -241,7 +241,7 @@ def test_reordering_moves_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         reordered.append(bool((self.parents != torch.arange(beams)).any()))
         written = store.prompt_slots + (self.written[0] - 1) * beams
         for slot in range(written):
-            now = store.key_values[:, :, :rows, slot]
+            now = store.key_values[:, :, :rows, :, slot]
             assert torch.equal(seen.setdefault(slot, now.clone()), now)
 
     monkeypatch.setattr(Stream, "_step", watching)
