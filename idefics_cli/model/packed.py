@@ -69,15 +69,22 @@ class PackedLinear(nn.Module):
     def _multiply_pieces(self, inputs: Tensor) -> Tensor:
         """(rows, in) -> (rows, out), with a few zero rows behind the last piece where its size has no kernel."""
         rows = inputs.shape[0]
+        if kernel_rows(rows) >= rows:
+            return self._multiply_padded(inputs)
         output = inputs.new_empty(rows, self.out_features)
         start = 0
         while start < rows:
-            size = kernel_rows(rows - start)
-            piece = inputs[start : start + size]  # (at most size, in)
-            piece = nn.functional.pad(piece, (0, 0, 0, size - piece.shape[0]))
-            output[start : start + size] = self._multiply(piece)[: rows - start]
-            start += size
+            piece = inputs[start : start + kernel_rows(rows - start)]
+            output[start : start + piece.shape[0]] = self._multiply_padded(piece)
+            start += piece.shape[0]
         return output
+
+    def _multiply_padded(self, inputs: Tensor) -> Tensor:
+        rows = inputs.shape[0]
+        missing = kernel_rows(rows) - rows
+        if missing == 0:  # padding with nothing would copy
+            return self._multiply(inputs)
+        return self._multiply(nn.functional.pad(inputs, (0, 0, 0, missing)))[:rows]
 
     def plain_weight(self) -> Tensor:
         """A copy of the weight, (out, in)."""
