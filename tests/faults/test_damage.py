@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import FakeCaptioner
 from runs import Bench, make_bench
-from typer.testing import CliRunner, Result
 
-from idefics_cli import cli
+from idefics_cli.asking import Asking, AskOptions
+from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.data.images import ImageLimits
+from idefics_cli.data.journal import HEADER_START, Journal
+from idefics_cli.data.rows import ReadOptions
+from idefics_cli.errors import OutputError
+from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.pipeline import RunStats
+from idefics_cli.prompts import PromptOptions
+from idefics_cli.run import Loader, Run, RunOptions
 
 ROWS = 7
 
@@ -19,23 +28,34 @@ both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """`run(bench, *options)` in this process: thousands of times in a minute."""
-    monkeypatch.delenv("IDEFICS_MODEL", raising=False)
-    monkeypatch.setattr(cli, "check_model", lambda request: "fake")
-    monkeypatch.setattr(cli, "load_model", lambda request, batch_size: FakeCaptioner())
+class Observer:
+    def on_start(self, total: int | None) -> None: ...
 
-    def invoke(bench: Bench, *options: str) -> Result:
-        return CliRunner().invoke(cli.app, ["caption", str(bench.pictures), "-o", str(bench.output), *options])
+    def say(self, message: str) -> None: ...
 
-    return invoke
+    def on_row(self) -> None: ...
 
 
-def finished_journal(bench: Bench) -> bytes:
-    """The journal of a run that is killed when all is done but the journal's end."""
-    ended = bench.run_with_fault(1, "kill", calls=("unlink",))
-    assert ended is not None
+def run(bench: Bench) -> str | None:
+    """A run in this process and without the command line, of which there can be thousands; why it was refused."""
+    request = ModelRequest("fake", None, "auto", "auto", False)
+    options = RunOptions(
+        (str(bench.pictures),), str(bench.output), request, ReadOptions(), ImageLimits(), decode_timeout=5.0, workers=1
+    )
+    loader: Any = Loader(lambda request: "fake", lambda request, batch_size: FakeCaptioner())
+    work = Asking(AskOptions(PromptOptions("caption"), DecodingOptions()))
+    try:
+        Run(options, work, loader, RunStats(), Observer()).run(None)
+    except OutputError as error:
+        return str(error)
+    return None
+
+
+def finished_journal(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The journal of a run that has done all but to remove it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", Journal.close)
+        assert run(bench) is None
     return bench.part.read_bytes()
 
 
@@ -52,15 +72,14 @@ def places(whole: bytes, number: int | None) -> Iterable[int]:
 @both_formats
 @pytest.mark.parametrize("number", [40, pytest.param(None, marks=slow)], ids=["sample", "all"])
 def test_a_journal_is_cut_at_each_byte(
-    tmp_path: Path, run: Callable[..., Result], suffix: str, number: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, number: int | None
 ) -> None:
     bench = make_bench(tmp_path, ROWS, suffix)
-    whole = finished_journal(bench)
+    whole = finished_journal(bench, monkeypatch)
     for length in places(whole, number):
         bench.clear()
         bench.part.write_bytes(whole[:length])
-        result = run(bench)
-        assert result.exit_code == 3, (length, result.output)
+        assert run(bench) is None, f"not repaired when cut to {length} bytes"
         bench.verify()
 
 
@@ -68,11 +87,11 @@ def test_a_journal_is_cut_at_each_byte(
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize("number", [25, pytest.param(None, marks=slow)], ids=["sample", "all"])
 def test_a_byte_is_changed(
-    tmp_path: Path, run: Callable[..., Result], suffix: str, is_finished: bool, number: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, is_finished: bool, number: int | None
 ) -> None:
     """Refused in one line and left alone; or repaired, where only the end of the last line is gone."""
     bench = make_bench(tmp_path, ROWS, suffix)
-    whole = finished_journal(bench)
+    whole = finished_journal(bench, monkeypatch)
     if not is_finished:
         whole = whole[: whole[:-1].rindex(b"\n") + 1]
     bits = random.Random(5)
@@ -82,14 +101,15 @@ def test_a_byte_is_changed(
         changed[place] ^= 1 << bits.randrange(8)
         bench.clear()
         bench.part.write_bytes(changed)
-        result = run(bench)
-        if result.exit_code == 3:
+        refusal = run(bench)
+        if refusal is None:
             assert place == len(whole) - 1, f"byte {place} was changed, and nobody noticed"
             bench.verify()
             continue
         num_refused += 1
-        (line,) = result.stderr.splitlines()
-        assert result.exit_code == 2 and line.startswith(f"Error: {bench.part} "), (place, line)
+        line = whole.count(b"\n", 0, place) + 1
+        said = f"was changed in line {line}: " if place >= len(HEADER_START) else "is no file of this program"
+        assert refusal.startswith(f"{bench.part} {said}") and "\n" not in refusal, (place, refusal)
         assert bench.part.read_bytes() == changed
         assert [path.name for path in bench.output.parent.iterdir()] == [bench.part.name]
     assert num_refused > 25
