@@ -88,7 +88,10 @@ class JournalWriter:
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join()
+        try:
+            self._thread.join()
+        finally:  # a stop may not take the file from under the thread
+            self._thread.join()
         self._raise_error()
 
     def _raise_error(self) -> None:

@@ -148,6 +148,25 @@ def test_what_goes_wrong_in_the_thread_is_raised_once_where_rows_come_from(error
     writer.close()
 
 
+def test_a_stop_does_not_take_the_journal_from_under_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = FakeJournal()
+    journal.may_go_on.clear()
+    writer = JournalWriter(journal)
+    writer.write({"id": "a"})
+    join, times = writer._thread.join, iter([1, 2])
+
+    def interrupted() -> None:
+        if next(times) == 1:
+            raise KeyboardInterrupt
+        journal.may_go_on.set()
+        join()
+
+    monkeypatch.setattr(writer._thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    assert writer.num_safe == 1
+
+
 def test_a_writer_whose_thread_has_failed_takes_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "COMMIT_ROWS", 1)
     journal = FakeJournal()
