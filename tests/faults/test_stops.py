@@ -62,7 +62,8 @@ def test_signals_at_random_moments(
             time.sleep(moments.uniform(0, 0.1))
             run.send(number)
         ended = run.wait(SECONDS_TO_STOP)
-        assert ended.code == 128 + number, ended
+        # Before it has begun a run is ended by the signal itself, which a shell shows as the same number.
+        assert ended.code == 128 + number or (ended.code, ended.stderr) == (-number, ""), ended
         assert "Traceback" not in ended.stderr
         assert is_gone(run)
     assert bench.run().code == 3
