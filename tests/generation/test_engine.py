@@ -159,6 +159,24 @@ def test_each_picture_is_encoded_once_and_each_prompt_read_once() -> None:
     assert runner.times.images == 2, "the second call knows them"
 
 
+def test_pictures_of_prompts_in_line_fill_the_vision_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, batches = engine(MODELS[0], rows=2), []
+    encode = runner.model.model.encode_images
+
+    def watching(pixel_values: torch.Tensor) -> torch.Tensor:
+        batches.append(len(pixel_values))
+        return encode(pixel_values=pixel_values)
+
+    monkeypatch.setattr(runner.model.model, "encode_images", watching)
+    some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5 + number], (PICTURES[number],)) for number in range(7)]
+    decode(runner, some, DecodingOptions(max_new_tokens=3))
+    assert batches == [7]
+    monkeypatch.setattr(engine_module, "VISION_BATCH", 3)
+    runner.clear_caches()
+    decode(runner, some, DecodingOptions(max_new_tokens=3))
+    assert batches == [7, 3, 3, 1]
+
+
 def test_a_shared_start_is_read_once_for_all_calls() -> None:
     runner = engine(MODELS[0])
     shots = EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 23)], (PICTURES[0],))
