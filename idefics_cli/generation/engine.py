@@ -124,7 +124,7 @@ class Engine:
         self.times.prompt_tokens += sum(reading.lengths)
         return logits, reading.last_images(images)
 
-    def images(self, prompts: Sequence[Waiting], wanted: Sequence[bytes], ahead: Sequence[Waiting]) -> Tensor:
+    def images(self, prompts: Sequence[Waiting], wanted: Sequence[bytes], ahead: Sequence[Waiting] = ()) -> Tensor:
         """What gated layers read of each wanted image of `prompts`: (images, layers, 2, heads, seq, head_dim)."""
         if not wanted:
             return self._no_image()
