@@ -128,6 +128,7 @@ def main(arguments: list[str], settings: Settings) -> NoReturn:
 
 def main_in_session(arguments: list[str], settings: Settings, stdout: str, stderr: str) -> NoReturn:
     """The same in a process group of its own, with these files for its streams."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the command line does so too, a moment later
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in a process that nothing has forked
     for number, path in (1, stdout), (2, stderr):

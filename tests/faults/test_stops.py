@@ -57,7 +57,7 @@ def test_signals_at_random_moments(
     moments = random.Random(stops)
     for _ in range(stops):
         run = bench.start(settings=SLOW_ROWS)
-        wait_for(bench.part.exists)
+        wait_for((run.folder / "stderr").exists)
         for _ in range(times):
             time.sleep(moments.uniform(0, 0.1))
             run.send(number)
