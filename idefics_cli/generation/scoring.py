@@ -116,7 +116,7 @@ class ChoicesReading(Reading):
         """For each row those of its choices; `images` as `arrange` has them."""
         input_ids = self._padded().to(model.device)  # (rows, tokens)
         owners, offsets = (table.to(model.device) for table in self._places())
-        image_mask, image_gate = image_visibility(self._sees(input_ids), images.shape[4], model.dtype)
+        image_mask, image_gate = image_visibility(self._sees(input_ids), images.shape[5], model.dtype)
         nowhere = images.new_empty(0)
         mask = packed_mask(owners, model.dtype)
         memory = PackedMemory(self.prefix.shared, nowhere, images, image_mask, image_gate, mask)
