@@ -125,7 +125,7 @@ class InputFlags:
         str | None, typer.Option(metavar="I/N", help="Take every N-th row, from the I-th on.", show_default=False)
     ] = None
 
-    def reading(self, columns: tuple[str, ...], needs_image: bool, answers_column: str | None) -> ReadOptions:
+    def reading(self, columns: tuple[str, ...], needs_image: bool, answers_column: str | None = None) -> ReadOptions:
         """What readers are told; `columns` are those that must be there, that of the answers is kept."""
         from idefics_cli.data.rows import ReadOptions
 

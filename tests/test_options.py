@@ -9,13 +9,16 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from idefics_cli.asking import AskOptions
 from idefics_cli.options import (
+    ChoiceFlags,
     DecodingFlags,
     InputFlags,
     ModelFlags,
     OutputFlags,
     PictureFlags,
     PromptFlags,
+    TextFlags,
     flattened,
     parse_keep,
     parse_shard,
@@ -83,13 +86,19 @@ def test_a_group_becomes_the_value_it_speaks_of() -> None:
 
 
 def test_shots_come_from_a_file() -> None:
-    asking = PromptFlags(shots="s.csv").asking("caption", DecodingFlags())
+    asking = PromptFlags(shots="s.csv").asking("caption", DecodingFlags(), TextFlags(), ChoiceFlags())
     assert asking.prompts.num_shots == 4 and asking.shots is not None
-    asking = PromptFlags(shots="s.csv", num_shots=2, seed=3).asking("vqa", DecodingFlags(), ("What?",))
+    asking = PromptFlags(shots="s.csv", num_shots=2, seed=3).asking(
+        "vqa", DecodingFlags(), TextFlags(), ChoiceFlags(), questions=("What?",)
+    )
     assert (asking.prompts.num_shots, asking.questions, asking.decoding.max_new_tokens) == (2, ("What?",), 15)
 
 
 # ---- what contradicts itself
+
+
+def asking(prompts: PromptFlags) -> AskOptions:
+    return prompts.asking("caption", DecodingFlags(), TextFlags(), ChoiceFlags())
 
 
 @pytest.mark.parametrize(
@@ -99,8 +108,16 @@ def test_shots_come_from_a_file() -> None:
         (OutputFlags(retry_errors=True).check, "it needs the finished file"),
         (OutputFlags("f.jsonl", overwrite=True, retry_errors=True).check, "give one"),
         (lambda: InputFlags(["a"], null=True).reading((), True), "add - to the inputs"),
-        (lambda: PromptFlags(num_shots=2).asking("caption", DecodingFlags()), "add --shots FILE"),
-        (lambda: PromptFlags(shot_selection="similar").asking("caption", DecodingFlags()), "add --shots FILE"),
+        (
+            lambda: asking(PromptFlags(num_shots=2)),
+            "add --shots FILE",
+        ),
+        (
+            lambda: PromptFlags(shot_selection="similar").asking(
+                "caption", DecodingFlags(), TextFlags(), ChoiceFlags()
+            ),
+            "add --shots FILE",
+        ),
         (lambda: DecodingFlags(batch_size="0").rows_per_batch, "neither `auto` nor a number above 0"),
         (lambda: DecodingFlags(batch_size="²").rows_per_batch, "neither `auto` nor a number above 0"),
     ],
