@@ -1,4 +1,4 @@
-"""Prompts of token ids and random pictures, of every shape that the engine must take."""
+"""Models of several shapes, and prompts of token ids and random pictures of every shape that the engine must take."""
 
 from __future__ import annotations
 
@@ -6,16 +6,27 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from tiny_models import IMAGE_SIZE
+from tiny_models import IMAGE_SIZE, Shape, randomize, tiny_config
 
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Vocabulary
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.processing import EncodedPrompt, collate
 
 FAKE_ID, IMAGE_ID, END_ID = 64, 65, 2
 ENDS = (END_ID, 40, 41, 42, 43, 44, 45, 46)  # many, so that texts end early
 VOCABULARY = Vocabulary(end_token_ids=ENDS, banned_token_ids=(FAKE_ID, IMAGE_ID), pad_token_id=0)
 PICTURES = torch.randn(7, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3))
+
+SHAPES = (
+    Shape(),
+    Shape(
+        alpha_type="vector", qk_layer_norms=False, use_resampler=False, additional_vocab_size=2, cross_layer_interval=1
+    ),
+    Shape(cross_layer_interval=4),
+)
+MODELS = [randomize(IdeficsForVisionText2Text(tiny_config(shape)), spread=0.35) for shape in SHAPES]
+model = st.sampled_from(MODELS)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ from prompts_for_tests import (
     ENDS,
     FAKE_ID,
     IMAGE_ID,
+    MODELS,
     PICTURES,
     VOCABULARY,
     behind,
+    model,
     options,
     prompts,
     tensors_of,
 )
 from slow_search import slow_beam_search
-from tiny_models import Shape, randomize, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from idefics_cli.errors import IdeficsError
@@ -32,18 +33,8 @@ from idefics_cli.generation.engine import Engine, Stream, survivors
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis
 from idefics_cli.generation.source import IterableSource
-from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.processing import EncodedPrompt
 
-SHAPES = (
-    Shape(),
-    Shape(
-        alpha_type="vector", qk_layer_norms=False, use_resampler=False, additional_vocab_size=2, cross_layer_interval=1
-    ),
-    Shape(cross_layer_interval=4),
-)
-MODELS = [randomize(IdeficsForVisionText2Text(tiny_config(shape)), spread=0.35) for shape in SHAPES]
-model = st.sampled_from(MODELS)
 few = settings(max_examples=25, deadline=None)
 
 

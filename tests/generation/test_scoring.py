@@ -9,8 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prompts_for_tests import FAKE_ID, IMAGE_ID, PICTURES, VOCABULARY, Ids, behind, prompts, words
-from tiny_models import IMAGE_SIZE, Shape, randomize, tiny_config
+from prompts_for_tests import (
+    FAKE_ID,
+    IMAGE_ID,
+    MODELS,
+    PICTURES,
+    SHAPES,
+    VOCABULARY,
+    Ids,
+    behind,
+    model,
+    prompts,
+    words,
+)
+from tiny_models import IMAGE_SIZE, tiny_config
 from transformers import IdeficsForVisionText2Text as TheirModel
 
 from idefics_cli.errors import IdeficsError
@@ -21,15 +33,6 @@ from idefics_cli.generation.source import IterableSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.processing import EncodedChoices, EncodedPrompt, collate
 
-SHAPES = (
-    Shape(),
-    Shape(
-        alpha_type="vector", qk_layer_norms=False, use_resampler=False, additional_vocab_size=2, cross_layer_interval=1
-    ),
-    Shape(cross_layer_interval=4),
-)
-MODELS = [randomize(IdeficsForVisionText2Text(tiny_config(shape)), spread=0.35) for shape in SHAPES]
-model = st.sampled_from(MODELS)
 choice_lists = st.lists(st.lists(words, min_size=1, max_size=6).map(tuple), min_size=1, max_size=5)
 few = settings(max_examples=15, deadline=None)
 

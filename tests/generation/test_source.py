@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from prompts_for_tests import IMAGE_ID, PICTURES, behind
-from test_engine import MODELS, assert_same, decode, engine, some_prompts
+from prompts_for_tests import IMAGE_ID, MODELS, PICTURES, behind
+from test_engine import assert_same, decode, engine, some_prompts
 
 from idefics_cli.generation.engine import WINDOWS_AHEAD, Stream
 from idefics_cli.generation.options import DecodingOptions
