@@ -79,14 +79,14 @@ class Task:
 def main(socket_number: int, task: str) -> None:
     """Serve on an inherited socket. The parent listens to standard error until it hears that this process has begun."""
     _end_with_parent()
-    todo = Task.from_json(task)
-    _limit(todo.limits)
+    given = Task.from_json(task)
+    _limit(given.limits)
     with open(socket_number, "rb", closefd=False) as requests, open(socket_number, "wb", closefd=False) as answers:
         _send(answers, Kind.READY)
         while header := requests.read(HEADER.size):
             kind, size = HEADER.unpack(header)
             payload = requests.read(size)
-            _send(answers, *todo.answer(payload.decode(*PATH_CODING) if kind == Kind.PATH else payload))
+            _send(answers, *given.answer(payload.decode(*PATH_CODING) if kind == Kind.PATH else payload))
 
 
 def _send(answers: BinaryIO, kind: Kind, payload: bytes | memoryview = b"") -> None:
