@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.choices import ChoiceOptions
-from idefics_cli.data.embeddings import EmbeddingFile
 from idefics_cli.data.rows import InputRow
+from idefics_cli.embedding import StoredPictures, stored_pictures
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline import Outcome, PromptSource
 from idefics_cli.prompts import (
@@ -34,6 +34,7 @@ from idefics_cli.texts import Finish
 from idefics_cli.work import Model, Observer, Once, PictureOpener, Resolve, Steps, open_pictures
 
 if TYPE_CHECKING:
+    from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.data.readers import Inputs
     from idefics_cli.generation.options import DecodingOptions
     from idefics_cli.processing import EncodedPrompt
@@ -106,10 +107,11 @@ class AskOptions:
 
 
 class Asking:
-    """The work of `caption` and `vqa`. Raises InputError for shots that cannot be read."""
+    """The work of `caption` and `vqa`. Raises InputError for shots and embeddings that cannot be read."""
 
     def __init__(self, options: AskOptions) -> None:
         self.options = options
+        self.embeddings = stored_pictures(options.embeddings)
         self.rows_each = len(options.questions) or 1
         self.columns = options.columns
         self.needs_manifest = options.needs_manifest
@@ -125,12 +127,10 @@ class Asking:
         stored = None if self.embeddings is None else self.embeddings.identity
         return {**asdict(self.options), "shots_file": shots, "embeddings_file": stored}
 
-    @cached_property
-    def embeddings(self) -> EmbeddingFile | None:
-        return None if self.options.embeddings is None else EmbeddingFile(self.options.embeddings)
-
-    def check(self) -> None:
-        """Raises InputError for shots that are no shots."""
+    def check(self, request: ModelRequest) -> None:
+        """Raises InputError for shots that are no shots, and for another model's embeddings."""
+        if self.embeddings is not None:
+            self.embeddings.check(request)
         assert len(self._pool) >= self.options.prompts.num_shots, self.options
 
     def form(self, kept: Mapping[str, Any]) -> ResultForm:
@@ -154,7 +154,7 @@ class Asking:
         options = self.options
         pool = self._pool
         if self.embeddings is not None:
-            self.embeddings.require_model(model.fingerprint, model.latents_shape)
+            self.embeddings.begin(model)
         is_similar = options.shots is not None and options.shots.selection == "similar" and options.shots.number > 0
         prepare = Preparation(
             options,
@@ -167,7 +167,7 @@ class Asking:
         if not is_similar:
             return Steps(prepare, self._decode(model))
         assert options.shots is not None, options
-        similar = SimilarShots(options.shots, pool, model, pictures)
+        similar = SimilarShots(options.shots, pool, model, known_pictures(model, pictures))
         similar.encode_pool(observer.say)
         selection = Selection(prepare, similar)
         return Steps(selection.prepare, lambda source: self._decode(model)(Selected(source, selection)))
@@ -194,8 +194,13 @@ class Asking:
         if options.shots is not None:
             pool = chosen_for_all(options.shots, pool)
             if options.shots.number:
-                pool = [opened(shot, pictures.prepare, options.shots.file) for shot in pool]
+                pool = [opened(shot, known_pictures(model, pictures), options.shots.file) for shot in pool]
         return leading_shots(options.prompts, pool, model.is_instruct)
+
+
+def known_pictures(model: Model, pictures: PictureOpener) -> Callable[[Any], Any | RowError]:
+    """Opens pictures that stand in many prompts: what tells them from others is found once."""
+    return lambda source: model.encode_picture(pictures.prepare(source))
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ class Preparation:
     options: AskOptions
     model: Model
     pictures: PictureOpener
-    embeddings: EmbeddingFile | None
+    embeddings: StoredPictures | None
     shots: Sequence[Shot]
     on_shots_dropped: Callable[[str], None]
 

@@ -16,27 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from idefics_cli import __version__
+from idefics_cli.ask_options import AskFlags, DecodingFlags, EmbeddingsFlag, QuestionFlags, TextFlags
 from idefics_cli.options import (
     AllowPickleFlag,
     BatchSizeFlag,
-    ChoiceFlags,
     DebugFlag,
-    DecodingFlags,
     DeviceFlag,
     DtypeFlag,
-    EmbeddingsFlag,
-    InputFlags,
     ModelFlags,
-    OutputFlags,
-    PictureFlags,
-    PromptFlags,
-    QuestionFlags,
     RevisionFlag,
-    ScoreFlags,
-    TextFlags,
+    RunFlags,
     flattened,
     rows_per_batch,
-    run_options,
 )
 from idefics_cli.terminal import (
     EXIT_FAILED_ROWS,
@@ -101,74 +92,32 @@ def idefics(
 
 @app.command()
 @flattened
-def caption(
-    inputs: InputFlags,
-    prompts: PromptFlags,
-    text: TextFlags,
-    choices: ChoiceFlags,
-    output: OutputFlags,
-    scores: ScoreFlags,
-    pictures: PictureFlags,
-    model: ModelFlags,
-    decoding: DecodingFlags,
-    embeddings: EmbeddingsFlag = None,
-    debug: DebugFlag = False,
-) -> None:
+def caption(run: RunFlags, ask: AskFlags, debug: DebugFlag = False) -> None:
     """Describe images: one row for each, in input order.
 
     A folder stands for every image below it, sorted by path; hidden and system files are passed over, links to folders
     not followed. An image that cannot be read is a row with an error and never stops the run. The same command again
     goes on where a run was stopped.
     """
-    with exit_codes(debug):
-        from idefics_cli.asking import Asking
-
-        work = Asking(prompts.asking("caption", decoding, text, choices, embeddings))
-        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
-        scoring = scores.scoring(output, "caption")
-    _run(options, work, debug, scoring)
+    _ask(run, ask, None, debug)
 
 
 @app.command()
 @flattened
-def vqa(
-    inputs: InputFlags,
-    questions: QuestionFlags,
-    prompts: PromptFlags,
-    text: TextFlags,
-    choices: ChoiceFlags,
-    output: OutputFlags,
-    scores: ScoreFlags,
-    pictures: PictureFlags,
-    model: ModelFlags,
-    decoding: DecodingFlags,
-    embeddings: EmbeddingsFlag = None,
-    debug: DebugFlag = False,
-) -> None:
+def vqa(run: RunFlags, questions: QuestionFlags, ask: AskFlags, debug: DebugFlag = False) -> None:
     """Answer questions about images: those of a manifest's column `question`, or the same with -q about every image.
 
     One row for each question, in input order. An image that cannot be read, or a row without a question, is a row with
     an error and never stops the run. The same command again goes on where a run was stopped.
     """
-    with exit_codes(debug):
-        from idefics_cli.asking import Asking
-
-        work = Asking(
-            prompts.asking("vqa", decoding, text, choices, embeddings, questions.asked, questions.question_column)
-        )
-        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch, scores.answers_column)
-        scoring = scores.scoring(output, "vqa")
-    _run(options, work, debug, scoring)
+    _ask(run, ask, questions, debug)
 
 
 @app.command()
 @flattened
 def generate(
-    inputs: InputFlags,
+    run: RunFlags,
     text: TextFlags,
-    output: OutputFlags,
-    pictures: PictureFlags,
-    model: ModelFlags,
     decoding: DecodingFlags,
     prompt_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the prompts.")] = "prompt",
     embeddings: EmbeddingsFlag = None,
@@ -182,23 +131,15 @@ def generate(
     with exit_codes(debug):
         from idefics_cli.generating import MAX_NEW_TOKENS, GenerateOptions, Generating
 
-        work = Generating(
-            GenerateOptions(decoding.decoding(MAX_NEW_TOKENS), prompt_column, embeddings, text.finish(task=None))
-        )
-        options = run_options(inputs, work, output, pictures, model, decoding.rows_per_batch)
+        decoded = decoding.decoding(MAX_NEW_TOKENS)
+        work = Generating(GenerateOptions(decoded, prompt_column, embeddings, text.finish(task=None)))
+        options = run.options(work, decoding.rows_per_batch)
     _run(options, work, debug)
 
 
 @app.command()
 @flattened
-def embed(
-    inputs: InputFlags,
-    output: OutputFlags,
-    pictures: PictureFlags,
-    model: ModelFlags,
-    batch_size: BatchSizeFlag = "auto",
-    debug: DebugFlag = False,
-) -> None:
+def embed(run: RunFlags, batch_size: BatchSizeFlag = "auto", debug: DebugFlag = False) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
 
     `caption`, `vqa` and `generate` take it with --embeddings in place of the pictures.
@@ -206,11 +147,11 @@ def embed(
     with exit_codes(debug):
         from idefics_cli.embedding import EmbeddingWork
 
-        work = EmbeddingWork(model.request)
-        options = run_options(inputs, work, output, pictures, model, rows_per_batch(batch_size))
-        if not output.output.endswith(".parquet"):
+        work = EmbeddingWork(run.model.request)
+        options = run.options(work, rows_per_batch(batch_size))
+        if not options.output.endswith(".parquet"):
             raise typer.BadParameter("latents go into Parquet: add -o E.parquet", param_hint="--output")
-        if output.sidecar:
+        if options.sidecar:
             raise typer.BadParameter("there are no texts to write: leave it out", param_hint="--sidecar")
     _run(options, work, debug)
 
@@ -337,6 +278,18 @@ def info(
 
 
 # Runs
+
+
+def _ask(run: RunFlags, ask: AskFlags, questions: QuestionFlags | None, debug: bool) -> None:
+    """Answers where there are questions, else captions."""
+    with exit_codes(debug):
+        from idefics_cli.asking import Asking
+
+        task = "caption" if questions is None else "vqa"
+        work = Asking(ask.options(task, questions))
+        options = run.options(work, ask.decoding.rows_per_batch, ask.scores.answers_column)
+        scoring = ask.scores.scoring(run.output, task)
+    _run(options, work, debug, scoring)
 
 
 def _run(options: RunOptions, work: Work, debug: bool, scoring: ScoreOptions | None = None) -> None:

@@ -1,21 +1,22 @@
-"""The work of `idefics embed`: each row's picture -> its latents; and the rows of what comes of it.
+"""The work of `idefics embed`: each row's picture -> its latents; the rows of what comes of it; and these in the place
+of pictures in other works.
 
 Rows in, pictures out; what latents are in a file is the business of `data/embeddings.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from idefics_cli.data.embeddings import ERROR, ID, LATENTS, VISION, latents_value
+from idefics_cli.data.embeddings import ERROR, ID, LATENTS, VISION, EmbeddingFile, latents_value
 from idefics_cli.data.rows import InputRow
 from idefics_cli.data.values import Column
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline import error_of
 from idefics_cli.results import kept_values, shown_names
-from idefics_cli.work import Observer, PictureOpener, Resolve, Steps, open_pictures
+from idefics_cli.work import Model, Observer, PictureOpener, Resolve, RowByRow, Steps, open_pictures
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,10 +67,9 @@ class EmbeddingForm:
         return own | kept_values(row, self.kept_names)
 
 
-class EmbeddingWork:
+class EmbeddingWork(RowByRow):
     """The work of `embed`. A run goes on only with a model that sees pictures alike."""
 
-    rows_each = 1
     columns = ()
     needs_manifest = None
     needs_image = True
@@ -86,18 +86,8 @@ class EmbeddingWork:
         self._fingerprint = self._fingerprint or known_vision_fingerprint(self._request)
         return {"embeds": True} | ({VISION: self._fingerprint} if self._fingerprint else {})
 
-    def check(self) -> None:
-        """All that can be wrong is wrong with rows."""
-
     def form(self, kept: Mapping[str, Any]) -> EmbeddingForm:
         return EmbeddingForm(kept)
-
-    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
-        assert not done, done
-        return rows
-
-    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
-        return ids
 
     def begin(self, model: Embedder, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
         def prepare(row: InputRow) -> EncodedPicture | RowError:
@@ -114,3 +104,38 @@ def encoded_picture(row: InputRow, pictures: PictureOpener, model: Embedder) -> 
     if len(opened) != 1:
         return RowError("row_invalid", f"the row has {len(opened)} pictures, and each row of embeddings holds one")
     return model.encode_picture(opened[0])
+
+
+class StoredPictures:
+    """What `embed` has written, in the place of pictures. Raises InputError for what is no such file.
+
+    Whether it is this model's shows before the model is loaded where that one is here, else as soon as it is.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = EmbeddingFile(path)
+        self._is_checked = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self._file.identity
+
+    def check(self, request: ModelRequest) -> None:
+        from idefics_cli.checkpoint import known_vision_fingerprint
+
+        fingerprint = known_vision_fingerprint(request)
+        if fingerprint is not None:
+            self._file.require_model(fingerprint, self._file.shape)
+            self._is_checked = True
+
+    def begin(self, model: Model) -> None:
+        fingerprint = self._file.fingerprint if self._is_checked else model.fingerprint
+        self._file.require_model(fingerprint, model.latents_shape)
+
+    def latents(self, row_id: str) -> Any | RowError:
+        """In a picture's place, or why there are none. Safe in many threads."""
+        return self._file.latents(row_id)
+
+
+def stored_pictures(path: str | None) -> StoredPictures | None:
+    return None if path is None else StoredPictures(path)

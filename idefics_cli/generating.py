@@ -5,21 +5,21 @@ Rows in, prompts out, as `asking.py` does it. What a cell may hold is the busine
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from idefics_cli.data.embeddings import EmbeddingFile
 from idefics_cli.data.rows import InputRow
+from idefics_cli.embedding import StoredPictures, stored_pictures
 from idefics_cli.errors import RowError
 from idefics_cli.interleaved import Picture, interleaved_prompt
 from idefics_cli.prompts import END_OF_UTTERANCE
 from idefics_cli.results import ResultForm
 from idefics_cli.texts import Finish
-from idefics_cli.work import Model, Observer, PictureOpener, Resolve, Steps
+from idefics_cli.work import Model, Observer, PictureOpener, Resolve, RowByRow, Steps
 
 if TYPE_CHECKING:
+    from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.generation.options import DecodingOptions
     from idefics_cli.processing import EncodedPrompt
 
@@ -37,14 +37,14 @@ class GenerateOptions:
     finish: Finish = field(default_factory=Finish)
 
 
-class Generating:
-    """The work of `generate`."""
+class Generating(RowByRow):
+    """The work of `generate`. Raises InputError for embeddings that are none."""
 
-    rows_each = 1
     needs_image = False
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
+        self.embeddings = stored_pictures(options.embeddings)
         self.columns = (options.prompt_column,)
         self.needs_manifest = f"name one with a column {options.prompt_column!r} of texts and pictures"
 
@@ -52,28 +52,18 @@ class Generating:
     def settings(self) -> dict[str, Any]:
         return {**asdict(self.options), "embeddings_file": self.embeddings.identity if self.embeddings else None}
 
-    @cached_property
-    def embeddings(self) -> EmbeddingFile | None:
-        return None if self.options.embeddings is None else EmbeddingFile(self.options.embeddings)
-
-    def check(self) -> None:
-        """All that can be wrong is wrong with rows."""
+    def check(self, request: ModelRequest) -> None:
+        if self.embeddings is not None:
+            self.embeddings.check(request)
 
     def form(self, kept: Mapping[str, Any]) -> ResultForm:
         options = self.options
         return ResultForm("text", options.finish, candidates=options.decoding.num_return_sequences > 1, kept=kept)
 
-    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
-        assert not done, done
-        return rows
-
-    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
-        return ids
-
     def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps:
         decoding = asdict(self.options.decoding)
         if self.embeddings is not None:
-            self.embeddings.require_model(model.fingerprint, model.latents_shape)
+            self.embeddings.begin(model)
         prepare = PromptOpening(self.options, model, pictures, self.embeddings, resolve)
         return Steps(prepare, lambda source: model.stream(source, **decoding))
 
@@ -85,7 +75,7 @@ class PromptOpening:
     options: GenerateOptions
     model: Model
     pictures: PictureOpener
-    embeddings: EmbeddingFile | None
+    embeddings: StoredPictures | None
     resolve: Resolve
 
     def __call__(self, row: InputRow) -> EncodedPrompt | RowError:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 ImageSource = str | os.PathLike | bytes | Image.Image
-PreparedImage = torch.Tensor | RowError
+PreparedImage = torch.Tensor | EncodedPicture | RowError
 TOO_LARGE = RowError("out_of_memory", "the device's memory does not hold this prompt alone")
 
 
@@ -156,7 +156,7 @@ class Idefics:
         """`prepare_image` in processes of their own, which a broken picture may take down; `timeout` is in seconds."""
         return PictureDecoders(self.images, limits, workers, timeout)
 
-    def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> PreparedImage:
+    def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor | RowError:
         """Pixels (3, side, side) of a path, bytes or PIL picture, or why there are none."""
         return self.images.prepare(source, limits)
 
@@ -179,10 +179,10 @@ class Idefics:
         asked: Iterable[tuple[ImageSource | PreparedImage, dict[str, str]]],
         decoding: dict[str, object],
     ) -> list[Result]:
-        prompts, about = PromptOptions(task), TASKS[task]
-        shots = leading_shots(prompts, (), self.is_instruct)
+        options, about, instruct = PromptOptions(task), TASKS[task], self.is_instruct
+        shots = leading_shots(options, (), instruct)
         built = (
-            build_prompt(prompts, fields, [self._picture(image)], shots, self.is_instruct) for image, fields in asked
+            build_prompt(options, fields, [self.encode_picture(image)], shots, instruct) for image, fields in asked
         )
         decoding = {"max_new_tokens": about.max_new_tokens, **decoding}
         finish = Finish(about.cut_words)
@@ -292,7 +292,7 @@ class Idefics:
             return RowError(
                 "prompt_too_long", f"{len(input_ids)} tokens, and the model takes {longest} before its answer"
             )
-        return EncodedPrompt(input_ids, _pixels_of(items))
+        return EncodedPrompt(input_ids, *_pictures_of(items))
 
     def encode_choices(self, prompt: Prompt | Sequence, choices: Sequence[str]) -> EncodedChoices | RowError:
         """A prompt with the answers to choose from, as `score_stream` takes it. Safe in many threads.
@@ -309,12 +309,25 @@ class Idefics:
         if longest > room:
             return RowError("prompt_too_long", f"{longest} tokens with the longest choice, and the model takes {room}")
         common, choice_ids = split_answers(prompt_ids, answered)
-        return EncodedChoices(prompt_ids[:common], _pixels_of(items), choices=checked, choice_ids=tuple(choice_ids))
+        pictures = _pictures_of(items)
+        return EncodedChoices(prompt_ids[:common], *pictures, choices=checked, choice_ids=tuple(choice_ids))
 
     def encode_picture(self, image: ImageSource | PreparedImage) -> EncodedPicture | RowError:
-        """A picture as `embed_stream` takes it, or why there is none. Safe in many threads."""
-        picture = self._picture(image)
-        return picture if isinstance(picture, RowError) else EncodedPicture((picture,))
+        """A picture as `embed_stream` takes it, or why there is none. Safe in many threads.
+
+        In a prompt it stands for its picture, and what tells that from others is not looked for again.
+        """
+        if isinstance(image, (EncodedPicture, RowError)):
+            return image
+        if not isinstance(image, torch.Tensor):
+            return self.encode_picture(self.prepare_image(image))
+        wanted = (3, self.images.image_size, self.images.image_size)
+        if image.shape not in (wanted, self.latents_shape):
+            raise IdeficsError(
+                f"a tensor of shape {tuple(image.shape)} is no picture: prepare_image gives {wanted}, embed"
+                f" {self.latents_shape}"
+            )
+        return EncodedPicture((image.float(),))
 
     def _items(self, prompt: Prompt | Sequence) -> Prompt | RowError:
         """The prompt with its pictures prepared."""
@@ -322,21 +335,8 @@ class Idefics:
             raise IdeficsError(
                 "a prompt is a sequence of texts and pictures, not one text: write [text] or [picture, text]"
             )
-        items = tuple(item if isinstance(item, (str, SpecialToken)) else self._picture(item) for item in prompt)
+        items = tuple(item if isinstance(item, (str, SpecialToken)) else self.encode_picture(item) for item in prompt)
         return next((item for item in items if isinstance(item, RowError)), items)
-
-    def _picture(self, image: ImageSource | PreparedImage) -> PreparedImage:
-        if isinstance(image, RowError):
-            return image
-        if not isinstance(image, torch.Tensor):
-            return self.prepare_image(image)
-        wanted = (3, self.images.image_size, self.images.image_size)
-        if image.shape not in (wanted, self.latents_shape):
-            raise IdeficsError(
-                f"a tensor of shape {tuple(image.shape)} is no picture: prepare_image gives {wanted}, embed"
-                f" {self.latents_shape}"
-            )
-        return image.float()
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
         if not hypotheses:
@@ -368,8 +368,10 @@ def in_order(
     return [results[place] for place in range(len(results))]
 
 
-def _pixels_of(items: Prompt) -> tuple[torch.Tensor, ...]:
-    return tuple(item for item in items if isinstance(item, torch.Tensor))
+def _pictures_of(items: Prompt) -> tuple[tuple[torch.Tensor, ...], tuple[bytes, ...]]:
+    """Pixels or latents of the pictures, and what tells each from others."""
+    pictures = [item for item in items if isinstance(item, EncodedPicture)]
+    return tuple(each.pixels[0] for each in pictures), tuple(each.image_keys[0] for each in pictures)
 
 
 def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], norm: ChoiceNorm) -> Result:

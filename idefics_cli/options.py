@@ -1,7 +1,8 @@
-"""Options that commands share, each defined once: groups of them as frozen dataclasses.
+"""Options that commands share, each defined once: groups of them as frozen dataclasses. Here, those of every run.
 
 A command names the groups it takes as parameters, and `flattened` shows Typer their fields one by one. Nothing heavy is
-imported here; what an option means is the business of the value that a group is turned into.
+imported here; what an option means is the business of the value that a group is turned into. How a model is asked
+stands in `ask_options.py`.
 """
 
 from __future__ import annotations
@@ -9,30 +10,22 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from idefics_cli.checkpoint import DEFAULT_MODEL
-from idefics_cli.errors import RowError
 
 if TYPE_CHECKING:
-    from idefics_cli.asking import AskOptions
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.choices import ChoiceOptions
     from idefics_cli.data.images import ImageLimits
     from idefics_cli.data.rows import ReadOptions
-    from idefics_cli.generation.options import DecodingOptions
     from idefics_cli.run import RunOptions
-    from idefics_cli.score import ScoreOptions
-    from idefics_cli.texts import Finish
     from idefics_cli.work import Work
 
-QUESTION = "question"
 MAX_WORKERS = 8
-DEFAULT_SHOTS = 4
 
 RevisionFlag = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of the hub model.", show_default=False)
@@ -50,38 +43,43 @@ DebugFlag = Annotated[bool, typer.Option("--debug", help="Show tracebacks and th
 
 
 def flattened(command: Callable[..., None]) -> Callable[..., None]:
-    """The same command with the fields of its dataclass parameters in their place, for Typer to read."""
+    """The same command with the fields of its dataclass parameters in their place, for Typer to read.
+
+    A field that is such a group itself is shown by its own fields.
+    """
     hints = get_type_hints(command, include_extras=True)
     parameters = inspect.signature(command).parameters
-    groups = {name: hints[name] for name in parameters if is_dataclass(hints[name])}
 
     @functools.wraps(command)
     def flat(**values: Any) -> None:
-        made = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
-        command(**values, **made)
+        command(**{name: _made(hints[name], name, values) for name in parameters})
 
     shown: list[inspect.Parameter] = []
     for name, parameter in parameters.items():
-        shown += _fields_as_parameters(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])]
+        shown += _shown(name, hints[name], parameter.default)
     assert len({each.name for each in shown}) == len(shown), [each.name for each in shown]
-    keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
-    flat.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
-    flat.__annotations__ = {each.name: each.annotation for each in keyword_only}
+    flat.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    flat.__annotations__ = {each.name: each.annotation for each in shown}
     del flat.__wrapped__
     return flat
 
 
-def _fields_as_parameters(group: type) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(group)
-    ]
+def _shown(name: str, hint: Any, default: Any) -> Iterator[inspect.Parameter]:
+    if is_dataclass(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        for each in fields(hint):
+            yield from _shown(each.name, hints[each.name], each.default)
+    else:
+        default = inspect.Parameter.empty if default is MISSING else default
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _made(hint: Any, name: str, values: Mapping[str, Any]) -> Any:
+    """The value of a parameter: itself, or a group made of its fields' values."""
+    if not is_dataclass(hint):
+        return values[name]
+    hints = get_type_hints(hint, include_extras=True)
+    return hint(**{each.name: _made(hints[each.name], each.name, values) for each in fields(hint)})
 
 
 @dataclass(frozen=True)
@@ -149,183 +147,6 @@ class InputFlags:
 
 
 @dataclass(frozen=True)
-class PromptFlags:
-    """How the model is asked."""
-
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Prompt in place of the official one: {image} stands for the pictures, {name} for a column.",
-            show_default=False,
-        ),
-    ] = None
-    template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Official template: caption, vqa, vizwiz, instruct-caption, instruct-vqa.",
-            show_default="the model's own",
-        ),
-    ] = None
-    shots: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Manifest of worked examples, with a caption or an answer each.", show_default=False
-        ),
-    ] = None
-    num_shots: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=0, help="Examples before each row.", show_default=f"{DEFAULT_SHOTS} with --shots"
-        ),
-    ] = None
-    shot_selection: Annotated[
-        Literal["first", "random", "similar"],
-        typer.Option(help="Which examples; similar: those whose pictures are nearest to the row's."),
-    ] = "first"
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides what is random.")] = 0
-    bare: Annotated[
-        bool, typer.Option("--bare", help="No examples at all, not even the two of the published zero-shot prompts.")
-    ] = False
-
-    def asking(
-        self,
-        task: str,
-        decoding: DecodingFlags,
-        text: TextFlags,
-        choices: ChoiceFlags,
-        embeddings: str | None = None,
-        questions: tuple[str, ...] = (),
-        question_column: str = QUESTION,
-    ) -> AskOptions:
-        from idefics_cli.asking import AskOptions
-        from idefics_cli.prompts import TASKS, PromptOptions
-        from idefics_cli.shots import ShotOptions
-
-        number, ranked = self._number_of_shots(), choices.options()
-        return AskOptions(
-            PromptOptions(task, self.template, self.prompt, number, self.bare),
-            decoding.decoding(TASKS[task].max_new_tokens),
-            questions,
-            question_column,
-            None if self.shots is None else ShotOptions(self.shots, number, self.shot_selection, self.seed),
-            ranked,
-            embeddings,
-            text.finish(task if ranked is None else None),
-        )
-
-    def _number_of_shots(self) -> int:
-        if self.num_shots and self.shots is None:
-            raise typer.BadParameter("there is no file to take them from: add --shots FILE", param_hint="--num-shots")
-        if self.shot_selection == "similar" and not self.shots:
-            raise typer.BadParameter("it selects from a file: add --shots FILE", param_hint="--shot-selection")
-        if self.num_shots is not None:
-            return self.num_shots
-        return DEFAULT_SHOTS if self.shots is not None else 0
-
-
-@dataclass(frozen=True)
-class TextFlags:
-    """What becomes of the model's texts."""
-
-    prefix: Annotated[str, typer.Option(metavar="TEXT", help="Written before each text.", show_default=False)] = ""
-    suffix: Annotated[str, typer.Option(metavar="TEXT", help="Written behind each text.", show_default=False)] = ""
-    stop_words: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B",
-            help="Words at which a text is cut; '' for none.",
-            show_default="those of the published protocol",
-        ),
-    ] = None
-
-    def finish(self, task: str | None) -> Finish:
-        """Texts end where the task's published protocol ends them, or at the caller's own words."""
-        from idefics_cli.prompts import TASKS
-        from idefics_cli.texts import Finish
-
-        words = parse_words(self.stop_words)
-        if task is None:
-            return Finish(words or (), self.prefix, self.suffix)
-        cut_words = TASKS[task].cut_words if words is None else (*words, *TASKS[task].banned_words)
-        return Finish(cut_words, self.prefix, self.suffix)
-
-
-@dataclass(frozen=True)
-class ChoiceFlags:
-    """Answers to choose from, in place of decoding."""
-
-    choices: Annotated[
-        str | None,
-        typer.Option(metavar="A,B", help="Rank these answers by likelihood; the best is the text.", show_default=False),
-    ] = None
-    choices_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The same with each row's own, a list.", show_default=False)
-    ] = None
-    choice_norm: Annotated[
-        Literal["none", "tokens", "bytes"], typer.Option(help="What an answer's likelihood is divided by.")
-    ] = "none"
-
-    def options(self) -> ChoiceOptions | None:
-        from idefics_cli.choices import ChoiceOptions, checked_choices, split_choices
-
-        if self.choices is not None and self.choices_column is not None:
-            raise typer.BadParameter("each row's own or the same for all: give one", param_hint="--choices-column")
-        if self.choices is None and self.choices_column is None:
-            return None
-        words = () if self.choices is None else checked_choices(split_choices(self.choices))
-        if isinstance(words, RowError):
-            raise typer.BadParameter(words.message, param_hint="--choices")
-        return ChoiceOptions(words, self.choices_column, self.choice_norm)
-
-
-@dataclass(frozen=True)
-class ScoreFlags:
-    """What the texts are held against at the end."""
-
-    answers_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Column of right answers: kept, and scored at the end.", show_default=False),
-    ] = None
-
-    def scoring(self, output: OutputFlags, task: str) -> ScoreOptions | None:
-        """Raises typer.BadParameter or IdeficsError for what cannot be scored."""
-        from idefics_cli.metrics import require_cider
-        from idefics_cli.score import ScoreOptions, closing_tokenization
-
-        if self.answers_column is None:
-            return None
-        if output.output == "-":
-            raise typer.BadParameter("the finished file is scored: add -o F.jsonl", param_hint="--answers-column")
-        options = ScoreOptions(self.answers_column, tokenization=closing_tokenization())
-        if task == "caption":
-            require_cider(options.tokenization)
-        return options
-
-
-@dataclass(frozen=True)
-class QuestionFlags:
-    """What is asked."""
-
-    question: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-q", "--question", metavar="TEXT", help="Asked about every image; may be given again.", show_default=False
-        ),
-    ] = None
-    question_column: Annotated[str, typer.Option(metavar="NAME", help="Column of a manifest's questions.")] = QUESTION
-
-    @property
-    def asked(self) -> tuple[str, ...]:
-        """What is asked of every row. Raises typer.BadParameter for nothing that could be asked."""
-        asked = tuple(self.question or ())
-        if not all(question.strip() for question in asked):
-            raise typer.BadParameter("it is empty: write what is to be asked", param_hint="-q")
-        return asked
-
-
-@dataclass(frozen=True)
 class PictureFlags:
     """How pictures are opened."""
 
@@ -355,17 +176,6 @@ class PictureFlags:
     @property
     def num_workers(self) -> int:
         return self.workers or min(MAX_WORKERS, os.cpu_count() or 1)
-
-
-EmbeddingsFlag = Annotated[
-    str | None,
-    typer.Option(
-        "--embeddings",
-        metavar="E.parquet",
-        help="What `idefics embed` wrote of the same rows, by id, in place of their pictures.",
-        show_default=False,
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -423,42 +233,33 @@ class ModelFlags:
 
 
 @dataclass(frozen=True)
-class DecodingFlags:
-    """How texts are written."""
+class RunFlags:
+    """What every run over rows takes."""
 
-    num_beams: Annotated[int, typer.Option(metavar="N", min=1, help="Beams of the search; 1 is greedy.")] = 3
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Longest text, in tokens.",
-            show_default="30 for captions, 15 for answers, else 100",
-        ),
-    ] = None
-    min_new_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Shortest text, in tokens.")] = 0
-    length_penalty: Annotated[float, typer.Option(metavar="X", help="Scores are divided by length to this power.")] = (
-        1.0
-    )
-    early_stopping: Annotated[bool, typer.Option(help="End when there are as many finished texts as beams.")] = True
-    no_repeat_ngram_size: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Never repeat N tokens in a row; 0: may.")
-    ] = 0
-    num_return_sequences: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Best texts per row; more than one adds a `candidates` column.")
-    ] = 1
-    batch_size: BatchSizeFlag = "auto"
+    inputs: InputFlags
+    output: OutputFlags
+    pictures: PictureFlags
+    model: ModelFlags
 
-    def decoding(self, max_new_tokens: int) -> DecodingOptions:
-        """`max_new_tokens` is the command's own default."""
-        from idefics_cli.generation.options import DecodingOptions
+    def options(self, work: Work, batch_size: int | None, answers_column: str | None = None) -> RunOptions:
+        """All that a run is told. Raises typer.BadParameter or IdeficsError for what contradicts itself."""
+        from idefics_cli.run import RunOptions
 
-        chosen = {name: value for name, value in vars(self).items() if name != "batch_size"}
-        return DecodingOptions(**{**chosen, "max_new_tokens": self.max_new_tokens or max_new_tokens})
-
-    @property
-    def rows_per_batch(self) -> int | None:
-        return rows_per_batch(self.batch_size)
+        self.output.check()
+        return RunOptions(
+            inputs=tuple(self.inputs.inputs),
+            output=self.output.output,
+            request=self.model.request,
+            reading=self.inputs.reading(work.columns, work.needs_image, answers_column),
+            limits=self.pictures.limits,
+            decode_timeout=self.pictures.decode_timeout,
+            workers=self.pictures.num_workers,
+            batch_size=batch_size,
+            max_errors=self.output.max_errors,
+            overwrite=self.output.overwrite,
+            retry_errors=self.output.retry_errors,
+            sidecar=self.output.sidecar,
+        )
 
 
 def rows_per_batch(batch_size: str) -> int | None:
@@ -470,35 +271,6 @@ def rows_per_batch(batch_size: str) -> int | None:
     return int(batch_size)
 
 
-def run_options(
-    inputs: InputFlags,
-    work: Work,
-    output: OutputFlags,
-    pictures: PictureFlags,
-    model: ModelFlags,
-    batch_size: int | None,
-    answers_column: str | None = None,
-) -> RunOptions:
-    """All that a run is told. Raises typer.BadParameter or IdeficsError for what contradicts itself."""
-    from idefics_cli.run import RunOptions
-
-    output.check()
-    return RunOptions(
-        inputs=tuple(inputs.inputs),
-        output=output.output,
-        request=model.request,
-        reading=inputs.reading(work.columns, work.needs_image, answers_column),
-        limits=pictures.limits,
-        decode_timeout=pictures.decode_timeout,
-        workers=pictures.num_workers,
-        batch_size=batch_size,
-        max_errors=output.max_errors,
-        overwrite=output.overwrite,
-        retry_errors=output.retry_errors,
-        sidecar=output.sidecar,
-    )
-
-
 def parse_keep(text: str | None) -> tuple[str, ...] | Literal["all"]:
     if text == "all":
         return "all"
@@ -506,10 +278,6 @@ def parse_keep(text: str | None) -> tuple[str, ...] | Literal["all"]:
     if text is not None and not all(names):
         raise typer.BadParameter(f"{text!r} has an empty name: name columns as in a,b", param_hint="--keep")
     return tuple(dict.fromkeys(names)) if text else ()
-
-
-def parse_words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(filter(None, text.split(",")))
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:

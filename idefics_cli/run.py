@@ -215,7 +215,7 @@ class Run:
 
     def _load(self) -> Model:
         if self.model is None:
-            self.work.check()
+            self.work.check(self.options.request)
             self.loader.check(self.options.request)
             self.model = self.loader.load(self.options.request, self.options.batch_size)
         return self.model

@@ -19,7 +19,7 @@ from idefics_cli.data.rows import RemoteFile
 from idefics_cli.errors import InputError
 from idefics_cli.prompts import Shot
 from idefics_cli.shots import ShotOptions, opened
-from idefics_cli.work import Model, PictureOpener
+from idefics_cli.work import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,14 +30,19 @@ OPENERS = 8
 
 
 class SimilarShots:
-    """A pool of shots, to be asked in the model's thread. Raises InputError for a shot without a picture."""
+    """A pool of shots, to be asked in the model's thread. Raises InputError for a shot without a picture.
 
-    def __init__(self, options: ShotOptions, pool: Sequence[Shot], model: Model, pictures: PictureOpener) -> None:
+    `open_picture` gives what the model takes, or a RowError; it is called from several threads at once.
+    """
+
+    def __init__(
+        self, options: ShotOptions, pool: Sequence[Shot], model: Model, open_picture: Callable[[Any], Any]
+    ) -> None:
         self._options, self._pool, self._model = options, pool, model
         without = next((number for number, shot in enumerate(pool, start=1) if not shot.pictures), None)
         if without is not None:
             raise InputError(f"row {without} of {options.file} has no picture: choose --shot-selection first or random")
-        self._opened = lru_cache(OPENED_KEPT)(lambda index: opened(pool[index], pictures.prepare, options.file))
+        self._opened = lru_cache(OPENED_KEPT)(lambda index: opened(pool[index], open_picture, options.file))
         self._vectors: Tensor | None = None
 
     def encode_pool(self, say: Callable[[str], None]) -> None:

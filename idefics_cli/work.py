@@ -19,10 +19,11 @@ from idefics_cli.pipeline import Outcome, Prepared, PromptSource
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.data.images import ImageLimits
     from idefics_cli.data.values import Column
     from idefics_cli.idefics import Result
-    from idefics_cli.processing import EncodedPrompt
+    from idefics_cli.processing import EncodedPicture, EncodedPrompt
     from idefics_cli.prompts import Prompt
 
 
@@ -33,7 +34,7 @@ class PictureOpener(Protocol):
 
 
 class Model(Protocol):
-    """What `Idefics` is to a run. `encode` may be called from several threads at once.
+    """What `Idefics` is to a run. What encodes may be called from several threads at once.
 
     `picture_vectors` gives (pictures, dim), alike for pictures that are alike.
     """
@@ -47,6 +48,8 @@ class Model(Protocol):
     ) -> AbstractContextManager[PictureOpener]: ...
 
     def encode(self, prompt: Prompt, max_new_tokens: int) -> EncodedPrompt | RowError: ...
+
+    def encode_picture(self, image: Any) -> EncodedPicture | RowError: ...
 
     def encode_choices(self, prompt: Prompt, choices: Sequence[str]) -> EncodedPrompt | RowError: ...
 
@@ -125,7 +128,7 @@ class Work(Protocol):
     @property
     def settings(self) -> dict[str, Any]: ...
 
-    def check(self) -> None: ...
+    def check(self, request: ModelRequest) -> None: ...
 
     def form(self, kept: Mapping[str, Any]) -> Form: ...
 
@@ -134,6 +137,22 @@ class Work(Protocol):
     def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]: ...
 
     def begin(self, model: Model, pictures: PictureOpener, resolve: Resolve, observer: Observer) -> Steps: ...
+
+
+class RowByRow:
+    """What works share in which each row of the input is one of the result, and nothing but rows can be wrong."""
+
+    rows_each = 1
+
+    def check(self, request: ModelRequest) -> None:
+        """All that can be wrong is wrong with rows."""
+
+    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
+        assert not done, done
+        return rows
+
+    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
+        return ids
 
 
 class Once:

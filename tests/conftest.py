@@ -97,6 +97,9 @@ class FakeCaptioner:
         self.prompts[text] = prompt
         return text
 
+    def encode_picture(self, picture: Any) -> Any:
+        return picture
+
     def picture_vectors(self, pictures: Sequence[bytes]) -> Tensor:
         """(pictures, 3): the colour of each picture's first pixel."""
         import torch

@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import save_picture
 from tiny_models import save_checkpoint
+from typer.testing import CliRunner
 
-from idefics_cli import Idefics, IdeficsError
+from idefics_cli import Idefics, IdeficsError, cli
 from idefics_cli.checkpoint import ModelRequest, weights_digest
 from idefics_cli.data.embeddings import EmbeddingFile
 from idefics_cli.data.images import DEFAULT_LIMITS
 from idefics_cli.data.rows import ReadOptions
 from idefics_cli.embedding import EmbeddingWork
+from idefics_cli.model.vision import IdeficsVisionTransformer
 from idefics_cli.pipeline import RunStats
 from idefics_cli.run import Ending, Loader, Run, RunOptions
 
@@ -135,3 +137,70 @@ def test_another_model_does_not_go_on_with_it(folder: Path, model: Idefics, phot
         embed(folder, model, photos, tmp_path / "e.parquet", 2)
     with pytest.raises(IdeficsError, match="vision was"):
         embed(other, model, photos, tmp_path / "e.parquet")
+
+
+# ---- through the command line, with the demo model
+
+PICTURES = Path(__file__).parent.parent / "examples" / "images"
+QUESTIONS = ["-q", "How many objects are there?", "-q", "Is there a red object?"]
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.app, [str(each) for each in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("embeddings") / "e.parquet"
+    assert invoke("embed", PICTURES, "-m", "demo", "-o", file, "--limit", 3)[0] == 0
+    return file
+
+
+def test_answers_are_the_same_and_no_picture_is_seen(embeddings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["vqa", PICTURES, "-m", "demo", "--limit", 3, *QUESTIONS]
+    code, expected, _ = invoke(*asked)
+    assert code == 0
+
+    def never(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("the vision tower was run")
+
+    monkeypatch.setattr(IdeficsVisionTransformer, "forward", never)
+    assert invoke(*asked, "--embeddings", embeddings)[:2] == (0, expected)
+
+
+def test_a_row_that_is_not_among_them_is_an_error_row(embeddings: Path) -> None:
+    code, out, _ = invoke("caption", PICTURES, "-m", "demo", "--embeddings", embeddings, "--limit", 4)
+    *good, last = [json.loads(line) for line in out.splitlines()]
+    assert code == 3
+    assert all(row["caption"] for row in good)
+    assert last["caption"] is None and last["error"].startswith("image_missing: ")
+
+
+def test_free_prompts_name_embeddings_by_id(embeddings: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    name = min(PICTURES.glob("*.png")).name
+    rows = [{"prompt": ["Image:", item, "Caption:"]} for item in ({"embedding": name}, {"embedding": "nobody"})]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = invoke("generate", prompts, "-m", "demo", "--embeddings", embeddings, "--max-new-tokens", 12)
+    known, unknown = [json.loads(line) for line in out.splitlines()]
+    assert code == 3 and known["text"] and unknown["error"].startswith("image_missing: ")
+    _, out, _ = invoke("generate", prompts, "-m", "demo", "--max-new-tokens", 12, "--limit", 1)
+    assert "--embeddings" in json.loads(out)["error"]
+
+
+def test_another_models_file_is_refused_before_that_model_is_loaded(
+    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    other = save_checkpoint(tmp_path / "other")
+    monkeypatch.setattr(cli, "load_model", never)
+    code, out, err = invoke("caption", PICTURES, "-m", other, "--embeddings", embeddings, "--limit", 1)
+    assert (code, out) == (2, "") and "embedded by another model" in err
+
+
+def test_latents_go_into_parquet_only(tmp_path: Path) -> None:
+    code, _, err = invoke("embed", PICTURES, "-m", "demo", "-o", tmp_path / "e.jsonl")
+    assert code == 2 and "Parquet" in err and not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from tiny_models import save_checkpoint
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.generation.engine import Stream
 from idefics_cli.generation.source import IterableSource
-from idefics_cli.processing import EncodedPrompt, collate
+from idefics_cli.processing import EncodedPicture, EncodedPrompt, collate
 from idefics_cli.prompts import END_OF_UTTERANCE
 from idefics_cli.texts import Finish
 
@@ -134,7 +134,7 @@ def test_captions_are_asked_for_as_the_checkpoint_was_published(
         monkeypatch.setattr(model.encoder, "encode", recording)
         (result,) = model.caption([picture()], max_new_tokens=3)
         (prompt,) = seen
-        assert isinstance(prompt[1], torch.Tensor)
+        assert isinstance(prompt[1], EncodedPicture)
         assert (prompt[0], *prompt[2:]) == expected
         assert result.text is not None and result.error is None
         monkeypatch.undo()

@@ -9,20 +9,24 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idefics_cli.asking import AskOptions
-from idefics_cli.options import (
+from idefics_cli.ask_options import (
+    AskFlags,
     ChoiceFlags,
     DecodingFlags,
+    PromptFlags,
+    QuestionFlags,
+    ScoreFlags,
+    TextFlags,
+    parse_words,
+)
+from idefics_cli.options import (
     InputFlags,
     ModelFlags,
     OutputFlags,
     PictureFlags,
-    PromptFlags,
-    TextFlags,
     flattened,
     parse_keep,
     parse_shard,
-    parse_words,
 )
 
 # ---- groups
@@ -52,6 +56,24 @@ def test_groups_are_shown_field_by_field_and_put_together_again() -> None:
     assert command.__doc__ == "What it does."
     command(first=1, second="c", debug=True)
     assert seen == [(Pair(1, "c"), True)]
+
+
+@dataclass(frozen=True)
+class Nest:
+    pair: Pair
+    third: Annotated[int, typer.Option(help="The third.")] = 3
+
+
+def test_groups_may_stand_in_groups() -> None:
+    seen: list[Nest] = []
+
+    @flattened
+    def command(nest: Nest) -> None:
+        seen.append(nest)
+
+    assert list(inspect.signature(command).parameters) == ["first", "second", "third"]
+    command(first=1, second="c", third=4)
+    assert seen == [Nest(Pair(1, "c"), 4)]
 
 
 def test_two_groups_with_one_field_are_a_bug() -> None:
@@ -85,20 +107,18 @@ def test_a_group_becomes_the_value_it_speaks_of() -> None:
     assert DecodingFlags(max_new_tokens=3, num_beams=1).decoding(15).max_new_tokens == 3
 
 
+def ask_flags(**prompts: Any) -> AskFlags:
+    return AskFlags(PromptFlags(**prompts), TextFlags(), ChoiceFlags(), ScoreFlags(), DecodingFlags())
+
+
 def test_shots_come_from_a_file() -> None:
-    asking = PromptFlags(shots="s.csv").asking("caption", DecodingFlags(), TextFlags(), ChoiceFlags())
+    asking = ask_flags(shots="s.csv").options("caption")
     assert asking.prompts.num_shots == 4 and asking.shots is not None
-    asking = PromptFlags(shots="s.csv", num_shots=2, seed=3).asking(
-        "vqa", DecodingFlags(), TextFlags(), ChoiceFlags(), questions=("What?",)
-    )
+    asking = ask_flags(shots="s.csv", num_shots=2, seed=3).options("vqa", QuestionFlags(["What?"]))
     assert (asking.prompts.num_shots, asking.questions, asking.decoding.max_new_tokens) == (2, ("What?",), 15)
 
 
 # ---- what contradicts itself
-
-
-def asking(prompts: PromptFlags) -> AskOptions:
-    return prompts.asking("caption", DecodingFlags(), TextFlags(), ChoiceFlags())
 
 
 @pytest.mark.parametrize(
@@ -109,13 +129,11 @@ def asking(prompts: PromptFlags) -> AskOptions:
         (OutputFlags("f.jsonl", overwrite=True, retry_errors=True).check, "give one"),
         (lambda: InputFlags(["a"], null=True).reading((), True), "add - to the inputs"),
         (
-            lambda: asking(PromptFlags(num_shots=2)),
+            lambda: ask_flags(num_shots=2).options("caption"),
             "add --shots FILE",
         ),
         (
-            lambda: PromptFlags(shot_selection="similar").asking(
-                "caption", DecodingFlags(), TextFlags(), ChoiceFlags()
-            ),
+            lambda: ask_flags(shot_selection="similar").options("caption"),
             "add --shots FILE",
         ),
         (lambda: DecodingFlags(batch_size="0").rows_per_batch, "neither `auto` nor a number above 0"),

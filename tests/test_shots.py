@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from conftest import FakeCaptioner, prompts_of, rows_of, save_picture
-from typer.testing import Result
+from typer.testing import CliRunner, Result
 from written_manifests import write_manifest
+
+from idefics_cli import cli, processing
 
 PREFIX = "Instruction: provide an answer to the question. Use the image to answer.\n"
 
@@ -193,3 +195,15 @@ def test_only_pictures_that_are_shown_must_be_good(run: Callable[..., Result], m
     assert run("vqa", manifest, "--shots", pool).exit_code == 0
     (pool.parent / "0.png").write_bytes(b"broken")
     assert run("vqa", manifest, "--shots", pool, "--num-shots", "0").exit_code == 0
+
+
+def test_what_tells_a_shot_from_others_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real demo: of each shot once in a run, and once of each row's own picture."""
+    seen: list[object] = []
+    content_key = processing.content_key
+    monkeypatch.setattr(processing, "content_key", lambda pixels: seen.append(pixels) or content_key(pixels))
+    examples = Path(__file__).parent.parent / "examples"
+    arguments = ["vqa", examples / "questions.jsonl", "-m", "demo", "--limit", 6, "--shots", examples / "shots.jsonl"]
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert len(seen) == 4 + 6
