@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["text", "real", "count", "candidates", "latents"]
 
-MOMENT = re.compile(r"(?P<seconds>.{19})(\.(?P<fraction>\d{1,9}))?(?P<zone>Z|[+-]\d\d:?\d\d)?")
+MOMENT = re.compile(r"(?P<seconds>.{19})(\.(?P<fraction>\d{1,9}))?(?P<zone>Z|[+-]\d\d(:?\d\d){1,2})?")
 EPOCH, SECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(seconds=1)
 LARGEST_EXACT = 2**53  # up to which a double holds every whole number
 MOST_FIELDS = 200
@@ -79,7 +79,9 @@ def python_values(array: pa.Array) -> list[Any]:
         rows = zip(list_numbers(array.storage), array.is_valid().to_pylist(), strict=True)
         return [_tensor_value(numbers, array.type.shape) if is_there else None for numbers, is_there in rows]
     if pa.types.is_timestamp(array.type) and array.type.unit == "ns":
-        return array.cast(pa.string()).to_pylist()
+        # In UTC: Arrow writes offsets without their seconds, which zones have in the years before there were zones.
+        moments = array.cast(pa.timestamp("ns", "UTC")) if array.type.tz else array
+        return moments.cast(pa.string()).to_pylist()
     return array.to_pylist()
 
 
@@ -151,8 +153,9 @@ def nanoseconds(moment: str) -> int:
     zone = match["zone"]
     when = datetime.datetime.fromisoformat(match["seconds"]).replace(tzinfo=datetime.timezone.utc)
     if zone and zone != "Z":
-        hours, minutes = int(zone[1:3]), int(zone[-2:])
-        offset = datetime.timedelta(hours=hours, minutes=minutes)
+        # Seconds too: what clocks showed before there were zones, as in Berlin (+00:53:28) until 1893.
+        hours, minutes, seconds = (int(number) for number in [*re.findall(r"\d\d", zone), "0"][:3])
+        offset = datetime.timedelta(hours=hours, minutes=minutes, seconds=seconds)
         when += offset if zone[0] == "-" else -offset
     return (when - EPOCH) // SECOND * 10**9 + int((match["fraction"] or "").ljust(9, "0"))
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from idefics_cli.data.formats import Parquet, Rows
@@ -191,8 +191,10 @@ def test_json_lines_of_every_declared_type_are_strict(column: pa.Array) -> None:
 
 
 @given(
-    st.lists(st.none() | st.integers(-(9 * 10**18), 9 * 10**18), max_size=5), st.sampled_from([None, "UTC", "+05:30"])
+    st.lists(st.none() | st.integers(-(9 * 10**18), 9 * 10**18), max_size=5),
+    st.sampled_from([None, "UTC", "+05:30", "Europe/Berlin", "America/New_York"]),
 )
+@example(counts=[-2429827200 * 10**9, -(9 * 10**18)], zone="Europe/Berlin")  # from the years before zones
 @MOST_EXAMPLES
 def test_nanoseconds_come_back_to_the_last(counts: list[int | None], zone: str | None) -> None:
     column = pa.array(counts, pa.timestamp("ns", zone))
