@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -51,20 +52,31 @@ class Stages:
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """`batch_size`: rows that the model works on at a time; `workers`: prepare threads; `window`: rows in flight."""
+    """`batch_size`: rows that the model works on at a time; `workers`: prepare threads; `window`: rows in flight.
+
+    `rows_at_once` are read by a thread that has come to read. It costs less than one by one, and is for readers that
+    never wait for somebody to send a row.
+    """
 
     batch_size: int
     workers: int
     max_errors: int | None = None
     windows_ahead: int = 8
+    rows_at_once: int = 1
 
     def __post_init__(self) -> None:
         assert self.batch_size > 0 and self.workers > 0, f"{self.batch_size} rows per batch, {self.workers} workers"
+        assert 0 < self.rows_at_once, f"{self.rows_at_once} rows at once"
 
     @property
     def window(self) -> int:
         """The model looks a few batches ahead for prompts of one length, while others are prepared and written."""
         return self.windows_ahead * self.batch_size + 2 * self.workers
+
+    @property
+    def step(self) -> int:
+        """So many rows are read, and their room given back, at once: a part of the window, so that work goes on."""
+        return min(self.rows_at_once, max(1, self.window // 8))
 
 
 @dataclass
@@ -163,6 +175,8 @@ class RowFlow:
         self._rows, self._prepare, self._leave, self._options = rows, prepare, leave, options
         self._reading = threading.Lock()  # the reader is asked by one thread at a time
         self._room = threading.Semaphore(options.window)
+        self._room_to_give = 0
+        self._read_rows: deque[tuple[int, InputRow]] = deque()  # places and rows that no thread has taken up
         self._changed = threading.Condition()  # guards all below
         self._ready: deque[tuple[int, InputRow, Prepared]] = deque()  # places, rows and prompts not taken yet
         self._taken: dict[int, tuple[int, InputRow]] = {}  # by the number of the prompt
@@ -179,7 +193,8 @@ class RowFlow:
 
     def __exit__(self, *exception: object) -> None:
         self._has_ended = True
-        self._room.release(self._options.workers)
+        self._read_rows.clear()
+        self._room.release()  # one thread may wait for it
 
     # ---- the model's side
 
@@ -238,13 +253,20 @@ class RowFlow:
             if isinstance(finished, BaseException):
                 raise finished
             self._num_left += 1
-            self._room.release()
+            self._give_room()
             self._leave(*finished)
+
+    def _give_room(self) -> None:
+        """Room for one more row, given several at a time: each time may wake a thread."""
+        self._room_to_give += 1
+        if self._room_to_give >= self._options.step or self._num_left == self._num_read:
+            self._room.release(self._room_to_give)
+            self._room_to_give = 0
 
     # ---- the threads' side
 
     def _work(self) -> None:
-        while (read := self._read()) is not None:
+        while (read := self._next_row()) is not None:
             place, row = read
             try:
                 prepared = row.error or self._prepare(row)
@@ -253,24 +275,39 @@ class RowFlow:
                 return
             self._put(place, row, prepared)
 
-    def _read(self) -> tuple[int, InputRow] | None:
-        """The next row and its place, when there is room for it; None at the end."""
+    def _next_row(self) -> tuple[int, InputRow] | None:
+        """The next row and its place; None at the end."""
+        while not self._has_ended or self._read_rows:
+            with suppress(IndexError):  # another thread was faster
+                return self._read_rows.popleft()
+            with self._reading:
+                if not self._has_ended and not self._read_rows:
+                    self._read()
+        return None
+
+    def _read(self) -> None:
+        """Rows for which there is room, at least one but at the end."""
         self._room.acquire()
-        with self._reading:
+        for number in range(self._options.step):
+            if number and not self._room.acquire(blocking=False):
+                return
             try:
-                row = None if self._has_ended else next(self._rows, None)
+                row = None if self._has_ended else next(self._rows, None)  # it may have ended while there was no room
             except BaseException as error:  # stands behind the rows before it
                 self._fail(self._num_read, error, was_preparing=False)
                 row = None
+            if row is None:
+                self._end()
+                return
             with self._changed:
-                if row is not None:
-                    self._num_read += 1
-                    self._num_preparing += 1
-                    return self._num_read - 1, row
-                self._has_ended = True
-                self._changed.notify()
-        self._room.release()  # another thread may wait for it, and is to see the end
-        return None
+                self._num_read += 1
+                self._num_preparing += 1
+            self._read_rows.append((self._num_read - 1, row))
+
+    def _end(self) -> None:
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify()
 
     def _put(self, place: int, row: InputRow, prepared: Prepared | RowError) -> None:
         with self._changed:

@@ -70,7 +70,7 @@ class Template:
     asked: Prompt
     after_answer: Prompt
 
-    @property
+    @functools.cached_property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields, pictures among them, as often as they stand there."""
         texts = (item for item in self.asked if isinstance(item, str))
@@ -236,6 +236,7 @@ class PromptOptions:
             raise IdeficsError("--bare asks for no shots: leave --shots and --num-shots out, or --bare")
 
 
+@functools.lru_cache
 def choose_template(options: PromptOptions, instruct: bool) -> Template:
     """Raises IdeficsError for a template that is unknown, or is not for this task or this kind of model."""
     task = TASKS[options.task]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from idefics_cli.data.images import ImageLimits
 
 STDIN = STDOUT = "-"
+ROWS_AT_ONCE = 16  # read from files; more make nothing cheaper
 
 
 @dataclass(frozen=True)
@@ -223,12 +224,12 @@ class Run:
     def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter]) -> None:
         """A mistake that shows as the work begins leaves no output behind."""
         options, model = self.options, self._load()
+        rows_at_once = 1 if self.inputs.awaited else ROWS_AT_ONCE
+        flow = FlowOptions(model.batch_size, options.workers, options.max_errors, rows_at_once=rows_at_once)
         self.observer.on_start(self._total)
         with model.picture_decoders(options.limits, options.workers, options.decode_timeout) as pictures:
             steps = self.work.begin(model, pictures, self.inputs.resolve, self.observer)
-            self._write_rows(
-                rows, steps, FlowOptions(model.batch_size, options.workers, options.max_errors), open_writer()
-            )
+            self._write_rows(rows, steps, flow, open_writer())
 
     def _write_rows(self, rows: Iterator[InputRow], steps: Steps, flow: FlowOptions, writer: RowWriter) -> None:
         options, resumed = self.options, self.stats.safe

@@ -104,12 +104,20 @@ def run(rows: Iterator[InputRow] | Sequence[InputRow], model: Model, **options: 
 # Rows
 
 
-@given(st.lists(st.booleans(), max_size=60), st.integers(1, 6), st.integers(1, 4), st.sampled_from([Model, Ahead]))
-@settings(max_examples=60, deadline=None)
-def test_every_row_comes_out_once_in_order(good: list[bool], batch_size: int, workers: int, kind: type[Model]) -> None:
+@given(
+    st.lists(st.booleans(), max_size=60),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.sampled_from([Model, Ahead]),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_row_comes_out_once_in_order(
+    good: list[bool], batch_size: int, workers: int, rows_at_once: int, kind: type[Model]
+) -> None:
     rows = [row(i, f"{'good' if is_good else 'bad'} {i}") for i, is_good in enumerate(good)]
     model = kind(batch_size, shuffled=True)
-    sink, stats = run(rows, model, workers=workers)
+    sink, stats = run(rows, model, workers=workers, rows_at_once=rows_at_once)
     assert sink.ids == [r.id for r in rows]
     assert sink.texts == [r.id if is_good else None for r, is_good in zip(rows, good, strict=True)]
     assert (stats.rows, stats.num_failed) == (len(good), good.count(False))
@@ -150,7 +158,8 @@ def test_statistics_count_by_code_and_keep_the_first_ids() -> None:
 # Flow
 
 
-def test_reading_ahead_is_bounded() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 3, 16])
+def test_reading_ahead_is_bounded(rows_at_once: int) -> None:
     read: list[int] = []
 
     def endless() -> Iterator[InputRow]:
@@ -168,7 +177,14 @@ def test_reading_ahead_is_bounded() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        start(endless(), Model(before=lambda _: time.sleep(0.005)), sink, stats, on_row=look)
+        start(
+            endless(),
+            Model(before=lambda _: time.sleep(0.005)),
+            sink,
+            stats,
+            on_row=look,
+            rows_at_once=rows_at_once,
+        )
     assert len(sink.rows) == 50
     assert max(furthest) <= options.window
 
@@ -262,15 +278,17 @@ def test_errors_of_an_earlier_run_do_not_end_this_one() -> None:
     assert not stats.stopped_early and stats.num_failed == 2
 
 
-def test_what_the_reader_raises_comes_behind_its_rows() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+@pytest.mark.parametrize("num_rows", [0, 4, 6, 40])
+def test_what_the_reader_raises_comes_behind_its_rows(num_rows: int, rows_at_once: int) -> None:
     def broken() -> Iterator[InputRow]:
-        yield from map(row, range(4))
+        yield from map(row, range(num_rows))
         raise InputError("two rows with one id")
 
     sink, stats = Sink(), RunStats()
     with pytest.raises(InputError, match="one id"):
-        start(broken(), Model(), sink, stats)
-    assert len(sink.rows) == stats.rows == 4
+        start(broken(), Model(), sink, stats, rows_at_once=rows_at_once)
+    assert len(sink.rows) == stats.rows == num_rows
 
 
 def test_a_bug_goes_through_and_rows_before_it_are_written() -> None:
@@ -284,7 +302,8 @@ def test_a_bug_goes_through_and_rows_before_it_are_written() -> None:
     assert sink.ids == ["row 0", "row 1", "row 2"]
 
 
-def test_a_bug_in_a_prepare_thread_goes_through_behind_the_rows_before_it() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+def test_a_bug_in_a_prepare_thread_goes_through_behind_the_rows_before_it(rows_at_once: int) -> None:
     def broken(row: InputRow) -> str:
         if row.index == 5:
             raise ZeroDivisionError
@@ -292,7 +311,7 @@ def test_a_bug_in_a_prepare_thread_goes_through_behind_the_rows_before_it() -> N
 
     sink = Sink()
     with pytest.raises(ZeroDivisionError):
-        start(map(row, range(9)), Model(), sink, RunStats(), prepare=broken)
+        start(map(row, range(9)), Model(), sink, RunStats(), prepare=broken, rows_at_once=rows_at_once)
     assert sink.ids == [f"row {i}" for i in range(5)]
 
 
@@ -307,12 +326,13 @@ def test_a_model_that_forgets_a_row_is_found_out() -> None:
         )
 
 
-def test_no_thread_outlives_a_run() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 16])
+def test_no_thread_outlives_a_run(rows_at_once: int) -> None:
     def stop(prompts: list) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run((row(i) for i in count()), Model(before=stop), workers=4)
+        run((row(i) for i in count()), Model(before=stop), workers=4, rows_at_once=rows_at_once)
     deadline = time.monotonic() + 5
     while any(thread.name.startswith("prepare") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, threading.enumerate()

@@ -23,6 +23,7 @@ class PathList:
     size: int | None = None
     distinct = False
     listed = False
+    awaited = True
     identity: Mapping[str, Any] = {"kind": "stdin"}
     kept: Mapping[str, Any] = NO_VALUES
 

@@ -86,9 +86,9 @@ def _open_remote(address: str, among_others: bool, options: ReadOptions) -> Sour
 class Inputs:
     """The rows of one run, which come once, and what is known of them beforehand.
 
-    `rows` gives them; `total` is how many will come, where that is known. `identity` says what the inputs are: equal as
-    long as they are unchanged. `kept` are the columns that are passed through, in order, with their Arrow types (None
-    where rows may differ).
+    `rows` gives them; `total` is how many will come, where that is known; `awaited`: some may be long in coming.
+    `identity` says what the inputs are: equal as long as they are unchanged. `kept` are the columns that are passed
+    through, in order, with their Arrow types (None where rows may differ).
     """
 
     def __init__(self, sources: Sequence[Source], options: ReadOptions) -> None:
@@ -100,6 +100,7 @@ class Inputs:
         self._starts = [0]  # the index of the first row of each source that has been reached
         self._passed = 0
         self._seen = self._ids_to_remember()
+        self.awaited = any(source.awaited for source in sources)
         self.total = self._count()
         self.identity = [dict(source.identity) for source in sources]
         self.kept = _merged([source.kept for source in sources])
