@@ -66,7 +66,7 @@ class FlowOptions:
 
     def __post_init__(self) -> None:
         assert self.batch_size > 0 and self.workers > 0, f"{self.batch_size} rows per batch, {self.workers} workers"
-        assert 0 < self.rows_at_once, f"{self.rows_at_once} rows at once"
+        assert self.rows_at_once > 0, f"{self.rows_at_once} rows at once"
 
     @property
     def window(self) -> int:

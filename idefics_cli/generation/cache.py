@@ -8,7 +8,7 @@ only: no text, no files, and no choice of tokens.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -144,59 +144,79 @@ NO_PREFIX = SharedPrefix((), (), 0, None)
 class RowStore:
     """Room for `rows` rows: their prompts' and beams' keys and values, and those of the one image each still sees.
 
-    A row's slots are `prompt_slots` for its prompt, then `num_beams` for each token written: token t of beam j lies in
-    slot `prompt_slots + t * num_beams + j` and stays there. `ancestors` (rows, beams, written slots) says which of them
-    a beam's own path holds; another order of beams is another order of this table's lines.
+    A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. A token stays in its slot;
+    `ancestors` (rows, beams, tree slots) says which of them a beam's own path holds, so another order of beams is
+    another order of this table's lines. A slot that no path holds any more is given out again: beams share most of
+    their past, and few slots are in use however long the texts become.
     """
 
     def __init__(
         self,
         config: IdeficsConfig,
-        rows: int,
-        prompt_slots: int,
         num_beams: int,
         max_new_tokens: int,
         image_seq_len: int,
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.rows, self.prompt_slots, self.num_beams, self.max_new_tokens = (
-            rows,
-            prompt_slots,
-            num_beams,
-            max_new_tokens,
-        )
+        self.rows = self.prompt_slots = self.tree_slots = 0
+        self.num_beams, self.most_tree_slots = num_beams, max_new_tokens * num_beams
         heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        self.slots = prompt_slots + max_new_tokens * num_beams
+        gated_layers = -(-config.num_hidden_layers // config.cross_layer_interval)
 
-        def room(layers: int, slots: int) -> Tensor:
-            # A head's slots lie side by side, as the products of attention read them.
-            return torch.zeros(layers, 2, rows, heads, slots, head_dim, device=device, dtype=dtype)
+        def empty(*shape: int, of: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=of, device=device)
 
-        self.key_values = room(config.num_hidden_layers, self.slots)
-        self.image_key_values = room(-(-config.num_hidden_layers // config.cross_layer_interval), image_seq_len)
-        self.sees_image = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.prompt_lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.ancestors = torch.zeros(rows, num_beams, max_new_tokens * num_beams, dtype=torch.bool, device=device)
+        # For each layer (2, rows, heads, slots, head_dim): a head's slots lie side by side, as attention reads them.
+        self.key_values = [empty(2, 0, heads, 0, head_dim, of=dtype) for _ in range(config.num_hidden_layers)]
+        self.image_key_values = empty(gated_layers, 2, 0, heads, image_seq_len, head_dim, of=dtype)
+        self.sees_image = empty(0, of=torch.bool)
+        self.prompt_lengths = empty(0, of=torch.long)
+        self.ancestors = empty(0, num_beams, 0, of=torch.bool)
+        self.newest = empty(0, num_beams, of=torch.long)  # the slot of each beam's newest token
 
-    def fits(self, rows: int, prompt_length: int) -> bool:
-        return rows <= self.rows and prompt_length <= self.prompt_slots
+    def grow(self, rows: int, prompt_slots: int, tree_slots: int) -> None:
+        """Make room for at least so much. What is there keeps its row and its slot, counted from its part's first."""
+        rows, prompt_slots = max(rows, self.rows), max(prompt_slots, self.prompt_slots)
+        tree_slots = max(min(tree_slots, self.most_tree_slots), self.tree_slots)
+        if (rows, prompt_slots, tree_slots) == (self.rows, self.prompt_slots, self.tree_slots):
+            return
+        for layer, old in enumerate(self.key_values):  # one by one, so that no more than one is there twice
+            new = old.new_zeros(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
+            prompts, trees = old.split([self.prompt_slots, self.tree_slots], dim=3)
+            new[:, : self.rows, :, : self.prompt_slots] = prompts
+            new[:, : self.rows, :, prompt_slots : prompt_slots + self.tree_slots] = trees
+            self.key_values[layer] = new
+        self.image_key_values = enlarged(self.image_key_values, 2, rows)
+        for name in ("sees_image", "prompt_lengths", "ancestors", "newest"):
+            setattr(self, name, enlarged(getattr(self, name), 0, rows))
+        self.ancestors = enlarged(self.ancestors, 2, tree_slots)
+        self.rows, self.prompt_slots, self.tree_slots = rows, prompt_slots, tree_slots
 
-    def admit(self, rows: slice, prompt_lengths: Tensor, images: Tensor, sees_image: Tensor) -> None:
-        """New rows: `images` (new rows, layers, 2, heads, seq, head_dim) is what each sees from now on."""
-        self.image_key_values[:, :, rows] = images.movedim(0, 2)
+    def admit(self, rows: slice, prompt_lengths: Tensor, images: Sequence[Tensor], sees_image: Tensor) -> None:
+        """New rows: each of `images` (layers, 2, heads, seq, head_dim) is what a row sees from now on."""
+        for row, image in zip(range(rows.start, rows.stop), images, strict=True):
+            self.image_key_values[:, :, row] = image
         self.sees_image[rows] = sees_image
         self.prompt_lengths[rows] = prompt_lengths
         self.ancestors[rows] = False
 
-    def take_over(self, other: RowStore) -> None:
-        """All rows of a store with fewer rows or shorter prompts."""
-        prompt, rows = other.prompt_slots, slice(other.rows)
-        self.key_values[:, :, rows, :, :prompt] = other.key_values[..., :prompt, :]
-        self.key_values[:, :, rows, :, self.prompt_slots :] = other.key_values[..., prompt:, :]
-        self.image_key_values[:, :, rows] = other.image_key_values
-        for name in ("sees_image", "prompt_lengths", "ancestors"):
-            getattr(self, name)[rows] = getattr(other, name)
+    def advance(self, rows: slice, parents: Tensor) -> None:
+        """Each beam takes over its parent's path and gets a slot for its newest token, the first that no path holds.
+
+        `parents` (rows, beams) are indices among the row's old beams. There must be as many free slots.
+        """
+        table = self.ancestors[rows]
+        table = table.gather(1, parents[:, :, None].expand(-1, -1, self.tree_slots))
+        places = torch.arange(self.tree_slots, device=table.device)
+        in_order = places + table.any(dim=1) * self.tree_slots  # (rows, slots): those in use come last
+        self.newest[rows] = in_order.topk(self.num_beams, dim=1, largest=False).indices
+        self.ancestors[rows] = table.scatter(2, self.newest[rows][:, :, None], True)
+
+    def slots_in_use(self, num_rows: int) -> Tensor:
+        """(rows,): how many tree slots there are up to the last that a path holds."""
+        numbers = torch.arange(1, self.tree_slots + 1, device=self.ancestors.device)
+        return (self.ancestors[:num_rows].any(dim=1) * numbers).amax(dim=1)
 
     def keep(self, sources: list[int]) -> None:
         """Row i becomes what row `sources[i]` was; `sources[i] >= i`. Rows that stay are not touched."""
@@ -204,31 +224,57 @@ class RowStore:
             if source == target:
                 continue
             assert source > target, f"row {source} would overwrite row {target}"
-            self.key_values[:, :, target] = self.key_values[:, :, source]
-            self.image_key_values[:, :, target] = self.image_key_values[:, :, source]
-            for table in (self.sees_image, self.prompt_lengths, self.ancestors):
+            for key_values in (*self.key_values, *self.image_key_values):
+                key_values[:, target] = key_values[:, source]
+            for table in (self.sees_image, self.prompt_lengths, self.ancestors, self.newest):
                 table[target] = table[source]
+
+
+def enlarged(table: Tensor, axis: int, size: int) -> Tensor:
+    """With zeros behind it up to `size` along `axis`."""
+    missing = [size - length if each == axis else length for each, length in enumerate(table.shape)]
+    return torch.cat([table, table.new_zeros(missing)], dim=axis) if missing[axis] else table
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """The images that each row sees while it is read, the same number for all: (layers, 2, heads, seq, head_dim) each.
+
+    A row with fewer has any other in addition, which no token of it sees.
+    """
+
+    rows: Sequence[Sequence[Tensor]]
+
+    @property
+    def seq_len(self) -> int:
+        return self.rows[0][0].shape[3]
+
+    def of_layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (rows, heads, images * seq, head_dim)."""
+        joined = [torch.cat([image[layer_idx] for image in row], dim=2) for row in self.rows]
+        key, value = torch.stack(joined, dim=1)
+        return key, value
 
 
 @dataclass(frozen=True)
 class PrefillMemory:
     """While prompts are read: rows are padded on the right, and each token sees the prefix and what is before it.
 
-    Keys and values go into `key_values` (layers, 2, rows, heads, at least as many slots as tokens, head_dim).
-    `images` (rows, images, layers, 2, heads, seq, head_dim); `image_mask` (rows, 1, tokens, images * seq) is additive
-    and `image_gate` (rows, tokens) open where a token sees one.
+    Keys and values go into `key_values`, for each layer (2, rows, heads, at least as many slots as tokens, head_dim).
+    `image_mask` (rows, 1, tokens, images * seq) is additive and `image_gate` (rows, tokens) open where a token sees
+    one.
     """
 
     prefix: SharedPrefix
-    key_values: Tensor
-    images: Tensor
+    key_values: Sequence[Tensor]
+    images: RowImages
     image_mask: Tensor
     image_gate: Tensor
 
     def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         num_tokens = key.shape[2]
         for index, states in enumerate((key, value)):
-            self.key_values[layer.layer_idx, index, :, :, :num_tokens] = states
+            self.key_values[layer.layer_idx][index, :, :, :num_tokens] = states
         if self.prefix.length == 0:
             output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scaling)
         else:
@@ -239,8 +285,7 @@ class PrefillMemory:
     def attend_image(
         self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
     ) -> AttentionOutput:
-        keys_values = self.images[:, :, layer.layer_idx].movedim(1, 3)  # (rows, 2, heads, images, seq, head_dim)
-        key, value = keys_values.flatten(3, 4).unbind(1)
+        key, value = self.images.of_layer(layer.layer_idx)
         output = nn.functional.scaled_dot_product_attention(query, key, value, self.image_mask, scale=layer.scaling)
         return output.transpose(1, 2).masked_fill(~self.image_gate[:, :, None, None], 0.0), None
 
@@ -261,21 +306,18 @@ class DecodeMemory:
     image_gate: Tensor
 
     @classmethod
-    def of(cls, store: RowStore, prefix: SharedPrefix, num_rows: int, steps: Tensor, longest: int) -> DecodeMemory:
-        """`steps` (rows,): how many tokens each row has written before this one; `longest` is the most of them."""
-        beams = store.num_beams
-        device = steps.device
-        offsets = torch.arange(beams, device=device)
-        tree_slots = steps[:, None] * beams + offsets  # (rows, beams)
-        heads = store.key_values.shape[3]
-        first = torch.arange(num_rows * heads, device=device) * store.slots + store.prompt_slots
-        written = first.view(num_rows, heads, 1) + tree_slots[:, None]  # (rows, heads, beams)
-        used = (longest + 1) * beams
+    def of(cls, store: RowStore, prefix: SharedPrefix, num_rows: int, used: int) -> DecodeMemory:
+        """`used`: no path of these rows holds a later tree slot."""
+        beams, device = store.num_beams, store.newest.device
+        heads = store.key_values[0].shape[2]
+        slots = store.prompt_slots + store.tree_slots
+        first = torch.arange(num_rows * heads, device=device) * slots + store.prompt_slots
+        written = first.view(num_rows, heads, 1) + store.newest[:num_rows, None]  # (rows, heads, beams)
         in_prompt = torch.arange(store.prompt_slots, device=device) < store.prompt_lengths[:num_rows, None]
         visible = torch.cat(
             [in_prompt[:, None].expand(-1, beams, -1), store.ancestors[:num_rows, :, :used]], dim=2
         )  # (rows, beams, slots in use)
-        dtype = store.key_values.dtype
+        dtype = store.image_key_values.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
         return cls(
             store=store,
@@ -304,14 +346,3 @@ class DecodeMemory:
         key, value = self.store.image_key_values[layer.layer_idx, :, : self.num_rows]  # (rows, heads, seq, head_dim)
         output = attend_few(query, key, value, None, layer.scaling)
         return output.transpose(1, 2).masked_fill(~self.image_gate, 0.0), None
-
-
-def grow_ancestors(store: RowStore, num_rows: int, parents: Tensor, steps: Tensor) -> None:
-    """Each beam takes over its parent's path and adds the slot that its new token will have, in place.
-
-    `parents` (rows, beams) are indices among the row's old beams, `steps` (rows,) the tokens written before.
-    """
-    old = store.ancestors[:num_rows]
-    table = old.gather(1, parents[:, :, None].expand(-1, -1, old.shape[2]))
-    own = steps[:, None] * store.num_beams + torch.arange(store.num_beams, device=steps.device)  # (rows, beams)
-    store.ancestors[:num_rows] = table.scatter(2, own[:, :, None], True)

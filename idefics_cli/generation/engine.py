@@ -24,7 +24,6 @@ from idefics_cli.generation.cache import (
     DecodeMemory,
     RowStore,
     SharedPrefix,
-    grow_ancestors,
     project_images,
 )
 from idefics_cli.generation.options import DecodingOptions
@@ -40,6 +39,7 @@ WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group
 SLOTS_ASSUMED = 512
 MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
+TREE_STEP = 4  # tokens of every beam that the tree's storage grows by
 
 
 class RowTooLarge(Exception):
@@ -112,8 +112,8 @@ class Engine:
     # ---- reading
 
     def read(
-        self, reading: Reading, prompts: Sequence[Waiting], key_values: Tensor, ahead: Sequence[Waiting] = ()
-    ) -> tuple[Tensor, Tensor]:
+        self, reading: Reading, prompts: Sequence[Waiting], key_values: Sequence[Tensor], ahead: Sequence[Waiting] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run a reading of `prompts` -> its logits, and what each row still sees behind its prompt.
 
         Pictures of the prompts `ahead` fill up the vision tower's batch.
@@ -124,10 +124,15 @@ class Engine:
         self.times.prompt_tokens += sum(reading.lengths)
         return logits, reading.last_images(images)
 
-    def images(self, prompts: Sequence[Waiting], wanted: Sequence[bytes], ahead: Sequence[Waiting] = ()) -> Tensor:
-        """What gated layers read of each wanted image of `prompts`: (images, layers, 2, heads, seq, head_dim)."""
+    def images(
+        self, prompts: Sequence[Waiting], wanted: Sequence[bytes], ahead: Sequence[Waiting] = ()
+    ) -> dict[bytes, Tensor]:
+        """What gated layers read of each wanted image of `prompts`: (layers, 2, heads, seq, head_dim) each.
+
+        Where none is wanted, one that nobody sees.
+        """
         if not wanted:
-            return self._no_image()
+            return {b"": self._no_image()}
         found = {key: self.image_key_values.get(key) for key in wanted}
         missing = [key for key, value in found.items() if value is None]
         if missing:
@@ -137,7 +142,7 @@ class Engine:
             for key, key_values in zip(missing, projected, strict=True):
                 found[key] = key_values
                 self.image_key_values.put(key, key_values, key_values.nbytes)
-        return torch.stack([found[key] for key in wanted])
+        return found
 
     def encode(self, prompts: Sequence[Pictured], wanted: Sequence[bytes], ahead: Sequence[Pictured] = ()) -> Tensor:
         """(images, seq, dim): given, from the cache, or from vision tower and resampler, several at a time.
@@ -171,10 +176,9 @@ class Engine:
         return found
 
     def _no_image(self) -> Tensor:
-        """One image that nobody sees."""
         model = self.model
         latents = torch.zeros(1, image_seq_len(model), model.config.vision_config.embed_dim, dtype=model.dtype)
-        return project_images(latents.to(model.device), model.model.gated_cross_attn_layers)
+        return project_images(latents.to(model.device), model.model.gated_cross_attn_layers)[0]
 
     # ---- prefixes
 
@@ -206,16 +210,18 @@ class Engine:
     def _read_prefix(self, prompt: Waiting, length: int) -> Prefix:
         model, config = self.model, self.model.config
         heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        key_values = torch.empty(
-            config.num_hidden_layers, 2, 1, heads, length, head_dim, device=model.device, dtype=model.dtype
-        )
+        key_values = [
+            torch.empty(2, 1, heads, length, head_dim, device=model.device, dtype=model.dtype)
+            for _ in range(config.num_hidden_layers)
+        ]
         reading = Reading([prompt], NOTHING_SHARED, self.vocabulary, self.image_token_id, stop=length)
         self.read(reading, [prompt], key_values)
         num_images = len(reading.image_keys[0])
         # An end token itself still sees the image before it; what comes behind it does not.
         sees = bool(reading.sees_image()[0]) and prompt.input_ids[length - 1] != self.vocabulary.end_token_ids[0]
         last_image = prompt.image_keys[num_images - 1] if sees else None
-        shared = SharedPrefix(tuple(key_values[:, 0]), tuple(key_values[:, 1]), length, last_image)
+        keys, values = zip(*key_values, strict=True)
+        shared = SharedPrefix(keys, values, length, last_image)
         return Prefix(prompt.content[:length], num_images, shared)
 
 
@@ -280,11 +286,17 @@ class Stream:
     def _start_over(self) -> None:
         device = self.model.device
         self.prefix = NOTHING_SHARED
-        self.store: RowStore | None = None
+        self.store = RowStore(
+            config=self.model.config,
+            num_beams=self.options.num_beams,
+            max_new_tokens=self.options.max_new_tokens,
+            image_seq_len=image_seq_len(self.model),
+            device=device,
+            dtype=self.model.dtype,
+        )
         self.rows: list[Waiting] = []
-        self.written: list[int] = []  # tokens each row has, known without asking the device
+        self.slots_in_use = 0  # of the rows' trees, up to the last that a path holds: known without asking the device
         self.state = BeamState.start(0, self.options, device)
-        self.parents = torch.zeros(0, self.options.num_beams, dtype=torch.long, device=device)
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
 
     def run(self, source: PromptSource) -> Iterator[tuple[int, list[Hypothesis]]]:
@@ -391,36 +403,28 @@ class Stream:
         reading = Reading(group, self.prefix, engine.vocabulary, engine.image_token_id)
         rows = slice(len(self.rows), len(self.rows) + len(group))
         self._make_room(len(group), max(reading.lengths))
-        logits, last_images = engine.read(reading, group, self.store.key_values[:, :, rows], ahead=self.line)
+        key_values = [layer[:, rows] for layer in self.store.key_values]
+        logits, last_images = engine.read(reading, group, key_values, ahead=self.line)
         lengths = torch.tensor(reading.lengths, device=device)
         self.store.admit(rows, lengths, last_images, reading.sees_image().to(device))
         context = self._context(group)
         spread = logits[:, None].expand(-1, self.options.num_beams, -1)  # (rows, beams, vocabulary)
         start = BeamState.start(len(group), self.options, device)
         state, parents = beam_step(spread, start, self.rules, context)
+        self.store.advance(rows, parents)
         self.state = BeamState.join(self.state, state)
-        self.parents = torch.cat([self.parents, parents])
         self.context = join_contexts(self.context, context)
         self.rows = self.rows + group
-        self.written = self.written + [1] * len(group)
 
     def _make_room(self, num_new: int, prompt_length: int) -> None:
-        """A store for so many more rows with prompts of this length; rows in work move to it where it is a new one."""
-        if self.store is not None and self.store.fits(len(self.rows) + num_new, prompt_length):
-            return
-        old, options = self.store, self.options
-        self.store = RowStore(
-            config=self.model.config,
-            rows=max(old.rows if old else 0, min(self.num_rows, len(self.rows) + num_new + len(self.line))),
-            prompt_slots=max(old.prompt_slots if old else 0, -(-prompt_length // SLOT_STEP) * SLOT_STEP),
-            num_beams=options.num_beams,
-            max_new_tokens=options.max_new_tokens,
-            image_seq_len=image_seq_len(self.model),
-            device=self.model.device,
-            dtype=self.model.dtype,
-        )
-        if old is not None:
-            self.store.take_over(old)
+        """For so many more rows with prompts of this length, and for every beam's next token."""
+        rows = len(self.rows) + num_new
+        if rows > self.store.rows:
+            rows = max(rows, min(self.num_rows, rows + len(self.line)))
+        prompt_slots, tree_slots = -(-prompt_length // SLOT_STEP) * SLOT_STEP, self.store.tree_slots
+        if self.slots_in_use + self.options.num_beams > tree_slots:
+            tree_slots += TREE_STEP * self.options.num_beams
+        self.store.grow(rows, prompt_slots, tree_slots)
 
     def _context(self, group: list[Waiting]) -> Tensor:
         """What n-gram blocking and banned sequences look at of each prompt, padded on the left with −1."""
@@ -437,16 +441,16 @@ class Stream:
         with self.engine.timed("decode"):
             hidden_states = self._decode_step()
             logits = self.model.lm_head(hidden_states)  # (rows, beams, vocabulary)
-            self.state, self.parents = beam_step(logits, self.state, self.rules, self.context)
-        self.written = [count + 1 for count in self.written]
+            self.state, parents = beam_step(logits, self.state, self.rules, self.context)
+            self._make_room(0, 0)
+            self.store.advance(slice(len(self.rows)), parents)
         self.engine.times.steps += 1
 
     def _decode_step(self) -> Tensor:
         """The network over every beam's newest token: (rows, beams, hidden)."""
         num_rows, beams = len(self.rows), self.options.num_beams
         steps = self.state.length - 1  # (rows,): tokens whose keys are stored
-        grow_ancestors(self.store, num_rows, self.parents, steps)
-        memory = DecodeMemory.of(self.store, self.prefix.shared, num_rows, steps, max(self.written) - 1)
+        memory = DecodeMemory.of(self.store, self.prefix.shared, num_rows, self.slots_in_use)
         tokens = self.state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)
         positions = self.prefix.shared.length + self.store.prompt_lengths[:num_rows] + steps
         return self.model.model.decode(
@@ -457,8 +461,10 @@ class Stream:
 
     def _retire(self) -> list[tuple[int, list[Hypothesis]]]:
         """Take out the rows whose search is over, and close ranks."""
-        done = self.state.done.tolist()
+        known = torch.stack([self.state.done.long(), self.store.slots_in_use(len(self.rows))])
+        done, slots_in_use = known.tolist()  # the one thing that the device is asked in a step
         ended = [row for row, is_done in enumerate(done) if is_done]
+        self.slots_in_use = max((slots for row, slots in enumerate(slots_in_use) if not done[row]), default=0)
         if not ended:
             return []
         picked = self.state.pick(torch.tensor(ended, device=self.model.device))
@@ -486,9 +492,8 @@ class Stream:
         """Row i becomes what row `sources[i]` was."""
         self.store.keep(sources)
         index = torch.tensor(sources, dtype=torch.long, device=self.model.device)
-        self.state, self.parents, self.context = self.state.pick(index), self.parents[index], self.context[index]
+        self.state, self.context = self.state.pick(index), self.context[index]
         self.rows = [self.rows[source] for source in sources]
-        self.written = [self.written[source] for source in sources]
 
 
 def survivors(done: Sequence[bool]) -> list[int]:

@@ -6,14 +6,14 @@ where keys and values go (`cache.py`), and nothing of beams, of the stream that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from idefics_cli.generation.cache import NO_PREFIX, PrefillMemory, SharedPrefix
+from idefics_cli.generation.cache import NO_PREFIX, PrefillMemory, RowImages, SharedPrefix
 from idefics_cli.generation.reference import Vocabulary
 from idefics_cli.generation.source import Prompt
 from idefics_cli.model.memory import image_visibility
@@ -110,33 +110,28 @@ class Reading:
         """The distinct images in sight."""
         return list(dict.fromkeys(key for keys in self.image_keys for key in keys))
 
-    def arrange(self, images: Tensor) -> Tensor:
-        """From the wanted images, in order, to those of each row: (rows, most images, ...).
+    def arrange(self, images: Mapping[bytes, Tensor]) -> RowImages:
+        """What each row sees of `images`, which has all that are wanted, and one that nobody sees where none is."""
+        any_image = next(iter(images.values()))
+        return RowImages(
+            [[images[key] for key in keys] + [any_image] * (self.most_images - len(keys)) for keys in self.image_keys]
+        )
 
-        Rows with fewer get any other in addition: no token sees it.
-        """
-        place = {key: index for index, key in enumerate(self.wanted)}
-        rows = [[place[key] for key in keys] for keys in self.image_keys]
-        rows = [indices + [0] * (self.most_images - len(indices)) for indices in rows]
-        return images[torch.tensor(rows, device=images.device)]
-
-    def run(self, model: IdeficsForVisionText2Text, images: Tensor, key_values: Tensor) -> Tensor:
+    def run(self, model: IdeficsForVisionText2Text, images: RowImages, key_values: Sequence[Tensor]) -> Tensor:
         """The last tokens' logits, (rows, vocabulary).
 
-        `images` (rows, images, layers, 2, heads, seq, head_dim) as arranged; `key_values` (layers, 2, rows, heads,
-        slots, head_dim) is filled from its first slot on.
+        `key_values`, for each layer (2, rows, heads, slots, head_dim), is filled from its first slot on.
         """
         input_ids = self._padded().to(model.device)  # (rows, tokens)
-        image_mask, image_gate = image_visibility(self._sees(input_ids), images.shape[5], model.dtype)
+        image_mask, image_gate = image_visibility(self._sees(input_ids), images.seq_len, model.dtype)
         memory = PrefillMemory(self.prefix.shared, key_values, images, image_mask, image_gate)
         positions = torch.arange(input_ids.shape[1], device=model.device).unsqueeze(0) + self.prefix.shared.length
         hidden_states = model.model.decode(model.model.embed_tokens(input_ids), positions, memory)
         return model.lm_head(self._last(hidden_states))
 
-    def last_images(self, images: Tensor) -> Tensor:
-        """What each row still sees behind its prompt, (rows, layers, 2, heads, seq, head_dim), of arranged `images`."""
-        last = torch.tensor([max(len(keys) - 1, 0) for keys in self.image_keys], device=images.device)
-        return images[torch.arange(len(last), device=images.device), last]
+    def last_images(self, images: RowImages) -> list[Tensor]:
+        """What each row still sees behind its prompt, (layers, 2, heads, seq, head_dim) each."""
+        return [row[max(len(keys) - 1, 0)] for row, keys in zip(images.rows, self.image_keys, strict=True)]
 
     def sees_image(self) -> Tensor:
         """(rows,): whether tokens behind the prompt see an image."""

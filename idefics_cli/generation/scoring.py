@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from idefics_cli.errors import IdeficsError
-from idefics_cli.generation.cache import PrefillMemory, attend_part, merge_parts
+from idefics_cli.generation.cache import PrefillMemory, RowImages, attend_part, merge_parts
 from idefics_cli.generation.engine import WINDOWS_AHEAD, Engine
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.generation.source import Prompt, PromptSource
@@ -112,14 +112,13 @@ class ChoicesReading(Reading):
         self.own_ids = [(*ids, *more) for ids, more in zip(self.own_ids, behind, strict=True)]
         self.lengths = [len(ids) for ids in self.own_ids]
 
-    def log_likelihoods(self, model: IdeficsForVisionText2Text, images: Tensor) -> list[list[float]]:
-        """For each row those of its choices; `images` as `arrange` has them."""
+    def log_likelihoods(self, model: IdeficsForVisionText2Text, images: RowImages) -> list[list[float]]:
+        """For each row those of its choices."""
         input_ids = self._padded().to(model.device)  # (rows, tokens)
         owners, offsets = (table.to(model.device) for table in self._places())
-        image_mask, image_gate = image_visibility(self._sees(input_ids), images.shape[5], model.dtype)
-        nowhere = images.new_empty(0)
+        image_mask, image_gate = image_visibility(self._sees(input_ids), images.seq_len, model.dtype)
         mask = packed_mask(owners, model.dtype)
-        memory = PackedMemory(self.prefix.shared, nowhere, images, image_mask, image_gate, mask)
+        memory = PackedMemory(self.prefix.shared, (), images, image_mask, image_gate, mask)
         positions = offsets + self.prefix.shared.length
         hidden_states = model.model.decode(model.model.embed_tokens(input_ids), positions, memory)
         return self._sums(model, hidden_states)

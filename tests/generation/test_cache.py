@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_config
 
-from idefics_cli.generation.cache import BoundedCache, RowStore, attend_part, grow_ancestors, merge_parts
+from idefics_cli.generation.cache import BoundedCache, RowStore, attend_part, merge_parts
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,13 +70,51 @@ def test_the_least_used_go_first() -> None:
     assert cache.keys() == ["huge"], "what is larger than all is held alone"
 
 
-def test_beams_take_over_their_parents_paths() -> None:
-    store = RowStore(tiny_config(), 1, 4, 3, 4, 5, torch.device("cpu"), torch.float32)
-    paths = [[(0, j)] for j in range(3)]
-    grow_ancestors(store, 1, torch.zeros(1, 3, dtype=torch.long), torch.tensor([0]))
-    for step, parents in enumerate(([1, 1, 0], [2, 0, 2], [0, 1, 2]), start=1):
-        grow_ancestors(store, 1, torch.tensor([parents]), torch.tensor([step]))
+def tree(beams: int, tokens: int) -> RowStore:
+    store = RowStore(tiny_config(), beams, tokens, 5, torch.device("cpu"), torch.float32)
+    store.grow(1, 4, beams * tokens)
+    return store
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 5), st.integers(1, 8))
+def test_beams_take_over_their_parents_paths(data: st.DataObject, beams: int, tokens: int) -> None:
+    """Slots of dead paths are given out again, the first ones first, and no slot holds two tokens that still count."""
+    store, held = tree(beams, tokens), {}
+    paths: list[list[tuple[int, int]]] = [[] for _ in range(beams)]
+    for step in range(tokens):
+        parents = data.draw(st.lists(st.integers(0, beams - 1), min_size=beams, max_size=beams))
+        store.advance(slice(0, 1), torch.tensor([parents]))
+        alive = {token for parent in parents for token in paths[parent]}
+        free = [slot for slot in range(beams * tokens) if held.get(slot) not in alive]
+        assert store.newest[0].tolist() == free[:beams]
+        held |= {slot: (step, beam) for beam, slot in enumerate(free[:beams])}
         paths = [[*paths[parent], (step, beam)] for beam, parent in enumerate(parents)]
-    for beam, path in enumerate(paths):
-        marked = {divmod(slot, 3) for slot in store.ancestors[0, beam].nonzero().flatten().tolist()}
-        assert marked == set(path)
+        marked = [store.ancestors[0, beam].nonzero().flatten().tolist() for beam in range(beams)]
+        assert [sorted(held[slot] for slot in slots) for slots in marked] == [sorted(path) for path in paths]
+        assert store.slots_in_use(1).tolist() == [1 + max(slot for slots in marked for slot in slots)]
+
+
+def test_a_single_path_needs_few_slots() -> None:
+    store = tree(3, 50)
+    for _ in range(50):
+        store.advance(slice(0, 1), torch.zeros(1, 3, dtype=torch.long))
+    assert store.slots_in_use(1).item() <= 50 + 2 * 3
+
+
+def test_a_store_that_grows_keeps_what_it_holds() -> None:
+    store = tree(3, 6)
+    for tensor in (*store.key_values, store.image_key_values):
+        tensor.normal_()
+    store.grow(1, 4, 9)
+    store.advance(slice(0, 1), torch.zeros(1, 3, dtype=torch.long))
+    before = copy.deepcopy(vars(store))
+    store.grow(3, 7, 12)
+    assert (store.rows, store.prompt_slots, store.tree_slots) == (3, 7, 18)
+    for old, new in zip(before["key_values"], store.key_values, strict=True):
+        assert torch.equal(new[:, :1, :, :4], old[:, :, :, :4])
+        assert torch.equal(new[:, :1, :, 7:], old[:, :, :, 4:])
+        assert not new[:, 1:].any() and not new[:, :, :, 4:7].any()
+    assert torch.equal(store.image_key_values[:, :, :1], before["image_key_values"])
+    assert torch.equal(store.ancestors[:1], before["ancestors"])
+    assert torch.equal(store.newest[:1], before["newest"])

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from idefics_cli.errors import IdeficsError
 from idefics_cli.generation import engine as engine_module
 from idefics_cli.generation import reference
+from idefics_cli.generation.cache import RowStore
 from idefics_cli.generation.engine import Engine, Stream, survivors
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis
@@ -221,6 +222,7 @@ def test_a_step_takes_as_many_operations_for_many_rows_and_beams_as_for_few(
 ) -> None:
     counts = {}
     step = Stream._step
+    monkeypatch.setattr(engine_module, "TREE_STEP", 6)  # room for all that is written: the storage never grows
     for rows, beams in ((2, 2), (2, 6), (8, 2), (8, 6)):
         counted = []
 
@@ -240,19 +242,27 @@ def test_a_step_takes_as_many_operations_for_many_rows_and_beams_as_for_few(
 
 
 def test_reordering_moves_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step leaves in a slot stays there, whichever beams go on."""
-    step, seen, reordered = Stream._step, {}, []
+    """What a step leaves in a slot stays there as long as a path holds it, whichever beams go on."""
+    step, advance, reordered = Stream._step, RowStore.advance, []
 
     def watching(self):
-        step(self)
         store, rows = self.store, len(self.rows)
-        beams = self.options.num_beams
-        reordered.append(bool((self.parents != torch.arange(beams)).any()))
-        written = store.prompt_slots + (self.written[0] - 1) * beams
-        for slot in range(written):
-            now = store.key_values[:, :, :rows, :, slot]
-            assert torch.equal(seen.setdefault(slot, now.clone()), now)
+        seen = keys_of(store, rows)
+        held = store.ancestors[:rows].any(dim=1)  # (rows, slots)
+        held &= ~torch.zeros_like(held).scatter(1, store.newest[:rows], True)  # written in this step
+        step(self)
+        held &= store.ancestors[:rows, :, : held.shape[1]].any(dim=1)
+        assert torch.equal(keys_of(store, rows)[:, : held.shape[1]][held], seen[held])
 
+    def noting(self, rows, parents):
+        reordered.append(bool((parents != torch.arange(self.num_beams)).any()))
+        advance(self, rows, parents)
+
+    def keys_of(store, rows):
+        """(rows, slots, layers, 2, heads, head_dim)."""
+        return torch.stack(store.key_values)[:, :, :rows, :, store.prompt_slots :].permute(2, 4, 0, 1, 3, 5)
+
+    monkeypatch.setattr(RowStore, "advance", noting)
     monkeypatch.setattr(Stream, "_step", watching)
     chosen = DecodingOptions(num_beams=5, max_new_tokens=8, min_new_tokens=8)
     decode(engine(MODELS[0], 3), some_prompts(3), chosen)
