@@ -66,7 +66,7 @@ def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> Tensor:
 
     Index 0 of the third axis holds keys, 1 values.
     """
-    pairs = [torch.stack(layer.cross_attn.project_key_value(latents), dim=1) for layer in gated_layers]
+    pairs = [torch.stack(layer.cross_attn.project_image(latents), dim=1) for layer in gated_layers]
     return torch.stack(pairs, dim=1)
 
 
@@ -182,10 +182,11 @@ class RowStore:
         if (rows, prompt_slots, tree_slots) == (self.rows, self.prompt_slots, self.tree_slots):
             return
         for layer, old in enumerate(self.key_values):  # one by one, so that no more than one is there twice
-            new = old.new_zeros(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
+            new = old.new_empty(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
+            new_prompts, new_trees = new.split([prompt_slots, tree_slots], dim=3)
             prompts, trees = old.split([self.prompt_slots, self.tree_slots], dim=3)
-            new[:, : self.rows, :, : self.prompt_slots] = prompts
-            new[:, : self.rows, :, prompt_slots : prompt_slots + self.tree_slots] = trees
+            fill(new_prompts, prompts)
+            fill(new_trees, trees)
             self.key_values[layer] = new
         self.image_key_values = enlarged(self.image_key_values, 2, rows)
         for name in ("sees_image", "prompt_lengths", "ancestors", "newest"):
@@ -228,6 +229,14 @@ class RowStore:
                 key_values[:, target] = key_values[:, source]
             for table in (self.sees_image, self.prompt_lengths, self.ancestors, self.newest):
                 table[target] = table[source]
+
+
+def fill(new: Tensor, old: Tensor) -> None:
+    """(2, rows, heads, slots, head_dim): what was there, and zeros in the rows and slots behind it."""
+    rows, slots = old.shape[1], old.shape[3]
+    new[:, :rows, :, :slots] = old
+    new[:, :rows, :, slots:] = 0
+    new[:, rows:] = 0
 
 
 def enlarged(table: Tensor, axis: int, size: int) -> Tensor:

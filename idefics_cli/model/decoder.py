@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from idefics_cli.model.memory import AttentionOutput, Memory
+from idefics_cli.model.projections import project
 
 PositionEmbeddings = tuple[Tensor, Tensor]
 
@@ -145,6 +146,8 @@ def rotate(states: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
 class IdeficsMLP(nn.Module):
     """down(act(gate(x)) * up(x)), without biases (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
+    joint_linears = ("gate_proj", "up_proj")
+
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
@@ -153,7 +156,8 @@ class IdeficsMLP(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = project(hidden_states, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class IdeficsAttention(nn.Module):
@@ -179,6 +183,7 @@ class IdeficsAttention(nn.Module):
         self.k_proj = nn.Linear(source_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(source_size, config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.joint_linears = ("k_proj", "v_proj") if is_cross_attention else ("q_proj", "k_proj", "v_proj")
         self.qk_layer_norms = is_cross_attention and config.qk_layer_norms
         if self.qk_layer_norms:
             self.q_layer_norm = IdeficsRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -196,23 +201,20 @@ class IdeficsAttention(nn.Module):
         A text attends to itself with `position_embeddings`, to images with `image_hidden_states`
         (rows, images * seq, dim), which may be None where the memory holds the images' keys and values already.
         """
-        query = self.project_query(hidden_states)
         if self.is_cross_attention:
+            query = self._split_heads(self.q_proj(hidden_states))
+            query = self.q_layer_norm(query) if self.qk_layer_norms else query
             output, weights = memory.attend_image(self, query, image_hidden_states)
         else:
-            key, value = self.project_key_value(hidden_states)
+            projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+            query, key, value = map(self._split_heads, projected)
             query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
             output, weights = memory.attend(self, query, key, value)
         return self.o_proj(output.flatten(-2)), weights
 
-    def project_query(self, hidden_states: Tensor) -> Tensor:
-        """(rows, tokens, hidden) -> (rows, heads, tokens, head_dim), not rotated."""
-        query = self._split_heads(self.q_proj(hidden_states))
-        return self.q_layer_norm(query) if self.qk_layer_norms else query
-
-    def project_key_value(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, source tokens, source dim) -> key and value (rows, heads, source tokens, head_dim), not rotated."""
-        key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
+    def project_image(self, image_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, images * seq, dim) -> what cross-attention reads, key and value (rows, heads, images * seq, head_dim)."""
+        key, value = map(self._split_heads, project(image_hidden_states, self.k_proj, self.v_proj))
         return (self.k_layer_norm(key) if self.qk_layer_norms else key), value
 
     def _split_heads(self, states: Tensor) -> Tensor:

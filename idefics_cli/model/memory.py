@@ -98,7 +98,7 @@ class PlainMemory:
         self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
     ) -> AttentionOutput:
         assert image_hidden_states is not None, "the plain memory projects image_hidden_states itself, got None"
-        key, value = layer.project_key_value(image_hidden_states)
+        key, value = layer.project_image(image_hidden_states)
         output, weights = self._attention(layer, query, key, value, self.image_mask)
         return output.masked_fill(~self.image_gate[:, :, None, None], 0.0), weights
 

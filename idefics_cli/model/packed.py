@@ -1,8 +1,8 @@
 """Linear layers whose weights lie in oneDNN's blocked layout, for networks that only run inference on the CPU.
 
-The blocked weight replaces the plain one: there are never two copies, but of the one layer being packed. One packing
-serves any number of rows. `state_dict` still gives plain weights under the checkpoints' names, copied for the purpose;
-to load, move, convert or train a packed network, call `unpack_linears` first.
+The blocked weight replaces the plain one: there are never two copies, but of the layers being packed into one matrix.
+One packing serves any number of rows. `state_dict` still gives plain weights under the checkpoints' names, copied for
+the purpose; to load, move, convert or train a packed network, call `unpack_linears` first.
 
 This module knows no layers but linear ones, and no decoding.
 """
@@ -10,7 +10,7 @@ This module knows no layers but linear ones, and no decoding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,28 +37,30 @@ def kernel_rows(rows: int) -> int:
     return min(rows // 64 * 64, 512)
 
 
-class PackedLinear(nn.Module):
-    """An `nn.Linear` for inference on the CPU: (..., in) -> (..., out), contiguous.
+class PackedMatrix:
+    """The weights of layers that read the same inputs, one below the other: (..., in) -> (..., all out), contiguous.
 
-    The results are those of the plain layer but for rounding (relative 1e-6 in fp32). Raises RuntimeError where a
-    gradient is asked for, and where the layer is to leave the CPU or its type.
+    No module: a blocked tensor has no strides, and cannot be saved as it is. `sizes_recur` says that the numbers of
+    rows are few, so that each gets a kernel of its own.
     """
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        # A plain attribute, no buffer: a blocked tensor has no strides and cannot be saved as it is.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS_HINT)
-        self.train(linear.training)
+    def __init__(self, linears: Sequence[nn.Linear], sizes_recur: bool = False):
+        self.sizes_recur = sizes_recur
+        parts = [part for linear in linears for part in parts_of(linear)]
+        weights, biases = [part.weight.detach() for part in parts], [part.bias for part in parts]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Tensor:
         # Without this the product would pass a wrong gradient on, and only warn.
         if inputs.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a packed layer has no gradient: run under torch.no_grad(), or unpack_linears first")
         assert inputs.dtype == self.dtype, (inputs.dtype, self.dtype)
         rows = inputs.numel() // self.in_features
-        if kernel_rows(rows) == rows:
+        if self.sizes_recur or kernel_rows(rows) == rows:
             return self._multiply(inputs)
         output = self._multiply_pieces(inputs.reshape(rows, self.in_features))
         return output.view(*inputs.shape[:-1], self.out_features)
@@ -87,8 +89,42 @@ class PackedLinear(nn.Module):
         return self._multiply(nn.functional.pad(inputs, (0, 0, 0, missing)))[:rows]
 
     def plain_weight(self) -> Tensor:
-        """A copy of the weight, (out, in)."""
+        """A copy, (out, in)."""
         return self._packed.to_dense()
+
+
+def parts_of(linear: nn.Linear) -> list[nn.Linear]:
+    """The layer itself, and the few rows that a decoupled one has besides."""
+    is_in_two = isinstance(linear, IdeficsDecoupledLinear) and linear.out_additional_features > 0
+    return [linear, linear.additional_fc] if is_in_two else [linear]
+
+
+class PackedLinear(nn.Module):
+    """An `nn.Linear` for inference on the CPU: (..., in) -> (..., out).
+
+    Its weight lies in `joint` from row `start` on, alone or with those of layers that read the same inputs, whose
+    outputs `project` asks for at once. The results are those of the plain layer but for rounding (relative 1e-6 in
+    fp32). Raises RuntimeError where a gradient is asked for, and where the layer is to leave the CPU or its type.
+    """
+
+    def __init__(self, linear: nn.Linear, joint: PackedMatrix | None = None, start: int = 0):
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.joint, self.start = joint or PackedMatrix([linear]), start
+        self.train(linear.training)
+
+    @property
+    def joint_features(self) -> int:
+        """How many of the joint matrix's outputs are this layer's."""
+        return self.out_features
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.joint(inputs)[..., self.start : self.start + self.joint_features]
+
+    def plain_weight(self) -> Tensor:
+        """A copy of the weight, (out, in)."""
+        return self.joint.plain_weight()[self.start : self.start + self.out_features].clone()
 
     def unpacked(self) -> nn.Linear:
         """The plain layer again, frozen."""
@@ -117,20 +153,18 @@ class PackedLinear(nn.Module):
 
 
 class PackedDecoupledLinear(PackedLinear):
-    """An `IdeficsDecoupledLinear` whose large part is packed; `additional_fc`, a few rows, stays plain."""
+    """An `IdeficsDecoupledLinear`: the few rows of `additional_fc` are kept plain too, and multiplied with the rest."""
 
-    def __init__(self, linear: IdeficsDecoupledLinear):
-        super().__init__(linear)
+    def __init__(self, linear: IdeficsDecoupledLinear, joint: PackedMatrix | None = None, start: int = 0):
+        super().__init__(linear, joint, start)
         self.out_additional_features = linear.out_additional_features
         self.partially_freeze = linear.partially_freeze
         if self.out_additional_features > 0:
             self.additional_fc = linear.additional_fc.requires_grad_(False)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        output = super().forward(inputs)
-        if self.out_additional_features == 0:
-            return output
-        return torch.cat([output, self.additional_fc(inputs)], dim=-1)
+    @property
+    def joint_features(self) -> int:
+        return self.out_features + self.out_additional_features
 
     def unpacked(self) -> IdeficsDecoupledLinear:
         with torch.device("meta"):
@@ -155,9 +189,11 @@ PACKED_FORMS: dict[type[nn.Linear], type[PackedLinear]] = {
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers below `model`, one by one, by packed ones, and freeze what they keep plain.
 
-    Left alone: layers on another device than the CPU or of a type that oneDNN does not multiply here, small ones,
-    those that share a weight with another module (a tied head would need a second copy), and subclasses of
-    `nn.Linear` that are not this package's. Without oneDNN on an AVX2 or AVX-512 processor nothing changes.
+    Those that a module names in `joint_linears` read the same inputs and become one matrix; below one that says
+    `sizes_recur` each number of rows has its own kernel. Left alone: layers on another device than the CPU or of a type
+    that oneDNN does not multiply here, small ones, those that share a weight with another module (a tied head would
+    need a second copy), and subclasses of `nn.Linear` that are not this package's. Without oneDNN on an AVX2 or AVX-512
+    processor nothing changes.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     dtypes = packable_dtypes()
@@ -166,12 +202,41 @@ def pack_linears(model: nn.Module) -> None:
     }
     if packable:
         _leave_mapped_files(parameter for parameter in model.parameters() if id(parameter) not in packable)
-        _replace(model, nn.Linear, lambda linear: _packed(linear) if id(linear.weight) in packable else linear)
+        for parent, names, sizes_recur in list(_groups(model, packable, sizes_recur=False)):
+            _pack(parent, names, sizes_recur)
+
+
+def _groups(
+    module: nn.Module, packable: Collection[int], sizes_recur: bool
+) -> Iterator[tuple[nn.Module, list[str], bool]]:
+    """Which children of which module are to be one matrix. Names only: a reference would keep a weight in memory."""
+    sizes_recur = getattr(module, "sizes_recur", sizes_recur)
+    names = [
+        name for name, child in module._modules.items() if isinstance(child, nn.Linear) and id(child.weight) in packable
+    ]
+    joint = [name for name in getattr(module, "joint_linears", ()) if name in names]
+    if joint:
+        yield module, joint, sizes_recur
+    for name, child in module._modules.items():
+        if name in names and name not in joint:
+            yield module, [name], sizes_recur
+        elif child is not None and name not in names:
+            yield from _groups(child, packable, sizes_recur)
+
+
+def _pack(parent: nn.Module, names: Sequence[str], sizes_recur: bool) -> None:
+    linears = [parent._modules[name] for name in names]
+    joint = PackedMatrix(linears, sizes_recur)
+    start = 0
+    for name, linear in zip(names, linears, strict=True):
+        packed = PACKED_FORMS[type(linear)](linear, joint, start)
+        setattr(parent, name, packed)
+        start += packed.joint_features
 
 
 def unpack_linears(model: nn.Module) -> None:
     """Undo `pack_linears`, one by one; weights come back bit by bit as they were, frozen."""
-    _replace(model, PackedLinear, lambda packed: packed.unpacked())
+    _unpack(model)
 
 
 def packable_dtypes() -> frozenset[torch.dtype]:
@@ -195,10 +260,6 @@ def _is_packable(module: nn.Module, dtypes: frozenset[torch.dtype]) -> bool:
     return weight.device.type == "cpu" and weight.dtype in dtypes and min(weight.shape) >= SHORTEST_SIDE
 
 
-def _packed(linear: nn.Linear) -> PackedLinear:
-    return PACKED_FORMS[type(linear)](linear)
-
-
 def _leave_mapped_files(parameters: Iterable[nn.Parameter]) -> None:
     """Copy parameters that lie in a mapped checkpoint file.
 
@@ -210,14 +271,11 @@ def _leave_mapped_files(parameters: Iterable[nn.Parameter]) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _replace(module: nn.Module, kind: type[nn.Module], form: Callable[[nn.Module], nn.Module]) -> None:
-    """Give each descendant of this kind its other form.
-
-    Only names are held while walking: a reference to a replaced layer would keep its weight in memory.
-    """
+def _unpack(module: nn.Module) -> None:
+    """Only names are held while walking: a reference to a replaced layer would keep its weight in memory."""
     for name in list(module._modules):
         child = module._modules[name]
-        if isinstance(child, kind):
-            setattr(module, name, form(child))
+        if isinstance(child, PackedLinear):
+            setattr(module, name, child.unpacked())
         elif child is not None:
-            _replace(child, kind, form)
+            _unpack(child)

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import IdeficsConfig
 
+from idefics_cli.model.projections import project
+
 
 class IdeficsPerceiverAttention(nn.Module):
     """Latents (images, latents, dim) read a context (images, patches, dim); no projection has a bias."""
+
+    joint_linears = ("k_proj", "v_proj")
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int, qk_layer_norms: bool):
         super().__init__()
@@ -32,8 +36,7 @@ class IdeficsPerceiverAttention(nn.Module):
         latents = self.latents_layer_norm(latents)
         source = torch.cat([self.context_layer_norm(context), latents], dim=1)  # (images, patches + latents, dim)
         query = self._split_heads(self.q_proj(latents))
-        key = self._split_heads(self.k_proj(source))
-        value = self._split_heads(self.v_proj(source))
+        key, value = map(self._split_heads, project(source, self.k_proj, self.v_proj))
         if self.qk_layer_norms:
             query, key = self.q_layer_norm(query), self.k_layer_norm(key)
         output = nn.functional.scaled_dot_product_attention(query, key, value)
@@ -59,6 +62,8 @@ class IdeficsPerceiverMLP(nn.Module):
 
 class IdeficsPerceiverResampler(nn.Module):
     """(images, patches, dim) -> (images, latents, dim)."""
+
+    sizes_recur = True  # every picture has as many patches
 
     def __init__(self, config: IdeficsConfig):
         super().__init__()

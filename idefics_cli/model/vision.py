@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics.configuration_idefics import IdeficsVisionConfig
 
 from idefics_cli.model.memory import attention_function
+from idefics_cli.model.projections import project
 
 
 class IdeficsVisionEmbeddings(nn.Module):
@@ -69,6 +70,8 @@ class IdeficsVisionEmbeddings(nn.Module):
 class IdeficsVisionAttention(nn.Module):
     """Full self-attention among one picture's vectors; all projections carry a bias."""
 
+    joint_linears = ("q_proj", "k_proj", "v_proj")
+
     def __init__(self, config: IdeficsVisionConfig):
         super().__init__()
         self.config = config
@@ -86,8 +89,8 @@ class IdeficsVisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for projected in project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         )  # (images, heads, patches, head_dim)
         attend = attention_function(self.config._attn_implementation)
         dropout = self.dropout if self.training else 0.0
@@ -132,6 +135,8 @@ class IdeficsVisionEncoder(nn.Module):
 
 class IdeficsVisionTransformer(nn.Module):
     """(images, 3, height, width) -> last hidden state (images, 1 + patches, dim) and class vector (images, dim)."""
+
+    sizes_recur = True  # every picture has as many vectors
 
     def __init__(self, config: IdeficsVisionConfig):
         super().__init__()

@@ -182,7 +182,7 @@ class HoldingMemory:
     """Projects the images once, when it is made, and is given none later."""
 
     def __init__(self, network, images: Tensor, image_attention_mask: Tensor):
-        self.images = [layer.cross_attn.project_key_value(images) for layer in network.gated_cross_attn_layers]
+        self.images = [layer.cross_attn.project_image(images) for layer in network.gated_cross_attn_layers]
         self.mask, self.gate = image_visibility(image_attention_mask, 5, images.dtype)
 
     def attend(self, layer, query: Tensor, key: Tensor, value: Tensor):
