@@ -23,8 +23,8 @@ NEVER = -1.0e9  # transformers' stand-in for "not a candidate": finite, so that 
 class BeamRules:
     """What does not change during a run, as tensors on the device.
 
-    `forbidden` (vocabulary,) is −inf on tokens that are never written, `ends` (vocabulary,) true on tokens that end a
-    text, `penalties` (max_new_tokens + 1,) is length ** length_penalty. `banned_last` (sequences,) is not written where
+    `forbidden` (tokens,) are never written, `end_ids` (tokens,) end a text, as `ends` (vocabulary,) says too,
+    `penalties` (max_new_tokens + 1,) is length ** length_penalty. `banned_last` (sequences,) is not written where
     `banned_start` (sequences, tokens) stands right before it, padded on the left with −1, which any token matches.
     """
 
@@ -32,6 +32,7 @@ class BeamRules:
     forbidden: Tensor
     banned_start: Tensor
     banned_last: Tensor
+    end_ids: Tensor
     ends: Tensor
     penalties: Tensor
     num_candidates: int
@@ -48,11 +49,11 @@ class BeamRules:
         if options.num_beams == 1:
             # `generate` with one beam is greedy search: its text is over at the first end token, whatever may follow.
             options = replace(options, early_stopping=True)
-        forbidden = torch.zeros(vocab_size)
-        forbidden[[*vocabulary.banned_token_ids, *single_ids(vocabulary)]] = -torch.inf
+        forbidden = torch.tensor([*vocabulary.banned_token_ids, *single_ids(vocabulary)], dtype=torch.long)
+        end_ids = torch.tensor(end_token_ids, dtype=torch.long)
         banned_start, banned_last = (table.to(device) for table in banned_tables(vocabulary.banned_sequences))
         ends = torch.zeros(vocab_size, dtype=torch.bool)
-        ends[list(end_token_ids)] = True
+        ends[end_ids] = True
         lengths = range(options.max_new_tokens + 1)
         penalties = torch.tensor([float(max(length, 1)) ** options.length_penalty for length in lengths])
         # Even if every beam's best token ends its text, enough candidates are left to go on with.
@@ -62,6 +63,7 @@ class BeamRules:
             forbidden.to(device),
             banned_start,
             banned_last,
+            end_ids.to(device),
             ends.to(device),
             penalties.to(device),
             num_candidates,
@@ -145,8 +147,8 @@ def beam_step(
     with −1, is what n-gram blocking and banned sequences look at before the generated tokens.
     """
     options = rules.options
-    log_probabilities = allowed_log_probabilities(logits, state, rules, context) + state.scores[:, :, None]
-    scores, parents, tokens = candidates(log_probabilities, rules.num_candidates)
+    log_probabilities = allowed_log_probabilities(logits, state, rules, context)
+    scores, parents, tokens = candidates(log_probabilities, state.scores, rules.num_candidates)
     length = state.length + 1  # (rows,)
     stops = rules.ends[tokens] | (length >= options.max_new_tokens)[:, None]  # (rows, candidates)
     sequences = extended(state, parents, tokens)  # (rows, candidates, max_new_tokens)
@@ -171,27 +173,29 @@ def beam_step(
 
 
 def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None) -> Tensor:
-    """log p of each next token, −inf where it may not be written; not normalised again, as in transformers."""
-    log_probabilities = logits.float().log_softmax(dim=-1) + rules.forbidden
+    """log p of each next token, −inf where it may not be written; not normalised again, as in transformers.
+
+    The vocabulary is gone through as seldom as it can be: only the few tokens that are not allowed are written to.
+    """
+    log_probabilities = logits.float().log_softmax(dim=-1)  # of this function alone: changed in place below
+    log_probabilities.index_fill_(2, rules.forbidden, -torch.inf)
     if rules.options.min_new_tokens:
         too_short = (state.length < rules.options.min_new_tokens)[:, None, None]
-        log_probabilities = log_probabilities.masked_fill(too_short & rules.ends, -torch.inf)
+        log_ends = log_probabilities[..., rules.end_ids].masked_fill(too_short, -torch.inf)
+        log_probabilities.index_copy_(2, rules.end_ids, log_ends)
     if rules.options.no_repeat_ngram_size:
-        repeats = repeated_ngrams(state, context, rules)
-        log_probabilities = log_probabilities.masked_fill(repeats, -torch.inf)
+        log_probabilities.masked_fill_(repeated_ngrams(state, context, rules), -torch.inf)
     if len(rules.banned_last):
-        log_probabilities = without_banned_ends(log_probabilities, state, rules, context)
+        add_bans(log_probabilities, state, rules, context)
     return log_probabilities
 
 
-def without_banned_ends(
-    log_probabilities: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None
-) -> Tensor:
-    """−inf on tokens that would complete a banned sequence."""
+def add_bans(log_probabilities: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None) -> None:
+    """−inf, in place, on tokens that would complete a banned sequence."""
     recent = last_tokens(known_tokens(state, context), state, rules.banned_start.shape[1])  # (rows, beams, tokens)
     same = (recent[:, :, None] == rules.banned_start) | (rules.banned_start < 0)
     penalties = torch.zeros(same.shape[:3], device=same.device).masked_fill(same.all(dim=-1), -torch.inf)
-    return log_probabilities.scatter_add(2, rules.banned_last.expand_as(penalties), penalties)
+    log_probabilities.scatter_add_(2, rules.banned_last.expand_as(penalties), penalties)
 
 
 def repeated_ngrams(state: BeamState, context: Tensor | None, rules: BeamRules) -> Tensor:
@@ -226,11 +230,13 @@ def last_tokens(sequence: Tensor, state: BeamState, count: int) -> Tensor:
     return found.masked_fill((places < 0)[:, None], -2)
 
 
-def candidates(log_probabilities: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best `count` continuations of all beams: scores, parents and tokens, each (rows, count), best first."""
-    vocab_size = log_probabilities.shape[2]
-    scores, flat = log_probabilities.flatten(1).topk(count, dim=1)
-    return scores, flat // vocab_size, flat % vocab_size
+def candidates(log_probabilities: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best `count` continuations of all beams, whose own `scores` (rows, beams) count: scores, parents and tokens,
+    each (rows, count), best first."""
+    per_beam = min(count, log_probabilities.shape[2])
+    best, tokens = log_probabilities.topk(per_beam, dim=2)  # (rows, beams, per beam): no more of one beam can count
+    total, places = (best + scores[:, :, None]).flatten(1).topk(count, dim=1)
+    return total, places // per_beam, tokens.flatten(1).gather(1, places)
 
 
 def extended(state: BeamState, parents: Tensor, tokens: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group
 SLOTS_ASSUMED = 512
 MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
-TREE_STEP = 4  # tokens of every beam that the tree's storage grows by
+TREE_STEP = 6  # tokens of every beam that the tree's storage grows by
 
 
 class RowTooLarge(Exception):

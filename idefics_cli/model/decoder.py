@@ -213,7 +213,7 @@ class IdeficsAttention(nn.Module):
         return self.o_proj(output.flatten(-2)), weights
 
     def project_image(self, image_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, images * seq, dim) -> what cross-attention reads, key and value (rows, heads, images * seq, head_dim)."""
+        """What cross-attention reads: (rows, images * seq, dim) -> key, value (rows, heads, images * seq, head_dim)."""
         key, value = map(self._split_heads, project(image_hidden_states, self.k_proj, self.v_proj))
         return (self.k_layer_norm(key) if self.qk_layer_norms else key), value
 

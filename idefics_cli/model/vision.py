@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics.configuration_idefics import IdeficsVisionConfig
 
 from idefics_cli.model.memory import attention_function
-from idefics_cli.model.projections import project
+from idefics_cli.model.projections import activated, project
 
 
 class IdeficsVisionEmbeddings(nn.Module):
@@ -106,7 +106,7 @@ class IdeficsVisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        return self.fc2(activated(hidden_states, self.fc1, self.activation_fn))
 
 
 class IdeficsVisionEncoderLayer(GradientCheckpointingLayer):
