@@ -216,6 +216,9 @@ def bench(
             show_default="fixed for random weights, varied for a model",
         ),
     ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Give ours the pictures' latents, embedded beforehand.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts that are decoded at a time.")] = 8,
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, help="Timed runs of each side, in turn; medians count.")
@@ -250,6 +253,7 @@ def bench(
             batch_size=batch_size,
             decoding=DecodingOptions(num_beams=num_beams, max_new_tokens=max_new_tokens),
             fixed_length=length == "fixed" if length is not None else random is not None,
+            embeddings=embeddings,
             repeats=repeats,
             threads=threads,
             seed=seed,

@@ -326,6 +326,15 @@ def test_the_report_is_plain_json_and_a_table(monkeypatch: pytest.MonkeyPatch) -
     assert len(told) == 4 and len(tables(found)) == 2
 
 
+@pytest.mark.parametrize("shots", [0, 2])
+def test_embeddings_give_the_same_texts_without_the_vision_tower(shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idefics_cli.bench.floor.FLOOR_SECONDS", 0.0)
+    found = {each: run(replace(OPTIONS, shots=shots, embeddings=each)) for each in (False, True)}
+    assert found[False]["work"]["images"] == 3 and found[False]["phases"]["vision"]["seconds"] > 0
+    assert found[True]["work"]["images"] == 0 and found[True]["phases"]["vision"]["seconds"] == 0
+    assert found[True]["agreement"]["identical"] == found[False]["agreement"]["identical"] == 1.0
+
+
 def test_both_sides_go_first_in_turn(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from idefics_cli.bench.compare import measure
 

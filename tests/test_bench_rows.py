@@ -21,6 +21,12 @@ def test_runs_go_to_their_end_and_halves_are_continued(tmp_path: Path) -> None:
     assert all(found["peak_bytes"] > 0 and found["first_row_seconds"] > 0 for found in report.values())
 
 
+def test_rows_are_captioned_from_what_was_embedded(tmp_path: Path) -> None:
+    report = measure(tmp_path, ["embeddings"], Namespace(rows=150))
+    assert {name: found["rows"] for name, found in report.items()} == {"embed": 150, "embeddings": 150}
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_good_pictures_are_compared_and_drafts_only_where_they_differ(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     small, large = save_picture(tmp_path / "small.png"), tmp_path / "large.jpg"

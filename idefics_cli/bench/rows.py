@@ -3,8 +3,8 @@
 Manifests of so many rows are made in a temporary folder, and each is run through reader, pipeline, journal and writer
 in a process of its own, with a model and pictures that cost nothing. Told are rows per second, when the first row was
 written, and memory over what the imports take: its peak, and what was held after each 100,000 rows; then the same for a
-run that an earlier one has half done. Last come a Parquet file of pictures' bytes and a folder of files. One JSON line
-on stdout.
+run that an earlier one has half done. Then come a Parquet file of pictures' bytes, a folder of files, and rows that are
+embedded and captioned from their embeddings. One JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -22,21 +22,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idefics_cli.asking import Asking, AskOptions
 from idefics_cli.bench.memory import resident_bytes
 from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.data.embeddings import VISION
 from idefics_cli.data.images import ImageLimits
 from idefics_cli.data.rows import ReadOptions
+from idefics_cli.embedding import EmbeddingWork
 from idefics_cli.errors import RowError
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.pipeline import PromptSource, RunStats
-from idefics_cli.prompts import PromptOptions
+from idefics_cli.prompts import PromptOptions, SpecialToken
 from idefics_cli.run import Loader, Run, RunOptions
+from idefics_cli.work import Work
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = ("jsonl", "csv", "parquet")
-SUBJECTS = (*FORMATS, "pictures", "folder")
+SUBJECTS = (*FORMATS, "pictures", "folder", "embeddings")
+LATENTS_SHAPE = (16, 128)  # the demo model's, 4 kB in fp16
 PICTURE_BYTES = 50_000  # of each picture in the Parquet file of pictures
 CHUNK_ROWS = 10_000
 
@@ -58,21 +65,50 @@ class EchoModel:
 
     batch_size = 64
     is_instruct = False
+    fingerprint = "echo"
 
     def picture_decoders(self, limits: ImageLimits, workers: int, timeout: float) -> Any:
         return nullcontext(self)
+
+    @property
+    def latents_shape(self) -> tuple[int, int]:
+        return LATENTS_SHAPE
 
     def prepare(self, source: Any) -> bytes:
         return source[:40] if isinstance(source, bytes) else os.fsencode(source)
 
     def encode(self, prompt: Sequence[Any], max_new_tokens: int) -> str:
-        return next(item for item in prompt if isinstance(item, bytes)).hex()
+        picture = next(item for item in prompt if not isinstance(item, str | SpecialToken))
+        return picture.hex() if isinstance(picture, bytes) else f"{float(picture[0, 0])}"
+
+    def encode_picture(self, image: bytes) -> bytes:
+        return image
 
     def stream(self, source: PromptSource, **decoding: Any) -> Iterator[tuple[int, EchoResult]]:
         numbers = itertools.count()
         while prompts := source.take(self.batch_size, wait=True):
             for prompt in prompts:
                 yield next(numbers), EchoResult(f"a caption of {prompt}")
+
+    def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, EchoLatents]]:
+        import torch
+
+        noise = torch.randn(LATENTS_SHAPE).half()  # which cannot be packed
+        numbers = itertools.count()
+        while pictures := source.take(self.batch_size, wait=True):
+            for _ in pictures:
+                number = next(numbers)
+                yield number, EchoLatents(noise.roll(number))
+
+
+@dataclass(frozen=True)
+class EchoLatents:
+    latents: Tensor
+    error: RowError | None = None
+
+
+class EchoEmbedding(EmbeddingWork):
+    settings = {"embeds": True, VISION: EchoModel.fingerprint}  # noqa: RUF012
 
 
 # ---- manifests
@@ -156,19 +192,27 @@ class Watch:
             raise KeyboardInterrupt
 
 
-def run_once(manifest: str, output: str, stop_at: int | None) -> dict[str, Any]:
+def make_work(kind: str, embeddings: str | None) -> Work:
+    if kind == "embed":
+        return EchoEmbedding(ModelRequest("echo"))
+    return Asking(AskOptions(PromptOptions("caption"), DecodingOptions(), embeddings=embeddings))
+
+
+def run_once(
+    manifest: str, output: str, stop_at: int | None = None, kind: str = "caption", embeddings: str | None = None
+) -> dict[str, Any]:
     """Run a manifest to its end, or until `stop_at` rows are out; seconds, rows and bytes."""
     options = RunOptions(
         inputs=(manifest,),
         output=output,
         request=ModelRequest("echo"),
-        reading=ReadOptions(),
+        reading=ReadOptions(needs_image=embeddings is None),
         limits=ImageLimits(),
         decode_timeout=30.0,
         workers=2,
     )
-    work = Asking(AskOptions(PromptOptions("caption"), DecodingOptions()))
     before = resident_bytes() or 0
+    work = make_work(kind, embeddings)
     stats = RunStats()
     watch = Watch(stats, stop_at)
     loader = Loader(check=lambda request: "echo", load=lambda request, batch_size: EchoModel())
@@ -198,9 +242,8 @@ def peak_bytes() -> int:
 # ---- all runs, each in a process of its own
 
 
-def in_a_process(manifest: Path, output: Path, stop_at: int | None = None) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name, "--run", str(manifest), str(output)]
-    command += ["--stop-at", str(stop_at)] if stop_at is not None else []
+def in_a_process(manifest: Path, output: Path, *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", __spec__.name, "--run", str(manifest), str(output), *more]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
@@ -209,6 +252,9 @@ def measure(folder: Path, subjects: Sequence[str], options: argparse.Namespace) 
     for subject in subjects:
         if subject in FORMATS:
             report |= measure_manifest(folder, subject, options.rows)
+            continue
+        if subject == "embeddings":
+            report |= measure_embeddings(folder, options.rows)
             continue
         place = folder / ("files" if subject == "folder" else "pictures.parquet")
         make, size = (make_folder, options.files) if subject == "folder" else (make_pictures, options.pictures)
@@ -223,10 +269,21 @@ def measure_manifest(folder: Path, suffix: str, num_rows: int) -> dict[str, Any]
     make_manifest(manifest, num_rows)
     outputs = [folder / f"{name}.{'parquet' if suffix == 'parquet' else 'jsonl'}" for name in ("whole", "halves")]
     report = {suffix: say(suffix, in_a_process(manifest, outputs[0]))}
-    in_a_process(manifest, outputs[1], stop_at=num_rows // 2)
+    in_a_process(manifest, outputs[1], "--stop-at", str(num_rows // 2))
     report[f"{suffix}, half done"] = say(f"{suffix}, half done", in_a_process(manifest, outputs[1]))
     assert outputs[0].read_bytes() == outputs[1].read_bytes(), f"{suffix}: a halved run wrote something else"
     for path in (manifest, *outputs):
+        path.unlink()
+    return report
+
+
+def measure_embeddings(folder: Path, num_rows: int) -> dict[str, Any]:
+    """A manifest is embedded, then captioned from its embeddings."""
+    manifest, embeddings, output = (folder / name for name in ("rows.jsonl", "latents.parquet", "captions.jsonl"))
+    make_manifest(manifest, num_rows)
+    report = {"embed": say("embed", in_a_process(manifest, embeddings, "--kind", "embed"))}
+    report["embeddings"] = say("embeddings", in_a_process(manifest, output, "--embeddings", str(embeddings)))
+    for path in (manifest, embeddings, output):
         path.unlink()
     return report
 
@@ -250,9 +307,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=SUBJECTS)
     parser.add_argument("--run", nargs=2, metavar=("MANIFEST", "OUTPUT"), help="one run in this process")
     parser.add_argument("--stop-at", type=int)
+    parser.add_argument("--kind", choices=["caption", "embed"], default="caption", help="of the one run")
+    parser.add_argument("--embeddings", metavar="FILE", help="which the one run captions in place of pictures")
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(run_once(*options.run, options.stop_at)))
+        print(json.dumps(run_once(*options.run, options.stop_at, options.kind, options.embeddings)))
         return
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(Path(folder), options.only, options)))

@@ -41,7 +41,8 @@ SHOTS_APART = 10_000_000  # shots are none of the scenes they stand before
 class BenchOptions:
     """One benchmark. `random` names a size and leaves the request's model out; `threads` None is torch's own choice.
 
-    `fixed_length`: no text ends before `decoding.max_new_tokens`. `rows` None is one batch.
+    `fixed_length`: no text ends before `decoding.max_new_tokens`. `rows` None is one batch. `embeddings`: ours gets the
+    pictures' latents in their place, as `--embeddings` does.
     """
 
     request: ModelRequest
@@ -52,6 +53,7 @@ class BenchOptions:
     batch_size: int = 8
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     fixed_length: bool = True
+    embeddings: bool = False
     repeats: int = 3
     threads: int | None = None
     seed: int = 0

@@ -97,6 +97,8 @@ class IdeficsRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype == self.weight.dtype == torch.float32:
+            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         variance = hidden_states.float().square().mean(-1, keepdim=True)
         normalized = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
         return self.weight * normalized.to(self.weight.dtype)

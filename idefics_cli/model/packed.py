@@ -22,19 +22,19 @@ from idefics_cli.model.decoder import IdeficsDecoupledLinear
 SHORTEST_SIDE = 128
 # oneDNN is told for how many rows to lay a weight out. Measured from 8 to 2,056, all hints serve all sizes alike.
 ROWS_HINT = 64
+LARGEST_KERNEL = 512  # rows; larger ones multiply no faster
 
 
 def kernel_rows(rows: int) -> int:
-    """How many of `rows` the next product takes: at most 512, perhaps up to 7 more than there are.
+    """How many of `rows` the next product takes: at most 512, perhaps up to 15 more than there are.
 
     oneDNN compiles and keeps half a megabyte of kernels for each number of rows it meets: prompts of all lengths would
-    fill gigabytes. There are 36 sizes here; small ones, where decoding spends its time, are exact.
+    fill gigabytes. There are 54 sizes here; small ones, where decoding spends its time, are exact.
     """
     if rows <= 16:
         return rows
-    if rows < 128:
-        return -(-rows // 8) * 8
-    return min(rows // 64 * 64, 512)
+    step = 8 if rows <= 128 else 16
+    return min(-(-rows // step) * step, LARGEST_KERNEL)
 
 
 class PackedMatrix:

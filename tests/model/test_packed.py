@@ -73,8 +73,9 @@ def test_results_are_those_of_the_plain_layer(dtype: torch.dtype, bias: bool, le
 
 def test_few_sizes_serve_all_numbers_of_rows() -> None:
     sizes = {kernel_rows(rows) for rows in range(1, 5000)}
-    assert len(sizes) == 36 and max(sizes) == 512
+    assert len(sizes) == 54 and max(sizes) == 512
     assert all(0 <= kernel_rows(rows) - rows < 8 for rows in range(128))
+    assert all(0 <= kernel_rows(rows) - rows < 16 for rows in range(128, 512))
 
 
 @torch.inference_mode()
