@@ -107,6 +107,11 @@ class EchoLatents:
     error: RowError | None = None
 
 
+class EchoAsking(Asking):
+    def check(self, request: ModelRequest) -> None:
+        """There are no weights to compare."""
+
+
 class EchoEmbedding(EmbeddingWork):
     settings = {"embeds": True, VISION: EchoModel.fingerprint}  # noqa: RUF012
 
@@ -195,7 +200,7 @@ class Watch:
 def make_work(kind: str, embeddings: str | None) -> Work:
     if kind == "embed":
         return EchoEmbedding(ModelRequest("echo"))
-    return Asking(AskOptions(PromptOptions("caption"), DecodingOptions(), embeddings=embeddings))
+    return EchoAsking(AskOptions(PromptOptions("caption"), DecodingOptions(), embeddings=embeddings))
 
 
 def run_once(
