@@ -43,8 +43,8 @@ texts = st.lists(words, max_size=12)
 
 
 @st.composite
-def prompts(draw, max_images: int = 5, longest_text: int = 60) -> EncodedPrompt:
-    """0 to `max_images` pictures between texts; now and then an end token in the middle."""
+def prompts(draw, max_images: int = 5, longest_text: int = 120) -> EncodedPrompt:
+    """1 to 200 tokens: 0 to `max_images` pictures between texts; now and then an end token in the middle."""
     ids, pixels = [1], []
     for _ in range(draw(st.integers(0, max_images))):
         ids += draw(texts)

@@ -26,6 +26,7 @@ from prompts_for_tests import (
 from slow_search import slow_beam_search
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from idefics_cli.bench.memory import resident_bytes
 from idefics_cli.errors import IdeficsError
 from idefics_cli.generation import engine as engine_module
 from idefics_cli.generation import reference
@@ -351,6 +352,31 @@ def test_an_endless_stream_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch)
     for _ in runner.generate(endless(), DecodingOptions(num_beams=2, max_new_tokens=3)):
         pass
     assert max(held) <= 220_000 and runner.times.images == 400
+
+
+@pytest.mark.slow
+def test_ten_thousand_prompts_of_mixed_lengths_take_constant_memory() -> None:
+    """Resident memory of this process, the caches full from the second thousand on."""
+    runner = engine(MODELS[0], rows=16)
+    for cache in (runner.latents, runner.image_key_values, runner.prefixes):
+        cache.max_bytes = 1 << 20
+    chance, choice = torch.Generator().manual_seed(0), random.Random(0)
+    resident = []
+
+    def endless():
+        for number in range(10_000):
+            if number % 1_000 == 0:
+                resident.append(resident_bytes())
+            num_images = choice.randrange(3)
+            words = [choice.randrange(3, 40) for _ in range(choice.randrange(1, 200))]
+            images = [FAKE_ID, IMAGE_ID, FAKE_ID] * num_images
+            pixels = tuple(torch.randn(num_images, 3, 28, 28, generator=chance))
+            yield EncodedPrompt([1, *images, *words], pixels)
+
+    chosen = DecodingOptions(num_beams=3, max_new_tokens=8)
+    assert sum(1 for _ in runner.generate(endless(), chosen)) == 10_000
+    print([f"{each / 1e6:.0f} MB" for each in resident])
+    assert max(resident[2:]) - resident[2] < 16 << 20, resident
 
 
 def test_memory_decides_how_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
