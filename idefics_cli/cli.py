@@ -11,19 +11,19 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from idefics_cli import __version__
 from idefics_cli.ask_options import AskFlags, DecodingFlags, EmbeddingsFlag, QuestionFlags, TextFlags
+from idefics_cli.bench_options import BenchFlags
 from idefics_cli.options import (
     AllowPickleFlag,
     BatchSizeFlag,
     DebugFlag,
     DeviceFlag,
     DtypeFlag,
-    ModelFlags,
     RevisionFlag,
     RunFlags,
     flattened,
@@ -43,6 +43,7 @@ from idefics_cli.terminal import (
 )
 
 if TYPE_CHECKING:
+    from idefics_cli.bench.subjects import BenchOptions
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.run import RunOptions
     from idefics_cli.score import ScoreOptions
@@ -189,75 +190,19 @@ def score(
 
 @app.command()
 @flattened
-def bench(
-    context: typer.Context,
-    model: ModelFlags,
-    random: Annotated[
-        Literal["tiny", "mid", "9b"] | None,
-        typer.Option(help="Random weights of this size in place of a model.", show_default=False),
-    ] = None,
-    shots: Annotated[int, typer.Option(metavar="N", min=0, help="Worked examples that all prompts start with.")] = 0,
-    questions_per_image: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Prompts about each image; with a model, more than one asks.")
-    ] = 1,
-    rows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Prompts in each run.", show_default="one batch")
-    ] = None,
-    scenes: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="The same, counted in images.", show_default=False),
-    ] = None,
-    num_beams: Annotated[int, typer.Option(metavar="N", min=1, help="Beams of the search; 1 is greedy.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest text, in tokens.")] = 30,
-    length: Annotated[
-        Literal["fixed", "varied"] | None,
-        typer.Option(
-            help="fixed: every text is as long as it may be; varied: texts end where they end.",
-            show_default="fixed for random weights, varied for a model",
-        ),
-    ] = None,
-    embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Give ours the pictures' latents, embedded beforehand.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts that are decoded at a time.")] = 8,
-    repeats: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Timed runs of each side, in turn; medians count.")
-    ] = 3,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides weights, pictures and prompts.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads of the CPU.", show_default="torch's own choice")
-    ] = None,
-    debug: DebugFlag = False,
-) -> None:
+def bench(context: typer.Context, flags: BenchFlags, debug: DebugFlag = False) -> None:
     """Measure speed on this machine, beside transformers, with the distance to the hardware's floor.
 
     Both sides get the same prompts and share the weights. The first call of ours (nothing cached yet) is told apart;
     timed runs have new images and the same shots. Tables go to stderr, one JSON line to stdout.
     """
-    if random is not None and context.get_parameter_source("model").name == "COMMANDLINE":
-        raise typer.BadParameter("random weights need no model: leave -m out", param_hint="--random")
-    if rows is not None and scenes is not None:
-        raise typer.BadParameter("it says the same as --rows: give one of them", param_hint="--scenes")
+    flags.check(names_model=context.get_parameter_source("model").name == "COMMANDLINE")
     with exit_codes(debug):
         from idefics_cli.checkpoint import check_model_request
-        from idefics_cli.generation.options import DecodingOptions
 
-        if random is None:
-            check_model_request(model.request)
-        _print_bench(
-            request=model.request,
-            random=random,
-            rows=rows if scenes is None else scenes * questions_per_image,
-            shots=shots,
-            questions_per_image=questions_per_image,
-            batch_size=batch_size,
-            decoding=DecodingOptions(num_beams=num_beams, max_new_tokens=max_new_tokens),
-            fixed_length=length == "fixed" if length is not None else random is not None,
-            embeddings=embeddings,
-            repeats=repeats,
-            threads=threads,
-            seed=seed,
-        )
+        if flags.random is None:
+            check_model_request(flags.model.request)
+        _print_bench(flags.options)
 
 
 @app.command()
@@ -330,12 +275,11 @@ def _print_scores(results: str, options: ScoreOptions) -> None:
 # Measurements
 
 
-def _print_bench(**options: Any) -> None:
+def _print_bench(options: BenchOptions) -> None:
     """Run it; tables on stderr, the report on stdout as one line of JSON."""
     from idefics_cli.bench.report import run, tables
-    from idefics_cli.bench.subjects import BenchOptions
 
-    found = run(BenchOptions(**options), say)
+    found = run(options, say)
     for table in tables(found):
         console(sys.stderr).print(table, soft_wrap=False)
     print(json.dumps(found))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import Shape, random_inputs, randomize, relative_error, tiny_config
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
 from idefics_cli.model.decoder import IdeficsDecoupledLinear
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
@@ -20,6 +21,7 @@ from idefics_cli.model.packed import (
     packable_dtypes,
     unpack_linears,
 )
+from idefics_cli.model.projections import activated, project
 
 pytestmark = pytest.mark.skipif(torch.float32 not in packable_dtypes(), reason="oneDNN packs nothing on this machine")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -157,6 +159,62 @@ def test_unpacking_restores_every_bit_and_kind() -> None:
     assert_same_state(model, state)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert not model.lm_head.training
+
+
+class Pair(nn.Module):
+    """Two layers over the same inputs, the second of a size to choose."""
+
+    joint_linears = ("first", "second")
+
+    def __init__(self, second: int, bias: bool):
+        super().__init__()
+        self.first, self.second = nn.Linear(128, 160, bias), nn.Linear(128, second, bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [3, 200, 700])
+@torch.inference_mode()
+def test_layers_of_the_same_inputs_are_one_matrix(rows: int, bias: bool) -> None:
+    pair, inputs = Pair(192, bias), torch.randn(rows, 128)
+    state, expected = copied_state(pair), project(inputs, pair.first, pair.second)
+    pack_linears(pair)
+    assert pair.first.joint is pair.second.joint and pair.first.joint.out_features == 160 + 192
+    for outputs in (project(inputs, pair.first, pair.second), [pair.first(inputs), pair.second(inputs)]):
+        for output, plain in zip(outputs, expected, strict=True):
+            assert relative_error(output, plain) <= TOLERANCE[torch.float32]
+    assert_same_state(pair, state)
+    unpack_linears(pair)
+    assert_same_state(pair, state)
+
+
+@torch.inference_mode()
+def test_a_layer_that_cannot_be_packed_does_not_join() -> None:
+    pair, inputs = Pair(16, True), torch.randn(5, 128)
+    expected = project(inputs, pair.first, pair.second)
+    pack_linears(pair)
+    assert isinstance(pair.first, PackedLinear) and type(pair.second) is nn.Linear
+    for output, plain in zip(project(inputs, pair.first, pair.second), expected, strict=True):
+        assert relative_error(output, plain) <= TOLERANCE[torch.float32]
+
+
+@torch.inference_mode()
+def test_pictures_have_kernels_of_their_own_and_prompts_have_not() -> None:
+    model = wide_network()
+    pack_linears(model)
+    recurring = {name for name in layers(model, PackedLinear) if model.get_submodule(name).joint.sizes_recur}
+    assert recurring == {name for name in layers(model, PackedLinear) if "vision_model" in name or "perceiver" in name}
+    layer, inputs = model.model.vision_model.encoder.layers[0].mlp.fc1, torch.randn(701, 128)
+    assert relative_error(layer(inputs), layer.unpacked()(inputs)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_activation_changes_no_inputs(learns: bool) -> None:
+    linear, inputs = nn.Linear(8, 8), torch.randn(3, 8)
+    before = inputs.clone()
+    with torch.set_grad_enabled(learns):
+        output = activated(inputs, linear, GELUActivation())
+        assert torch.equal(output, nn.functional.gelu(linear(inputs)))
+    assert torch.equal(inputs, before) and output.requires_grad == learns
 
 
 def test_a_packed_network_is_saved_as_a_plain_one(tmp_path: Path) -> None:
