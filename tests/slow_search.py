@@ -31,7 +31,8 @@ def slow_beam_search(
         for score, ids in running:
             log_probabilities = next_log_probabilities(model, row, ids)
             prompt = row["input_ids"][0].tolist()
-            tokens = forbidden(prompt, ids, options, ends, banned) | completing(prompt + ids, banned_sequences)
+            tokens = forbidden(prompt, ids, options, ends, banned)
+            tokens |= completing(prompt + ids, banned_sequences, ends)
             log_probabilities[list(tokens)] = -torch.inf
             candidates += [(score + float(value), [*ids, token]) for token, value in enumerate(log_probabilities)]
         candidates.sort(key=lambda candidate: -candidate[0])
@@ -70,9 +71,10 @@ def forbidden(
     return tokens
 
 
-def completing(written: list[int], banned_sequences: Sequence[tuple[int, ...]]) -> set[int]:
-    """Tokens that would complete a banned sequence."""
-    return {ids[-1] for ids in banned_sequences if tuple(written[len(written) - len(ids) + 1 :]) == ids[:-1]}
+def completing(written: list[int], banned_sequences: Sequence[tuple[int, ...]], ends: set[int]) -> set[int]:
+    """Tokens that would complete a banned sequence; an end token alone is none, since texts must end."""
+    several = [ids for ids in banned_sequences if len(ids) > 1 or ids[0] not in ends]
+    return {ids[-1] for ids in several if tuple(written[len(written) - len(ids) + 1 :]) == ids[:-1]}
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
         ("io", ("fsync",), "Input/output error"),
     ],
 )
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=slow)], ids=["sample", "all"])
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=slow)], ids=["sample", "all"])
 def test_a_call_that_fails_is_one_line_and_the_same_command_completes(
     tmp_path: Path, suffix: str, for_ever: bool, action: str, calls: tuple[str, ...], said: str, step: int
 ) -> None:
