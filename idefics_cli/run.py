@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from idefics_cli.data.images import ImageLimits
 
 STDIN = STDOUT = "-"
-ROWS_AT_ONCE = 16  # read from files; more make nothing cheaper
+ROWS_AT_ONCE = 16  # read from files: one by one, threads hand each other the interpreter for every row
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from idefics_cli.model.decoder import IdeficsDecoupledLinear
 SHORTEST_SIDE = 128
 # oneDNN is told for how many rows to lay a weight out. Measured from 8 to 2,056, all hints serve all sizes alike.
 ROWS_HINT = 64
-LARGEST_KERNEL = 512  # rows; larger ones multiply no faster
+LARGEST_KERNEL = 512  # rows; what is beyond goes in pieces
 
 
 def kernel_rows(rows: int) -> int:
