@@ -22,6 +22,7 @@ from idefics_cli.generation.beam import NEVER, BeamRules, BeamState, beam_step, 
 from idefics_cli.generation.cache import (
     BoundedCache,
     DecodeMemory,
+    RowImages,
     RowStore,
     SharedPrefix,
     project_images,
@@ -39,6 +40,8 @@ WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group
 SLOTS_ASSUMED = 512
 MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
+# Beams share most of their past: at first the tree has room for one path, and for what each beam has of its own.
+PATH_SLOTS, OWN_SLOTS = 32, 8
 TREE_STEP = 6  # tokens of every beam that the tree's storage grows by
 
 
@@ -111,18 +114,12 @@ class Engine:
 
     # ---- reading
 
-    def read(
-        self, reading: Reading, prompts: Sequence[Waiting], key_values: Sequence[Tensor], ahead: Sequence[Waiting] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run a reading of `prompts` -> its logits, and what each row still sees behind its prompt.
-
-        Pictures of the prompts `ahead` fill up the vision tower's batch.
-        """
-        images = reading.arrange(self.images(prompts, reading.wanted, ahead))
+    def read(self, reading: Reading, images: RowImages, key_values: Sequence[Tensor]) -> Tensor:
+        """The last tokens' logits; keys and values go into `key_values`."""
         with self.timed("prefill"):
             logits = reading.run(self.model, images, key_values)
         self.times.prompt_tokens += sum(reading.lengths)
-        return logits, reading.last_images(images)
+        return logits
 
     def images(
         self, prompts: Sequence[Waiting], wanted: Sequence[bytes], ahead: Sequence[Waiting] = ()
@@ -215,7 +212,7 @@ class Engine:
             for _ in range(config.num_hidden_layers)
         ]
         reading = Reading([prompt], NOTHING_SHARED, self.vocabulary, self.image_token_id, stop=length)
-        self.read(reading, [prompt], key_values)
+        self.read(reading, reading.arrange(self.images([prompt], reading.wanted)), key_values)
         num_images = len(reading.image_keys[0])
         # An end token itself still sees the image before it; what comes behind it does not.
         sees = bool(reading.sees_image()[0]) and prompt.input_ids[length - 1] != self.vocabulary.end_token_ids[0]
@@ -402,11 +399,12 @@ class Stream:
         engine, device = self.engine, self.model.device
         reading = Reading(group, self.prefix, engine.vocabulary, engine.image_token_id)
         rows = slice(len(self.rows), len(self.rows) + len(group))
+        # Before room is made: the store then lies where the vision tower's activations have been.
+        images = reading.arrange(engine.images(group, reading.wanted, ahead=self.line))
         self._make_room(len(group), max(reading.lengths))
-        key_values = [layer[:, rows] for layer in self.store.key_values]
-        logits, last_images = engine.read(reading, group, key_values, ahead=self.line)
+        logits = engine.read(reading, images, [layer[:, rows] for layer in self.store.key_values])
         lengths = torch.tensor(reading.lengths, device=device)
-        self.store.admit(rows, lengths, last_images, reading.sees_image().to(device))
+        self.store.admit(rows, lengths, reading.last_images(images), reading.sees_image().to(device))
         context = self._context(group)
         spread = logits[:, None].expand(-1, self.options.num_beams, -1)  # (rows, beams, vocabulary)
         start = BeamState.start(len(group), self.options, device)
@@ -422,8 +420,11 @@ class Stream:
         if rows > self.store.rows:
             rows = max(rows, min(self.num_rows, rows + len(self.line)))
         prompt_slots, tree_slots = -(-prompt_length // SLOT_STEP) * SLOT_STEP, self.store.tree_slots
-        if self.slots_in_use + self.options.num_beams > tree_slots:
-            tree_slots += TREE_STEP * self.options.num_beams
+        beams, longest = self.options.num_beams, self.options.max_new_tokens
+        if tree_slots == 0:
+            tree_slots = min(longest, PATH_SLOTS) + OWN_SLOTS * beams
+        if self.slots_in_use + beams > tree_slots:
+            tree_slots += TREE_STEP * beams
         self.store.grow(rows, prompt_slots, tree_slots)
 
     def _context(self, group: list[Waiting]) -> Tensor:
