@@ -61,13 +61,15 @@ class BoundedCache(Generic[Value]):
         return len(self._entries)
 
 
-def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> Tensor:
-    """What every gated layer reads of each image: (images, seq, dim) -> (images, layers, 2, heads, seq, head_dim).
+def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> list[Tensor]:
+    """What every gated layer reads of each image: (images, seq, dim) -> (layers, 2, heads, seq, head_dim) each.
 
-    Index 0 of the third axis holds keys, 1 values.
+    Index 0 of the second axis holds keys, 1 values. Each image's are a tensor of their own, to be dropped one by one.
     """
-    pairs = [torch.stack(layer.cross_attn.project_image(latents), dim=1) for layer in gated_layers]
-    return torch.stack(pairs, dim=1)
+    layers = [layer.cross_attn.project_image(latents) for layer in gated_layers]
+    return [
+        torch.stack([torch.stack([key[image], value[image]]) for key, value in layers]) for image in range(len(latents))
+    ]
 
 
 # ---- attention over parts

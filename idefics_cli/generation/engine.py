@@ -34,6 +34,7 @@ from idefics_cli.generation.source import IterableSource, Pictured, Prompt, Prom
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
+IMAGES_KEPT = 2  # images whose keys and values are kept, in multiples of the rows: to make them anew costs little
 VISION_BATCH = 16  # images; more at a time make no product faster
 SHORTEST_PREFIX = 8  # tokens; sharing fewer saves less than it costs
 WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
@@ -80,7 +81,9 @@ class Engine:
         self.times = PhaseTimes()
         self.waits = False
         self.latents: BoundedCache[Tensor] = BoundedCache(LATENTS_BYTES)
-        self.image_key_values: BoundedCache[Tensor] = BoundedCache(IMAGE_KEYS_BYTES)
+        self.image_key_values: BoundedCache[Tensor] = BoundedCache(
+            min(IMAGE_KEYS_BYTES, IMAGES_KEPT * rows * image_key_bytes(model))
+        )
         self.prefixes: BoundedCache[Prefix] = BoundedCache(PREFIX_BYTES)
 
     def clear_caches(self) -> None:
@@ -225,9 +228,8 @@ class Engine:
 def rows_that_fit(model: IdeficsForVisionText2Text) -> int:
     """How many rows to decode at a time: what half of the free memory holds, at a length that prompts seldom exceed."""
     config = model.config
-    vectors = config.num_hidden_layers * SLOTS_ASSUMED
-    vectors += len(model.model.gated_cross_attn_layers) * image_seq_len(model)
-    row_bytes = 2 * vectors * config.hidden_size * model.dtype.itemsize  # keys and values
+    slot_bytes = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # a key and a value
+    row_bytes = SLOTS_ASSUMED * slot_bytes + image_key_bytes(model)
     return max(1, min(free_bytes(model.device) // 2 // row_bytes, MOST_ROWS[model.device.type == "cuda"]))
 
 
@@ -258,6 +260,12 @@ def image_seq_len(model: IdeficsForVisionText2Text) -> int:
     if config.use_resampler:
         return config.perceiver_config.resampler_n_latents
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+
+
+def image_key_bytes(model: IdeficsForVisionText2Text) -> int:
+    """What gated layers read of one image: a key and a value for each of its vectors."""
+    vectors = len(model.model.gated_cross_attn_layers) * image_seq_len(model)
+    return 2 * vectors * model.config.hidden_size * model.dtype.itemsize
 
 
 class Stream:
