@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.model.memory import AttentionOutput
 
 if TYPE_CHECKING:
@@ -146,7 +147,9 @@ NO_PREFIX = SharedPrefix((), (), 0, None)
 class RowStore:
     """Room for `rows` rows: their prompts' and beams' keys and values, and those of the one image each still sees.
 
-    A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. A token stays in its slot;
+    A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. Prompts that were read together
+    begin in one slot, and the longest of them fills the part up to its end (`prompt_widths`), so that a step only reads
+    as many slots as the longest of its rows needs. A token stays in its slot;
     `ancestors` (rows, beams, tree slots) says which of them a beam's own path holds, so another order of beams is
     another order of this table's lines. A slot that no path holds any more is given out again: beams share most of
     their past, and few slots are in use however long the texts become.
@@ -174,34 +177,39 @@ class RowStore:
         self.image_key_values = empty(gated_layers, 2, 0, heads, image_seq_len, head_dim, of=dtype)
         self.sees_image = empty(0, of=torch.bool)
         self.prompt_lengths = empty(0, of=torch.long)
+        self.prompt_widths = empty(0, of=torch.long)
         self.ancestors = empty(0, num_beams, 0, of=torch.bool)
         self.newest = empty(0, num_beams, of=torch.long)  # the slot of each beam's newest token
 
     def grow(self, rows: int, prompt_slots: int, tree_slots: int) -> None:
-        """Make room for at least so much. What is there keeps its row and its slot, counted from its part's first."""
+        """Make room for at least so much. What is there keeps its row, and its slot counted from the tree's first."""
         rows, prompt_slots = max(rows, self.rows), max(prompt_slots, self.prompt_slots)
         tree_slots = max(min(tree_slots, self.most_tree_slots), self.tree_slots)
         if (rows, prompt_slots, tree_slots) == (self.rows, self.prompt_slots, self.tree_slots):
             return
         for layer, old in enumerate(self.key_values):  # one by one, so that no more than one is there twice
             new = old.new_empty(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
-            new_prompts, new_trees = new.split([prompt_slots, tree_slots], dim=3)
-            prompts, trees = old.split([self.prompt_slots, self.tree_slots], dim=3)
-            fill(new_prompts, prompts)
-            fill(new_trees, trees)
+            fill(new, old, first_slot=prompt_slots - self.prompt_slots)
             self.key_values[layer] = new
         self.image_key_values = enlarged(self.image_key_values, 2, rows)
-        for name in ("sees_image", "prompt_lengths", "ancestors", "newest"):
+        for name in ("sees_image", "prompt_lengths", "prompt_widths", "ancestors", "newest"):
             setattr(self, name, enlarged(getattr(self, name), 0, rows))
         self.ancestors = enlarged(self.ancestors, 2, tree_slots)
         self.rows, self.prompt_slots, self.tree_slots = rows, prompt_slots, tree_slots
 
-    def admit(self, rows: slice, prompt_lengths: Tensor, images: Sequence[Tensor], sees_image: Tensor) -> None:
-        """New rows: each of `images` (layers, 2, heads, seq, head_dim) is what a row sees from now on."""
+    def prompts(self, rows: slice, width: int) -> list[Tensor]:
+        """Where prompts that are read together go, the longest of which has `width` tokens: for each layer
+        (2, rows, heads, width, head_dim)."""
+        return [layer[:, rows, :, self.prompt_slots - width : self.prompt_slots] for layer in self.key_values]
+
+    def admit(self, rows: slice, prompt_lengths: Sequence[int], images: Sequence[Tensor], sees_image: Tensor) -> None:
+        """New rows, whose prompts are there: each of `images` (layers, 2, heads, seq, head_dim) is what one sees from
+        now on."""
         for row, image in zip(range(rows.start, rows.stop), images, strict=True):
             self.image_key_values[:, :, row] = image
         self.sees_image[rows] = sees_image
-        self.prompt_lengths[rows] = prompt_lengths
+        self.prompt_lengths[rows] = torch.tensor(prompt_lengths, device=self.prompt_lengths.device)
+        self.prompt_widths[rows] = max(prompt_lengths)
         self.ancestors[rows] = False
 
     def advance(self, rows: slice, parents: Tensor) -> None:
@@ -216,6 +224,11 @@ class RowStore:
         self.newest[rows] = in_order.topk(self.num_beams, dim=1, largest=False).indices
         self.ancestors[rows] = table.scatter(2, self.newest[rows][:, :, None], True)
 
+    def holds_prompt(self, num_rows: int, longest: int) -> Tensor:
+        """(rows, longest): which of the last prompt slots hold a token of the row's prompt."""
+        from_start = torch.arange(-longest, 0, device=self.prompt_widths.device) + self.prompt_widths[:num_rows, None]
+        return (from_start >= 0) & (from_start < self.prompt_lengths[:num_rows, None])
+
     def slots_in_use(self, num_rows: int) -> Tensor:
         """(rows,): how many tree slots there are up to the last that a path holds."""
         numbers = torch.arange(1, self.tree_slots + 1, device=self.ancestors.device)
@@ -229,15 +242,16 @@ class RowStore:
             assert source > target, f"row {source} would overwrite row {target}"
             for key_values in (*self.key_values, *self.image_key_values):
                 key_values[:, target] = key_values[:, source]
-            for table in (self.sees_image, self.prompt_lengths, self.ancestors, self.newest):
+            for table in (self.sees_image, self.prompt_lengths, self.prompt_widths, self.ancestors, self.newest):
                 table[target] = table[source]
 
 
-def fill(new: Tensor, old: Tensor) -> None:
-    """(2, rows, heads, slots, head_dim): what was there, and zeros in the rows and slots behind it."""
-    rows, slots = old.shape[1], old.shape[3]
-    new[:, :rows, :, :slots] = old
-    new[:, :rows, :, slots:] = 0
+def fill(new: Tensor, old: Tensor, first_slot: int) -> None:
+    """(2, rows, heads, slots, head_dim): what was there, from `first_slot` on, and zeros all around it."""
+    rows, end = old.shape[1], first_slot + old.shape[3]
+    new[:, :rows, :, first_slot:end] = old
+    new[:, :rows, :, :first_slot] = 0
+    new[:, :rows, :, end:] = 0
     new[:, rows:] = 0
 
 
@@ -269,11 +283,10 @@ class RowImages:
 
 @dataclass(frozen=True)
 class PrefillMemory:
-    """While prompts are read: rows are padded on the right, and each token sees the prefix and what is before it.
+    """While prompts are read: their tokens come in one line, and each sees the prefix and what is before it in its row.
 
-    Keys and values go into `key_values`, for each layer (2, rows, heads, at least as many slots as tokens, head_dim).
-    `image_mask` (rows, 1, tokens, images * seq) is additive and `image_gate` (rows, tokens) open where a token sees
-    one.
+    Keys and values go into `key_values`, for each layer (2, rows, heads, width, head_dim). `image_mask`
+    (rows, 1, width, images * seq) is additive and `image_gate` (rows, width) open where a token sees one.
     """
 
     prefix: SharedPrefix
@@ -281,24 +294,29 @@ class PrefillMemory:
     images: RowImages
     image_mask: Tensor
     image_gate: Tensor
+    rows: RaggedRows
 
     def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
-        num_tokens = key.shape[2]
+        output = self._attend_own(layer, *map(self.rows.side_by_side, (query, key, value)))
+        return self.rows.in_line(output.transpose(1, 2)), None  # (1, tokens, heads, head_dim)
+
+    def _attend_own(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(rows, heads, width, head_dim) each, as the output is."""
         for index, states in enumerate((key, value)):
-            self.key_values[layer.layer_idx][index, :, :, :num_tokens] = states
+            self.key_values[layer.layer_idx][index].copy_(states)
         if self.prefix.length == 0:
-            output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scaling)
-        else:
-            own = attend_part(query, key, value, None, layer.scaling, is_causal=True)
-            output = merge_parts(own, self.prefix.attend(layer.layer_idx, query, layer.scaling))
-        return output.transpose(1, 2), None
+            return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scaling)
+        own = attend_part(query, key, value, None, layer.scaling, is_causal=True)
+        return merge_parts(own, self.prefix.attend(layer.layer_idx, query, layer.scaling))
 
     def attend_image(
         self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
     ) -> AttentionOutput:
         key, value = self.images.of_layer(layer.layer_idx)
+        query = self.rows.side_by_side(query)
         output = nn.functional.scaled_dot_product_attention(query, key, value, self.image_mask, scale=layer.scaling)
-        return output.transpose(1, 2).masked_fill(~self.image_gate[:, :, None, None], 0.0), None
+        output = output.transpose(1, 2).masked_fill(~self.image_gate[:, :, None, None], 0.0)
+        return self.rows.in_line(output), None
 
 
 @dataclass(frozen=True)
@@ -306,27 +324,31 @@ class DecodeMemory:
     """While texts are written: the k beams of a row are k queries of one attention over the row's slots.
 
     `written` (rows * heads * beams,) is where the new tokens go, counted over the first three axes of a layer's
-    (rows, heads, slots, head_dim); `mask` (rows, 1, beams, slots in use) is additive.
+    (rows, heads, slots, head_dim); `mask` (rows, 1, beams, slots in use) is additive. `slots` are those in use.
     """
 
     store: RowStore
     prefix: SharedPrefix
     num_rows: int
+    slots: slice
     written: Tensor
     mask: Tensor
     image_gate: Tensor
 
     @classmethod
-    def of(cls, store: RowStore, prefix: SharedPrefix, num_rows: int, used: int) -> DecodeMemory:
-        """`used`: no path of these rows holds a later tree slot."""
+    def of(cls, store: RowStore, prefix: SharedPrefix, num_rows: int, longest: int, used: int) -> DecodeMemory:
+        """None of these rows came to its prompt in a group with a longer one than `longest`, and no path of theirs
+        holds a tree slot behind the first `used`."""
         beams, device = store.num_beams, store.newest.device
-        heads = store.key_values[0].shape[2]
-        slots = store.prompt_slots + store.tree_slots
+        _, _, heads, slots, _ = store.key_values[0].shape
         first = torch.arange(num_rows * heads, device=device) * slots + store.prompt_slots
         written = first.view(num_rows, heads, 1) + store.newest[:num_rows, None]  # (rows, heads, beams)
-        in_prompt = torch.arange(store.prompt_slots, device=device) < store.prompt_lengths[:num_rows, None]
         visible = torch.cat(
-            [in_prompt[:, None].expand(-1, beams, -1), store.ancestors[:num_rows, :, :used]], dim=2
+            [
+                store.holds_prompt(num_rows, longest)[:, None].expand(-1, beams, -1),
+                store.ancestors[:num_rows, :, :used],
+            ],
+            dim=2,
         )  # (rows, beams, slots in use)
         dtype = store.image_key_values.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
@@ -334,6 +356,7 @@ class DecodeMemory:
             store=store,
             prefix=prefix,
             num_rows=num_rows,
+            slots=slice(store.prompt_slots - longest, store.prompt_slots + used),
             written=written.flatten(),
             mask=mask[:, None],
             image_gate=store.sees_image[:num_rows, None, None, None],
@@ -343,7 +366,7 @@ class DecodeMemory:
         stored = self.store.key_values[layer.layer_idx]  # (2, rows, heads, slots, head_dim)
         for index, states in enumerate((key, value)):
             stored[index].flatten(0, 2).index_copy_(0, self.written, states.flatten(0, 2))
-        key, value = stored[:, : self.num_rows, :, : self.mask.shape[-1]]  # (rows, heads, slots in use, head_dim)
+        key, value = stored[:, : self.num_rows, :, self.slots]  # (rows, heads, slots in use, head_dim)
         if self.prefix.length == 0:
             output = attend_few(query, key, value, self.mask, layer.scaling)
         else:

@@ -43,7 +43,7 @@ MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
 # Beams share most of their past: at first the tree has room for one path, and for what each beam has of its own.
 PATH_SLOTS, OWN_SLOTS = 32, 8
-TREE_STEP = 6  # tokens of every beam that the tree's storage grows by
+TREE_STEP = 3  # tokens of every beam that the tree's storage grows by
 
 
 class RowTooLarge(Exception):
@@ -300,6 +300,7 @@ class Stream:
             dtype=self.model.dtype,
         )
         self.rows: list[Waiting] = []
+        self.widths: list[int] = []  # of each row the length of the longest prompt that it was read with
         self.slots_in_use = 0  # of the rows' trees, up to the last that a path holds: known without asking the device
         self.state = BeamState.start(0, self.options, device)
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
@@ -410,9 +411,8 @@ class Stream:
         # Before room is made: the store then lies where the vision tower's activations have been.
         images = reading.arrange(engine.images(group, reading.wanted, ahead=self.line))
         self._make_room(len(group), max(reading.lengths))
-        logits = engine.read(reading, images, [layer[:, rows] for layer in self.store.key_values])
-        lengths = torch.tensor(reading.lengths, device=device)
-        self.store.admit(rows, lengths, reading.last_images(images), reading.sees_image().to(device))
+        logits = engine.read(reading, images, self.store.prompts(rows, max(reading.lengths)))
+        self.store.admit(rows, reading.lengths, reading.last_images(images), reading.sees_image().to(device))
         context = self._context(group)
         spread = logits[:, None].expand(-1, self.options.num_beams, -1)  # (rows, beams, vocabulary)
         start = BeamState.start(len(group), self.options, device)
@@ -421,6 +421,7 @@ class Stream:
         self.state = BeamState.join(self.state, state)
         self.context = join_contexts(self.context, context)
         self.rows = self.rows + group
+        self.widths = self.widths + [max(reading.lengths)] * len(group)
 
     def _make_room(self, num_new: int, prompt_length: int) -> None:
         """For so many more rows with prompts of this length, and for every beam's next token."""
@@ -459,7 +460,9 @@ class Stream:
         """The network over every beam's newest token: (rows, beams, hidden)."""
         num_rows, beams = len(self.rows), self.options.num_beams
         steps = self.state.length - 1  # (rows,): tokens whose keys are stored
-        memory = DecodeMemory.of(self.store, self.prefix.shared, num_rows, self.slots_in_use)
+        memory = DecodeMemory.of(
+            self.store, self.prefix.shared, num_rows, longest=max(self.widths), used=self.slots_in_use
+        )
         tokens = self.state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)
         positions = self.prefix.shared.length + self.store.prompt_lengths[:num_rows] + steps
         return self.model.model.decode(
@@ -502,7 +505,7 @@ class Stream:
         self.store.keep(sources)
         index = torch.tensor(sources, dtype=torch.long, device=self.model.device)
         self.state, self.context = self.state.pick(index), self.context[index]
-        self.rows = [self.rows[source] for source in sources]
+        self.rows, self.widths = ([each[source] for source in sources] for each in (self.rows, self.widths))
 
 
 def survivors(done: Sequence[bool]) -> list[int]:

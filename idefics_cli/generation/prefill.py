@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from idefics_cli.generation.cache import NO_PREFIX, PrefillMemory, RowImages, SharedPrefix
+from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.generation.reference import Vocabulary
 from idefics_cli.generation.source import Prompt
 from idefics_cli.model.memory import image_visibility
@@ -83,7 +84,7 @@ def shared_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
 class Reading:
     """What is read of a group of prompts: their own tokens behind `prefix`, or their start up to `stop`.
 
-    Rows are padded on the right. Each token sees the last image at or before it; the one that the prefix ended in comes
+    Each token sees the last image at or before it; the one that the prefix ended in comes
     before the prompts' own.
     """
 
@@ -120,14 +121,16 @@ class Reading:
     def run(self, model: IdeficsForVisionText2Text, images: RowImages, key_values: Sequence[Tensor]) -> Tensor:
         """The last tokens' logits, (rows, vocabulary).
 
-        `key_values`, for each layer (2, rows, heads, slots, head_dim), is filled from its first slot on.
+        `key_values`, for each layer (2, rows, heads, width, head_dim), is filled; the longest row has `width` tokens.
         """
-        input_ids = self._padded().to(model.device)  # (rows, tokens)
+        input_ids = self._padded().to(model.device)  # (rows, width)
         image_mask, image_gate = image_visibility(self._sees(input_ids), images.seq_len, model.dtype)
-        memory = PrefillMemory(self.prefix.shared, key_values, images, image_mask, image_gate)
-        positions = torch.arange(input_ids.shape[1], device=model.device).unsqueeze(0) + self.prefix.shared.length
-        hidden_states = model.model.decode(model.model.embed_tokens(input_ids), positions, memory)
-        return model.lm_head(self._last(hidden_states))
+        rows = RaggedRows(self.lengths, model.device)
+        memory = PrefillMemory(self.prefix.shared, key_values, images, image_mask, image_gate, rows)
+        positions = torch.arange(rows.width, device=model.device).expand_as(input_ids) + self.prefix.shared.length
+        embeddings = model.model.embed_tokens(rows.in_line(input_ids))  # (1, tokens, hidden)
+        hidden_states = model.model.decode(embeddings, rows.in_line(positions), memory)
+        return model.lm_head(hidden_states[0, rows.last])
 
     def last_images(self, images: RowImages) -> list[Tensor]:
         """What each row still sees behind its prompt, (layers, 2, heads, seq, head_dim) each."""

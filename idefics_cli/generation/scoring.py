@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,8 +20,9 @@ from idefics_cli.errors import IdeficsError
 from idefics_cli.generation.cache import PrefillMemory, RowImages, attend_part, merge_parts
 from idefics_cli.generation.engine import WINDOWS_AHEAD, Engine
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
+from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.generation.source import Prompt, PromptSource
-from idefics_cli.model.memory import AttentionOutput, image_visibility
+from idefics_cli.model.memory import image_visibility
 
 if TYPE_CHECKING:
     from idefics_cli.generation.reference import Vocabulary
@@ -77,16 +79,16 @@ def parts_of(prompt: Waiting, choice_ids: Sequence[tuple[int, ...]], most_tokens
 class PackedMemory(PrefillMemory):
     """While prompts are read with their choices behind them: nobody comes back to their keys, so none are kept.
 
-    `mask` (rows, 1, tokens, tokens) is additive and says what each token sees of its row.
+    `mask` (rows, 1, width, width) is additive and says what each token sees of its row.
     """
 
     mask: Tensor
 
-    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+    def _attend_own(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output, log_sum = attend_part(query, key, value, self.mask, layer.scaling)
         if self.prefix.length:
             output = merge_parts((output, log_sum), self.prefix.attend(layer.layer_idx, query, layer.scaling))
-        return output.transpose(1, 2), None
+        return output
 
 
 def packed_mask(owners: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,14 +116,14 @@ class ChoicesReading(Reading):
 
     def log_likelihoods(self, model: IdeficsForVisionText2Text, images: RowImages) -> list[list[float]]:
         """For each row those of its choices."""
-        input_ids = self._padded().to(model.device)  # (rows, tokens)
+        input_ids = self._padded().to(model.device)  # (rows, width)
         owners, offsets = (table.to(model.device) for table in self._places())
         image_mask, image_gate = image_visibility(self._sees(input_ids), images.seq_len, model.dtype)
-        mask = packed_mask(owners, model.dtype)
-        memory = PackedMemory(self.prefix.shared, (), images, image_mask, image_gate, mask)
-        positions = offsets + self.prefix.shared.length
-        hidden_states = model.model.decode(model.model.embed_tokens(input_ids), positions, memory)
-        return self._sums(model, hidden_states)
+        rows, mask = RaggedRows(self.lengths, model.device), packed_mask(owners, model.dtype)
+        memory = PackedMemory(self.prefix.shared, (), images, image_mask, image_gate, rows, mask)
+        embeddings = model.model.embed_tokens(rows.in_line(input_ids))  # (1, tokens, hidden)
+        positions = rows.in_line(offsets + self.prefix.shared.length)
+        return self._sums(model, model.model.decode(embeddings, positions, memory)[0])
 
     def _places(self) -> tuple[Tensor, Tensor]:
         """Whose each token is, as `packed_mask` has it, and its place behind the prefix; both (rows, tokens)."""
@@ -139,14 +141,14 @@ class ChoicesReading(Reading):
         return owners, offsets
 
     def _sums(self, model: IdeficsForVisionText2Text, hidden_states: Tensor) -> list[list[float]]:
-        """From (rows, tokens, hidden): at a prompt's last token and at each of its choices' tokens one is predicted."""
-        rows = [row for row, choices in enumerate(self.choices) for _ in range(self._num_places(choices))]
+        """From (tokens, hidden): at a prompt's last token and at each of its choices' tokens one is predicted."""
+        starts = accumulate(self.lengths, initial=0)
         tokens = [
-            self.prompt_lengths[row] - 1 + place
-            for row, choices in enumerate(self.choices)
+            start + prompt_length - 1 + place
+            for start, prompt_length, choices in zip(starts, self.prompt_lengths, self.choices, strict=False)
             for place in range(self._num_places(choices))
         ]
-        states = hidden_states[torch.tensor(rows), torch.tensor(tokens)]  # (places, hidden)
+        states = hidden_states[torch.tensor(tokens)]  # (places, hidden)
         place_of, token_ids, owners = map(torch.tensor, zip(*self._predictions(), strict=True))
         found = log_probabilities(model, states, place_of, token_ids)
         sums = torch.zeros(sum(map(len, self.choices)), dtype=torch.float64).index_add(0, owners, found)
