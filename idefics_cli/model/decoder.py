@@ -138,11 +138,17 @@ class IdeficsRotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
+def rotation(cos: Tensor, sin: Tensor) -> PositionEmbeddings:
+    """As `rotate` takes them in every layer: (rows, 1, tokens, head_dim), the first half of the sines negated."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
+
+
 def rotate(states: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
     """Turn each pair (i, i + head_dim/2) of (rows, heads, tokens, head_dim) by its angle."""
-    cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (rows, 1, tokens, head_dim)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+    cos, signed_sin = position_embeddings
+    partners = states.roll(states.shape[-1] // 2, dims=-1)
+    return torch.addcmul(states * cos, partners, signed_sin)
 
 
 class IdeficsMLP(nn.Module):

@@ -32,6 +32,7 @@ from idefics_cli.model.decoder import (
     IdeficsGatedCrossAttentionLayer,
     IdeficsRMSNorm,
     IdeficsRotaryEmbedding,
+    rotation,
 )
 from idefics_cli.model.memory import Memory, PlainMemory, image_visibility
 from idefics_cli.model.perceiver import IdeficsPerceiverResampler
@@ -197,7 +198,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         `position_ids` (rows or 1, tokens); `image_hidden_states` (rows, images * seq, dim), or None where the memory
         holds the images' keys and values.
         """
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        position_embeddings = rotation(*self.rotary_emb(hidden_states, position_ids))
         interval = self.config.cross_layer_interval
         for index, layer in enumerate(self.layers):
             if index % interval == 0:
