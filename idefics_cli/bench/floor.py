@@ -36,13 +36,18 @@ class Product:
 
 @dataclass(frozen=True)
 class AttentionProduct:
-    """`times` pairs of products without weights: scores, then values, for (batch, queries) against (batch, keys)."""
+    """Pairs of products without weights: scores, then values, for (batch, queries) against (batch, keys).
+
+    `times` passes of `layers` pairs. Each layer has keys and values of its own, which other work has driven from the
+    caches when they are read again, as it does with weights; where they were computed just before, `layers` is 1.
+    """
 
     batch: int
     queries: int
     keys: int
     head_dim: int
     times: float
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,8 @@ def text_attention(
     gated = len(model.model.gated_cross_attn_layers)
     seen = image_length(model)
     return [
-        AttentionProduct(heads, queries, keys, head_dim, times * config.num_hidden_layers),
-        AttentionProduct(heads, queries, seen, head_dim, times * gated),
+        AttentionProduct(heads, queries, keys, head_dim, times, config.num_hidden_layers),
+        AttentionProduct(heads, queries, seen, head_dim, times, gated),
     ]
 
 
@@ -226,17 +231,22 @@ def loop_seconds(layout: Layout, weights: Sequence[Tensor], states: Tensor) -> f
 
 @torch.inference_mode()
 def attention_seconds(product: AttentionProduct, like: Tensor) -> float:
+    """All of the product, with the keys and values of as many layers as no cache holds, where there are so many."""
+
     def normal(*shape: int) -> Tensor:
         return torch.randn(product.batch, *shape, device=like.device).to(like.dtype)
 
-    query, key = normal(product.queries, product.head_dim), normal(product.keys, product.head_dim)
-    value, weights = normal(product.keys, product.head_dim), normal(product.queries, product.keys)
+    query, weights = normal(product.queries, product.head_dim), normal(product.queries, product.keys)
+    layer_bytes = 2 * product.batch * product.keys * product.head_dim * like.dtype.itemsize
+    layers = min(product.layers, max(1, -(-FLOOR_BYTES // layer_bytes)))
+    key_values = [normal(2, product.keys, product.head_dim).unbind(1) for _ in range(layers)]
 
     def once() -> None:
-        query @ key.transpose(1, 2)
-        weights @ value
+        for key, value in key_values:
+            query @ key.transpose(1, 2)
+            weights @ value
 
-    return repeated_seconds(once, like.device) * product.times
+    return repeated_seconds(once, like.device) * product.layers / layers * product.times
 
 
 def repeated_seconds(once: Callable[[], None], device: torch.device) -> float:

@@ -270,6 +270,24 @@ def test_reordering_moves_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(reordered)
 
 
+def test_short_prompts_do_not_read_what_a_long_one_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode_memory, seen = engine_module.DecodeMemory.of, []
+
+    def watching(store, *args, **named):
+        memory = decode_memory(store, *args, **named)
+        seen.append((store.prompt_slots, memory.slots.stop - memory.slots.start))
+        return memory
+
+    monkeypatch.setattr(engine_module.DecodeMemory, "of", watching)
+    some = [EncodedPrompt([1, 10 + number, *[9] * length]) for number, length in enumerate((90, 80, *[5] * 8))]
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=3, min_new_tokens=3)
+    results = decode(engine(MODELS[0], 1), some, chosen)
+    for prompt, got in zip(some, results, strict=True):
+        assert_same(got, reference.generate(MODELS[0], tensors_of(prompt), chosen, VOCABULARY)[0])
+    assert seen[-1][0] >= 91, "the room that a long prompt needed is kept"
+    assert max(slots for _, slots in seen) > 91 and seen[-1][1] <= 7 + 2 * 3
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_where_memory_ends_rows_are_halved_and_begin_again(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     some = some_prompts(9)
