@@ -34,7 +34,7 @@ from idefics_cli.generation.source import IterableSource, Pictured, Prompt, Prom
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
-IMAGES_KEPT = 2  # images whose keys and values are kept, in multiples of the rows: to make them anew costs little
+IMAGES_KEPT = 2  # images whose keys and values are kept, in multiples of the most that a group of prompts has wanted
 VISION_BATCH = 16  # images; more at a time make no product faster
 SHORTEST_PREFIX = 8  # tokens; sharing fewer saves less than it costs
 WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
@@ -81,9 +81,7 @@ class Engine:
         self.times = PhaseTimes()
         self.waits = False
         self.latents: BoundedCache[Tensor] = BoundedCache(LATENTS_BYTES)
-        self.image_key_values: BoundedCache[Tensor] = BoundedCache(
-            min(IMAGE_KEYS_BYTES, IMAGES_KEPT * rows * image_key_bytes(model))
-        )
+        self.image_key_values: BoundedCache[Tensor] = BoundedCache(0)  # set by what prompts want
         self.prefixes: BoundedCache[Prefix] = BoundedCache(PREFIX_BYTES)
 
     def clear_caches(self) -> None:
@@ -133,6 +131,7 @@ class Engine:
         """
         if not wanted:
             return {b"": self._no_image()}
+        self._keep_images(IMAGES_KEPT * len(wanted))
         found = {key: self.image_key_values.get(key) for key in wanted}
         missing = [key for key, value in found.items() if value is None]
         if missing:
@@ -143,6 +142,11 @@ class Engine:
                 found[key] = key_values
                 self.image_key_values.put(key, key_values, key_values.nbytes)
         return found
+
+    def _keep_images(self, count: int) -> None:
+        """Hold the keys and values of at least so many. To make them anew from latents costs little."""
+        cache = self.image_key_values
+        cache.max_bytes = min(IMAGE_KEYS_BYTES, max(cache.max_bytes, count * image_key_bytes(self.model)))
 
     def encode(self, prompts: Sequence[Pictured], wanted: Sequence[bytes], ahead: Sequence[Pictured] = ()) -> Tensor:
         """(images, seq, dim): given, from the cache, or from vision tower and resampler, several at a time.

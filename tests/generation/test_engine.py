@@ -288,6 +288,24 @@ def test_short_prompts_do_not_read_what_a_long_one_needed(monkeypatch: pytest.Mo
     assert max(slots for _, slots in seen) > 91 and seen[-1][1] <= 7 + 2 * 3
 
 
+def test_as_many_pictures_are_projected_once_as_a_group_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    project, projected = engine_module.project_images, []
+
+    def counting(latents, layers):
+        projected.append(len(latents))
+        return project(latents, layers)
+
+    monkeypatch.setattr(engine_module, "project_images", counting)
+    runner, chosen = engine(MODELS[0], 2), DecodingOptions(max_new_tokens=2)
+    many, few = [
+        [EncodedPrompt([1, 10 + number, *[FAKE_ID, IMAGE_ID, FAKE_ID] * len(each), 7], each) for number, each in pairs]
+        for pairs in (enumerate([PICTURES[:3], PICTURES[:3]]), enumerate([PICTURES[:1], PICTURES[1:2]]))
+    ]
+    for some in (many, few, many, few):
+        decode(runner, some, chosen)
+    assert sum(projected) == 3
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_where_memory_ends_rows_are_halved_and_begin_again(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     some = some_prompts(9)
