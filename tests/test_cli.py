@@ -45,7 +45,8 @@ class Captioner(FakeCaptioner):
         while stubborn:
             try:
                 print("busy", file=sys.stderr, flush=True)
-                time.sleep(60)
+                while True:
+                    time.sleep(0.1)  # not long: a signal just before a sleep is seen behind it
             except KeyboardInterrupt:
                 print("ignored", file=sys.stderr, flush=True)
         return super().stream(source, **decoding)
