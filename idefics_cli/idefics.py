@@ -33,9 +33,10 @@ from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
 from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
 from idefics_cli.generation.embedding import embed
-from idefics_cli.generation.engine import Engine, image_seq_len, rows_that_fit
+from idefics_cli.generation.engine import Engine
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.reference import Hypothesis, Vocabulary
+from idefics_cli.generation.room import image_seq_len, rows_that_fit
 from idefics_cli.generation.scoring import Scoring
 from idefics_cli.generation.source import IterableSource, PromptSource
 from idefics_cli.model.packed import pack_linears

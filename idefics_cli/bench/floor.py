@@ -38,8 +38,8 @@ class Product:
 class AttentionProduct:
     """Pairs of products without weights: scores, then values, for (batch, queries) against (batch, keys).
 
-    `times` passes of `layers` pairs. Each layer has keys and values of its own, which other work has driven from the
-    caches when they are read again, as it does with weights; where they were computed just before, `layers` is 1.
+    `times` passes of `layers` pairs. Each layer of a text reads keys and values that are kept, and that other work has
+    driven from the caches since, as it does with weights. In vision they were computed just before: `layers` is 1.
     """
 
     batch: int

@@ -144,15 +144,18 @@ class SharedPrefix:
 NO_PREFIX = SharedPrefix((), (), 0, None)
 
 
+TABLES = ("sees_image", "prompt_lengths", "prompt_widths", "ancestors", "newest")  # a store's, (rows, ...) each
+
+
 class RowStore:
     """Room for `rows` rows: their prompts' and beams' keys and values, and those of the one image each still sees.
 
     A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. Prompts that were read together
     begin in one slot, and the longest of them fills the part up to its end (`prompt_widths`), so that a step only reads
-    as many slots as the longest of its rows needs. A token stays in its slot;
-    `ancestors` (rows, beams, tree slots) says which of them a beam's own path holds, so another order of beams is
-    another order of this table's lines. A slot that no path holds any more is given out again: beams share most of
-    their past, and few slots are in use however long the texts become.
+    as many slots as the longest of its rows needs. A token stays in its slot; `ancestors` (rows, beams, tree slots)
+    says which of them a beam's own path holds, so another order of beams is another order of this table's lines. A slot
+    that no path holds any more is given out again: beams share most of their past, and few slots are in use however
+    long the texts become.
     """
 
     def __init__(
@@ -192,7 +195,7 @@ class RowStore:
             fill(new, old, first_slot=prompt_slots - self.prompt_slots)
             self.key_values[layer] = new
         self.image_key_values = enlarged(self.image_key_values, 2, rows)
-        for name in ("sees_image", "prompt_lengths", "prompt_widths", "ancestors", "newest"):
+        for name in TABLES:
             setattr(self, name, enlarged(getattr(self, name), 0, rows))
         self.ancestors = enlarged(self.ancestors, 2, tree_slots)
         self.rows, self.prompt_slots, self.tree_slots = rows, prompt_slots, tree_slots
@@ -242,7 +245,7 @@ class RowStore:
             assert source > target, f"row {source} would overwrite row {target}"
             for key_values in (*self.key_values, *self.image_key_values):
                 key_values[:, target] = key_values[:, source]
-            for table in (self.sees_image, self.prompt_lengths, self.prompt_widths, self.ancestors, self.newest):
+            for table in map(vars(self).get, TABLES):
                 table[target] = table[source]
 
 
@@ -337,8 +340,8 @@ class DecodeMemory:
 
     @classmethod
     def of(cls, store: RowStore, prefix: SharedPrefix, num_rows: int, longest: int, used: int) -> DecodeMemory:
-        """None of these rows came to its prompt in a group with a longer one than `longest`, and no path of theirs
-        holds a tree slot behind the first `used`."""
+        """`longest` is the largest of these rows' `prompt_widths`, and no path of theirs holds a tree slot behind the
+        first `used`."""
         beams, device = store.num_beams, store.newest.device
         _, _, heads, slots, _ = store.key_values[0].shape
         first = torch.arange(num_rows * heads, device=device) * slots + store.prompt_slots

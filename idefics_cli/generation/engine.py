@@ -7,12 +7,10 @@ room for the next. The engine knows nothing of tokenization and nothing of files
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +28,7 @@ from idefics_cli.generation.cache import (
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
+from idefics_cli.generation.room import image_key_bytes, image_seq_len
 from idefics_cli.generation.source import IterableSource, Pictured, Prompt, PromptSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -38,8 +37,6 @@ IMAGES_KEPT = 2  # images whose keys and values are kept, in multiples of the mo
 VISION_BATCH = 16  # images; more at a time make no product faster
 SHORTEST_PREFIX = 8  # tokens; sharing fewer saves less than it costs
 WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
-SLOTS_ASSUMED = 512
-MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
 # Beams share most of their past: at first the tree has room for one path, and for what each beam has of its own.
 PATH_SLOTS, OWN_SLOTS = 32, 8
@@ -229,25 +226,6 @@ class Engine:
         return Prefix(prompt.content[:length], num_images, shared)
 
 
-def rows_that_fit(model: IdeficsForVisionText2Text) -> int:
-    """How many rows to decode at a time: what half of the free memory holds, at a length that prompts seldom exceed."""
-    config = model.config
-    slot_bytes = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # a key and a value
-    row_bytes = SLOTS_ASSUMED * slot_bytes + image_key_bytes(model)
-    return max(1, min(free_bytes(model.device) // 2 // row_bytes, MOST_ROWS[model.device.type == "cuda"]))
-
-
-def free_bytes(device: torch.device) -> int:
-    """What can still be allocated; where nobody tells, as much as is ever asked for."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return sys.maxsize
-    facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(facts["MemAvailable"].split()[0]) * 1024
-
-
 def pictures_of(prompts: Sequence[Pictured]) -> dict[bytes, Tensor]:
     """The prompts' pixels, or the latents in their place, by what they show."""
     return {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
@@ -256,20 +234,6 @@ def pictures_of(prompts: Sequence[Pictured]) -> dict[bytes, Tensor]:
 def is_latents(picture: Tensor) -> bool:
     """(seq, dim), not (3, side, side)."""
     return picture.dim() == 2
-
-
-def image_seq_len(model: IdeficsForVisionText2Text) -> int:
-    """How many vectors cross-attention reads of one image."""
-    config = model.config
-    if config.use_resampler:
-        return config.perceiver_config.resampler_n_latents
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-
-
-def image_key_bytes(model: IdeficsForVisionText2Text) -> int:
-    """What gated layers read of one image: a key and a value for each of its vectors."""
-    vectors = len(model.model.gated_cross_attn_layers) * image_seq_len(model)
-    return 2 * vectors * model.config.hidden_size * model.dtype.itemsize
 
 
 class Stream:
@@ -304,7 +268,7 @@ class Stream:
             dtype=self.model.dtype,
         )
         self.rows: list[Waiting] = []
-        self.widths: list[int] = []  # of each row the length of the longest prompt that it was read with
+        self.widths: list[int] = []  # the rows' `prompt_widths` in the store, known without asking the device
         self.slots_in_use = 0  # of the rows' trees, up to the last that a path holds: known without asking the device
         self.state = BeamState.start(0, self.options, device)
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
@@ -432,13 +396,14 @@ class Stream:
         rows = len(self.rows) + num_new
         if rows > self.store.rows:
             rows = max(rows, min(self.num_rows, rows + len(self.line)))
-        prompt_slots, tree_slots = -(-prompt_length // SLOT_STEP) * SLOT_STEP, self.store.tree_slots
-        beams, longest = self.options.num_beams, self.options.max_new_tokens
-        if tree_slots == 0:
-            tree_slots = min(longest, PATH_SLOTS) + OWN_SLOTS * beams
-        if self.slots_in_use + beams > tree_slots:
-            tree_slots += TREE_STEP * beams
-        self.store.grow(rows, prompt_slots, tree_slots)
+        prompt_slots = -(-prompt_length // SLOT_STEP) * SLOT_STEP
+        self.store.grow(rows, prompt_slots, self._tree_slots())
+
+    def _tree_slots(self) -> int:
+        """How many every beam can write its next token to."""
+        beams = self.options.num_beams
+        slots = self.store.tree_slots or min(self.options.max_new_tokens, PATH_SLOTS) + OWN_SLOTS * beams
+        return slots if self.slots_in_use + beams <= slots else slots + TREE_STEP * beams
 
     def _context(self, group: list[Waiting]) -> Tensor:
         """What n-gram blocking and banned sequences look at of each prompt, padded on the left with −1."""

@@ -84,8 +84,7 @@ def shared_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
 class Reading:
     """What is read of a group of prompts: their own tokens behind `prefix`, or their start up to `stop`.
 
-    Each token sees the last image at or before it; the one that the prefix ended in comes
-    before the prompts' own.
+    Each token sees the last image at or before it; the one that the prefix ended in comes before the prompts' own.
     """
 
     def __init__(

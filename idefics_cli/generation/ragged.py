@@ -7,24 +7,27 @@ computed for padding. Knows no prompts and no memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 
 class RaggedRows:
-    """Rows of these lengths. Side by side they are `width` tokens each, padded on the right with any token's states."""
+    """Rows of these lengths, which begin at `starts` in the line.
+
+    Side by side they are `width` tokens each, padded on the right with any token's states.
+    """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
         assert lengths and min(lengths) > 0, lengths
-        self.num_rows, self.width, self.num_tokens = len(lengths), max(lengths), sum(lengths)
-        self.is_even = self.num_rows * self.width == self.num_tokens
-        lengths = torch.tensor(lengths)
-        ends = lengths.cumsum(0)
-        offsets = torch.arange(self.width)
-        is_token = offsets < lengths[:, None]  # (rows, width)
-        self.last = (ends - 1).to(device)  # (rows,): each row's last token in the line
-        self._sources = torch.where(is_token, (ends - lengths)[:, None] + offsets, 0).flatten().to(device)
+        self.num_rows, self.width = len(lengths), max(lengths)
+        self.is_even = self.num_rows * self.width == sum(lengths)
+        self.starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        starts, counts, offsets = torch.tensor(self.starts), torch.tensor(lengths), torch.arange(self.width)
+        is_token = offsets < counts[:, None]  # (rows, width)
+        self.last = (starts + counts - 1).to(device)  # (rows,): each row's last token in the line
+        self._sources = torch.where(is_token, starts[:, None] + offsets, 0).flatten().to(device)
         self._places = is_token.flatten().nonzero().squeeze(1).to(device)  # (tokens,)
 
     def in_line(self, padded: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -123,7 +122,7 @@ class ChoicesReading(Reading):
         memory = PackedMemory(self.prefix.shared, (), images, image_mask, image_gate, rows, mask)
         embeddings = model.model.embed_tokens(rows.in_line(input_ids))  # (1, tokens, hidden)
         positions = rows.in_line(offsets + self.prefix.shared.length)
-        return self._sums(model, model.model.decode(embeddings, positions, memory)[0])
+        return self._sums(model, model.model.decode(embeddings, positions, memory)[0], rows.starts)
 
     def _places(self) -> tuple[Tensor, Tensor]:
         """Whose each token is, as `packed_mask` has it, and its place behind the prefix; both (rows, tokens)."""
@@ -140,12 +139,13 @@ class ChoicesReading(Reading):
                 first = span.stop
         return owners, offsets
 
-    def _sums(self, model: IdeficsForVisionText2Text, hidden_states: Tensor) -> list[list[float]]:
+    def _sums(
+        self, model: IdeficsForVisionText2Text, hidden_states: Tensor, starts: Sequence[int]
+    ) -> list[list[float]]:
         """From (tokens, hidden): at a prompt's last token and at each of its choices' tokens one is predicted."""
-        starts = accumulate(self.lengths, initial=0)
         tokens = [
             start + prompt_length - 1 + place
-            for start, prompt_length, choices in zip(starts, self.prompt_lengths, self.choices, strict=False)
+            for start, prompt_length, choices in zip(starts, self.prompt_lengths, self.choices, strict=True)
             for place in range(self._num_places(choices))
         ]
         states = hidden_states[torch.tensor(tokens)]  # (places, hidden)

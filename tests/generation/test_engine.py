@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from idefics_cli.bench.memory import resident_bytes
 from idefics_cli.errors import IdeficsError
 from idefics_cli.generation import engine as engine_module
-from idefics_cli.generation import reference
+from idefics_cli.generation import reference, room
 from idefics_cli.generation.cache import RowStore
 from idefics_cli.generation.engine import Engine, Stream, survivors
 from idefics_cli.generation.options import DecodingOptions
@@ -417,10 +417,10 @@ def test_ten_thousand_prompts_of_mixed_lengths_take_constant_memory() -> None:
 
 def test_memory_decides_how_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     network = MODELS[0]
-    row_bytes = 2 * (4 * engine_module.SLOTS_ASSUMED + 2 * 5) * 32 * 4
+    row_bytes = 2 * (4 * room.SLOTS_ASSUMED + 2 * 5) * 32 * 4
     for free, rows in ((0, 1), (6 * row_bytes, 3), (10_000 * row_bytes, 16)):
-        monkeypatch.setattr(engine_module, "free_bytes", lambda device, free=free: free)
-        assert engine_module.rows_that_fit(network) == rows
+        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
+        assert room.rows_that_fit(network) == rows
 
 
 def test_survivors_close_ranks() -> None:
