@@ -1,18 +1,19 @@
-"""Bytes in use while something runs: on CUDA by torch's own count, elsewhere the process's resident set."""
+"""Bytes in use while something runs: on CUDA by torch's own count, on Linux by the kernel's of the resident set.
+
+Neither looks again and again, which would take time from what is measured.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
-import threading
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-
-RSS_PERIOD = 0.003  # seconds between two looks
 
 
 class MemoryMeter:
@@ -38,17 +39,22 @@ class MemoryMeter:
     @contextmanager
     def measure(self) -> Iterator[MemoryUse]:
         use = MemoryUse(self._now())
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            yield use
-            use.peak = torch.cuda.max_memory_allocated(self.device)
-        elif use.before is None:
-            yield use
-        else:
-            with _sampled_peak(use):
-                yield use
+        counted = self._forget_peak()
+        yield use
+        use.peak = self._peak() if counted else None
         self._tidy()
         use.after = self._now()
+
+    def _forget_peak(self) -> bool:
+        if self.device.type != "cuda":
+            return forget_resident_peak()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return True
+
+    def _peak(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resident_peak()
 
 
 @dataclass
@@ -77,20 +83,24 @@ def resident_bytes() -> int | None:
         return None
 
 
-@contextmanager
-def _sampled_peak(use: MemoryUse) -> Iterator[None]:
-    ended = threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(RSS_PERIOD):
-            use.peak = max(use.peak or 0, resident_bytes() or 0)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    use.peak = resident_bytes()
-    thread.start()
+def forget_resident_peak() -> bool:
+    """Let `resident_peak` start from what is resident now, where the kernel lets us (proc(5), /proc/pid/clear_refs)."""
     try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        use.peak = max(use.peak or 0, resident_bytes() or 0)
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:  # no Linux, or a container whose /proc is read-only: then nobody counts
+        return False
+    return True
+
+
+def resident_peak() -> int | None:
+    """The most bytes of this process that were in memory at once, where the kernel tells.
+
+    (`ru_maxrss` would count what its parent held when it was started.)
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            found = re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.MULTILINE)
+    except FileNotFoundError:
+        return None
+    return int(found[1]) << 10 if found else None

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.asking import Asking, AskOptions
-from idefics_cli.bench.memory import resident_bytes
+from idefics_cli.bench.memory import resident_bytes, resident_peak
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.data.embeddings import VISION
 from idefics_cli.data.images import ImageLimits
@@ -233,15 +233,9 @@ def run_once(
         "seconds": seconds,
         "first_row_seconds": watch.first_row,
         "rows_per_second": (stats.rows - stats.resumed) / seconds,
-        "peak_bytes": peak_bytes() - before,
+        "peak_bytes": (resident_peak() or 0) - before,
         "bytes_by_rows": {rows: memory - before for rows, memory in watch.memory.items()},
     }
-
-
-def peak_bytes() -> int:
-    """The most that this process has held. (`ru_maxrss` would count what its parent held when it was started.)"""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 # ---- all runs, each in a process of its own
