@@ -301,7 +301,7 @@ class PrefillMemory:
 
     def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         output = self._attend_own(layer, *map(self.rows.side_by_side, (query, key, value)))
-        return self.rows.in_line(output.transpose(1, 2)), None  # (1, tokens, heads, head_dim)
+        return self.rows.in_line(output.transpose(1, 2)), None  # (1, line, heads, head_dim)
 
     def _attend_own(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(rows, heads, width, head_dim) each, as the output is."""
@@ -326,23 +326,24 @@ class PrefillMemory:
 class DecodeMemory:
     """While texts are written: the k beams of a row are k queries of one attention over the row's slots.
 
-    `written` (rows * heads * beams,) is where the new tokens go, counted over the first three axes of a layer's
-    (rows, heads, slots, head_dim); `mask` (rows, 1, beams, slots in use) is additive. `slots` are those in use.
+    The newest tokens come in one line: `rows`, of as many tokens as there are beams. `written` (rows * heads * beams,)
+    is where they go, counted over the first three axes of a layer's (rows, heads, slots, head_dim); `mask`
+    (rows, 1, beams, slots in use) is additive. `slots` are those in use.
     """
 
     store: RowStore
     prefix: SharedPrefix
-    num_rows: int
+    rows: RaggedRows
     slots: slice
     written: Tensor
     mask: Tensor
     image_gate: Tensor
 
     @classmethod
-    def of(cls, store: RowStore, prefix: SharedPrefix, num_rows: int, longest: int, used: int) -> DecodeMemory:
+    def of(cls, store: RowStore, prefix: SharedPrefix, rows: RaggedRows, longest: int, used: int) -> DecodeMemory:
         """`longest` is the largest of these rows' `prompt_widths`, and no path of theirs holds a tree slot behind the
         first `used`."""
-        beams, device = store.num_beams, store.newest.device
+        num_rows, beams, device = rows.num_rows, rows.width, store.newest.device
         _, _, heads, slots, _ = store.key_values[0].shape
         first = torch.arange(num_rows * heads, device=device) * slots + store.prompt_slots
         written = first.view(num_rows, heads, 1) + store.newest[:num_rows, None]  # (rows, heads, beams)
@@ -358,7 +359,7 @@ class DecodeMemory:
         return cls(
             store=store,
             prefix=prefix,
-            num_rows=num_rows,
+            rows=rows,
             slots=slice(store.prompt_slots - longest, store.prompt_slots + used),
             written=written.flatten(),
             mask=mask[:, None],
@@ -366,20 +367,21 @@ class DecodeMemory:
         )
 
     def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        query, key, value = map(self.rows.side_by_side, (query, key, value))  # (rows, heads, beams, head_dim)
         stored = self.store.key_values[layer.layer_idx]  # (2, rows, heads, slots, head_dim)
         for index, states in enumerate((key, value)):
             stored[index].flatten(0, 2).index_copy_(0, self.written, states.flatten(0, 2))
-        key, value = stored[:, : self.num_rows, :, self.slots]  # (rows, heads, slots in use, head_dim)
+        key, value = stored[:, : self.rows.num_rows, :, self.slots]  # (rows, heads, slots in use, head_dim)
         if self.prefix.length == 0:
             output = attend_few(query, key, value, self.mask, layer.scaling)
         else:
             own = attend_part(query, key, value, self.mask, layer.scaling)
             output = merge_parts(own, self.prefix.attend(layer.layer_idx, query, layer.scaling))
-        return output.transpose(1, 2), None
+        return self.rows.in_line(output.transpose(1, 2)), None  # (1, line, heads, head_dim)
 
     def attend_image(
         self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
     ) -> AttentionOutput:
-        key, value = self.store.image_key_values[layer.layer_idx, :, : self.num_rows]  # (rows, heads, seq, head_dim)
-        output = attend_few(query, key, value, None, layer.scaling)
-        return output.transpose(1, 2).masked_fill(~self.image_gate, 0.0), None
+        key, value = self.store.image_key_values[layer.layer_idx, :, : self.rows.num_rows]
+        output = attend_few(self.rows.side_by_side(query), key, value, None, layer.scaling)
+        return self.rows.in_line(output.transpose(1, 2).masked_fill(~self.image_gate, 0.0)), None

@@ -27,6 +27,7 @@ from idefics_cli.generation.cache import (
 )
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
+from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
 from idefics_cli.generation.room import image_key_bytes, image_seq_len
 from idefics_cli.generation.source import IterableSource, Pictured, Prompt, PromptSource
@@ -418,25 +419,25 @@ class Stream:
     def _step(self) -> None:
         """One token for every beam of every row in work."""
         with self.engine.timed("decode"):
-            hidden_states = self._decode_step()
-            logits = self.model.lm_head(hidden_states)  # (rows, beams, vocabulary)
+            logits = self._decode_step()
             self.state, parents = beam_step(logits, self.state, self.rules, self.context)
             self._make_room(0, 0)
             self.store.advance(slice(len(self.rows)), parents)
         self.engine.times.steps += 1
 
     def _decode_step(self) -> Tensor:
-        """The network over every beam's newest token: (rows, beams, hidden)."""
-        num_rows, beams = len(self.rows), self.options.num_beams
+        """The network over every beam's newest token: what may come next, (rows, beams, vocabulary)."""
+        num_rows, beams, model = len(self.rows), self.options.num_beams, self.model.model
+        rows = RaggedRows([beams] * num_rows, self.model.device, model.line_length(num_rows * beams))
         steps = self.state.length - 1  # (rows,): tokens whose keys are stored
-        memory = DecodeMemory.of(
-            self.store, self.prefix.shared, num_rows, longest=max(self.widths), used=self.slots_in_use
-        )
+        memory = DecodeMemory.of(self.store, self.prefix.shared, rows, longest=max(self.widths), used=self.slots_in_use)
         tokens = self.state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)
         positions = self.prefix.shared.length + self.store.prompt_lengths[:num_rows] + steps
-        return self.model.model.decode(
-            self.model.model.embed_tokens(tokens), positions[:, None].expand(-1, beams), memory
-        )
+        hidden_states = model.decode(
+            model.embed_tokens(rows.in_line(tokens)), rows.in_line(positions[:, None].expand(-1, beams)), memory
+        )  # (1, line, hidden)
+        logits = self.model.lm_head(hidden_states)
+        return logits[0, : rows.num_tokens].unflatten(0, (num_rows, beams))
 
     # ---- retire
 

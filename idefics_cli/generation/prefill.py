@@ -124,12 +124,12 @@ class Reading:
         """
         input_ids = self._padded().to(model.device)  # (rows, width)
         image_mask, image_gate = image_visibility(self._sees(input_ids), images.seq_len, model.dtype)
-        rows = RaggedRows(self.lengths, model.device)
+        rows = RaggedRows(self.lengths, model.device, model.model.line_length(sum(self.lengths)))
         memory = PrefillMemory(self.prefix.shared, key_values, images, image_mask, image_gate, rows)
         positions = torch.arange(rows.width, device=model.device).expand_as(input_ids) + self.prefix.shared.length
-        embeddings = model.model.embed_tokens(rows.in_line(input_ids))  # (1, tokens, hidden)
+        embeddings = model.model.embed_tokens(rows.in_line(input_ids))  # (1, line, hidden)
         hidden_states = model.model.decode(embeddings, rows.in_line(positions), memory)
-        return model.lm_head(hidden_states[0, rows.last])
+        return model.lm_head(rows.last(hidden_states))
 
     def last_images(self, images: RowImages) -> list[Tensor]:
         """What each row still sees behind its prompt, (layers, 2, heads, seq, head_dim) each."""

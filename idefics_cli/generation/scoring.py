@@ -118,9 +118,10 @@ class ChoicesReading(Reading):
         input_ids = self._padded().to(model.device)  # (rows, width)
         owners, offsets = (table.to(model.device) for table in self._places())
         image_mask, image_gate = image_visibility(self._sees(input_ids), images.seq_len, model.dtype)
-        rows, mask = RaggedRows(self.lengths, model.device), packed_mask(owners, model.dtype)
+        rows = RaggedRows(self.lengths, model.device, model.model.line_length(sum(self.lengths)))
+        mask = packed_mask(owners, model.dtype)
         memory = PackedMemory(self.prefix.shared, (), images, image_mask, image_gate, rows, mask)
-        embeddings = model.model.embed_tokens(rows.in_line(input_ids))  # (1, tokens, hidden)
+        embeddings = model.model.embed_tokens(rows.in_line(input_ids))  # (1, line, hidden)
         positions = rows.in_line(offsets + self.prefix.shared.length)
         return self._sums(model, model.model.decode(embeddings, positions, memory)[0], rows.starts)
 
@@ -142,7 +143,7 @@ class ChoicesReading(Reading):
     def _sums(
         self, model: IdeficsForVisionText2Text, hidden_states: Tensor, starts: Sequence[int]
     ) -> list[list[float]]:
-        """From (tokens, hidden): at a prompt's last token and at each of its choices' tokens one is predicted."""
+        """From (line, hidden): at a prompt's last token and at each of its choices' tokens one is predicted."""
         tokens = [
             start + prompt_length - 1 + place
             for start, prompt_length, choices in zip(starts, self.prompt_lengths, self.choices, strict=True)

@@ -246,7 +246,7 @@ class IdeficsDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
 
     def _drop(self, states: Tensor) -> Tensor:
-        return nn.functional.dropout(states, p=self.dropout, training=self.training)
+        return nn.functional.dropout(states, p=self.dropout) if self.training else states
 
 
 def initial_alpha(config: IdeficsConfig) -> Tensor:
@@ -288,4 +288,4 @@ class IdeficsGatedCrossAttentionLayer(GradientCheckpointingLayer):
         return hidden_states + self.alpha_dense.tanh() * self._drop(transformed)
 
     def _drop(self, states: Tensor) -> Tensor:
-        return nn.functional.dropout(states, p=self.dropout, training=self.training)
+        return nn.functional.dropout(states, p=self.dropout) if self.training else states

@@ -36,6 +36,7 @@ from idefics_cli.model.decoder import (
 )
 from idefics_cli.model.memory import Memory, PlainMemory, image_visibility
 from idefics_cli.model.perceiver import IdeficsPerceiverResampler
+from idefics_cli.model.projections import line_length
 from idefics_cli.model.vision import IdeficsVisionEmbeddings, IdeficsVisionTransformer
 
 
@@ -185,6 +186,10 @@ class IdeficsModel(IdeficsPreTrainedModel):
         if self.config.use_resampler:
             hidden_states = self.perceiver_resampler(hidden_states)
         return hidden_states.unflatten(0, rows_and_images)
+
+    def line_length(self, num_tokens: int) -> int:
+        """How many tokens `decode` takes best in place of so many: behind them a few that are nobody's."""
+        return line_length(self.layers[0].mlp.down_proj, num_tokens)
 
     def decode(
         self,

@@ -65,6 +65,13 @@ class PackedMatrix:
         output = self._multiply_pieces(inputs.reshape(rows, self.in_features))
         return output.view(*inputs.shape[:-1], self.out_features)
 
+    def rows_taken(self, rows: int) -> int:
+        """The least number of rows, `rows` or a few more, that is multiplied without padding it to a kernel's size."""
+        if self.sizes_recur:
+            return rows
+        pieces, rest = divmod(rows, LARGEST_KERNEL)
+        return pieces * LARGEST_KERNEL + kernel_rows(rest)
+
     def _multiply(self, inputs: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
 

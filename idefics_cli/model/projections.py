@@ -21,6 +21,12 @@ def project(inputs: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     return joint(inputs).split([linear.joint_features for linear in linears], dim=-1)
 
 
+def line_length(linear: nn.Module, num_tokens: int) -> int:
+    """How many tokens such layers take without copying what they read: as many, or a few more."""
+    joint = getattr(linear, "joint", None)
+    return num_tokens if joint is None else joint.rows_taken(num_tokens)
+
+
 def activated(inputs: Tensor, linear: nn.Module, activation: nn.Module) -> Tensor:
     """The layer's output, activated: (..., in) -> (..., out)."""
     output = linear(inputs)
