@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from idefics_cli import cli
-from idefics_cli.bench.compare import Bench, Run, agreement
+from idefics_cli.bench.compare import Bench, Run, agreement, measure, warm_up
 from idefics_cli.bench.floor import Counts, PhaseWork, copy_bandwidth, floor_seconds, work_of
 from idefics_cli.bench.memory import MemoryMeter, forget_resident_peak
 from idefics_cli.bench.report import run, tables
@@ -315,14 +315,14 @@ def test_the_report_is_plain_json_and_a_table(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("idefics_cli.bench.floor.FLOOR_SECONDS", 0.0)
     told: list[str] = []
     found = json.loads(json.dumps(run(replace(OPTIONS, repeats=2, shots=1), told.append, PlainEngine)))
-    assert found["agreement"]["identical"] == 1.0 and found["agreement"]["rows"] == 9
+    assert found["agreement"]["identical"] == 1.0 and found["agreement"]["rows"] == 12
     assert found["agreement"]["max_score_difference"] < 1e-4
     assert len(found["ratios"]) == len(found["ours"]["all_seconds"]) == 2 and found["ratio"] > 0
     assert found["ours"]["tokens"] == found["transformers"]["tokens"] == 12
     assert found["work"] == {"images": 6, "prompt_tokens": found["work"]["prompt_tokens"], "steps": 12}
     assert found["phases"]["decode"]["above_floor"] > 0
     assert found["settings"]["decoding"]["min_new_tokens"] == 4
-    assert len(told) == 4 and len(tables(found)) == 2
+    assert len(told) == 6 and len(tables(found)) == 2
 
 
 @pytest.mark.parametrize("shots", [0, 2])
@@ -335,8 +335,6 @@ def test_embeddings_give_the_same_texts_without_the_vision_tower(shots: int, mon
 
 
 def test_both_sides_go_first_in_turn(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from idefics_cli.bench.compare import measure
-
     order: list[str] = []
     theirs, ours = bench.run_theirs, bench.run_ours
 
@@ -350,9 +348,21 @@ def test_both_sides_go_first_in_turn(bench: Bench, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench, "run_ours", noted("ours", ours))
     monkeypatch.setattr(bench, "run_theirs", noted("theirs", theirs))
     monkeypatch.setattr(bench, "options", replace(OPTIONS, repeats=2))
-    measured = measure(bench, lambda line: None)
-    assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    warm = warm_up(bench, lambda line: None)
+    assert order == ["ours", "theirs"] * 2
+    measured = measure(bench, warm, lambda line: None)
+    assert order[4:] == ["theirs", "ours", "ours", "theirs"]
     assert len(measured.ratios) == 2
+
+
+@pytest.mark.skipif(not forget_resident_peak(), reason="nobody counts a process's memory here")
+def test_only_the_pairs_of_the_warm_up_are_watched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "options", replace(OPTIONS, repeats=1))
+    warm = warm_up(bench, lambda line: None)
+    measured = measure(bench, warm, lambda line: None)
+    assert measured.our_peak == warm[0][1].memory.kept + warm[1][1].memory.rise
+    assert measured.their_peak == warm[1][2].memory.rise >= 0
+    assert all(run.memory.peak is None for run in (*measured.ours, *measured.theirs))
 
 
 # The command

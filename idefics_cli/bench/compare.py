@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from idefics_cli.bench.memory import MemoryMeter
+from idefics_cli.bench.memory import MemoryMeter, MemoryUse
 from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, Subject, transformers_model
 from idefics_cli.errors import IdeficsError
 from idefics_cli.generation import reference
@@ -77,8 +78,11 @@ class Run:
 
     seconds: float
     texts: list[tuple[tuple[int, ...], float | None]]
-    peak: int | None
+    memory: MemoryUse
     times: dict[str, float] = field(default_factory=dict)
+
+
+Pair = tuple[Sequence[EncodedPrompt], Run, Run]  # the prompts, our run over them and transformers'
 
 
 class Bench:
@@ -96,24 +100,24 @@ class Bench:
             self.engine = factory(subject.model, subject.vocabulary, image_token_id, options.batch_size)
             self.layout_seconds = self._now() - started
         self.layout_bytes = layout.kept
-        self._kept_by_ours = 0
 
-    def run_ours(self, prompts: Sequence[EncodedPrompt]) -> Run:
-        """The peak counts what earlier calls left behind: caches are part of how we do it."""
+    def run_ours(self, prompts: Sequence[EncodedPrompt], metered: bool = False) -> Run:
+        """Memory is looked at where it is asked for: to tidy up before and behind a run costs the next one time."""
         if self.options.embeddings:
             prompts = self._embedded(prompts)
         self.engine.times.reset()
         texts: list[tuple[tuple[int, ...], float | None]] = [((), None)] * len(prompts)
-        with self.meter.measure() as memory:
+        with self._watched(metered) as memory:
             started = self._now()
             for index, hypotheses in self.engine.generate(prompts, self.options.texts):
                 if not hypotheses:
                     raise IdeficsError("the device's memory does not hold one prompt: lower --shots or --num-beams")
                 texts[index] = (hypotheses[0].token_ids, hypotheses[0].score)
             seconds = self._now() - started
-        peak = None if memory.rise is None else self._kept_by_ours + memory.rise
-        self._kept_by_ours += memory.kept or 0
-        return Run(seconds, texts, peak, phase_times(self.engine.times))
+        return Run(seconds, texts, memory, phase_times(self.engine.times))
+
+    def _watched(self, metered: bool) -> AbstractContextManager[MemoryUse]:
+        return self.meter.measure() if metered else nullcontext(MemoryUse())
 
     def _embedded(self, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
         """The prompts with latents in the place of pictures, as `idefics embed` makes them beforehand: untimed."""
@@ -124,7 +128,7 @@ class Bench:
         self.engine.latents.clear()
         return [EncodedPrompt(each.input_ids, tuple(latents[key] for key in each.image_keys)) for each in prompts]
 
-    def run_theirs(self, prompts: Sequence[EncodedPrompt], with_scores: bool = False) -> Run:
+    def run_theirs(self, prompts: Sequence[EncodedPrompt], with_scores: bool = False, metered: bool = False) -> Run:
         """Batches of similar length, as a careful caller makes them. Collating is not timed, `generate` is.
 
         Scores are asked for only where time and memory do not count: transformers keeps every step's logits for them.
@@ -132,7 +136,7 @@ class Bench:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
         texts: list[tuple[tuple[int, ...], float | None]] = [((), None)] * len(prompts)
         seconds = 0.0
-        with self.meter.measure() as memory:
+        with self._watched(metered) as memory:
             for first in range(0, len(order), self.options.batch_size):
                 batch = order[first : first + self.options.batch_size]
                 inputs = self._collate([prompts[index] for index in batch])
@@ -141,7 +145,7 @@ class Bench:
                 seconds += self._now() - started
                 for index, text in zip(batch, found, strict=True):
                     texts[index] = text
-        return Run(seconds, texts, memory.rise)
+        return Run(seconds, texts, memory)
 
     def _collate(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
         return vars(collate(prompts, self.subject.token_ids, self.subject.image_size))
@@ -190,7 +194,7 @@ def phase_times(times: PhaseTimes) -> dict[str, float]:
 # ---- whether both say the same
 
 
-def agreement(bench: Bench, pairs: Sequence[tuple[Sequence[EncodedPrompt], Run, Run]]) -> dict[str, Any]:
+def agreement(bench: Bench, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Texts of both sides, row by row. Where they differ, transformers scores both: a tie is no difference.
 
     Scores are compared where transformers was asked for its own.
@@ -221,28 +225,45 @@ def agreement(bench: Bench, pairs: Sequence[tuple[Sequence[EncodedPrompt], Run, 
 
 @dataclass(frozen=True)
 class Measured:
-    """All runs: the first pair (ours with cold caches, transformers asked for scores), the timed ones, and those of
-    ours whose phases are told apart."""
+    """All runs: the two pairs of the warm-up, the timed ones, and those of ours whose phases are told apart."""
 
-    first: tuple[Run, Run]
+    first: Pair
+    metered: Pair
     ours: list[Run]
     theirs: list[Run]
     phased: list[Run]
     agreement: dict[str, Any]
+
+    @property
+    def our_peak(self) -> int | None:
+        """Counts what the first call left behind: caches are part of how we do it."""
+        kept, rise = self.first[1].memory.kept, self.metered[1].memory.rise
+        return None if kept is None or rise is None else kept + rise
+
+    @property
+    def their_peak(self) -> int | None:
+        return self.metered[2].memory.rise
 
     @cached_property
     def ratios(self) -> list[float]:
         return [theirs.seconds / ours.seconds for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
 
-def measure(bench: Bench, say: Callable[[str], None]) -> Measured:
-    """A first pair that warms both sides up, then timed ones on new pictures, each side first in turn."""
+def warm_up(bench: Bench, say: Callable[[str], None]) -> tuple[Pair, Pair]:
+    """A first pair, ours with cold caches and transformers asked for scores, and one whose memory is looked at."""
     say("first call, and transformers with scores")
     prompts = bench.subject.prompts.draw(FIRST_CALL)
-    first = bench.run_ours(prompts), bench.run_theirs(prompts, with_scores=True)
-    pairs = [(prompts, *first)]
+    first = prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, with_scores=True)
+    say("memory")
+    prompts = bench.subject.prompts.draw(FIRST_CALL + 1)
+    return first, (prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, metered=True))
+
+
+def measure(bench: Bench, warm: tuple[Pair, Pair], say: Callable[[str], None]) -> Measured:
+    """The timed pairs behind those of the warm-up, each side first in turn, each pair over new pictures."""
+    pairs: list[Pair] = []
     for repeat in range(1, bench.options.repeats + 1):
-        prompts = bench.subject.prompts.draw(FIRST_CALL + repeat)
+        prompts = bench.subject.prompts.draw(FIRST_CALL + 1 + repeat)
         if repeat % 2:
             theirs = bench.run_theirs(prompts)
             ours = bench.run_ours(prompts)
@@ -251,8 +272,8 @@ def measure(bench: Bench, say: Callable[[str], None]) -> Measured:
             theirs = bench.run_theirs(prompts)
         say(f"repeat {repeat}: ours {ours.seconds:.2f} s, transformers {theirs.seconds:.2f} s")
         pairs.append((prompts, ours, theirs))
-    ours, theirs = [ours for _, ours, _ in pairs[1:]], [theirs for _, _, theirs in pairs[1:]]
-    return Measured(first, ours, theirs, phased_runs(bench, ours), agreement(bench, pairs))
+    ours, theirs = [ours for _, ours, _ in pairs], [theirs for _, _, theirs in pairs]
+    return Measured(*warm, ours, theirs, phased_runs(bench, ours), agreement(bench, [*warm, *pairs]))
 
 
 def phased_runs(bench: Bench, timed: list[Run]) -> list[Run]:
@@ -260,4 +281,4 @@ def phased_runs(bench: Bench, timed: list[Run]) -> list[Run]:
     if bench.device.type != "cuda":
         return timed
     bench.engine.waits = True
-    return [bench.run_ours(bench.subject.prompts.draw(FIRST_CALL + bench.options.repeats + 1))]
+    return [bench.run_ours(bench.subject.prompts.draw(FIRST_CALL + bench.options.repeats + 2))]

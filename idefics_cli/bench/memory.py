@@ -17,11 +17,10 @@ import torch
 
 
 class MemoryMeter:
-    """Measures one run after the other. What is garbage when a run ends is not counted as kept."""
+    """Measures runs. What is garbage when one begins or ends is not counted."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._tidy()
 
     def _tidy(self) -> None:
         gc.collect()
@@ -38,6 +37,7 @@ class MemoryMeter:
 
     @contextmanager
     def measure(self) -> Iterator[MemoryUse]:
+        self._tidy()
         use = MemoryUse(self._now())
         counted = self._forget_peak()
         yield use
@@ -61,7 +61,7 @@ class MemoryMeter:
 class MemoryUse:
     """Bytes before, at the most, and after; None where nobody counts."""
 
-    before: int | None
+    before: int | None = None
     peak: int | None = None
     after: int | None = None
 

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from idefics_cli.bench.compare import Bench, EngineFactory, Measured, Run, make_engine, measure
+from idefics_cli.bench.compare import Bench, EngineFactory, Measured, Run, make_engine, measure, warm_up
 from idefics_cli.bench.floor import Counts, copy_bandwidth, floor_seconds, work_of
 from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, checkpoint_subject, random_subject, require_room
 from idefics_cli.checkpoint import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+PHASES = ("vision", "prefill", "decode")
+Floors = dict[str, dict[str, float]]  # for each phase, seconds of its products' parts
 
 
 def run(
@@ -33,20 +36,29 @@ def run(
     subject = prepare(options, device, dtype)
     require_room(subject, options)
     bench = Bench(subject, options, factory)
-    measured = measure(bench, say)
-    say("timing the bare matrix products")
-    phases = phase_report(bench, measured)
-    return report(bench, measured, phases)
-
-
-def phase_report(bench: Bench, measured: Measured) -> dict[str, Any]:
-    """For each phase: median seconds, the floor of its median work, and how far above it stands."""
     bandwidth = copy_bandwidth(bench.device)
-    work = work_of(bench.theirs, median_counts(bench, measured))
+    warm = warm_up(bench, say)
+    # Before and behind the timed runs: a machine may work faster or slower by the end.
+    say("the bare matrix products")
+    floors = [phase_floors(bench, [warm[1][1]], bandwidth)]
+    measured = measure(bench, warm, say)
+    say("the bare matrix products again")
+    floors.append(phase_floors(bench, measured.phased, bandwidth))
+    return report(bench, measured, phase_report(measured, floors, bandwidth))
+
+
+def phase_floors(bench: Bench, runs: Sequence[Run], bandwidth: float | None) -> Floors:
+    """The floor of each phase's median work, timed now."""
+    work = work_of(bench.theirs, median_counts(bench, runs))
+    return {name: floor_seconds(work[name], bandwidth) for name in PHASES}
+
+
+def phase_report(measured: Measured, floors: Sequence[Floors], bandwidth: float | None) -> dict[str, Any]:
+    """For each phase: median seconds, its floor, the mean of those timed, and how far above it stands."""
     phases: dict[str, Any] = {}
-    for name in ("vision", "prefill", "decode"):
+    for name in PHASES:
         seconds = statistics.median(run.times[name] for run in measured.phased)
-        floor = floor_seconds(work[name], bandwidth)
+        floor = {part: statistics.fmean(each[name][part] for each in floors) for part in floors[0][name]}
         products = max(floor["products"], floor.get("bytes", 0.0))
         whole = max(floor["products"] + floor["attention"], floor.get("bytes", 0.0))
         phases[name] = {
@@ -63,14 +75,13 @@ def phase_report(bench: Bench, measured: Measured) -> dict[str, Any]:
     return phases
 
 
-def median_counts(bench: Bench, measured: Measured) -> Counts:
+def median_counts(bench: Bench, runs: Sequence[Run]) -> Counts:
     options = bench.options
     done = {
-        name: round(statistics.median(run.times[name] for run in measured.phased))
-        for name in ("images", "prompt_tokens", "steps")
+        name: round(statistics.median(run.times[name] for run in runs)) for name in ("images", "prompt_tokens", "steps")
     }
     prompts = bench.subject.prompts.draw(FIRST_CALL)
-    lengths = [len(token_ids) for run in measured.phased for token_ids, _ in run.texts]
+    lengths = [len(token_ids) for run in runs for token_ids, _ in run.texts]
     return Counts(
         **done,
         prompts=options.num_rows,
@@ -83,7 +94,7 @@ def median_counts(bench: Bench, measured: Measured) -> Counts:
 
 def report(bench: Bench, measured: Measured, phases: dict[str, Any]) -> dict[str, Any]:
     before = {
-        "first_call_seconds": measured.first[0].seconds,
+        "first_call_seconds": measured.first[1].seconds,
         "layout_seconds": bench.layout_seconds,
         "layout_bytes": bench.layout_bytes,
     }
@@ -91,8 +102,8 @@ def report(bench: Bench, measured: Measured, phases: dict[str, Any]) -> dict[str
         "machine": machine(bench.device),
         "versions": versions(),
         "settings": settings(bench),
-        "ours": {**side(bench.options, measured.ours), **before},
-        "transformers": side(bench.options, measured.theirs),
+        "ours": {**side(bench.options, measured.ours, measured.our_peak), **before},
+        "transformers": side(bench.options, measured.theirs, measured.their_peak),
         "ratio": statistics.median(measured.ratios),
         "ratios": measured.ratios,
         "agreement": measured.agreement,
@@ -101,7 +112,7 @@ def report(bench: Bench, measured: Measured, phases: dict[str, Any]) -> dict[str
     }
 
 
-def side(options: BenchOptions, runs: Sequence[Run]) -> dict[str, Any]:
+def side(options: BenchOptions, runs: Sequence[Run], peak: int | None) -> dict[str, Any]:
     seconds = statistics.median(run.seconds for run in runs)
     return {
         "seconds": seconds,
@@ -109,7 +120,7 @@ def side(options: BenchOptions, runs: Sequence[Run]) -> dict[str, Any]:
         "rows_per_second": options.num_rows / seconds,
         "images_per_second": options.num_images / seconds,
         "tokens": statistics.median(sum(len(token_ids) for token_ids, _ in run.texts) for run in runs),
-        "peak_bytes": max((run.peak for run in runs if run.peak is not None), default=None),
+        "peak_bytes": peak,
     }
 
 
@@ -188,7 +199,7 @@ def phase_table(phases: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table("phase", "seconds", "products", "attention", "bytes", "above floor", title="Where our time goes")
-    for name in ("vision", "prefill", "decode"):
+    for name in PHASES:
         phase = phases[name]
         floor = phase["floor"]
         shown = [f"{floor[part]:.3f}" if part in floor else "" for part in ("products", "attention", "bytes")]
