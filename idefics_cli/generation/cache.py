@@ -8,7 +8,7 @@ only: no text, no files, and no choice of tokens.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -46,6 +46,11 @@ class BoundedCache(Generic[Value]):
         self.num_bytes += num_bytes
         while self.num_bytes > self.max_bytes and len(self._entries) > 1:
             self.num_bytes -= self._entries.popitem(last=False)[1][1]
+
+    def retain(self, keys: Collection[Hashable]) -> None:
+        """Drop all others."""
+        for key in self._entries.keys() - keys:
+            self.num_bytes -= self._entries.pop(key)[1]
 
     def keys(self) -> list[Hashable]:
         return list(self._entries)

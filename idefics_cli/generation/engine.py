@@ -29,18 +29,17 @@ from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
-from idefics_cli.generation.room import image_key_bytes, image_seq_len
+from idefics_cli.generation.room import image_seq_len
 from idefics_cli.generation.source import IterableSource, Pictured, Prompt, PromptSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
-IMAGES_KEPT = 2  # images whose keys and values are kept, in multiples of the most that a group of prompts has wanted
 VISION_BATCH = 16  # images; more at a time make no product faster
 SHORTEST_PREFIX = 8  # tokens; sharing fewer saves less than it costs
 WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
 SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
 # Beams share most of their past: at first the tree has room for one path, and for what each beam has of its own.
-PATH_SLOTS, OWN_SLOTS = 32, 8
+PATH_SLOTS, OWN_SLOTS = 32, 6
 TREE_STEP = 3  # tokens of every beam that the tree's storage grows by
 
 
@@ -79,7 +78,7 @@ class Engine:
         self.times = PhaseTimes()
         self.waits = False
         self.latents: BoundedCache[Tensor] = BoundedCache(LATENTS_BYTES)
-        self.image_key_values: BoundedCache[Tensor] = BoundedCache(0)  # set by what prompts want
+        self.image_key_values: BoundedCache[Tensor] = BoundedCache(IMAGE_KEYS_BYTES)
         self.prefixes: BoundedCache[Prefix] = BoundedCache(PREFIX_BYTES)
 
     def clear_caches(self) -> None:
@@ -125,26 +124,23 @@ class Engine:
     ) -> dict[bytes, Tensor]:
         """What gated layers read of each wanted image of `prompts`: (layers, 2, heads, seq, head_dim) each.
 
-        Where none is wanted, one that nobody sees.
+        Where none is wanted, one that nobody sees. Those that prompts `ahead` show too are kept for them; to make
+        others' anew from latents would cost little.
         """
         if not wanted:
             return {b"": self._no_image()}
-        self._keep_images(IMAGES_KEPT * len(wanted))
         found = {key: self.image_key_values.get(key) for key in wanted}
         missing = [key for key, value in found.items() if value is None]
         if missing:
             latents = self.encode(prompts, missing, ahead)
             with self.timed("prefill"):
                 projected = project_images(latents, self.model.model.gated_cross_attn_layers)
-            for key, key_values in zip(missing, projected, strict=True):
-                found[key] = key_values
-                self.image_key_values.put(key, key_values, key_values.nbytes)
+            found |= zip(missing, projected, strict=True)
+        coming = {key for prompt in ahead for key in prompt.image_keys}
+        self.image_key_values.retain(coming)
+        for key in coming & found.keys():
+            self.image_key_values.put(key, found[key], found[key].nbytes)
         return found
-
-    def _keep_images(self, count: int) -> None:
-        """Hold the keys and values of at least so many. To make them anew from latents costs little."""
-        cache = self.image_key_values
-        cache.max_bytes = min(IMAGE_KEYS_BYTES, max(cache.max_bytes, count * image_key_bytes(self.model)))
 
     def encode(self, prompts: Sequence[Pictured], wanted: Sequence[bytes], ahead: Sequence[Pictured] = ()) -> Tensor:
         """(images, seq, dim): given, from the cache, or from vision tower and resampler, several at a time.

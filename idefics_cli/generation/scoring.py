@@ -258,7 +258,8 @@ class Scoring:
     def _log_likelihoods(self, group: Sequence[Part], prefix: Prefix) -> list[list[float]]:
         engine = self.engine
         reading = ChoicesReading(group, prefix, engine.vocabulary, engine.image_token_id)
-        images = reading.arrange(engine.images([part.prompt for part in group], reading.wanted))
+        line = [part.prompt for part in self.line]  # the group among them
+        images = reading.arrange(engine.images([part.prompt for part in group], reading.wanted, ahead=line))
         with engine.timed("prefill"):
             found = reading.log_likelihoods(engine.model, images)
         engine.times.prompt_tokens += sum(reading.lengths)

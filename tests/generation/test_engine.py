@@ -288,22 +288,27 @@ def test_short_prompts_do_not_read_what_a_long_one_needed(monkeypatch: pytest.Mo
     assert max(slots for _, slots in seen) > 91 and seen[-1][1] <= 7 + 2 * 3
 
 
-def test_as_many_pictures_are_projected_once_as_a_group_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    project, projected = engine_module.project_images, []
+def test_a_picture_is_projected_once_while_prompts_in_line_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    project, projected, held = engine_module.project_images, [], []
 
     def counting(latents, layers):
         projected.append(len(latents))
+        held.append(len(runner.image_key_values.keys()))
         return project(latents, layers)
 
     monkeypatch.setattr(engine_module, "project_images", counting)
     runner, chosen = engine(MODELS[0], 2), DecodingOptions(max_new_tokens=2)
-    many, few = [
-        [EncodedPrompt([1, 10 + number, *[FAKE_ID, IMAGE_ID, FAKE_ID] * len(each), 7], each) for number, each in pairs]
-        for pairs in (enumerate([PICTURES[:3], PICTURES[:3]]), enumerate([PICTURES[:1], PICTURES[1:2]]))
+    # Read two by two, the shortest first: pictures 0 and 1 are asked about again at the end, 2 and 3 only once.
+    shown = [0, 1, 2, 3, 0, 1]
+    some = [
+        EncodedPrompt(
+            [1, *range(10, 11 + number), FAKE_ID, IMAGE_ID, FAKE_ID], PICTURES[number_shown : number_shown + 1]
+        )
+        for number, number_shown in enumerate(shown)
     ]
-    for some in (many, few, many, few):
-        decode(runner, some, chosen)
-    assert sum(projected) == 3
+    decode(runner, some, chosen)
+    assert projected == [2, 2] and held == [0, 2]
+    assert runner.image_key_values.num_bytes == 0, "nobody is in line any more"
 
 
 @pytest.mark.parametrize("limit", [1, 3])
