@@ -119,8 +119,17 @@ class Run:
         assert record is not None, output.path
         if self.options.retry_errors and record["failed"]:
             return self._retry(output)
+        if self.inputs.awaited:
+            self._require_same_rows(output)
         self._take_over(record)
         return Ending.FINISHED_BEFORE
+
+    def _require_same_rows(self, output: FileOutput) -> None:
+        """What comes on stdin has no name to compare, so its rows are."""
+        known = output.finished_rows()
+        for row in self._rows():
+            _require_same_row(next(known, None), row)
+        _require_end(known)
 
     def _publish_again(self, output: FileOutput) -> Ending:
         """A kill came between the last row and the final name."""
@@ -149,18 +158,14 @@ class Run:
         done_again = output.rows_so_far()
         known = output.finished_rows()
         for row in self._rows():
-            old = next(known, None)
-            if old is None or old["id"] != row.id:
-                raise InputError(
-                    f"row {row.index + 1} is {row.id}, and was not when the result was made: begin anew"
-                    " with --overwrite"
-                )
+            old = _require_same_row(next(known, None), row)
             if old["error"] is not None:
                 old = next(done_again, None)
             if old is None:
                 yield row
             else:
                 self._count_again(old)
+        _require_end(known)
 
     def _recount(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         """The ids of rows that an earlier run has finished, which count for this one."""
@@ -196,6 +201,7 @@ class Run:
             "inputs": list(self.inputs.identity),
             "rows": {"limit": reading.limit, "shard": reading.shard, "recursive": reading.recursive},
             "columns": {"image": reading.image_column, "id": reading.id_column, "kept": list(self.form.kept)},
+            "image_root": reading.image_root,
             "pictures": {"draft": options.limits.draft},
             "model": model if weights is None else {**model, "weights": weights},
             "work": self.work.settings,
@@ -269,3 +275,23 @@ def _require_manifests(inputs: tuple[str, ...], work: Work) -> None:
     without = [name for name in inputs if not is_manifest(name)]
     if work.needs_manifest and without:
         raise InputError(f"{without[0]} is no manifest: {work.needs_manifest}")
+
+
+def _require_same_row(old: dict[str, Any] | None, row: InputRow) -> dict[str, Any]:
+    """`old`, the finished row in the place of the input's `row`."""
+    if old is None or old["id"] != row.id:
+        raise InputError(
+            f"row {row.index + 1} is {row.id}, and was not when the result was made: name another output,"
+            " or begin anew with --overwrite"
+        )
+    return old
+
+
+def _require_end(known: Iterator[Mapping[str, Any]]) -> None:
+    """Raise InputError where the result has rows behind the input's last."""
+    old = next(known, None)
+    if old is not None:
+        raise InputError(
+            f"the input ends before {old['id']}, which the result holds: give all rows again, name another output,"
+            " or begin anew with --overwrite"
+        )

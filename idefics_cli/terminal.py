@@ -152,7 +152,7 @@ def say(message: str, label: str = "") -> None:
     if sys.stderr is None:
         return
     line = Text.assemble((label, "bold red"), _printable(one_line(message)))
-    with contextlib.suppress(BrokenPipeError):  # nobody is listening
+    with contextlib.suppress(OSError):  # nobody is listening, or the log's disk is full
         console(sys.stderr).print(line)
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from idefics_cli.data.files import InputFile, cannot_read
 from idefics_cli.data.names import shown
 from idefics_cli.data.tables import OWN_ERROR, SAMPLE_ROWS, Record, picture_columns
+from idefics_cli.data.values import python_values
 from idefics_cli.errors import InputError, RowError
 
 if TYPE_CHECKING:
@@ -226,11 +227,19 @@ def _record(arrays: Sequence[pa.Array], place: int, columns: Sequence[str], numb
     record: dict[str, Any] = {}
     for name, array in zip(columns, arrays, strict=True):
         try:
-            record[name] = array[place].as_py()
+            record[name] = _value(array, place)
         except (ValueError, OverflowError, pa.ArrowException) as error:
             message = f"row {number + 1} cannot be read: column {shown(name)}: {error}"
             record[OWN_ERROR] = RowError("row_invalid", message)
     return record
+
+
+def _value(array: pa.Array, place: int) -> Any:
+    """The value there; a moment of nanoseconds, for which Python has no type, as ISO text."""
+    if not pa.types.is_timestamp(array.type):
+        return array[place].as_py()
+    (value,) = python_values(array.slice(place, 1))
+    return value.replace(" ", "T", 1) if isinstance(value, str) else value
 
 
 def _item_type(kind: pa.DataType) -> pa.DataType:

@@ -91,6 +91,7 @@ class _Archive:
             with tarfile.open(fileobj=self._stream, mode="r:", encoding="utf-8", errors="surrogateescape") as self._tar:
                 while (info := self._tar.next()) is not None:
                     self._tar.members.clear()  # else it remembers them all
+                    info.name = info.name.removeprefix("./")  # as `tar -C folder .` writes them
                     if info.isreg() and not any(map(is_hidden, info.name.split("/"))):
                         yield _member(info)
         except tarfile.TarError as error:
