@@ -259,6 +259,29 @@ def test_one_id_twice_on_stdin_is_refused_at_the_second(
     assert re.search(r"^Error: rows 1 and 2 have one id.*1 row finished so far: safe in .*part\.", result.stderr)
 
 
+def test_other_paths_than_a_finished_result_has_are_refused(
+    run: Callable[..., Result], photos: Path, tmp_path: Path
+) -> None:
+    """Paths on stdin have no name that could be compared: their rows are."""
+    first, second, third = (str(photos / name).encode() + b"\n" for name in ("a.jpg", "broken.png", "none.png"))
+    output = tmp_path / "f.jsonl"
+    assert run("caption", "-", "-o", output, input=first + second).exit_code == 3
+    before = output.read_bytes()
+    assert run("caption", "-", "-o", output, input=first + second).exit_code == 3
+    for others, options in ((second, ()), (first, ()), (first + second + third, ()), (first, ("--retry-errors",))):
+        result = run("caption", "-", "-o", output, *options, input=others)
+        assert result.exit_code == 2 and "name another output, or begin anew with --overwrite" in result.stderr
+    assert output.read_bytes() == before
+
+
+def test_another_image_root_is_another_run(run: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
+    manifest, output = tmp_path / "m.jsonl", tmp_path / "f.jsonl"
+    manifest.write_text('{"image": "a.jpg"}')
+    assert run("caption", manifest, "--image-root", photos, "-o", output).exit_code == 0
+    result = run("caption", manifest, "--image-root", tmp_path, "-o", output)
+    assert result.exit_code == 2 and "image_root" in result.stderr
+
+
 def test_terminal_commands_in_names_are_shown_not_obeyed(refused: Callable[..., str], tmp_path: Path) -> None:
     assert r"\x1b[31mred" in refused("caption", tmp_path / "\x1b[31mred")
 
@@ -352,6 +375,12 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path, redirect: str) -> None:
     assert done.returncode == 0
     assert done.stderr == (b"" if redirect else b"loading\n")
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_full_disk_behind_stderr_changes_no_exit_code(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full, started("caption", tmp_path / "none.png", stderr=full) as process:
+        process.communicate(timeout=20)
+    assert process.returncode == 2
 
 
 def test_a_full_disk_behind_stdout_is_one_line(photos: Path) -> None:

@@ -69,6 +69,17 @@ def test_values_that_python_has_none_for_cost_their_rows_alone(tmp_path: Path) -
     assert "row 2" in bad_text.error.message and "'day'" in bad_day.error.message
 
 
+def test_moments_finer_than_pythons_are_kept_as_text(tmp_path: Path) -> None:
+    moments = pa.array([1_700_000_000_123_456_789, None], pa.timestamp("ns"))
+    path = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.table({"image": ["1.jpg", "2.jpg"], "at": moments, "zoned": moments.cast(pa.timestamp("ns", "UTC"))}), path
+    )
+    first, second = rows_of(path, keep="all")
+    assert first.error is None and second.values == {"at": None, "zoned": None}
+    assert first.values == {"at": "2023-11-14T22:13:20.123456789", "zoned": "2023-11-14T22:13:20.123456789Z"}
+
+
 def test_files_without_rows_or_with_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     empty, twice = tmp_path / "empty.parquet", tmp_path / "twice.parquet"
     pq.write_table(pa.table({"image": pa.array([], pa.string())}), empty)

@@ -27,6 +27,12 @@ def test_members_with_one_stem_are_one_row(tmp_path: Path) -> None:
     assert (y.id, y.sources, y.image) == ("v1.0/y", (b"y",), "v1.0/y.webp")
 
 
+def test_members_of_the_folder_itself_are_no_hidden_ones(tmp_path: Path) -> None:
+    """`tar -C folder -cf rows.tar .` puts `./` before every name."""
+    rows = read(write_archive(tmp_path / "rows.tar", [("./a/x.png", b"a"), ("./.b/x.png", b"b"), ("./y.png", b"y")]))
+    assert [(row.id, row.image) for row in rows] == [("a/x", "a/x.png"), ("y", "y.png")]
+
+
 def test_fields_and_questions_are_columns(tmp_path: Path) -> None:
     one, two = read(write_archive(tmp_path / "rows.tar", SAMPLES), keep=("n", "question"))
     assert one.values == {"n": 1, "question": None} and two.values == {"n": None, "question": "What?"}
