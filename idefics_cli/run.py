@@ -119,10 +119,22 @@ class Run:
         assert record is not None, output.path
         if self.options.retry_errors and record["failed"]:
             return self._retry(output)
+        self._take_over(output, record)
+        return Ending.FINISHED_BEFORE
+
+    def _publish_again(self, output: FileOutput) -> Ending:
+        """A kill came between the last row and the final name."""
+        summary = output.journal.summary
+        assert summary is not None, output.path
+        output.publish(self.form.columns)
+        self._take_over(output, summary)
+        return Ending.FINISHED_BEFORE
+
+    def _take_over(self, output: FileOutput, summary: Mapping[str, Any]) -> None:
         if self.inputs.awaited:
             self._require_same_rows(output)
-        self._take_over(record)
-        return Ending.FINISHED_BEFORE
+        self.stats.rows = self.stats.resumed = self.stats.safe = summary["rows"]
+        self.stats.failed = Counter(summary["failed"])
 
     def _require_same_rows(self, output: FileOutput) -> None:
         """What comes on stdin has no name to compare, so its rows are."""
@@ -130,18 +142,6 @@ class Run:
         for row in self._rows():
             _require_same_row(next(known, None), row)
         _require_end(known)
-
-    def _publish_again(self, output: FileOutput) -> Ending:
-        """A kill came between the last row and the final name."""
-        summary = output.journal.summary
-        assert summary is not None, output.path
-        output.publish(self.form.columns)
-        self._take_over(summary)
-        return Ending.FINISHED_BEFORE
-
-    def _take_over(self, summary: Mapping[str, Any]) -> None:
-        self.stats.rows = self.stats.resumed = self.stats.safe = summary["rows"]
-        self.stats.failed = Counter(summary["failed"])
 
     def _retry(self, output: FileOutput) -> Ending:
         """Do the failed rows of a finished file again."""

@@ -274,6 +274,20 @@ def test_other_paths_than_a_finished_result_has_are_refused(
     assert output.read_bytes() == before
 
 
+def test_other_paths_than_those_of_a_run_killed_at_its_end_are_refused(
+    run: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (str(photos / name).encode() + b"\n" for name in ("a.jpg", "broken.png"))
+    output = tmp_path / "f.jsonl"
+    with monkeypatch.context() as broken:
+        broken.setattr("idefics_cli.data.outputs.sync_folder", lambda folder: (folder / "none").stat())
+        assert run("caption", "-", "-o", output, input=first).exit_code == 2
+    assert (tmp_path / "f.jsonl.part").exists()
+    result = run("caption", "-", "-o", output, input=second)
+    assert result.exit_code == 2 and "was not when the result was made" in result.stderr
+    assert run("caption", "-", "-o", output, input=first).exit_code == 0
+
+
 def test_another_image_root_is_another_run(run: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
     manifest, output = tmp_path / "m.jsonl", tmp_path / "f.jsonl"
     manifest.write_text('{"image": "a.jpg"}')
