@@ -360,8 +360,8 @@ def test_only_the_pairs_of_the_warm_up_are_watched(bench: Bench, monkeypatch: py
     monkeypatch.setattr(bench, "options", replace(OPTIONS, repeats=1))
     warm = warm_up(bench, lambda line: None)
     measured = measure(bench, warm, lambda line: None)
-    assert measured.our_peak == warm[0][1].memory.kept + warm[1][1].memory.rise
-    assert measured.their_peak == warm[1][2].memory.rise >= 0
+    assert measured.our_peak == warm[0].ours.memory.kept + warm[1].ours.memory.rise
+    assert measured.their_peak == warm[1].theirs.memory.rise >= 0
     assert all(run.memory.peak is None for run in (*measured.ours, *measured.theirs))
 
 

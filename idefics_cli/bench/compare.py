@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,7 +83,12 @@ class Run:
     times: dict[str, float] = field(default_factory=dict)
 
 
-Pair = tuple[Sequence[EncodedPrompt], Run, Run]  # the prompts, our run over them and transformers'
+class Pair(NamedTuple):
+    """Both sides' runs over the same prompts."""
+
+    prompts: Sequence[EncodedPrompt]
+    ours: Run
+    theirs: Run
 
 
 class Bench:
@@ -251,12 +256,12 @@ class Measured:
     @property
     def our_peak(self) -> int | None:
         """Counts what the first call left behind: caches are part of how we do it."""
-        kept, rise = self.first[1].memory.kept, self.metered[1].memory.rise
+        kept, rise = self.first.ours.memory.kept, self.metered.ours.memory.rise
         return None if kept is None or rise is None else kept + rise
 
     @property
     def their_peak(self) -> int | None:
-        return self.metered[2].memory.rise
+        return self.metered.theirs.memory.rise
 
     @cached_property
     def ratios(self) -> list[float]:
@@ -267,10 +272,10 @@ def warm_up(bench: Bench, say: Callable[[str], None]) -> tuple[Pair, Pair]:
     """A first pair, ours with cold caches and transformers asked for scores, and one whose memory is looked at."""
     say("first call, and transformers with scores")
     prompts = bench.subject.prompts.draw(FIRST_CALL)
-    first = prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, with_scores=True)
+    first = Pair(prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, with_scores=True))
     say("memory")
     prompts = bench.subject.prompts.draw(FIRST_CALL + 1)
-    return first, (prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, metered=True))
+    return first, Pair(prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, metered=True))
 
 
 def measure(bench: Bench, warm: tuple[Pair, Pair], say: Callable[[str], None]) -> Measured:
@@ -279,18 +284,18 @@ def measure(bench: Bench, warm: tuple[Pair, Pair], say: Callable[[str], None]) -
     for repeat in range(1, bench.options.repeats + 1):
         prompts = bench.subject.prompts.draw(FIRST_CALL + 1 + repeat)
         if repeat % 2:
-            theirs = timed(bench, bench.run_theirs, prompts, repeat)
-            ours = timed(bench, bench.run_ours, prompts, repeat)
+            theirs = run_timed(bench, bench.run_theirs, prompts, repeat)
+            ours = run_timed(bench, bench.run_ours, prompts, repeat)
         else:
-            ours = timed(bench, bench.run_ours, prompts, repeat)
-            theirs = timed(bench, bench.run_theirs, prompts, repeat)
+            ours = run_timed(bench, bench.run_ours, prompts, repeat)
+            theirs = run_timed(bench, bench.run_theirs, prompts, repeat)
         say(f"repeat {repeat}: ours {ours.seconds:.2f} s, transformers {theirs.seconds:.2f} s")
-        pairs.append((prompts, ours, theirs))
-    ours, theirs = [ours for _, ours, _ in pairs], [theirs for _, _, theirs in pairs]
+        pairs.append(Pair(prompts, ours, theirs))
+    ours, theirs = [pair.ours for pair in pairs], [pair.theirs for pair in pairs]
     return Measured(*warm, ours, theirs, phased_runs(bench, ours), agreement(bench, [*warm, *pairs]))
 
 
-def timed(bench: Bench, side: Callable[..., Run], prompts: Sequence[EncodedPrompt], repeat: int) -> Run:
+def run_timed(bench: Bench, side: Callable[..., Run], prompts: Sequence[EncodedPrompt], repeat: int) -> Run:
     """One run over `prompts`, behind a short one over the first of another draw: one token each, untimed.
 
     Weights that lay idle while the other side ran can be slow to reach at first, a virtual machine's above all.

@@ -40,7 +40,7 @@ def run(
     warm = warm_up(bench, say)
     # Before and behind the timed runs: a machine may work faster or slower by the end.
     say("the bare matrix products")
-    floors = [phase_floors(bench, [warm[1][1]], bandwidth)]
+    floors = [phase_floors(bench, [warm[1].ours], bandwidth)]
     measured = measure(bench, warm, say)
     say("the bare matrix products again")
     floors.append(phase_floors(bench, measured.phased, bandwidth))
@@ -94,7 +94,7 @@ def median_counts(bench: Bench, runs: Sequence[Run]) -> Counts:
 
 def report(bench: Bench, measured: Measured, phases: dict[str, Any]) -> dict[str, Any]:
     before = {
-        "first_call_seconds": measured.first[1].seconds,
+        "first_call_seconds": measured.first.ours.seconds,
         "layout_seconds": bench.layout_seconds,
         "layout_bytes": bench.layout_bytes,
     }
