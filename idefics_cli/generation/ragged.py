@@ -8,6 +8,7 @@ no memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -23,13 +24,17 @@ class RaggedRows:
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", line_length: int | None = None):
         assert lengths and min(lengths) > 0, lengths
+        self.lengths = lengths
         self.num_rows, self.width, self.num_tokens = len(lengths), max(lengths), sum(lengths)
         self.line_length = self.num_tokens if line_length is None else line_length
         assert self.line_length >= self.num_tokens, (self.line_length, self.num_tokens)
-        self.starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
         self.is_even = self.num_rows * self.width == self.num_tokens
         if not self.is_even:
             self._sources, self._places = (table.to(device) for table in self._tables(torch.tensor(lengths)))
+
+    @cached_property
+    def starts(self) -> list[int]:
+        return [end - length for end, length in zip(accumulate(self.lengths), self.lengths, strict=True)]
 
     def _tables(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Where in the line each token side by side is (rows * width,), and the other way round (line,)."""
