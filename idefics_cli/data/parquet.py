@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from idefics_cli.data.files import InputFile, cannot_read
 from idefics_cli.data.names import shown
 from idefics_cli.data.tables import OWN_ERROR, SAMPLE_ROWS, Record, picture_columns
-from idefics_cli.data.values import python_values
+from idefics_cli.data.values import ends_at_nanoseconds, python_values
 from idefics_cli.errors import InputError, RowError
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _records(batch: pa.RecordBatch, places: range, columns: Sequence[str], offse
     if places != range(batch.num_rows):
         arrays = [array.take(pa.array(places, pa.int64())) for array in arrays]
     try:
-        values = [array.to_pylist() for array in arrays]
+        values = [python_values(array) if ends_at_nanoseconds(array.type) else array.to_pylist() for array in arrays]
     except (ValueError, OverflowError, pa.ArrowException):
         yield from (_record(arrays, i, columns, offset + place) for i, place in enumerate(places))
         return
@@ -235,11 +235,11 @@ def _record(arrays: Sequence[pa.Array], place: int, columns: Sequence[str], numb
 
 
 def _value(array: pa.Array, place: int) -> Any:
-    """The value there; a moment of nanoseconds, for which Python has no type, as ISO text."""
-    if not pa.types.is_timestamp(array.type):
+    """The value there; what counts nanoseconds as `python_values` has it, a moment as ISO text."""
+    if not (pa.types.is_timestamp(array.type) or ends_at_nanoseconds(array.type)):
         return array[place].as_py()
     (value,) = python_values(array.slice(place, 1))
-    return value.replace(" ", "T", 1) if isinstance(value, str) else value
+    return value.replace(" ", "T", 1) if isinstance(value, str) else value  # durations' numbers have no blank
 
 
 def _item_type(kind: pa.DataType) -> pa.DataType:

@@ -72,7 +72,10 @@ def json_value(value: Any) -> Any:
 
 
 def python_values(array: pa.Array) -> list[Any]:
-    """`to_pylist`, with moments of nanoseconds, for which Python has no type, as text, and tensors as their bytes."""
+    """`to_pylist`, with tensors as their bytes and, where Python's types end at microseconds, text in their place.
+
+    Such text is a moment or a time in ISO 8601, or the microseconds of a duration as a decimal number.
+    """
     import pyarrow as pa
 
     if is_plain_tensor(array.type):
@@ -82,7 +85,28 @@ def python_values(array: pa.Array) -> list[Any]:
         # In UTC: Arrow writes offsets without their seconds, which zones have in the years before there were zones.
         moments = array.cast(pa.timestamp("ns", "UTC")) if array.type.tz else array
         return moments.cast(pa.string()).to_pylist()
+    if ends_at_nanoseconds(array.type):
+        value_of = _duration_value if pa.types.is_duration(array.type) else _time_value
+        return [None if count is None else value_of(count) for count in array.cast(pa.int64()).to_pylist()]
     return array.to_pylist()
+
+
+def ends_at_nanoseconds(of: pa.DataType) -> bool:
+    """Times of day and durations that count nanoseconds, which `to_pylist` refuses, or rounds where pandas is there."""
+    import pyarrow.types as kinds
+
+    return (kinds.is_time64(of) or kinds.is_duration(of)) and of.unit == "ns"
+
+
+def _duration_value(nanoseconds: int) -> datetime.timedelta | str:
+    microseconds, rest = divmod(nanoseconds, 1000)
+    return str(decimal.Decimal(nanoseconds) / 1000) if rest else datetime.timedelta(microseconds=microseconds)
+
+
+def _time_value(nanoseconds: int) -> datetime.time | str:
+    microseconds, rest = divmod(nanoseconds, 1000)
+    time = (EPOCH + datetime.timedelta(microseconds=microseconds)).time()
+    return f"{time.isoformat('microseconds')}{rest:03}" if rest else time
 
 
 def from_json(value: Any, of: pa.DataType) -> Any:
@@ -134,7 +158,9 @@ def _restorer(of: pa.DataType) -> Callable[[Any], Any] | None:
     if kinds.is_date(of):
         return datetime.date.fromisoformat
     if kinds.is_time(of):
-        return datetime.time.fromisoformat
+        return _time_nanoseconds if ends_at_nanoseconds(of) else datetime.time.fromisoformat
+    if kinds.is_duration(of) and ends_at_nanoseconds(of):
+        return lambda microseconds: int(decimal.Decimal(microseconds) * 1000)
     if kinds.is_duration(of):
         return lambda microseconds: datetime.timedelta(microseconds=microseconds)
     return decimal.Decimal if kinds.is_decimal(of) else None
@@ -143,6 +169,13 @@ def _restorer(of: pa.DataType) -> Callable[[Any], Any] | None:
 def _fixed_bytes(text: str, width: int) -> bytes:
     """From base 64, or from the text of a UUID, which is as long as no 16 bytes in base 64 are."""
     return uuid.UUID(text).bytes if width == 16 and len(text) == 36 else base64.b64decode(text)
+
+
+def _time_nanoseconds(text: str) -> int:
+    """A time of day in ISO 8601, with up to nine digits behind the second -> nanoseconds since midnight."""
+    seconds, _, fraction = text.partition(".")
+    time = datetime.time.fromisoformat(seconds)
+    return ((time.hour * 60 + time.minute) * 60 + time.second) * 10**9 + int(fraction.ljust(9, "0"))
 
 
 def nanoseconds(moment: str) -> int:

@@ -80,6 +80,16 @@ def test_moments_finer_than_pythons_are_kept_as_text(tmp_path: Path) -> None:
     assert first.values == {"at": "2023-11-14T22:13:20.123456789", "zoned": "2023-11-14T22:13:20.123456789Z"}
 
 
+def test_times_and_durations_finer_than_pythons_are_kept_as_text(tmp_path: Path) -> None:
+    """Those alone; other values of the column stay what they are."""
+    path = tmp_path / "rows.parquet"
+    times, waits = pa.array([1_500, 2_000], pa.time64("ns")), pa.array([-1_500, 2_000], pa.duration("ns"))
+    pq.write_table(pa.table({"image": ["1.jpg", "2.jpg"], "time": times, "wait": waits}), path)
+    first, second = rows_of(path, keep="all")
+    assert first.error is None and first.values == {"time": "00:00:00.000001500", "wait": "-1.5"}
+    assert second.values == {"time": datetime.time(0, 0, 0, 2), "wait": datetime.timedelta(microseconds=2)}
+
+
 def test_files_without_rows_or_with_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     empty, twice = tmp_path / "empty.parquet", tmp_path / "twice.parquet"
     pq.write_table(pa.table({"image": pa.array([], pa.string())}), empty)

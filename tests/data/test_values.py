@@ -203,6 +203,16 @@ def test_nanoseconds_come_back_to_the_last(counts: list[int | None], zone: str |
     assert found.cast(pa.int64()).to_pylist() == counts
 
 
+@given(st.sampled_from(["time64", "duration"]), st.lists(st.none() | st.integers(0, 86_400 * 10**9 - 1), max_size=5))
+@example(of="duration", counts=[-1, -(2**63) + 1, 2**63 - 1])
+@MOST_EXAMPLES
+def test_times_and_durations_come_back_to_the_last_nanosecond(of: str, counts: list[int | None]) -> None:
+    column = pa.array(counts, getattr(pa, of)("ns"))
+    found = through_parquet(python_values(column), column.type)
+    assert found.type == column.type
+    assert found.cast(pa.int64()).to_pylist() == counts
+
+
 @pytest.mark.parametrize("length", [6, 9])
 def test_moments_are_read_with_and_without_a_zone(length: int) -> None:
     """As libraries write them that give moments of nanoseconds to Python."""
