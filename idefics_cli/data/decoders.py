@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from idefics_cli.data.decoder_process import HEADER, PATH_CODING, Decode, Kind, Task
-from idefics_cli.data.images import ImageLimits
+from idefics_cli.data.images import ImageLimits, path_of
 from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, RowError
 
@@ -134,7 +134,7 @@ def _read_remote(file: RemoteFile, limits: ImageLimits) -> bytes | RowError:
 def _request(source: object, limits: ImageLimits) -> Request | None:
     """What to ask a process, or None for what none is needed for."""
     if isinstance(source, str | os.PathLike):
-        return Kind.PATH, os.fsdecode(source).encode(*PATH_CODING)
+        return Kind.PATH, path_of(source).encode(*PATH_CODING)
     if isinstance(source, bytes | bytearray | memoryview) and memoryview(source).nbytes <= limits.max_bytes:
         return Kind.BYTES, bytes(source)
     return None

@@ -116,13 +116,24 @@ def _read(source: object, limits: ImageLimits) -> bytes | RowError:
         return _too_many_bytes(memoryview(source).nbytes, limits) or bytes(source)
     if not isinstance(source, str | os.PathLike):
         return RowError("row_invalid", f"an image is a path, bytes or a Pillow image, not {type(source).__name__}")
-    path = os.fsdecode(source)
+    path = path_of(source)
     if ADDRESS.match(path):
         return RowError(
             "image_not_allowed",
             f"{_shown(path)} is an address, and none is fetched: download it with img2dataset",
         )
     return _read_file(path, limits)
+
+
+def path_of(source: str | os.PathLike[str]) -> str:
+    """The path as text. A file that `./data:1.png` names is none the less one when a Path has left the `./` out."""
+    path = os.fsdecode(source)
+    looks_remote = ADDRESS.match(path) is not None
+    return os.path.join(os.curdir, path) if looks_remote and _is_there(source) else path
+
+
+def _is_there(source: str | os.PathLike[str]) -> bool:
+    return isinstance(source, os.PathLike) and os.path.lexists(source)
 
 
 def _read_file(path: str, limits: ImageLimits) -> bytes | RowError:

@@ -665,6 +665,12 @@ def test_no_address_is_fetched(address):
     assert "img2dataset" in result.message
 
 
+def test_a_file_whose_name_looks_like_an_address_is_a_file(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "data:1.png")
+    monkeypatch.chdir(tmp_path)
+    assert pixel(load_image(Path("./data:1.png"), images.DEFAULT_LIMITS)) == (0, 0, 0)
+
+
 def test_long_names_are_shortened():
     assert len(refusal("data:image/png;base64," + "A" * 100_000).message) < 400
 
