@@ -71,6 +71,11 @@ class AskOptions:
         return tuple(dict.fromkeys(name for name in template.fields if name != IMAGE_FIELD))
 
     @property
+    def shows_questions(self) -> bool:
+        """Whether the model sees `questions`, if there are any."""
+        return not self.questions or QUESTION in self.fields
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The manifest's columns that prompts are made of."""
         needed = [name for name in self.fields if not (self.asks and name == QUESTION)]
@@ -81,9 +86,9 @@ class AskOptions:
     @property
     def needs_manifest(self) -> str | None:
         """What to do about an input that has no columns; None where it needs none."""
-        if self.needs_question_column:
+        if self.columns == (self.question_column,) and self.needs_question_column:
             return f"ask with -q QUESTION, or name one with a column {self.question_column!r}"
-        return f"name one with what the prompt has fields for, {', '.join(self.columns)}" if self.columns else None
+        return f"name one that has what is asked for, {', '.join(self.columns)}" if self.columns else None
 
     def question_of(self, row: InputRow) -> str | RowError:
         if row.asked is not None:
@@ -116,6 +121,7 @@ class Asking:
         self.columns = options.columns
         self.needs_manifest = options.needs_manifest
         self.needs_image = options.embeddings is None
+        self.files = tuple(filter(None, (options.shots and options.shots.file, options.embeddings)))
 
     @cached_property
     def shots(self) -> Inputs | None:

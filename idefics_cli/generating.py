@@ -46,6 +46,7 @@ class Generating(RowByRow):
         self.options = options
         self.embeddings = stored_pictures(options.embeddings)
         self.columns = (options.prompt_column,)
+        self.files = tuple(filter(None, (options.embeddings,)))
         self.needs_manifest = f"name one with a column {options.prompt_column!r} of texts and pictures"
 
     @property

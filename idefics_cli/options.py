@@ -246,6 +246,11 @@ class RunFlags:
         from idefics_cli.run import RunOptions
 
         self.output.check()
+        if self.output.sidecar and work.rows_each > 1:
+            raise typer.BadParameter(
+                f"a picture gets {work.rows_each} answers and has one file: ask one question, or leave it out",
+                param_hint="--sidecar",
+            )
         return RunOptions(
             inputs=tuple(self.inputs.inputs),
             output=self.output.output,

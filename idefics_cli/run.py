@@ -7,6 +7,7 @@ terminal: whoever starts a run is told how it ended, and is called back for ever
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -23,8 +24,8 @@ from idefics_cli.data.readers import open_inputs
 from idefics_cli.data.rows import InputRow, ReadOptions
 from idefics_cli.data.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 from idefics_cli.errors import InputError, OutputError
-from idefics_cli.pipeline import FlowOptions, Outcome, RunStats, Stages, error_of, run_rows
-from idefics_cli.work import Form, Model, Observer, Steps, Work
+from idefics_cli.pipeline import FlowOptions, Outcome, RunStats, Stages, run_rows
+from idefics_cli.work import Model, Observer, Steps, Work
 
 if TYPE_CHECKING:
     from idefics_cli.data.images import ImageLimits
@@ -80,9 +81,12 @@ class Run:
         stdin: BinaryIO | None = None,
     ) -> None:
         self.options, self.work, self.loader, self.stats, self.observer = options, work, loader, stats, observer
-        _require_manifests(options.inputs, work)
+        _require_manifests(options, work)
+        _require_output_of_its_own(options, work)
         self.inputs = open_inputs(options.inputs, options.reading, stdin)
         self.form = work.form(self.inputs.kept)
+        assert not options.sidecar or work.rows_each == 1, work.rows_each
+        self.sidecars = SidecarWriter(options.overwrite) if options.sidecar else None
         self.model: Model | None = None
         self._done_of_first: list[str] = []  # ids that an earlier run has done of the first row that is left
 
@@ -106,7 +110,7 @@ class Run:
             return self._after_finish(output)
         weights = self.loader.check(self.options.request)
         output.require_same(self._settings(weights))
-        self.inputs.pass_over(self._rows_done(output))
+        self._pass_over_done(output)
         self._load()
         settings = self._final_settings(output)
         self._run_rows(self._rows(), lambda: self._begin(output, settings))
@@ -131,16 +135,16 @@ class Run:
         return Ending.FINISHED_BEFORE
 
     def _take_over(self, output: FileOutput, summary: Mapping[str, Any]) -> None:
-        if self.inputs.awaited:
-            self._require_same_rows(output)
+        if self.inputs.awaited or self.sidecars is not None:
+            self._go_through_finished(output)
         self.stats.rows = self.stats.resumed = self.stats.safe = summary["rows"]
         self.stats.failed = Counter(summary["failed"])
 
-    def _require_same_rows(self, output: FileOutput) -> None:
-        """What comes on stdin has no name to compare, so its rows are."""
+    def _go_through_finished(self, output: FileOutput) -> None:
+        """What comes on stdin has no name to compare, so its rows are; texts beside pictures may not be there yet."""
         known = output.finished_rows()
         for row in self._rows():
-            _require_same_row(next(known, None), row)
+            self._write_beside(row, _require_same_row(next(known, None), row))
         _require_end(known)
 
     def _retry(self, output: FileOutput) -> Ending:
@@ -165,6 +169,7 @@ class Run:
                 yield row
             else:
                 self._count_again(old)
+                self._write_beside(row, old)
         _require_end(known)
 
     def _recount(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -212,6 +217,21 @@ class Run:
     def _rows(self) -> Iterator[InputRow]:
         return self.work.spread(self.inputs.rows, self._done_of_first)
 
+    def _pass_over_done(self, output: FileOutput) -> None:
+        """Pass over what an earlier run has done, which may have had no --sidecar."""
+        if self.sidecars is None:
+            self.inputs.pass_over(self._rows_done(output))
+            return
+        for old in output.rows_so_far():
+            self._write_beside(_require_done(next(self.inputs.rows, None), old), old)
+            self._count_again(old)
+
+    def _write_beside(self, row: InputRow, line: Mapping[str, Any]) -> None:
+        """The text of a line of the result, beside the row's picture where texts are wanted there."""
+        if self.sidecars is not None and line["error"] is None:
+            assert self.form.text_column is not None, self.form
+            self.sidecars.write(_own_file(row), line[self.form.text_column], row.index)
+
     def _rows_done(self, output: FileOutput) -> Iterator[str]:
         """The ids of the input's rows that an earlier run has done."""
         return self.work.gathered(self._recount(output.rows_so_far()), self._done_of_first)
@@ -238,29 +258,17 @@ class Run:
             self._write_rows(rows, steps, flow, open_writer())
 
     def _write_rows(self, rows: Iterator[InputRow], steps: Steps, flow: FlowOptions, writer: RowWriter) -> None:
-        options, resumed = self.options, self.stats.safe
-        leave = Leave(self.form, writer, SidecarWriter(options.overwrite) if options.sidecar else None)
+        def leave(row: InputRow, outcome: Outcome) -> None:
+            line = self.form.row(row, outcome)
+            self._write_beside(row, line)
+            writer.write(line)
+
+        resumed = self.stats.safe
         try:
             with closing(writer):
                 run_rows(rows, Stages(steps.prepare, steps.decode, leave), flow, self.stats, self.observer.on_row)
         finally:
             self.stats.safe = resumed + writer.num_safe
-
-
-@dataclass(frozen=True)
-class Leave:
-    """A row and its outcome -> a line of the result, and a text beside the picture where one is wanted."""
-
-    form: Form
-    writer: RowWriter
-    sidecars: SidecarWriter | None
-
-    def __call__(self, row: InputRow, outcome: Outcome) -> None:
-        line = self.form.row(row, outcome)
-        if self.sidecars is not None and error_of(outcome) is None:
-            assert self.form.text_column is not None, self.form
-            self.sidecars.write(_own_file(row), line[self.form.text_column])
-        self.writer.write(line)
 
 
 def _own_file(row: InputRow) -> Path:
@@ -270,11 +278,34 @@ def _own_file(row: InputRow) -> Path:
     return picture
 
 
-def _require_manifests(inputs: tuple[str, ...], work: Work) -> None:
+def _require_manifests(options: RunOptions, work: Work) -> None:
     """Files, folders and paths bring no columns."""
-    without = [name for name in inputs if not is_manifest(name)]
+    without = [name for name in options.inputs if not is_manifest(name)]
     if work.needs_manifest and without:
         raise InputError(f"{without[0]} is no manifest: {work.needs_manifest}")
+    reading = options.reading
+    named = {
+        "--image-column": reading.image_column,
+        "--id-column": reading.id_column,
+        "--keep or --answers-column": reading.keep,
+        "--image-root": reading.image_root if STDIN not in options.inputs else None,
+    }
+    useless = next((flag for flag, value in named.items() if value), None)
+    if useless and len(without) == len(options.inputs):
+        raise InputError(f"{without[0]} is no manifest, which {useless} speaks of: leave it out, or name one")
+
+
+def _require_output_of_its_own(options: RunOptions, work: Work) -> None:
+    """Nothing that the run reads may go, not even where all may that is there."""
+    if any(_are_one_file(options.output, name) for name in (*options.inputs, *work.files)):
+        raise OutputError(f"{options.output} is what this run reads: name another output")
+
+
+def _are_one_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one of them is not there, or no name of a file
+        return False
 
 
 def _require_same_row(old: dict[str, Any] | None, row: InputRow) -> dict[str, Any]:
@@ -285,6 +316,16 @@ def _require_same_row(old: dict[str, Any] | None, row: InputRow) -> dict[str, An
             " or begin anew with --overwrite"
         )
     return old
+
+
+def _require_done(row: InputRow | None, old: Mapping[str, Any]) -> InputRow:
+    """The input's `row` in the place of `old`, which the unfinished output has done."""
+    if row is None or row.id != old["id"]:
+        raise InputError(
+            f"the unfinished output goes on with {old['id']}, and the input with {row.id if row else 'nothing'}: bring"
+            " the old input back, or start anew with --overwrite"
+        )
+    return row
 
 
 def _require_end(known: Iterator[Mapping[str, Any]]) -> None:

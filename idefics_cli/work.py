@@ -113,16 +113,17 @@ class Work(Protocol):
     """What is done with each row.
 
     `columns` are those that a manifest must have, `needs_manifest` what else to give where an input is none (None: no
-    need), `needs_image` whether each row has a picture of its own. One row of the input becomes `rows_each` of the
-    result: `spread` makes them, without those that are `done` of the first; `gathered` goes back from the ids of the
-    result to those of the input, and leaves the ids of a row that is not complete in `left`. `settings` decide the
-    texts: a run goes on only where they are the same. `check` raises what can be known to be wrong before a model is
-    loaded.
+    need), `needs_image` whether each row has a picture of its own, `files` what is read besides the inputs. One row of
+    the input becomes `rows_each` of the result: `spread` makes them, without those that are `done` of the first;
+    `gathered` goes back from the ids of the result to those of the input, and leaves the ids of a row that is not
+    complete in `left`. `settings` decide the texts: a run goes on only where they are the same. `check` raises what can
+    be known to be wrong before a model is loaded.
     """
 
     columns: tuple[str, ...]
     needs_manifest: str | None
     needs_image: bool
+    files: tuple[str, ...]
     rows_each: int
 
     @property
@@ -143,6 +144,7 @@ class RowByRow:
     """What works share in which each row of the input is one of the result, and nothing but rows can be wrong."""
 
     rows_each = 1
+    files: tuple[str, ...] = ()
 
     def check(self, request: ModelRequest) -> None:
         """All that can be wrong is wrong with rows."""

@@ -19,6 +19,7 @@ from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.pipeline import RunStats
 from idefics_cli.prompts import PromptOptions
 from idefics_cli.run import Ending, Loader, Run, RunOptions
+from idefics_cli.shots import ShotOptions
 
 
 class Observer:
@@ -57,11 +58,17 @@ class Bench:
         self.calls.append("load")
         return FakeCaptioner(batch_size or 4)
 
-    def run(self, questions: tuple[str, ...] = (), stdout: io.BytesIO | None = None, **changes: Any) -> Ending:
+    def run(
+        self,
+        questions: tuple[str, ...] = (),
+        stdout: io.BytesIO | None = None,
+        stdin: io.BytesIO | None = None,
+        **changes: Any,
+    ) -> Ending:
         self.stats, self.observer, self.calls = RunStats(), Observer(), []
         work = Asking(AskOptions(PromptOptions("vqa" if questions else "caption"), DecodingOptions(), questions))
         options = replace(self.options, **changes)
-        return Run(options, work, Loader(self.check, self.load), self.stats, self.observer).run(stdout)
+        return Run(options, work, Loader(self.check, self.load), self.stats, self.observer, stdin).run(stdout)
 
     def refuses(self, kind: type[IdeficsError], **changes: Any) -> str:
         with pytest.raises(kind) as caught:
@@ -194,6 +201,50 @@ def test_texts_beside_pictures(bench: Bench, photos: Path) -> None:
     assert (photos / "a.txt").read_text() == expected_text(photos / "a.jpg") + "\n"
 
 
+def texts_beside(photos: Path) -> dict[str, str]:
+    return {path.relative_to(photos).as_posix(): path.read_text() for path in photos.rglob("*.txt")}
+
+
+def test_texts_beside_pictures_may_be_asked_for_later(bench: Bench, photos: Path) -> None:
+    """Of a finished run nothing is done again; of a stopped one neither, and rows that are done get their texts too."""
+    bench.run(sidecar=True)
+    expected = texts_beside(photos)
+    assert len(expected) == 6
+    remove_all(photos)
+    assert bench.run(sidecar=True) is Ending.FINISHED_BEFORE and "load" not in bench.calls
+    assert texts_beside(photos) == expected
+
+    remove_all(photos)
+    bench.run(overwrite=True, max_errors=1)
+    assert bench.stats.stopped_early and not texts_beside(photos)
+    assert bench.run(sidecar=True) is Ending.RAN and bench.stats.resumed > 0
+    assert texts_beside(photos) == expected
+
+
+def test_rows_done_again_and_those_that_were_done_get_their_texts(bench: Bench, photos: Path) -> None:
+    bench.run()
+    save_picture(photos / "broken.png", 9)
+    bench.run(retry_errors=True, sidecar=True)
+    assert texts_beside(photos).keys() == {"a.txt", "b.txt", "c.txt", "m.txt", "z.txt", "sub/a.txt", "broken.txt"}
+
+
+def test_texts_are_refused_beside_other_pictures_than_those_that_are_done(bench: Bench, photos: Path) -> None:
+    def run(*names: str, **changes: Any) -> Ending:
+        paths = "".join(f"{photos / name}\n" for name in names)
+        return bench.run(stdin=io.BytesIO(paths.encode()), inputs=("-",), **changes)
+
+    run("a.jpg", "broken.png", "z.png", max_errors=1)
+    for others in ("b.jpg", "broken.png", "z.png"), ("a.jpg",):
+        with pytest.raises(InputError, match=r"the unfinished output goes on with .* bring the old input back"):
+            run(*others, sidecar=True)
+    assert texts_beside(photos).keys() <= {"a.txt"}
+
+
+def remove_all(photos: Path) -> None:
+    for path in photos.rglob("*.txt"):
+        path.unlink()
+
+
 def test_a_manifest_without_files_has_no_place_for_texts(bench: Bench, tmp_path: Path) -> None:
     import pyarrow as pa
 
@@ -205,3 +256,38 @@ def test_pictures_need_a_question_from_somewhere(bench: Bench) -> None:
     work = Asking(AskOptions(PromptOptions("vqa"), DecodingOptions()))
     with pytest.raises(InputError, match="is no manifest: ask with -q QUESTION"):
         Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+
+
+@pytest.mark.parametrize(
+    ("reading", "flag"),
+    [
+        (ReadOptions(keep=("author",)), "--keep"),
+        (ReadOptions(keep="all"), "--keep"),
+        (ReadOptions(image_column="picture"), "--image-column"),
+        (ReadOptions(id_column="name"), "--id-column"),
+        (ReadOptions(image_root="photos"), "--image-root"),
+    ],
+)
+def test_pictures_alone_have_no_columns(bench: Bench, tmp_path: Path, reading: ReadOptions, flag: str) -> None:
+    refusal = bench.refuses(InputError, reading=reading)
+    assert flag in refusal and "is no manifest" in refusal and bench.calls == []
+
+
+def test_the_image_root_is_that_of_paths_on_stdin_too(bench: Bench, photos: Path) -> None:
+    reading = ReadOptions(image_root=str(photos))
+    bench.run(stdin=io.BytesIO(b"a.jpg\n"), inputs=("-",), reading=reading)
+    assert bench.rows()[0]["error"] is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_run_reads_is_never_its_output(bench: Bench, tmp_path: Path, photos: Path, overwrite: bool) -> None:
+    shots, link = tmp_path / "shots.jsonl", tmp_path / "link.jsonl"
+    shots.write_text(json.dumps({"image": "photos/a.jpg", "caption": "a cat"}) + "\n")
+    link.symlink_to(shots)
+    changes = {"output": str(link), "overwrite": overwrite}
+    assert "name another output" in bench.refuses(OutputError, inputs=(str(shots),), **changes)
+    one = ShotOptions(str(shots), 1)
+    work = Asking(AskOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=one))
+    with pytest.raises(OutputError, match="is what this run reads: name another output"):
+        Run(replace(bench.options, **changes), work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+    assert "a cat" in shots.read_text()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from idefics_cli.data.journal import Journal, reason, shown_path
-from idefics_cli.data.names import IMAGE_SUFFIX
+from idefics_cli.data.names import IMAGE_SUFFIX, escape_name
+from idefics_cli.data.seen import SeenIds
 from idefics_cli.data.values import json_text, strict_json
 from idefics_cli.errors import OutputError
 
@@ -123,11 +124,13 @@ class SidecarWriter:
     """The text of a row in `stem.txt` beside its picture, whole or not at all.
 
     Where another picture in the folder has the same stem, the name is `stem.ext.txt`, so that no two share a file. A
-    file that holds another text is somebody's own, unless `overwrite` says that it may go.
+    file that holds another text is somebody's own, unless `overwrite` says that it may go, or another row's of this
+    run: then nothing helps.
     """
 
     def __init__(self, overwrite: bool) -> None:
         self.overwrite = overwrite
+        self._rows = SeenIds()  # by the files that have their texts
         self._shared_stems: dict[Path, frozenset[str]] = {}
 
     def target(self, picture: Path) -> Path:
@@ -138,21 +141,27 @@ class SidecarWriter:
         is_shared = picture.stem in self._shared_stems[picture.parent]
         return picture.with_name(f"{picture.name if is_shared else picture.stem}.txt")
 
-    def write(self, picture: Path, text: str) -> None:
-        """Raises OutputError for a file that may not go, or that cannot be written."""
+    def write(self, picture: Path, text: str, row: int) -> None:
+        """The text of the `row` of this index. Raises OutputError for a file that may not go, or cannot be written."""
         target, data = self.target(picture), text.encode() + b"\n"
+        first = self._rows.add(escape_name(str(target)), row)
         try:
             if target.exists():
                 if target.read_bytes() == data:
                     return
-                self._require_overwrite(target)
+                self._require_own(target, row if first is None else first, row)
             temporary = target.with_name(f".{target.name[:200]}.tmp")
             temporary.write_bytes(data)
             temporary.rename(target)
         except OSError as error:
             raise OutputError(f"cannot write {shown_path(target)}: {reason(error)}; leave --sidecar out") from error
 
-    def _require_overwrite(self, target: Path) -> None:
+    def _require_own(self, target: Path, first: int, row: int) -> None:
+        if first != row:
+            raise OutputError(
+                f"rows {first + 1} and {row + 1} show one picture and have different texts, but {shown_path(target)}"
+                " holds one: leave --sidecar out"
+            )
         if not self.overwrite:
             raise OutputError(f"{shown_path(target)} holds another text: move it away, or replace it with --overwrite")
 

@@ -193,8 +193,8 @@ def test_no_two_pictures_share_a_text(names: list[str]) -> None:
         for picture in pictures:
             picture.touch()
         writer = SidecarWriter(overwrite=False)
-        for picture in pictures:
-            writer.write(picture, picture.name)
+        for row, picture in enumerate(pictures):
+            writer.write(picture, picture.name, row)
         texts = {picture: writer.target(picture) for picture in pictures}
         assert len(set(texts.values())) == len(pictures)
         assert all(path.read_text() == f"{picture.name}\n" for picture, path in texts.items())
@@ -214,11 +214,21 @@ def test_a_text_of_somebody_else_goes_only_when_it_may(tmp_path: Path) -> None:
     picture, text = tmp_path / "a.png", tmp_path / "a.txt"
     text.write_text("mine\n")
     with pytest.raises(OutputError, match=r"a\.txt holds another text: .* --overwrite"):
-        SidecarWriter(overwrite=False).write(picture, "a dog")
+        SidecarWriter(overwrite=False).write(picture, "a dog", 0)
     assert text.read_text() == "mine\n"
-    SidecarWriter(overwrite=True).write(picture, "a dog")
-    SidecarWriter(overwrite=False).write(picture, "a dog")
+    SidecarWriter(overwrite=True).write(picture, "a dog", 0)
+    SidecarWriter(overwrite=False).write(picture, "a dog", 0)
     assert text.read_text() == "a dog\n"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_text_of_another_row_of_the_run_never_goes(tmp_path: Path, overwrite: bool) -> None:
+    writer = SidecarWriter(overwrite)
+    for row, text in enumerate(("a dog", "a dog", "two dogs", "two dogs")):
+        writer.write(tmp_path / f"{text}.png", text, row)
+    with pytest.raises(OutputError, match=r"rows 1 and 5 show one picture .*a dog\.txt holds one: leave --sidecar out"):
+        writer.write(tmp_path / "a dog.png", "a cat", 4)
+    assert (tmp_path / "a dog.txt").read_text() == "a dog\n"
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +237,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(OutputError, match=r"cannot write .*a\.txt: Read-only file system; leave --sidecar out"):
-        SidecarWriter(overwrite=False).write(tmp_path / "a.png", "a dog")
+        SidecarWriter(overwrite=False).write(tmp_path / "a.png", "a dog", 0)
 
 
 def test_many_folders_are_not_all_kept_in_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,5 +245,5 @@ def test_many_folders_are_not_all_kept_in_mind(tmp_path: Path, monkeypatch: pyte
     writer = SidecarWriter(overwrite=False)
     for number in range(5):
         (tmp_path / str(number)).mkdir()
-        writer.write(tmp_path / str(number) / "a.png", "a dog")
+        writer.write(tmp_path / str(number) / "a.png", "a dog", 0)
         assert len(writer._shared_stems) <= 2
