@@ -132,6 +132,8 @@ class ChoiceFlags:
         if self.choices is not None and self.choices_column is not None:
             raise typer.BadParameter("each row's own or the same for all: give one", param_hint="--choices-column")
         if self.choices is None and self.choices_column is None:
+            if self.choice_norm != "none":
+                raise typer.BadParameter("there are no answers to rank: add --choices A,B", param_hint="--choice-norm")
             return None
         words = () if self.choices is None else checked_choices(split_choices(self.choices))
         if isinstance(words, RowError):
@@ -181,6 +183,8 @@ class QuestionFlags:
         asked = tuple(self.question or ())
         if not all(question.strip() for question in asked):
             raise typer.BadParameter("it is empty: write what is to be asked", param_hint="-q")
+        if asked and self.question_column != QUESTION:
+            raise typer.BadParameter("-q asks the same of every row: give one", param_hint="--question-column")
         return asked
 
 
@@ -242,7 +246,7 @@ class AskFlags:
 
         prompts, number, choices = self.prompts, self.prompts.number_of_shots, self.choices.options()
         file = prompts.shots
-        return AskOptions(
+        options = AskOptions(
             prompts=PromptOptions(task, prompts.template, prompts.prompt, number, prompts.bare),
             decoding=self.decoding.decoding(TASKS[task].max_new_tokens),
             questions=() if questions is None else questions.asked,
@@ -252,6 +256,11 @@ class AskFlags:
             embeddings=self.embeddings,
             finish=self.text.finish(task if choices is None else None),
         )
+        if not options.shows_questions:
+            raise typer.BadParameter(
+                "-q is not shown by it: put {question} where it is to stand", param_hint="--prompt"
+            )
+        return options
 
 
 def parse_words(text: str | None) -> tuple[str, ...] | None:

@@ -39,7 +39,7 @@ class ShotOptions:
 
 def open_shots(options: ShotOptions) -> Inputs:
     """The file's rows. Raises InputError for a file that cannot be read."""
-    reading = ReadOptions(keep="all", image_column=options.image_column, image_root=options.image_root)
+    reading = ReadOptions(keep="all", image_column=options.image_column, image_root=options.image_root, needs_id=False)
     return open_inputs((options.file,), reading)
 
 

@@ -136,6 +136,12 @@ def test_shots_come_from_a_file() -> None:
             lambda: ask_flags(shot_selection="similar").options("caption"),
             "add --shots FILE",
         ),
+        (ChoiceFlags(choice_norm="tokens").options, "add --choices A,B"),
+        (lambda: QuestionFlags(["Why?"], "asked").asked, "-q asks the same of every row"),
+        (
+            lambda: ask_flags(prompt="{image} Yes?").options("vqa", QuestionFlags(["Why?"])),
+            "put {question} where it is to stand",
+        ),
         (lambda: DecodingFlags(batch_size="0").rows_per_batch, "neither `auto` nor a number above 0"),
         (lambda: DecodingFlags(batch_size="²").rows_per_batch, "neither `auto` nor a number above 0"),
     ],

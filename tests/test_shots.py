@@ -65,6 +65,13 @@ def test_the_first_shots_stand_before_every_row(run: Callable[..., Result], mani
     assert prompts == [f"{PREFIX}{two}Image:[{seed}]Question: Q? Answer:" for seed in range(100, 106)]
 
 
+def test_shots_need_no_ids(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
+    """Several answers about one picture have its id in common; that of a question may be missing."""
+    of_one = shots(id=lambda k: ["a", "a", None][k % 3], answer=lambda k: f"a{k}", question=lambda k: f"Q{k}?")
+    prompts = asked(run, "vqa", manifest, "--shots", of_one, "--num-shots", "3")
+    assert [shown(prompt) for prompt in prompts] == [[0, 1, 2, seed] for seed in range(100, 106)]
+
+
 def test_four_are_shown_where_no_number_is_given(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
     captions = shots(caption=lambda k: f"caption {k}")
     assert [shown(prompt)[:-1] for prompt in asked(run, "caption", manifest, "--shots", captions)] == [[0, 1, 2, 3]] * 6

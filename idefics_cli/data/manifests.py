@@ -102,6 +102,8 @@ def _id_column(manifest: str, table: Table, options: ReadOptions) -> str | None:
     if options.id_column is not None:
         _require(manifest, table, options.id_column)
         return options.id_column
+    if not options.needs_id:
+        return None
     return table.id_column or ("id" if "id" in table.columns else None)
 
 

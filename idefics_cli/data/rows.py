@@ -57,7 +57,8 @@ class ReadOptions:
 
     `columns` must exist in every manifest; `keep` are those to pass through ("all": every one but those of id and
     picture). `shard` is (I, N), 1 <= I <= N: the rows whose index is I - 1 modulo N. `limit` counts the rows that come,
-    behind the shard. Without `needs_image` a row has pictures only where `image_column` names them.
+    behind the shard. Without `needs_image` a row has pictures only where `image_column` names them; without
+    `needs_id` the rows of manifests are known by their numbers.
     """
 
     recursive: bool = True
@@ -70,6 +71,7 @@ class ReadOptions:
     limit: int | None = None
     shard: tuple[int, int] | None = None
     needs_image: bool = True
+    needs_id: bool = True
 
     def __post_init__(self) -> None:
         assert self.limit is None or self.limit > 0, f"limit {self.limit}"
