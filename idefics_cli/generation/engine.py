@@ -200,12 +200,12 @@ class Engine:
         if best in (known.content, current.content):
             self.prefixes.get(best)  # it is used: others are dropped first
             return current if best == current.content else known
-        prefix = self._read_prefix(line[0], len(best))
+        prefix = self._read_prefix(line[0], len(best), ahead=line)
         shared = prefix.shared
         self.prefixes.put(prefix.content, prefix, sum(tensor.nbytes for tensor in (*shared.keys, *shared.values)))
         return prefix
 
-    def _read_prefix(self, prompt: Waiting, length: int) -> Prefix:
+    def _read_prefix(self, prompt: Waiting, length: int, ahead: Sequence[Waiting]) -> Prefix:
         model, config = self.model, self.model.config
         heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         key_values = [
@@ -213,7 +213,7 @@ class Engine:
             for _ in range(config.num_hidden_layers)
         ]
         reading = Reading([prompt], NOTHING_SHARED, self.vocabulary, self.image_token_id, stop=length)
-        self.read(reading, reading.arrange(self.images([prompt], reading.wanted)), key_values)
+        self.read(reading, reading.arrange(self.images([prompt], reading.wanted, ahead)), key_values)
         num_images = len(reading.image_keys[0])
         # An end token itself still sees the image before it; what comes behind it does not.
         sees = bool(reading.sees_image()[0]) and prompt.input_ids[length - 1] != self.vocabulary.end_token_ids[0]
