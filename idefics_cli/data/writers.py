@@ -125,11 +125,13 @@ class SidecarWriter:
 
     Where another picture in the folder has the same stem, the name is `stem.ext.txt`, so that no two share a file. A
     file that holds another text is somebody's own, unless `overwrite` says that it may go, or another row's of this
-    run: then nothing helps.
+    run: then nothing helps. Several threads may write at once: when failed rows are done again, those that read the
+    rows in between write their texts.
     """
 
     def __init__(self, overwrite: bool) -> None:
         self.overwrite = overwrite
+        self._one_at_a_time = threading.Lock()
         self._rows = SeenIds()  # by the files that have their texts
         self._shared_stems: dict[Path, frozenset[str]] = {}
 
@@ -143,18 +145,23 @@ class SidecarWriter:
 
     def write(self, picture: Path, text: str, row: int) -> None:
         """The text of the `row` of this index. Raises OutputError for a file that may not go, or cannot be written."""
-        target, data = self.target(picture), text.encode() + b"\n"
-        first = self._rows.add(escape_name(str(target)), row)
-        try:
-            if target.exists():
-                if target.read_bytes() == data:
-                    return
-                self._require_own(target, row if first is None else first, row)
-            temporary = target.with_name(f".{target.name[:200]}.tmp")
-            temporary.write_bytes(data)
-            temporary.rename(target)
-        except OSError as error:
-            raise OutputError(f"cannot write {shown_path(target)}: {reason(error)}; leave --sidecar out") from error
+        with self._one_at_a_time:
+            target = self.target(picture)
+            first = self._rows.add(escape_name(str(target)), row)
+            try:
+                self._replace(target, text.encode() + b"\n", row if first is None else first, row)
+            except OSError as error:
+                raise OutputError(f"cannot write {shown_path(target)}: {reason(error)}; leave --sidecar out") from error
+
+    def _replace(self, target: Path, data: bytes, first: int, row: int) -> None:
+        """`first` is the row that the file has had from this run."""
+        if target.exists():
+            if target.read_bytes() == data:
+                return
+            self._require_own(target, first, row)
+        temporary = target.with_name(f".{target.name[:200]}.tmp")
+        temporary.write_bytes(data)
+        temporary.rename(target)
 
     def _require_own(self, target: Path, first: int, row: int) -> None:
         if first != row:
