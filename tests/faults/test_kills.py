@@ -189,13 +189,23 @@ def has_begun(bench: Bench) -> bool:
 
 @pytest.mark.parametrize("step", [30, pytest.param(1, marks=slow)])
 def test_kills_while_texts_are_written_beside_the_pictures(tmp_path: Path, step: int) -> None:
+    assert kills_with_texts_beside(tmp_path, step, "--sidecar") > ROWS // step
+
+
+@pytest.mark.parametrize("step", [10, pytest.param(1, marks=slow)])
+def test_texts_beside_the_pictures_are_asked_for_behind_a_kill(tmp_path: Path, step: int) -> None:
+    assert kills_with_texts_beside(tmp_path, step) > 30 // step
+
+
+def kills_with_texts_beside(tmp_path: Path, step: int, *first: str) -> int:
+    """How many kills there were of runs with the options `first`, each of which one with --sidecar ends well."""
     bench = make_bench(tmp_path, ROWS, ".jsonl")
 
     def killed_and_run_again(number: int) -> Ended | None:
         bench.clear()
         for path in texts_beside(bench):
             path.unlink()
-        ended = bench.run_with_fault(number, "kill", "--sidecar")
+        ended = bench.run_with_fault(number, "kill", *first)
         if ended is not None:
             assert ended.code == KILLED
             assert bench.run("--sidecar").code == 3
@@ -204,7 +214,7 @@ def test_kills_while_texts_are_written_beside_the_pictures(tmp_path: Path, step:
             assert {path.name: path.read_text().rstrip("\n") for path in texts_beside(bench)} == expected
         return ended
 
-    assert until_untouched(killed_and_run_again, range(1, 10_000, step)) > ROWS // step
+    return until_untouched(killed_and_run_again, range(1, 10_000, step))
 
 
 def texts_beside(bench: Bench) -> list[Path]:
