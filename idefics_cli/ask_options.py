@@ -101,9 +101,13 @@ class TextFlags:
 
     def finish(self, task: str | None) -> Finish:
         """Texts end where the task's published protocol ends them, or at the caller's own words."""
+        from idefics_cli.data.names import is_utf8
         from idefics_cli.prompts import TASKS
         from idefics_cli.texts import Finish
 
+        for name, text in (("--prefix", self.prefix), ("--suffix", self.suffix)):
+            if not is_utf8(text):
+                raise typer.BadParameter("it is no UTF-8, which texts are written in", param_hint=name)
         words = parse_words(self.stop_words)
         if task is None:
             return Finish(words or (), self.prefix, self.suffix)

@@ -36,10 +36,12 @@ from idefics_cli.terminal import (
     end_at_once_when_interrupted,
     exit_codes,
     is_terminal,
+    print_data,
     rows_so_far,
     say,
     say_finished,
     say_summary,
+    show_table,
 )
 
 if TYPE_CHECKING:
@@ -268,8 +270,8 @@ def _print_scores(results: str, options: ScoreOptions) -> None:
     from idefics_cli.score import score_results, score_table
 
     scores = score_results(results, options)
-    console(sys.stderr).print(score_table(scores))
-    print(json.dumps(scores.as_dict(), ensure_ascii=False))
+    show_table(score_table(scores))
+    print_data(json.dumps(scores.as_dict(), ensure_ascii=False))
 
 
 # Measurements
@@ -281,8 +283,8 @@ def _print_bench(options: BenchOptions) -> None:
 
     found = run(options, say)
     for table in tables(found):
-        console(sys.stderr).print(table, soft_wrap=False)
-    print(json.dumps(found))
+        show_table(table, soft_wrap=False)
+    print_data(json.dumps(found))
 
 
 # Facts
@@ -325,8 +327,7 @@ def _print_facts(facts: Mapping[str, str]) -> None:
     from rich.table import Table
 
     if not is_terminal(sys.stdout):
-        for name, fact in facts.items():
-            print(f"{name}: {fact}")
+        print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
         return
     table = Table(show_header=False)
     for name, fact in facts.items():

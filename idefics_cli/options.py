@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from idefics_cli.work import Work
 
 MAX_WORKERS = 8
+MOST_PIXELS, A_DAY = 10**12, 86_400.0
 
 RevisionFlag = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of the hub model.", show_default=False)
@@ -117,7 +119,8 @@ class InputFlags:
         typer.Option(metavar="A,B|all", help="Columns of the manifest to pass through.", show_default=False),
     ] = None
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Take the first N rows only.", show_default=False)
+        int | None,
+        typer.Option(metavar="N", min=1, max=sys.maxsize, help="Take the first N rows only.", show_default=False),
     ] = None
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Take every N-th row, from the I-th on.", show_default=False)
@@ -150,15 +153,16 @@ class InputFlags:
 class PictureFlags:
     """How pictures are opened."""
 
-    max_pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Refuse pictures with more pixels than this.")] = (
-        64_000_000
-    )
+    max_pixels: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MOST_PIXELS, help="Refuse pictures with more pixels than this.")
+    ] = 64_000_000
     draft: Annotated[
         bool,
         typer.Option("--draft", help="Decode large JPEGs at a part of their size: faster, and nearly the same."),
     ] = False
     decode_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.1, help="Give a picture up that takes longer to decode.")
+        float,
+        typer.Option(metavar="SECONDS", min=0.1, max=A_DAY, help="Give a picture up that takes longer to decode."),
     ] = 30.0
     workers: Annotated[
         int | None,

@@ -1,7 +1,8 @@
 """How commands talk and how they end: lines and tables on stderr, bars, signals, exit codes.
 
-Data goes to stdout or to a file, and is not this module's affair; everything said here goes to stderr. No colour and no
-bar where stderr is no terminal. rich and tqdm are imported when something is shown.
+What is said goes to stderr. Rows go to stdout or to a file and are not this module's affair; lines of data that are
+no rows go through `print_data`. No colour and no bar where stderr is no terminal. rich and tqdm are imported when they
+show something.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from idefics_cli.errors import IdeficsError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from tqdm import tqdm
 
     from idefics_cli.pipeline import RunStats
@@ -142,7 +144,12 @@ def is_terminal(stream: TextIO | None) -> bool:
 def console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    return Console(file=stream, force_terminal=is_terminal(stream), soft_wrap=True, highlight=False)
+    class Listened(Console):
+        def on_broken_pipe(self) -> None:
+            """Nobody listens any more. rich would end the process with 1 and lead stdout, too, nowhere."""
+            self.quiet = True
+
+    return Listened(file=stream, force_terminal=is_terminal(stream), soft_wrap=True, highlight=False)
 
 
 def say(message: str, label: str = "") -> None:
@@ -154,6 +161,22 @@ def say(message: str, label: str = "") -> None:
     line = Text.assemble((label, "bold red"), _printable(one_line(message)))
     with contextlib.suppress(OSError):  # nobody is listening, or the log's disk is full
         console(sys.stderr).print(line)
+
+
+def show_table(table: Table, *, soft_wrap: bool = True) -> None:
+    """On stderr, where somebody may read it. Without `soft_wrap` no wider than the terminal."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            console(sys.stderr).print(table, soft_wrap=soft_wrap)
+
+
+def print_data(*lines: str) -> None:
+    """On stdout, where it is open. Raises StreamClosed where nobody reads it, OutputError where there is no room."""
+    from idefics_cli.data.writers import write_through
+
+    stream = getattr(sys.stdout, "buffer", None)
+    if stream is not None:
+        write_through(stream, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
 
 
 def say_error(message: str, debug: bool) -> None:

@@ -406,6 +406,47 @@ def test_a_full_disk_behind_stdout_is_one_line(photos: Path) -> None:
     ]
 
 
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    """A result whose groups have names that UTF-8 cannot hold."""
+    row = {"id": "a", "question": "Why?", "answer": "so", "score": 0.0, "tokens": 1, "error": None}
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({**row, "answers": ["so"], "kind": "\ud800"}) + "\n")
+    return path
+
+
+def test_nobody_who_reads_stderr_changes_no_exit_code(scored: Path, tmp_path: Path) -> None:
+    for arguments, code in (["score", scored], 0), (["caption", tmp_path / "none"], 2):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with started(*arguments, stderr=writer) as process:
+            os.close(writer)
+            stdout, _ = process.communicate(timeout=20)
+        assert process.returncode == code and len(stdout.splitlines()) == (code == 0)
+
+
+@pytest.mark.parametrize("command", ["score", "info"])
+def test_data_that_is_no_row_ends_as_rows_do(scored: Path, command: str) -> None:
+    """Where nobody reads it, where there is no room, and where stderr is closed."""
+    arguments = [command, *([scored, "--by", "kind"] if command == "score" else [])]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as full:
+        for stdout, code, said in (writer, 0, b""), (full, 2, b"Error: cannot write to stdout: No space left"):
+            with started(*arguments, stdout=stdout) as process:
+                _, stderr = process.communicate(timeout=20)
+            assert process.returncode == code and said in stderr and b"a bug" not in stderr
+    os.close(writer)
+
+
+def test_what_is_told_never_comes_among_the_data(scored: Path) -> None:
+    script = '"$0" -c "$1" score "$2" --by kind 2>&-'
+    command = ["bash", "-c", script, sys.executable, DRIVER, str(scored)]
+    done = subprocess.run(command, env={**os.environ, "TESTS": str(TESTS)}, cwd=ROOT, capture_output=True, timeout=30)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["groups"].keys() == {"\ud800"}
+
+
 # Terminals
 
 

@@ -136,6 +136,8 @@ def test_shots_come_from_a_file() -> None:
             lambda: ask_flags(shot_selection="similar").options("caption"),
             "add --shots FILE",
         ),
+        (lambda: TextFlags(prefix="\udcfa").finish(None), "is no UTF-8"),
+        (lambda: TextFlags(suffix="\udcfa").finish(None), "is no UTF-8"),
         (ChoiceFlags(choice_norm="tokens").options, "add --choices A,B"),
         (lambda: QuestionFlags(["Why?"], "asked").asked, "-q asks the same of every row"),
         (

@@ -46,17 +46,22 @@ class StreamWriter:
         self.stream, self.num_safe = stream, 0
 
     def write(self, row: Mapping[str, Any]) -> None:
-        try:
-            self.stream.write(strict_json(json_text(row)) + b"\n")
-            self.stream.flush()
-        except BrokenPipeError as error:
-            raise StreamClosed from error
-        except OSError as error:
-            raise OutputError(f"cannot write to stdout: {reason(error)}; make room and run again") from error
+        write_through(self.stream, strict_json(json_text(row)) + b"\n")
         self.num_safe += 1
 
     def close(self) -> None:
         """Every row has been flushed."""
+
+
+def write_through(stream: BinaryIO, data: bytes) -> None:
+    """Whole lines to stdout, flushed. Raises StreamClosed, or OutputError where there is no room."""
+    try:
+        stream.write(data)
+        stream.flush()
+    except BrokenPipeError as error:
+        raise StreamClosed from error
+    except OSError as error:
+        raise OutputError(f"cannot write to stdout: {reason(error)}; make room and run again") from error
 
 
 class JournalWriter:
