@@ -195,7 +195,7 @@ def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
         "num_beams": (0, True),
         "max_new_tokens": (1.5, base.model.config.max_position_embeddings),
         "early_stopping": ("soon", 1),
-        "length_penalty": ("long", float("nan"), float("-inf"), 1e5),
+        "length_penalty": ("long", float("nan"), float("-inf"), 1e5, -5.0),
     }
     for name, values in wrong.items():
         for value in values:

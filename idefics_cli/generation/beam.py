@@ -87,7 +87,7 @@ def banned_tables(banned_sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Te
 
 def longest_start(banned_sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens must be known to tell what may not come next."""
-    return max((len(sequence) - 1 for sequence in banned_sequences), default=0)
+    return max((len(sequence) - 1 for sequence in banned_sequences if sequence), default=0)
 
 
 @dataclass(frozen=True)

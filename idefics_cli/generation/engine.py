@@ -26,7 +26,7 @@ from idefics_cli.generation.cache import (
     project_images,
 )
 from idefics_cli.generation.options import DecodingOptions
-from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
+from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start, shared_length
 from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
 from idefics_cli.generation.room import image_seq_len
@@ -75,11 +75,13 @@ class Engine:
 
     def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, image_token_id: int, rows: int = 8):
         self.model, self.vocabulary, self.image_token_id, self.rows = model, vocabulary, image_token_id, rows
+        self.vision_batch = VISION_BATCH  # fewer where memory has ended
         self.times = PhaseTimes()
         self.waits = False
         self.latents: BoundedCache[Tensor] = BoundedCache(LATENTS_BYTES)
         self.image_key_values: BoundedCache[Tensor] = BoundedCache(IMAGE_KEYS_BYTES)
         self.prefixes: BoundedCache[Prefix] = BoundedCache(PREFIX_BYTES)
+        self.last_read: tuple[int, ...] = ()  # the content of a prompt
 
     def clear_caches(self) -> None:
         for cache in (self.latents, self.image_key_values, self.prefixes):
@@ -154,7 +156,7 @@ class Engine:
         if missing:
             coming = {key: each for key, each in pictures_of(ahead).items() if not is_latents(each)}
             later = [key for key in coming if key not in pixels and self.latents.get(key) is None]
-            missing += later[: -len(missing) % VISION_BATCH]
+            missing += later[: -len(missing) % self.vision_batch]
             found |= self._encode(missing, coming | pixels)
         found |= {key: latents.to(self.model.device, self.model.dtype) for key, latents in given.items()}
         return torch.stack([found[key] for key in wanted])
@@ -162,16 +164,29 @@ class Engine:
     def _encode(self, keys: Sequence[bytes], pixels: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
         """The pictures' latents, kept for later too."""
         found: dict[bytes, Tensor] = {}
-        for first in range(0, len(keys), VISION_BATCH):
-            batch = keys[first : first + VISION_BATCH]
-            with self.timed("vision"):
-                stacked = torch.stack([pixels[key] for key in batch]).to(self.model.device)
-                encoded = self.model.model.encode_images(pixel_values=stacked[:, None]).squeeze(1)
-            self.times.images += len(batch)
-            found |= zip(batch, encoded, strict=True)
+        while len(found) < len(keys):
+            batch = keys[len(found) : len(found) + self.vision_batch]
+            encoded = self._encode_batch([pixels[key] for key in batch])
+            if encoded is None:
+                self.vision_batch = len(batch) // 2
+            else:
+                found |= zip(batch, encoded, strict=True)
         for key, latents in found.items():
             self.latents.put(key, latents.clone(), latents.nbytes)
         return found
+
+    def _encode_batch(self, pictures: Sequence[Tensor]) -> Tensor | None:
+        """(pictures, seq, dim); None where memory does not hold them at once, but may hold fewer."""
+        try:
+            with self.timed("vision"):
+                stacked = torch.stack(list(pictures)).to(self.model.device)
+                encoded = self.model.model.encode_images(pixel_values=stacked[:, None]).squeeze(1)
+        except torch.OutOfMemoryError:
+            if len(pictures) == 1:
+                raise
+            return None
+        self.times.images += len(pictures)
+        return encoded
 
     def _no_image(self) -> Tensor:
         model = self.model
@@ -188,22 +203,35 @@ class Engine:
     def prefix_for(self, line: Sequence[Waiting], current: Prefix, start: tuple[int, ...], lost: int) -> Prefix:
         """What to read the line's first prompt behind: `current`, or a longer start where that is worth it.
 
-        The longest one that is kept, or `start`. What the line saves by it must be as much as the change costs, `lost`
-        tokens.
+        The longest one that is kept, `start`, or one that comes again. What the line saves by it must be as much as the
+        change costs, `lost` tokens.
         """
         known = self.known_prefix(line[0])
-        best = max(known.content, start, key=len)
-        sharing = sum(prompt.content[: len(best)] == best for prompt in line)
-        saved = len(best) - len(current.content)
-        if saved < SHORTEST_PREFIX or saved * sharing < lost:
-            best = current.content
-        if best in (known.content, current.content):
-            self.prefixes.get(best)  # it is used: others are dropped first
-            return current if best == current.content else known
-        prefix = self._read_prefix(line[0], len(best), ahead=line)
+        best = known if saved_by(known.content, current.content, line) >= lost else current
+        again = self._start_again(line, least=max(SHORTEST_PREFIX, 2 * len(best.content), lost))
+        if again and saved_by(start, again, line) < len(start):
+            chosen = again
+        # A longer start has to be read as a whole, and the rows in work may have to end for it.
+        elif saved_by(start, best.content, line) >= len(start) + (lost if best is current else 0):
+            chosen = start
+        else:
+            self.prefixes.get(best.content)  # it is used: others are dropped first
+            return best
+        prefix = self._read_prefix(line[0], len(chosen), ahead=line)
         shared = prefix.shared
         self.prefixes.put(prefix.content, prefix, sum(tensor.nbytes for tensor in (*shared.keys, *shared.values)))
         return prefix
+
+    def _start_again(self, line: Sequence[Waiting], least: int) -> tuple[int, ...]:
+        """What all prompts in line begin with as a kept start or the last prompt did, such as shots; or nothing.
+
+        One prompt alone, or several about one picture, do not tell what the next ones will have in common with them.
+        """
+        first = line[0].content
+        length = max(shared_length(first, seen) for seen in (self.last_read, *self.prefixes.keys()))
+        if length >= least:
+            length = min(length, *(shared_length(first, each.content) for each in line))
+        return first[:length] if length >= least else ()
 
     def _read_prefix(self, prompt: Waiting, length: int, ahead: Sequence[Waiting]) -> Prefix:
         model, config = self.model, self.model.config
@@ -221,6 +249,13 @@ class Engine:
         keys, values = zip(*key_values, strict=True)
         shared = SharedPrefix(keys, values, length, last_image)
         return Prefix(prompt.content[:length], num_images, shared)
+
+
+def saved_by(content: Sequence[int], instead_of: Sequence[int], line: Sequence[Waiting]) -> int:
+    """Tokens that prompts in line need not read when they share a start in place of another; −1: not worth it."""
+    sharing = sum(len(each.content) > len(content) and each.content[: len(content)] == content for each in line)
+    gain = len(content) - len(instead_of)
+    return gain * sharing if gain >= SHORTEST_PREFIX else -1
 
 
 def pictures_of(prompts: Sequence[Pictured]) -> dict[bytes, Tensor]:
@@ -376,6 +411,7 @@ class Stream:
         # Before room is made: the store then lies where the vision tower's activations have been.
         images = reading.arrange(engine.images(group, reading.wanted, ahead=self.line))
         self._make_room(len(group), max(reading.lengths))
+        engine.last_read = group[0].content
         logits = engine.read(reading, images, self.store.prompts(rows, max(reading.lengths)))
         self.store.admit(rows, reading.lengths, reading.last_images(images), reading.sees_image().to(device))
         context = self._context(group)

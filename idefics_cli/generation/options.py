@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from idefics_cli.errors import IdeficsError
 
 LARGEST_PENALTY = 10.0  # a length to a higher power is soon more than a float holds
+LARGEST_FACTOR = 1e5  # of sums of log-probabilities, which are told from "none", −1e9, in transformers as here
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class DecodingOptions:
             raise IdeficsError(
                 f"length_penalty is {self.length_penalty!r}: use a number from -{LARGEST_PENALTY:g} to "
                 f"{LARGEST_PENALTY:g}, 1.0 for the mean log-probability"
+            )
+        if self.max_new_tokens**-self.length_penalty > LARGEST_FACTOR:
+            least = -math.log(LARGEST_FACTOR) / math.log(self.max_new_tokens)
+            raise IdeficsError(
+                f"length_penalty {self.length_penalty:g} makes scores of {self.max_new_tokens} tokens too large to tell"
+                f" apart: use one from {math.ceil(least * 10) / 10:g} on, or fewer max_new_tokens"
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise IdeficsError(

@@ -164,7 +164,7 @@ def test_pictures_of_prompts_in_line_fill_the_vision_batch(monkeypatch: pytest.M
     some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5 + number], (PICTURES[number],)) for number in range(7)]
     decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert batches == [7]
-    monkeypatch.setattr(engine_module, "VISION_BATCH", 3)
+    runner.vision_batch = 3
     runner.clear_caches()
     decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert batches == [7, 3, 3, 1]
@@ -181,6 +181,52 @@ def test_a_shared_start_is_read_once_for_all_calls() -> None:
     assert len(runner.prefixes) == 1
     last = len(some[0].input_ids) - len(shots.input_ids)
     assert runner.times.prompt_tokens == own + len(shots.input_ids) + last
+
+
+@pytest.mark.parametrize("questions", [1, 2])
+def test_shots_are_read_once_where_each_call_asks_about_another_picture(questions: int) -> None:
+    """From the second or third call on, though all that a call has in common holds its picture too."""
+    runner = engine(MODELS[0])
+    shots = [1, *(3 + i % 30 for i in range(100))]
+    read = []
+    for picture in PICTURES[:5]:
+        asked = [[*shots, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 13), word] for word in range(20, 20 + questions)]
+        some = [EncodedPrompt(ids, (picture,)) for ids in asked]
+        before = runner.times.prompt_tokens
+        got = decode(runner, some, DecodingOptions(max_new_tokens=3))
+        for texts, prompt in zip(got, some, strict=True):
+            assert_same(texts, decode(engine(MODELS[0]), [prompt], DecodingOptions(max_new_tokens=3))[0])
+        read.append(runner.times.prompt_tokens - before)
+    own = len(asked[0]) - len(shots) - 1  # the token before a picture is the same in all
+    assert read[-2:] == [own * questions] * 2, read
+
+
+def test_a_long_start_is_not_read_again_for_a_few_tokens() -> None:
+    runner = engine(MODELS[0], rows=4)
+    shots = [1, *(3 + i % 30 for i in range(200))]
+    some = [EncodedPrompt([*shots, 30 + i // 8 % 8, 20, 21, *[5] * (i // 4 % 3), 3 + i % 25]) for i in range(80)]
+    decode(runner, some, DecodingOptions(max_new_tokens=3, min_new_tokens=3))
+    own = sum(len(prompt.input_ids) - len(shots) for prompt in some)
+    assert runner.times.prompt_tokens <= own + len(shots) + len(some), "every prompt may read a token of the start"
+
+
+def test_where_memory_ends_pictures_are_encoded_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5], (torch.randn_like(PICTURES[0]),)) for _ in range(20)]
+    chosen = DecodingOptions(max_new_tokens=3)
+    expected = decode(engine(MODELS[0], 20), some, chosen)
+    runner, sizes = engine(MODELS[0], 4), []
+    encode = runner.model.model.encode_images
+
+    def scarce(*, pixel_values):
+        sizes.append(len(pixel_values))
+        if len(pixel_values) > 3:
+            raise torch.OutOfMemoryError("no more")
+        return encode(pixel_values=pixel_values)
+
+    monkeypatch.setattr(runner.model.model, "encode_images", scarce)
+    for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
+        assert_same(got, wanted)
+    assert sizes[:3] == [16, 8, 4] and max(sizes[3:]) == 2 and runner.rows == 4
 
 
 def test_rows_that_end_make_room_at_once() -> None:
