@@ -291,3 +291,13 @@ def test_what_a_run_reads_is_never_its_output(bench: Bench, tmp_path: Path, phot
     with pytest.raises(OutputError, match="is what this run reads: name another output"):
         Run(replace(bench.options, **changes), work, Loader(bench.check, bench.load), bench.stats, bench.observer)
     assert "a cat" in shots.read_text()
+
+
+def test_what_another_command_has_made_is_not_taken_over(bench: Bench) -> None:
+    class Other(Asking):
+        """Work of another kind, with settings that say the same."""
+
+    bench.run()
+    work = Other(AskOptions(PromptOptions("caption"), DecodingOptions()))
+    with pytest.raises(OutputError, match="work kind was 'Asking' and is now 'Other'"):
+        Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer).run(None)
