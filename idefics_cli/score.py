@@ -15,6 +15,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,11 +108,16 @@ def closing_tokenization() -> Literal["ptb", "treebank"]:
 
 
 def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
-    """The column with the texts to score: `answer`, else `caption`. Raises InputError if a column is missing."""
+    """The column with the texts to score: the one that a run has written, else `answer`, `caption` or `text`.
+
+    Raises InputError if a column is missing.
+    """
     for name in (options.answers_column, options.by):
         if name is not None and name not in columns:
             raise InputError(f"there is no column {name!r} in the results: they have {_listed(columns)}")
-    texts = [name for name in TEXT_COLUMNS if name in columns and name != options.answers_column]
+    # A run's own text stands before its score; a kept column of such a name stands behind both.
+    own = [name for name, following in pairwise(columns) if following == "score" and name in TEXT_COLUMNS]
+    texts = [name for name in (*own, *TEXT_COLUMNS) if name in columns and name != options.answers_column]
     if not texts:
         raise InputError(
             f"there is no column {' or '.join(TEXT_COLUMNS)} to score: the results have {_listed(columns)}"

@@ -183,3 +183,12 @@ def test_the_table_shows_hundredths_and_what_was_left_out(tmp_path):
     assert lines["all"] == ["5", "1", "72.00", "40.00"]
     assert "[b]other" in shown
     assert "1 rows without references" in shown and "1 rows have one reference" in shown
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.parquet"])
+def test_a_kept_column_is_not_the_text_of_the_run(tmp_path, name):
+    """Kept columns stand behind the run's own."""
+    row = {"id": "a", "image": "a.png", "caption": "a cat", "score": -1.0, "tokens": 3, "error": None}
+    kept = {"answer": "no", "captions": ["a cat"]}
+    options = ScoreOptions("captions", metric="exact")
+    assert score_results(save(tmp_path / name, [row | kept]), options).as_dict()["exact_match"] == 1.0
