@@ -163,6 +163,7 @@ class Engine:
 
     def _encode(self, keys: Sequence[bytes], pixels: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
         """The pictures' latents, kept for later too."""
+        assert len(set(keys)) == len(keys), "each picture is encoded once"
         found: dict[bytes, Tensor] = {}
         while len(found) < len(keys):
             batch = keys[len(found) : len(found) + self.vision_batch]
@@ -251,10 +252,9 @@ class Engine:
         return Prefix(prompt.content[:length], num_images, shared)
 
 
-def saved_by(content: Sequence[int], instead_of: Sequence[int], line: Sequence[Waiting]) -> int:
+def saved_by(content: tuple[int, ...], instead_of: tuple[int, ...], line: Sequence[Waiting]) -> int:
     """Tokens that prompts in line need not read when they share a start in place of another; −1: not worth it."""
-    sharing = sum(len(each.content) > len(content) and each.content[: len(content)] == content for each in line)
-    gain = len(content) - len(instead_of)
+    gain, sharing = len(content) - len(instead_of), sum(prompt.goes_on_from(content) for prompt in line)
     return gain * sharing if gain >= SHORTEST_PREFIX else -1
 
 

@@ -43,6 +43,10 @@ class Waiting:
         )
         return cls(index, tuple(prompt.input_ids), keys, prompt.pixels, content)
 
+    def goes_on_from(self, start: tuple[int, ...]) -> bool:
+        """Whether the prompt begins with it and has a token of its own behind it."""
+        return len(self.content) > len(start) and self.content[: len(start)] == start
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -53,9 +57,8 @@ class Prefix:
     shared: SharedPrefix
 
     def starts(self, prompt: Waiting) -> bool:
-        """Whether the prompt begins with it and has a token of its own behind it."""
-        length = len(self.content)
-        return len(prompt.content) > length and prompt.content[:length] == self.content
+        """Whether the prompt may be read behind it."""
+        return prompt.goes_on_from(self.content)
 
 
 NOTHING_SHARED = Prefix((), 0, NO_PREFIX)
