@@ -117,6 +117,7 @@ class Asking:
     def __init__(self, options: AskOptions) -> None:
         self.options = options
         self.embeddings = stored_pictures(options.embeddings)
+        self.command = options.prompts.task
         self.rows_each = len(options.questions) or 1
         self.columns = options.columns
         self.needs_manifest = options.needs_manifest

@@ -70,6 +70,7 @@ class EmbeddingForm:
 class EmbeddingWork(RowByRow):
     """The work of `embed`. A run goes on only with a model that sees pictures alike."""
 
+    command = "embed"
     columns = ()
     needs_manifest = None
     needs_image = True

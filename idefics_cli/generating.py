@@ -40,6 +40,7 @@ class GenerateOptions:
 class Generating(RowByRow):
     """The work of `generate`. Raises InputError for embeddings that are none."""
 
+    command = "generate"
     needs_image = False
 
     def __init__(self, options: GenerateOptions) -> None:

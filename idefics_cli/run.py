@@ -209,7 +209,8 @@ class Run:
             "image_root": reading.image_root,
             "pictures": {"draft": options.limits.draft},
             "model": model if weights is None else {**model, "weights": weights},
-            "work": {"kind": type(self.work).__name__, **self.work.settings},
+            "command": self.work.command,
+            "work": self.work.settings,
         }
 
     # ---- rows

@@ -112,14 +112,16 @@ class Steps:
 class Work(Protocol):
     """What is done with each row.
 
-    `columns` are those that a manifest must have, `needs_manifest` what else to give where an input is none (None: no
-    need), `needs_image` whether each row has a picture of its own, `files` what is read besides the inputs. One row of
-    the input becomes `rows_each` of the result: `spread` makes them, without those that are `done` of the first;
-    `gathered` goes back from the ids of the result to those of the input, and leaves the ids of a row that is not
-    complete in `left`. `settings` decide the texts: a run goes on only where they are the same. `check` raises what can
-    be known to be wrong before a model is loaded.
+    `command` is what users call it: no run goes on with what another command has made. `columns` are those that a
+    manifest must have, `needs_manifest` what else to give where an input is none (None: no need), `needs_image` whether
+    each row has a picture of its own, `files` what is read besides the inputs. One row of the input becomes `rows_each`
+    of the result: `spread` makes them, without those that are `done` of the first; `gathered` goes back from the ids of
+    the result to those of the input, and leaves the ids of a row that is not complete in `left`. `settings` decide the
+    texts: a run goes on only where they are the same. `check` raises what can be known to be wrong before a model is
+    loaded.
     """
 
+    command: str
     columns: tuple[str, ...]
     needs_manifest: str | None
     needs_image: bool

@@ -14,6 +14,7 @@ from idefics_cli.asking import Asking, AskOptions
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.data.images import ImageLimits
 from idefics_cli.data.rows import ReadOptions
+from idefics_cli.embedding import EmbeddingWork
 from idefics_cli.errors import IdeficsError, InputError, OutputError
 from idefics_cli.generation.options import DecodingOptions
 from idefics_cli.pipeline import RunStats
@@ -294,10 +295,7 @@ def test_what_a_run_reads_is_never_its_output(bench: Bench, tmp_path: Path, phot
 
 
 def test_what_another_command_has_made_is_not_taken_over(bench: Bench) -> None:
-    class Other(Asking):
-        """Work of another kind, with settings that say the same."""
-
     bench.run()
-    work = Other(AskOptions(PromptOptions("caption"), DecodingOptions()))
-    with pytest.raises(OutputError, match="work kind was 'Asking' and is now 'Other'"):
+    work = EmbeddingWork(replace(bench.options.request, model="demo"))
+    with pytest.raises(OutputError, match="command was 'caption' and is now 'embed'"):
         Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer).run(None)
