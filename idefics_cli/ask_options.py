@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -77,8 +77,10 @@ class PromptFlags:
         """Raises typer.BadParameter for shots that come from nowhere."""
         if self.num_shots and self.shots is None:
             raise typer.BadParameter("there is no file to take them from: add --shots FILE", param_hint="--num-shots")
-        if self.shot_selection == "similar" and not self.shots:
+        if self.shot_selection != "first" and not self.shots:
             raise typer.BadParameter("it selects from a file: add --shots FILE", param_hint="--shot-selection")
+        if self.seed and self.shot_selection != "random":
+            raise typer.BadParameter("nothing is random: add --shot-selection random", param_hint="--seed")
         if self.num_shots is not None:
             return self.num_shots
         return DEFAULT_SHOTS if self.shots is not None else 0
@@ -143,6 +145,11 @@ class ChoiceFlags:
         if isinstance(words, RowError):
             raise typer.BadParameter(words.message, param_hint="--choices")
         return ChoiceOptions(words, self.choices_column, self.choice_norm)
+
+    @property
+    def flag(self) -> str:
+        """What the answers were given by."""
+        return "--choices" if self.choices is not None else "--choices-column"
 
 
 @dataclass(frozen=True)
@@ -230,6 +237,16 @@ class DecodingFlags:
     def rows_per_batch(self) -> int | None:
         return rows_per_batch(self.batch_size)
 
+    @property
+    def first_given(self) -> str | None:
+        """The first option of how texts are written that is not as it would be unsaid."""
+        usual = DecodingFlags(batch_size=self.batch_size)
+        given = (each.name for each in fields(self) if getattr(self, each.name) != getattr(usual, each.name))
+        name = next(given, None)
+        if name is None:
+            return None
+        return ("--no-" if getattr(self, name) is False else "--") + name.replace("_", "-")
+
 
 @dataclass(frozen=True)
 class AskFlags:
@@ -249,6 +266,8 @@ class AskFlags:
         from idefics_cli.shots import ShotOptions
 
         prompts, number, choices = self.prompts, self.prompts.number_of_shots, self.choices.options()
+        if choices is not None:
+            self._require_nothing_written()
         file = prompts.shots
         options = AskOptions(
             prompts=PromptOptions(task, prompts.template, prompts.prompt, number, prompts.bare),
@@ -265,6 +284,14 @@ class AskFlags:
                 "-q is not shown by it: put {question} where it is to stand", param_hint="--prompt"
             )
         return options
+
+    def _require_nothing_written(self) -> None:
+        """Answers that are given are ranked as they stand."""
+        useless = "--stop-words" if self.text.stop_words is not None else self.decoding.first_given
+        if useless is not None:
+            raise typer.BadParameter(
+                f"answers of {self.choices.flag} are ranked, none is written: leave it out", param_hint=useless
+            )
 
 
 def parse_words(text: str | None) -> tuple[str, ...] | None:

@@ -12,6 +12,8 @@ from idefics_cli.options import ModelFlags
 if TYPE_CHECKING:
     from idefics_cli.bench.subjects import BenchOptions
 
+MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class BenchFlags:
@@ -50,13 +52,19 @@ class BenchFlags:
     ] = 3
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides weights, pictures and prompts.")] = 0
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads of the CPU.", show_default="torch's own choice")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, max=MOST_THREADS, help="Threads of the CPU.", show_default="torch's own choice"
+        ),
     ] = None
 
     def check(self, names_model: bool) -> None:
         """Raises typer.BadParameter for what contradicts itself; `names_model`: -m stands on the command line."""
         if self.random is not None and names_model:
             raise typer.BadParameter("random weights need no model: leave -m out", param_hint="--random")
+        if self.random is not None and (self.model.revision or self.model.allow_pickle):
+            useless = "--revision" if self.model.revision else "--allow-pickle"
+            raise typer.BadParameter("random weights come from no file: leave it out", param_hint=useless)
         if self.rows is not None and self.scenes is not None:
             raise typer.BadParameter("it says the same as --rows: give one of them", param_hint="--scenes")
 

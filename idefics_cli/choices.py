@@ -7,6 +7,7 @@ not punished for going on.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -55,11 +56,20 @@ class ChoiceOptions:
     norm: ChoiceNorm = "none"
 
     def of(self, values: Mapping[str, Any]) -> Any:
-        """What a row with these values chooses from, unchecked; a text is split at its commas, as the option is."""
+        """What a row with these values chooses from, unchecked. A text, all that a cell of CSV can hold, is a list in
+        JSON, or is split at its commas, as the option is."""
         if self.column is None:
             return self.words
         value = values.get(self.column)
-        return split_choices(value) if isinstance(value, str) else value
+        return listed_choices(value) if isinstance(value, str) else value
+
+
+def listed_choices(text: str) -> Any:
+    try:
+        listed = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):  # then the bracket belongs to the first of the choices
+        listed = None
+    return split_choices(text) if listed is None else listed
 
 
 def split_choices(text: str) -> tuple[str, ...]:

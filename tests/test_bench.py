@@ -384,6 +384,9 @@ def test_the_command_prints_one_line_of_json(monkeypatch: pytest.MonkeyPatch) ->
     ("arguments", "said"),
     [
         ("--random mid -m demo", "leave -m out"),
+        ("--random mid --revision main", "random weights come from no file"),
+        ("--random mid --allow-pickle", "random weights come from no file"),
+        ("--random tiny --threads 99999", "less than or equal to 1024"),
         ("--random tiny --rows 2 --scenes 2", "give one of them"),
         ("-m /no/such/model", "no model"),
         ("--random huge", "huge"),

@@ -13,7 +13,7 @@ from tiny_models import save_checkpoint
 from tiny_tokenizers import INSTRUCT_TOKENS, llama_tokenizer, verbatim_tokenizer
 
 from idefics_cli import Idefics, IdeficsError, RowError
-from idefics_cli.choices import checked_choices, normalised, split_answers, with_answer
+from idefics_cli.choices import ChoiceOptions, checked_choices, normalised, split_answers, with_answer
 from idefics_cli.generation.source import IterableSource
 from idefics_cli.processing import PromptEncoder, collate
 from idefics_cli.prompts import END_OF_UTTERANCE
@@ -163,3 +163,19 @@ def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
         base.score([], choice_norm="length")
     with pytest.raises(IdeficsError, match="sequence of texts and pictures"):
         base.score([("Answer:", ["yes"])])
+
+
+@pytest.mark.parametrize(
+    ("cell", "choices"),
+    [
+        ("yes,no", ("yes", "no")),
+        ('["a, b", "c"]', ["a, b", "c"]),
+        (' ["a"]', ["a"]),
+        ("[a], [b]", ("[a]", "[b]")),
+        ("[" * 100_000, ("[" * 100_000,)),
+        (["a", "b"], ["a", "b"]),
+        (None, None),
+    ],
+)
+def test_a_cell_of_choices_is_a_list_or_a_text_with_commas(cell: object, choices: object) -> None:
+    assert ChoiceOptions(column="c").of({"c": cell}) == choices

@@ -114,7 +114,9 @@ def ask_flags(**prompts: Any) -> AskFlags:
 def test_shots_come_from_a_file() -> None:
     asking = ask_flags(shots="s.csv").options("caption")
     assert asking.prompts.num_shots == 4 and asking.shots is not None
-    asking = ask_flags(shots="s.csv", num_shots=2, seed=3).options("vqa", QuestionFlags(["What?"]))
+    asking = ask_flags(shots="s.csv", num_shots=2, shot_selection="random", seed=3).options(
+        "vqa", QuestionFlags(["What?"])
+    )
     assert (asking.prompts.num_shots, asking.questions, asking.decoding.max_new_tokens) == (2, ("What?",), 15)
 
 
@@ -136,6 +138,8 @@ def test_shots_come_from_a_file() -> None:
             lambda: ask_flags(shot_selection="similar").options("caption"),
             "add --shots FILE",
         ),
+        (lambda: ask_flags(shot_selection="random").options("caption"), "add --shots FILE"),
+        (lambda: ask_flags(shots="s.csv", seed=1).options("caption"), "add --shot-selection random"),
         (lambda: TextFlags(prefix="\udcfa").finish(None), "is no UTF-8"),
         (lambda: TextFlags(suffix="\udcfa").finish(None), "is no UTF-8"),
         (ChoiceFlags(choice_norm="tokens").options, "add --choices A,B"),
@@ -151,6 +155,32 @@ def test_shots_come_from_a_file() -> None:
 def test_a_contradiction_is_named(check: Any, said: str) -> None:
     with pytest.raises(typer.BadParameter, match=said):
         check()
+
+
+@pytest.mark.parametrize(
+    ("choices", "text", "decoding", "named"),
+    [
+        (ChoiceFlags("a,b"), TextFlags(), DecodingFlags(num_beams=1), "--num-beams"),
+        (ChoiceFlags("a,b"), TextFlags(), DecodingFlags(max_new_tokens=9, batch_size="4"), "--max-new-tokens"),
+        (ChoiceFlags("a,b"), TextFlags(), DecodingFlags(early_stopping=False), "--no-early-stopping"),
+        (ChoiceFlags(choices_column="c"), TextFlags(), DecodingFlags(num_return_sequences=2), "--num-return-sequences"),
+        (ChoiceFlags(choices_column="c"), TextFlags(stop_words="a"), DecodingFlags(), "--stop-words"),
+    ],
+)
+def test_nothing_says_how_answers_are_written_that_are_ranked(
+    choices: ChoiceFlags, text: TextFlags, decoding: DecodingFlags, named: str
+) -> None:
+    flags = AskFlags(PromptFlags(), text, choices, ScoreFlags(), decoding)
+    with pytest.raises(typer.BadParameter, match=f"answers of {choices.flag} are ranked") as caught:
+        flags.options("vqa", QuestionFlags(["Why?"]))
+    assert caught.value.param_hint == named
+
+
+def test_what_answers_that_are_ranked_may_be_given() -> None:
+    flags = AskFlags(
+        PromptFlags(), TextFlags("<", ">"), ChoiceFlags("a,b"), ScoreFlags(), DecodingFlags(batch_size="4")
+    )
+    assert flags.options("vqa", QuestionFlags(["Why?"])).choices is not None
 
 
 @pytest.mark.parametrize(
