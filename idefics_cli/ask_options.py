@@ -259,8 +259,8 @@ class AskFlags:
     decoding: DecodingFlags
     embeddings: EmbeddingsFlag = None
 
-    def options(self, task: str, questions: QuestionFlags | None = None) -> AskOptions:
-        """Raises typer.BadParameter or IdeficsError for what contradicts itself."""
+    def options(self, task: str, questions: QuestionFlags | None = None, image_column: str | None = None) -> AskOptions:
+        """`image_column` is the inputs' own. Raises typer.BadParameter or IdeficsError for what contradicts itself."""
         from idefics_cli.asking import AskOptions
         from idefics_cli.prompts import TASKS, PromptOptions
         from idefics_cli.shots import ShotOptions
@@ -268,13 +268,13 @@ class AskFlags:
         prompts, number, choices = self.prompts, self.prompts.number_of_shots, self.choices.options()
         if choices is not None:
             self._require_nothing_written()
-        file = prompts.shots
+        file, selection, seed = prompts.shots, prompts.shot_selection, prompts.seed
         options = AskOptions(
             prompts=PromptOptions(task, prompts.template, prompts.prompt, number, prompts.bare),
             decoding=self.decoding.decoding(TASKS[task].max_new_tokens),
             questions=() if questions is None else questions.asked,
             question_column=QUESTION if questions is None else questions.question_column,
-            shots=None if file is None else ShotOptions(file, number, prompts.shot_selection, prompts.seed),
+            shots=None if file is None else ShotOptions(file, number, selection, seed, image_column),
             choices=choices,
             embeddings=self.embeddings,
             finish=self.text.finish(task if choices is None else None),

@@ -237,7 +237,7 @@ def _ask(run: RunFlags, ask: AskFlags, questions: QuestionFlags | None, debug: b
         from idefics_cli.asking import Asking
 
         task = "caption" if questions is None else "vqa"
-        work = Asking(ask.options(task, questions))
+        work = Asking(ask.options(task, questions, run.inputs.image_column))
         options = run.options(work, ask.decoding.rows_per_batch, ask.scores.answers_column)
         scoring = ask.scores.scoring(run.output, task)
     _run(options, work, debug, scoring)

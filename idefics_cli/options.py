@@ -268,6 +268,7 @@ class RunFlags:
             overwrite=self.output.overwrite,
             retry_errors=self.output.retry_errors,
             sidecar=self.output.sidecar,
+            answers_column=answers_column,
         )
 
 

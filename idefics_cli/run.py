@@ -25,6 +25,7 @@ from idefics_cli.data.rows import InputRow, ReadOptions
 from idefics_cli.data.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 from idefics_cli.errors import InputError, OutputError
 from idefics_cli.pipeline import FlowOptions, Outcome, RunStats, Stages, run_rows
+from idefics_cli.score import references_of
 from idefics_cli.work import Model, Observer, Steps, Work
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ class Loader:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """All that a run is told besides its work. `batch_size` None: as many as memory holds."""
+    """All that a run is told besides its work. `batch_size` None: as many as memory holds.
+
+    `answers_column` is that of the references which somebody means to score the result against.
+    """
 
     inputs: tuple[str, ...]
     output: str
@@ -59,6 +63,7 @@ class RunOptions:
     overwrite: bool = False
     retry_errors: bool = False
     sidecar: bool = False
+    answers_column: str | None = None
 
 
 class Ending(Enum):
@@ -245,8 +250,19 @@ class Run:
         if self.model is None:
             self.work.check(self.options.request)
             self.loader.check(self.options.request)
+            self._check_next_row()
             self.model = self.loader.load(self.options.request, self.options.batch_size)
         return self.model
+
+    def _check_next_row(self) -> None:
+        """What is wrong with all rows shows in the first of them, and should before a model is loaded."""
+        row = None if self.inputs.awaited else self.inputs.peek()
+        if row is None or row.error is not None:
+            return
+        if self.sidecars is not None:
+            _own_file(row)
+        if self.options.answers_column is not None:
+            references_of(row.values.get(self.options.answers_column), f"row {row.index + 1}")
 
     def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter]) -> None:
         """A mistake that shows as the work begins leaves no output behind."""
@@ -273,10 +289,14 @@ class Run:
 
 
 def _own_file(row: InputRow) -> Path:
-    picture = row.sources[0] if row.sources else None
-    if not isinstance(picture, Path):
+    if not row.sources:
+        raise OutputError(
+            f"row {row.id} names no picture that a text could stand beside: name its column with --image-column, or"
+            " leave --sidecar out"
+        )
+    if not isinstance(row.sources[0], Path):
         raise OutputError(f"the picture of row {row.id} is no file that a text could stand beside: leave --sidecar out")
-    return picture
+    return row.sources[0]
 
 
 def _require_manifests(options: RunOptions, work: Work) -> None:
@@ -286,7 +306,7 @@ def _require_manifests(options: RunOptions, work: Work) -> None:
         raise InputError(f"{without[0]} is no manifest: {work.needs_manifest}")
     reading = options.reading
     named = {
-        "--image-column": reading.image_column,
+        "--image-column": reading.image_column if not any(map(is_manifest, work.files)) else None,
         "--id-column": reading.id_column,
         "--keep or --answers-column": reading.keep,
         "--image-root": reading.image_root if STDIN not in options.inputs else None,

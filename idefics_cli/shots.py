@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
+from idefics_cli.data.manifests import is_manifest
 from idefics_cli.data.readers import Inputs, open_inputs
 from idefics_cli.data.rows import InputRow, ReadOptions
 from idefics_cli.errors import InputError, RowError
@@ -26,7 +27,8 @@ class ShotOptions:
     """A manifest of worked examples, and which of them are shown.
 
     `similar` shows each row the pictures nearest to its own, the nearest last (RICES: Yang et al. 2022, section 3.2;
-    Alayrac et al. 2022, appendix A.2); the others show all rows the same. `seed` decides what is random.
+    Alayrac et al. 2022, appendix A.2); the others show all rows the same. `seed` decides what is random. Of 0 shots
+    none is shown with its pictures. `image_column` is what the run's inputs have theirs in, None: not said.
     """
 
     file: str
@@ -34,12 +36,18 @@ class ShotOptions:
     selection: Selection = "first"
     seed: int = 0
     image_column: str | None = None
-    image_root: str | None = None
 
 
 def open_shots(options: ShotOptions) -> Inputs:
-    """The file's rows. Raises InputError for a file that cannot be read."""
-    reading = ReadOptions(keep="all", image_column=options.image_column, image_root=options.image_root, needs_id=False)
+    """The file's rows, with pictures where these are shown: in `image_column`, where the file has one of that name.
+
+    Raises InputError for a file that cannot be read.
+    """
+    if not is_manifest(options.file):
+        raise InputError(f"--shots {options.file} is no manifest: name one, with a column of captions or answers")
+    usual = tuple(filter(None, (options.image_column, *ReadOptions.usual_image_columns)))
+    shows = options.number > 0
+    reading = ReadOptions(keep="all", usual_image_columns=usual, needs_image=shows, needs_id=False)
     return open_inputs((options.file,), reading)
 
 

@@ -251,6 +251,33 @@ def test_a_manifest_without_files_has_no_place_for_texts(bench: Bench, tmp_path:
 
     pq.write_table(pa.table({"image": [(save_picture(tmp_path / "x.png")).read_bytes()]}), tmp_path / "m.parquet")
     assert "leave --sidecar out" in bench.refuses(OutputError, inputs=(str(tmp_path / "m.parquet"),), sidecar=True)
+    assert "load" not in bench.calls
+    unseen = {"inputs": (str(tmp_path / "m.parquet"),), "reading": ReadOptions(needs_image=False)}
+    assert "name its column with --image-column" in bench.refuses(OutputError, sidecar=True, **unseen)
+
+
+def test_answers_that_cannot_be_scored_are_told_before_the_model_is_loaded(bench: Bench, photos: Path) -> None:
+    manifest = photos / "m.jsonl"
+    manifest.write_text("".join(json.dumps({"image": name, "truth": [True]}) + "\n" for name in ("a.jpg", "b.png")))
+    changes = {"inputs": (str(manifest),), "reading": ReadOptions(keep=("truth",)), "answers_column": "truth"}
+    assert "row 1: a reference is bool, not text: name another" in bench.refuses(InputError, **changes)
+    assert "load" not in bench.calls and not list(bench.output.parent.glob("f.*"))
+    bench.run(**{**changes, "answers_column": None})
+    assert [row["id"] for row in bench.rows()] == ["0", "1"]  # the row that is looked at comes, too
+
+
+def test_shots_may_have_their_pictures_in_the_inputs_column(bench: Bench, photos: Path) -> None:
+    """And folders have no columns, but shots beside them do."""
+    shots = photos / "shots.jsonl"
+    shots.write_text(json.dumps({"before": "a.jpg", "after": "b.png", "caption": "a cat"}) + "\n")
+    for column in "before", "after":
+        options = ShotOptions(str(shots), 1, image_column=column)
+        work = Asking(AskOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=options))
+        output = str(bench.output.with_name(f"{column}.jsonl"))
+        reading = ReadOptions(image_column=column)
+        options = replace(bench.options, inputs=(str(photos / "a.jpg"),), output=output, reading=reading)
+        run = Run(options, work, Loader(bench.check, bench.load), RunStats(), bench.observer)
+        assert run.run(None) is Ending.RAN
 
 
 def test_pictures_need_a_question_from_somewhere(bench: Bench) -> None:

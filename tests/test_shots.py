@@ -72,6 +72,25 @@ def test_shots_need_no_ids(run: Callable[..., Result], manifest: Path, shots: Sh
     assert [shown(prompt) for prompt in prompts] == [[0, 1, 2, seed] for seed in range(100, 106)]
 
 
+def test_shots_that_are_shown_as_texts_need_no_pictures(run: Callable[..., Result], manifest: Path) -> None:
+    rows = [{"question": f"Q{k}?", "answer": f"a{k}"} for k in range(2)]
+    texts = write_manifest(manifest.with_name("texts.jsonl"), rows)
+    prompt = asked(run, "vqa", manifest, "--shots", texts, "--num-shots", "0")[0]
+    assert "Q0?" in prompt and "a1" in prompt and "[0]" not in prompt
+
+
+def test_shots_have_their_pictures_in_the_inputs_column_where_they_have_it(
+    run: Callable[..., Result], manifest: Path, shots: Shots
+) -> None:
+    """A folder has no columns, but the shots beside it have."""
+    columns = {"question": lambda k: f"Q{k}?", "answer": lambda k: f"a{k}", "after": lambda k: f"{1 - k}.png"}
+    pool = shots(2, **columns)
+    folder = manifest.parent
+    for options, first in ((), 0), (("--image-column", "after"), 1), (("--image-column", "image"), 0):
+        prompt = asked(run, "vqa", folder, "-q", "Q?", "--shots", pool, "--num-shots", "1", *options)[0]
+        assert f"Image:[{first}]Question: Q0?" in prompt
+
+
 def test_four_are_shown_where_no_number_is_given(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
     captions = shots(caption=lambda k: f"caption {k}")
     assert [shown(prompt)[:-1] for prompt in asked(run, "caption", manifest, "--shots", captions)] == [[0, 1, 2, 3]] * 6
@@ -168,7 +187,8 @@ def test_files_that_hold_no_shots_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr("idefics_cli.cli.check_model", lambda request: None)
     vqa = "vqa", manifest, "-o", tmp_path / "f.jsonl", "--shots"
     assert "No such file" in refused(*vqa, tmp_path / "none.jsonl")
-    assert "has no answer to show" in refused(*vqa, save_picture(tmp_path / "a.png"), "--num-shots", "1")
+    assert "is no manifest: name one" in refused(*vqa, save_picture(tmp_path / "a.png"), "--num-shots", "1")
+    assert "--shots - is no manifest: name one" in refused(*vqa, "-")
     assert "holds 3 shots: lower --num-shots 4" in refused(*vqa, shots(3))
     assert "holds 3 shots: lower --num-shots 4" in refused(*vqa, shots(3), "--shot-selection", "random")
     said = refused(*vqa, shots(question=lambda k: "Q?", reply=lambda k: "a"))

@@ -113,7 +113,8 @@ def _image_column(manifest: str, table: Table, options: ReadOptions) -> str | No
         return table.image_column if options.needs_image or column else None
     if column is None and not options.needs_image:
         return None
-    column = column or ("image" if "image" in table.columns else None) or _only_picture_column(manifest, table)
+    usual = (name for name in options.usual_image_columns if name in table.columns)
+    column = column or next(usual, None) or _only_picture_column(manifest, table)
     _require(manifest, table, column)
     if not table.may_hold_pictures(column):
         raise InputError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar
 
 from idefics_cli.data.files import LocalFile, RemoteInput, cannot_read, is_remote, open_remote, refuse_irregular
@@ -126,6 +126,13 @@ class Inputs:
                     " bring the old input back, or start anew with --overwrite"
                 )
             self._passed += 1
+
+    def peek(self) -> InputRow | None:
+        """The row that `rows` gives next, None behind the last. Waits for it, where rows are long in coming."""
+        row = next(self.rows, None)
+        if row is not None:
+            self.rows = chain([row], self.rows)
+        return row
 
     def resolve(self, value: object, index: int = 0) -> ImageSource | RowError:
         """A picture value that stands in the row of this `index` -> what opens it."""

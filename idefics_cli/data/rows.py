@@ -57,13 +57,15 @@ class ReadOptions:
 
     `columns` must exist in every manifest; `keep` are those to pass through ("all": every one but those of id and
     picture). `shard` is (I, N), 1 <= I <= N: the rows whose index is I - 1 modulo N. `limit` counts the rows that come,
-    behind the shard. Without `needs_image` a row has pictures only where `image_column` names them; without
-    `needs_id` the rows of manifests are known by their numbers.
+    behind the shard. Where no `image_column` is named, pictures are in the first of `usual_image_columns` that a
+    manifest has, else in its only column that may hold them. Without `needs_image` a row has pictures only where
+    `image_column` names them; without `needs_id` the rows of manifests are known by their numbers.
     """
 
     recursive: bool = True
     null: bool = False
     image_column: str | None = None
+    usual_image_columns: tuple[str, ...] = ("image",)
     id_column: str | None = None
     image_root: str | None = None
     columns: tuple[str, ...] = ()

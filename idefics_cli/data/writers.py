@@ -9,6 +9,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -138,25 +139,31 @@ class SidecarWriter:
         self.overwrite = overwrite
         self._one_at_a_time = threading.Lock()
         self._rows = SeenIds()  # by the files that have their texts
-        self._shared_stems: dict[Path, frozenset[str]] = {}
+        self._folders: dict[Path, PictureFolder] = {}
 
     def target(self, picture: Path) -> Path:
-        if picture.parent not in self._shared_stems:
-            if len(self._shared_stems) >= FOLDERS_KEPT:
-                self._shared_stems.clear()
-            self._shared_stems[picture.parent] = shared_stems(picture.parent)
-        is_shared = picture.stem in self._shared_stems[picture.parent]
+        is_shared = picture.stem in self._folder(picture.parent).shared_stems
         return picture.with_name(f"{picture.name if is_shared else picture.stem}.txt")
+
+    def _folder(self, path: Path) -> PictureFolder:
+        if path not in self._folders:
+            if len(self._folders) >= FOLDERS_KEPT:
+                self._folders.clear()
+            self._folders[path] = PictureFolder.of(path)
+        return self._folders[path]
 
     def write(self, picture: Path, text: str, row: int) -> None:
         """The text of the `row` of this index. Raises OutputError for a file that may not go, or cannot be written."""
         with self._one_at_a_time:
-            target = self.target(picture)
-            first = self._rows.add(escape_name(str(target)), row)
             try:
+                target = self.target(picture)
+                one_name = self._folder(picture.parent).path / target.name
+                first = self._rows.add(escape_name(str(one_name)), row)
                 self._replace(target, text.encode() + b"\n", row if first is None else first, row)
             except OSError as error:
-                raise OutputError(f"cannot write {shown_path(target)}: {reason(error)}; leave --sidecar out") from error
+                raise OutputError(
+                    f"cannot write a text beside {shown_path(picture)}: {reason(error)}; leave --sidecar out"
+                ) from error
 
     def _replace(self, target: Path, data: bytes, first: int, row: int) -> None:
         """`first` is the row that the file has had from this run."""
@@ -175,7 +182,22 @@ class SidecarWriter:
                 " holds one: leave --sidecar out"
             )
         if not self.overwrite:
-            raise OutputError(f"{shown_path(target)} holds another text: move it away, or replace it with --overwrite")
+            raise OutputError(
+                f"{shown_path(target)} holds another text: move it away, and the run goes on; or let all such files be"
+                " replaced with --overwrite, which begins the run anew"
+            )
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """A folder of pictures by the one name that no other spelling has, and which stems stand for several of them."""
+
+    path: Path
+    shared_stems: frozenset[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> PictureFolder:
+        return cls(folder.resolve(), shared_stems(folder))
 
 
 def shared_stems(folder: Path) -> frozenset[str]:

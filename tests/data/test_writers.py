@@ -231,12 +231,30 @@ def test_a_text_of_another_row_of_the_run_never_goes(tmp_path: Path, overwrite: 
     assert (tmp_path / "a dog.txt").read_text() == "a dog\n"
 
 
+def test_a_picture_is_the_same_however_its_folder_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p" / "q").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("p")
+    monkeypatch.chdir(tmp_path)
+    for folder in "p", "p/q/..", "./p", "link", str(tmp_path / "p"):
+        writer = SidecarWriter(overwrite=True)
+        writer.write(Path("p/a.png"), "a dog", 0)
+        with pytest.raises(OutputError, match="rows 1 and 2 show one picture"):
+            writer.write(Path(folder, "a.png"), "a cat", 1)
+
+
+def test_a_folder_that_has_gone_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot write a text beside .*a\.png: No such file or directory"):
+        SidecarWriter(overwrite=False).write(tmp_path / "none" / "a.png", "a dog", 0)
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, data: bytes) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(OutputError, match=r"cannot write .*a\.txt: Read-only file system; leave --sidecar out"):
+    with pytest.raises(
+        OutputError, match=r"cannot write a text beside .*a\.png: Read-only file system; leave --sidecar out"
+    ):
         SidecarWriter(overwrite=False).write(tmp_path / "a.png", "a dog", 0)
 
 
@@ -246,4 +264,4 @@ def test_many_folders_are_not_all_kept_in_mind(tmp_path: Path, monkeypatch: pyte
     for number in range(5):
         (tmp_path / str(number)).mkdir()
         writer.write(tmp_path / str(number) / "a.png", "a dog", 0)
-        assert len(writer._shared_stems) <= 2
+        assert len(writer._folders) <= 2
