@@ -67,7 +67,8 @@ class Rows:
 
 class Format(Protocol):
     """`write` makes a whole file, and `before_rename` puts beside its final name what belongs there. `run_of` tells
-    what run made the file that is there, None where it was changed since; `texts` reads it back."""
+    what run made the file that is there, None where it was changed since; `texts` reads it back. `in_the_way` are files
+    beside it that somebody else has made, where no run is under way, and that would be written over."""
 
     def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None: ...
 
@@ -76,6 +77,8 @@ class Format(Protocol):
     def run_of(self, path: Path) -> dict[str, Any] | None: ...
 
     def texts(self, path: Path) -> Iterator[bytes]: ...
+
+    def in_the_way(self, path: Path) -> Iterator[Path]: ...
 
 
 def format_of(path: Path) -> Format:
@@ -99,7 +102,7 @@ class JsonLines:
                 file.write(strict_json(text) + b"\n")
 
     def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None:
-        record = path.with_name(path.name + ".run")
+        record = record_name(path)
         with temporary_file(record) as temporary:
             with _synced(temporary) as file:
                 file.write(json_text({**run, OF_BYTES: _content(target)}) + b"\n")
@@ -107,7 +110,7 @@ class JsonLines:
 
     def run_of(self, path: Path) -> dict[str, Any] | None:
         with suppress(FileNotFoundError, ValueError):  # no record, or none that can be read: nothing is known
-            record = json.loads(path.with_name(path.name + ".run").read_bytes())
+            record = json.loads(record_name(path).read_bytes())
             if _is_record(record) and record.get(OF_BYTES) == _content(path):
                 return record
         return None
@@ -116,6 +119,19 @@ class JsonLines:
         with open(path, "rb") as file:
             for line in file:
                 yield line.rstrip(b"\n")
+
+    def in_the_way(self, path: Path) -> Iterator[Path]:
+        record = record_name(path)
+        yield from existing(temporary_name(path), temporary_name(record))
+        for there in existing(record):
+            with suppress(ValueError, RecursionError):
+                if _is_record(json.loads(there.read_bytes())):
+                    continue
+            yield there
+
+
+def record_name(path: Path) -> Path:
+    return path.with_name(path.name + ".run")
 
 
 def _content(path: Path) -> list[int]:
@@ -162,6 +178,9 @@ class Parquet:
                 for row in zip(*values, strict=True):
                     yield json_text(dict(zip(batch.schema.names, row, strict=True)))
 
+    def in_the_way(self, path: Path) -> Iterator[Path]:
+        return existing(temporary_name(path))
+
 
 def _rows_at_once(metadata: pq.FileMetaData) -> int:
     """As many as take `CHUNK_BYTES` in the mean."""
@@ -170,10 +189,18 @@ def _rows_at_once(metadata: pq.FileMetaData) -> int:
     return max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, row_bytes)))
 
 
+def existing(*paths: Path) -> Iterator[Path]:
+    return (path for path in paths if os.path.lexists(path))
+
+
+def temporary_name(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """A name beside `path` for what is to be renamed to it; what still has it at the end is gone, and holds no room."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
     finally:

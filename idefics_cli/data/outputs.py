@@ -19,6 +19,7 @@ from typing import Any
 
 from idefics_cli.data.formats import SETTINGS, Rows, format_of, temporary_file
 from idefics_cli.data.journal import Journal, reason, shown_path, sync_folder
+from idefics_cli.data.names import REMOTE_ADDRESS, WEB_ADDRESS, shown_address
 from idefics_cli.data.values import Column
 from idefics_cli.errors import OutputError
 
@@ -33,15 +34,29 @@ class FileOutput:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        _refuse_address(os.fspath(path))
         self.path = Path(path)
         _check_place(self.path)
         self.format = format_of(self.path)
-        self.journal = Journal(self.path.with_name(self.path.name + ".part"), discard=overwrite)
+        journal = self.path.with_name(self.path.name + ".part")
+        if not os.path.lexists(journal):
+            self._require_free_names()
+        self.journal = Journal(journal, discard=overwrite)
         try:
             self.record = None if overwrite else self._finished_run()
         except BaseException:
             self.journal.close()
             raise
+
+    def _require_free_names(self) -> None:
+        """What is written beside the final file may be left over from a run under way, and from nothing else."""
+        with self._reading():
+            for path in self.format.in_the_way(self.path):
+                shown = shown_path(path)
+                raise OutputError(
+                    f"{shown} is no file of this program, and would be written over: move it away, or name another"
+                    " output"
+                )
 
     def _finished_run(self) -> dict[str, Any] | None:
         """What is known of the run that made the final file, or None where there is none."""
@@ -197,6 +212,13 @@ def _numbered(items: list[Any]) -> dict[str, Any]:
 def _brief(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _refuse_address(name: str) -> None:
+    if WEB_ADDRESS.match(name) or REMOTE_ADDRESS.match(name):
+        raise OutputError(
+            f"{shown_address(name)} is an address: name a file on this machine, and copy it when it is finished"
+        )
 
 
 def _check_place(path: Path) -> None:

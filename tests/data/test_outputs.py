@@ -221,3 +221,37 @@ def test_a_result_that_went_while_failed_rows_were_done_again(tmp_path: Path, na
     (tmp_path / name).unlink()
     with pytest.raises(OutputError, match="it is not there any more as it was"):
         FileOutput(tmp_path / name)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/f.jsonl", "gs://bucket/f.parquet", "https://a.example/f.jsonl"])
+def test_an_address_is_no_place(address: str) -> None:
+    with pytest.raises(OutputError, match="is an address: name a file on this machine"):
+        FileOutput(address)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [("f.jsonl", ".tmp"), ("f.jsonl", ".run"), ("f.jsonl", ".run.tmp"), ("f.parquet", ".tmp")],
+)
+def test_nothing_of_somebody_elses_is_written_over(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
+    own = tmp_path / f"{name}{beside}"
+    own.write_text("[" * 100_000)
+    with pytest.raises(OutputError, match=rf"{own.name} is no file of this program, and would be written over"):
+        FileOutput(tmp_path / name, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [own.name] and own.read_text() == "[" * 100_000
+
+
+@both
+def test_what_a_kill_left_of_the_final_file_is_written_over(tmp_path: Path, name: str) -> None:
+    output = FileOutput(tmp_path / name)
+    output.begin(SETTINGS)
+    append(output, OLD)
+    output.journal.end({"rows": len(OLD), "failed": {}})
+    output.close()
+    for beside in ".tmp", ".run.tmp":
+        (tmp_path / f"{name}{beside}").write_bytes(b"torn")
+    again = FileOutput(tmp_path / name)
+    again.publish(COLUMNS)
+    again.close()
+    assert rows_of(tmp_path / name) == OLD
