@@ -189,8 +189,8 @@ class Scorer:
     def _tallies(self, row: Mapping[str, Any]) -> list[_Tally]:
         if self.options.by is None:
             return [self._total]
-        group = self._groups.setdefault(_group_name(row.get(self.options.by)), _Tally())
-        return [self._total, group]
+        key = json.dumps(row.get(self.options.by), default=str)
+        return [self._total, self._groups.setdefault(key, _Tally())]
 
     def scores(self) -> Scores:
         """Raises InputError when no row could be scored."""
@@ -200,7 +200,8 @@ class Scorer:
                 "name their column with --answers-column"
             )
         self._add_cider()
-        groups = {name: tally.means() for name, tally in sorted(self._groups.items())}
+        names = _group_names(self._groups)
+        groups = {names[key]: self._groups[key].means() for key in sorted(names, key=names.__getitem__)}
         return Scores(self.options, self.metrics, self._total.means(), groups, self._unscored, self._single)
 
     def _add_cider(self) -> None:
@@ -236,10 +237,11 @@ def _text(value: Any, place: str) -> str:
     raise InputError(f"{place}: a reference is {type(value).__name__}, not text: name another --answers-column")
 
 
-def _group_name(value: Any) -> str:
-    if value is None:
-        return NO_GROUP
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+def _group_names(keys: Iterable[str]) -> Mapping[str, str]:
+    """What people see of a group, by its value as JSON: texts without quotes, unless two would be called the same."""
+    quoted = {key: NO_GROUP if key == "null" else key for key in keys}
+    plain = {key: json.loads(key) if key.startswith('"') else name for key, name in quoted.items()}
+    return plain if len(set(plain.values())) == len(plain) else quoted
 
 
 # ---- result files

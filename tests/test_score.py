@@ -10,6 +10,8 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from idefics_cli.errors import IdeficsError, InputError
@@ -23,6 +25,12 @@ ROWS = [
     {"id": "d", "answer": None, "error": "image_missing: gone", "answers": ["1"] * 10, "kind": "count"},
     {"id": "e", "answer": "red", "error": None, "answers": None, "kind": None},
 ]
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=3,
+)
 
 
 def save(path, rows):
@@ -58,6 +66,22 @@ def test_an_empty_text_beside_an_empty_reference_is_right_but_an_error_never_is(
     rows = [{"answer": "", "answers": [""]}, {"answer": "", "error": "out_of_memory: x", "answers": [""]}]
     scores = score_results(save(tmp_path / "r.jsonl", rows))
     assert (scores.total.values, scores.total.errors) == ({"vqa_accuracy": 0.5, "exact_match": 0.5}, 1)
+
+
+@given(st.lists(JSON_VALUES, min_size=1, max_size=6))
+@example([1, "1", '"1"', None, "(none)", "null", True, "true", 1.0, "é", [1], "[1]"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_different_values_are_different_groups(tmp_path, values):
+    rows = [{"answer": "a", "answers": ["a"], "kind": value} for value in values]
+    groups = score_results(save(tmp_path / "r.jsonl", rows), ScoreOptions(by="kind")).groups
+    assert len(groups) == len({json.dumps(value) for value in values})
+    assert sum(group.rows for group in groups.values()) == len(values)
+
+
+def test_groups_of_texts_are_called_by_them(tmp_path):
+    rows = [{"answer": "a", "answers": ["a"], "kind": value} for value in ("café", "1", None, [2])]
+    groups = score_results(save(tmp_path / "r.jsonl", rows), ScoreOptions(by="kind")).groups
+    assert list(groups) == ["(none)", "1", "[2]", "café"]
 
 
 def test_captions_get_cider_and_groups_share_the_corpus(tmp_path):
