@@ -248,7 +248,9 @@ def _run(options: RunOptions, work: Work, debug: bool, scoring: ScoreOptions | N
     from idefics_cli.run import Ending, Loader, Run
 
     stats = RunStats()
-    with exit_codes(debug, lambda: rows_so_far(stats, options.output, options.overwrite)) as signals:
+    with exit_codes(
+        debug, lambda condition: rows_so_far(stats, options.output, options.overwrite, condition)
+    ) as signals:
         with Progress(stats, signals) as progress:
             stdin = getattr(sys.stdin, "buffer", None)
             run = Run(options, work, Loader(check_model, load_model), stats, progress, stdin)

@@ -85,10 +85,10 @@ class Signals:
 
 
 @contextlib.contextmanager
-def exit_codes(debug: bool, safe_rows: Callable[[], str] = str) -> Iterator[Signals]:
+def exit_codes(debug: bool, safe_rows: Callable[[str], str] = lambda condition: "") -> Iterator[Signals]:
     """Turn whatever ends a command into one line on stderr and an exit code; `debug` adds the traceback.
 
-    `safe_rows` says what became of the rows that were finished before.
+    `safe_rows` says what became of the rows that were finished before, and under which condition a run goes on.
     """
     from idefics_cli.data.writers import StreamClosed
 
@@ -101,16 +101,16 @@ def exit_codes(debug: bool, safe_rows: Callable[[], str] = str) -> Iterator[Sign
             code = 0
         except Interrupted as stop:
             _leave_stdout()
-            say(f"Stopped by {signal.Signals(stop.number).name}. {safe_rows()}")
+            say(f"Stopped by {signal.Signals(stop.number).name}. {safe_rows('')}")
             code = EXIT_SIGNAL + stop.number
         except IdeficsError as error:
-            say_error(f"{error}. {safe_rows()}", debug)
+            say_error(f"{error}. {safe_rows(' once that is mended')}", debug)
             code = EXIT_MISTAKE
         except typer.BadParameter:
             raise  # it has its own line and code
         except Exception as error:
             told = "" if debug else " Please report it to the project, with the traceback that --debug shows."
-            say_error(f"a bug: {type(error).__name__}: {error}.{told} {safe_rows()}", debug)
+            say_error(f"a bug: {type(error).__name__}: {error}.{told} {safe_rows('')}", debug)
             code = EXIT_BUG
         else:
             return
@@ -295,7 +295,7 @@ def say_finished(stats: RunStats, output: str) -> None:
     say(f"{output} is finished: {counted(stats.rows, 'row')}{failed}. --overwrite begins anew.")
 
 
-def rows_so_far(stats: RunStats, output: str, overwrite: bool = False) -> str:
+def rows_so_far(stats: RunStats, output: str, overwrite: bool = False, condition: str = "") -> str:
     if output == "-":
         return f"{counted(stats.safe, 'row')} had been written." if stats.safe else ""
     if not stats.safe:
@@ -304,4 +304,4 @@ def rows_so_far(stats: RunStats, output: str, overwrite: bool = False) -> str:
     if not os.path.exists(part):
         return f"{output} is finished." if os.path.exists(output) else ""
     again = "The same command without --overwrite" if overwrite else "The same command"
-    return f"{counted(stats.safe, 'row')} finished so far: safe in {part}. {again} goes on from there."
+    return f"{counted(stats.safe, 'row')} finished so far: safe in {part}. {again} goes on from there{condition}."
