@@ -67,8 +67,11 @@ class AskOptions:
     @property
     def fields(self) -> tuple[str, ...]:
         """What prompts have fields for, pictures apart. Raises IdeficsError for a template that no model could take."""
-        template = choose_template(self.prompts, instruct=True)  # that for base models has the same fields
-        return tuple(dict.fromkeys(name for name in template.fields if name != IMAGE_FIELD))
+        return tuple(dict.fromkeys(name for name in self._places if name != IMAGE_FIELD))
+
+    @property
+    def _places(self) -> tuple[str, ...]:
+        return choose_template(self.prompts, instruct=True).fields  # that for base models has the same
 
     @property
     def shows_questions(self) -> bool:
@@ -86,6 +89,9 @@ class AskOptions:
     @property
     def needs_manifest(self) -> str | None:
         """What to do about an input that has no columns; None where it needs none."""
+        pictures = self._places.count(IMAGE_FIELD)
+        if pictures > 1:
+            return f"name one with a list of {pictures} pictures in each row, or leave one {{image}} in --prompt"
         if self.columns == (self.question_column,) and self.needs_question_column:
             return f"ask with -q QUESTION, or name one with a column {self.question_column!r}"
         return f"name one that has what is asked for, {', '.join(self.columns)}" if self.columns else None

@@ -33,7 +33,6 @@ from idefics_cli.terminal import (
     EXIT_FAILED_ROWS,
     Progress,
     console,
-    end_at_once_when_interrupted,
     exit_codes,
     is_terminal,
     print_data,
@@ -338,6 +337,5 @@ def _print_facts(facts: Mapping[str, str]) -> None:
 
 
 def main() -> None:
-    """The console script."""
-    end_at_once_when_interrupted()
+    """What `__main__.py` calls."""
     app(prog_name="idefics")

@@ -36,12 +36,6 @@ EXIT_SIGNAL = 128  # and the signal's number
 # ---- endings
 
 
-def end_at_once_when_interrupted() -> None:
-    """Ctrl-C before a command has begun: nothing has been done, and Python's traceback would say nothing of use."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM came. No `except Exception` of a library takes it for a failure of its own."""
 

@@ -35,6 +35,7 @@ import json, os, sys, time
 sys.path.insert(0, os.environ["TESTS"])
 from conftest import FakeCaptioner
 from idefics_cli import cli
+from idefics_cli.__main__ import main
 
 fake = json.loads(os.environ.get("FAKE", "{}"))
 load, stubborn, length = fake.pop("load", 0), fake.pop("stubborn", False), fake.pop("length", 1)
@@ -63,7 +64,7 @@ def load_model(request, batch_size):
 
 
 cli.check_model, cli.load_model = lambda request: None, load_model
-cli.main()
+main()
 """
 
 

@@ -286,6 +286,16 @@ def test_pictures_need_a_question_from_somewhere(bench: Bench) -> None:
         Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
 
 
+def test_files_have_one_picture_each(bench: Bench) -> None:
+    """A prompt with places for more would make an error of every row."""
+    for text in "{image}{image}", "{image} or {{{image}}}":
+        work = Asking(AskOptions(PromptOptions("caption", text=text), DecodingOptions()))
+        with pytest.raises(InputError, match=r"is no manifest: name one with a list of 2 pictures in each row"):
+            Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+    work = Asking(AskOptions(PromptOptions("caption", text="{image} or {{image}}"), DecodingOptions()))
+    Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+
+
 @pytest.mark.parametrize(
     ("reading", "flag"),
     [

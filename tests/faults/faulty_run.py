@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from conftest import FakeCaptioner
 
+from idefics_cli import __main__ as console_script
 from idefics_cli import asking, cli, run  # noqa: F401 (the slow imports, done once where processes are forked)
 from idefics_cli.data import formats, writers
 
@@ -122,7 +123,7 @@ def main(arguments: list[str], settings: Settings) -> NoReturn:
     cli.check_model = lambda request: settings.weights
     cli.load_model = lambda request, batch_size: FakeCaptioner(batch_size or settings.batch_size, delay=settings.delay)
     sys.argv = ["idefics", *arguments]
-    cli.main()
+    console_script.main()
     raise AssertionError("the command line came back")
 
 

@@ -88,18 +88,33 @@ def _group_lives(number: int | None) -> bool:
 BEGINNING = """
 import signal
 from idefics_cli import cli
+from idefics_cli.__main__ import main
 
 def app(**options):
     print("begun", flush=True)
     signal.sigtimedwait([], 60)
 
 cli.app = app
-cli.main()
+main()
+"""
+# Modules take long to be imported.
+IMPORTING = """
+import signal, sys
+from idefics_cli.__main__ import main
+
+class Slow:
+    def find_spec(self, name, path, target=None):
+        print("begun", flush=True)
+        signal.sigtimedwait([], 60)
+
+sys.meta_path.insert(0, Slow())
+main()
 """
 
 
-def test_an_interrupt_before_anything_has_begun_ends_at_once_and_says_nothing() -> None:
-    process = subprocess.Popen([sys.executable, "-c", BEGINNING], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("beginning", [IMPORTING, BEGINNING])
+def test_an_interrupt_before_anything_has_begun_ends_at_once_and_says_nothing(beginning: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", beginning], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"begun\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=SECONDS_TO_STOP)[1] == b""
