@@ -254,8 +254,10 @@ def _run(options: RunOptions, work: Work, debug: bool, scoring: ScoreOptions | N
             stdin = getattr(sys.stdin, "buffer", None)
             run = Run(options, work, Loader(check_model, load_model), stats, progress, stdin)
             ending = run.run(progress.stdout())
-        show = say_finished if ending is Ending.FINISHED_BEFORE else say_summary
-        show(stats, options.output)
+        if ending is Ending.FINISHED_BEFORE:
+            say_finished(stats, options.output)
+        else:
+            say_summary(stats, options.output, made="latents" if run.form.text_column is None else "a text")
     if scoring is not None and not stats.stopped_early:
         with exit_codes(debug):
             shown_as = run.form.kept_names[scoring.answers_column]

@@ -266,15 +266,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def say_summary(stats: RunStats, output: str) -> None:
-    """The closing line with the counts, behind what went wrong."""
+def say_summary(stats: RunStats, output: str, made: str) -> None:
+    """The closing line with the counts, behind what went wrong; `made` is what good rows have."""
     if stats.num_failed:
         say_failures(stats)
     if stats.stopped_early:
         say(f"Stopped early by --max-errors. {rows_so_far(stats, output)}")
     earlier = f", {stats.resumed} of them by an earlier run" if stats.resumed else ""
     say(
-        f"{counted(stats.rows, 'row')}{earlier}: {stats.rows - stats.num_failed} with a text,"
+        f"{counted(stats.rows, 'row')}{earlier}: {stats.rows - stats.num_failed} with {made},"
         f" {stats.num_failed} failed,"
         f" in {stats.seconds:.1f} s ({stats.rate:.1f} per second);"
         f" the model waited for pictures {stats.waited_share:.0%} of the time."

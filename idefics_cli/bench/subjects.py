@@ -333,4 +333,6 @@ def require_room(subject: Subject, options: BenchOptions) -> None:
     longest = max(len(prompt.input_ids) for prompt in subject.prompts.draw(FIRST_CALL))
     room = subject.model.config.max_position_embeddings - options.decoding.max_new_tokens
     if longest > room:
-        raise IdeficsError(f"prompts are {longest} tokens long and the model takes {room}: lower --shots")
+        raise IdeficsError(
+            f"prompts are {longest} tokens long and the model takes {room}: lower --shots or --max-new-tokens"
+        )

@@ -74,8 +74,8 @@ class EmbeddingFile:
 
         self.path, self.name = Path(path), escape_name(str(path))
         with self._refusing():
-            self.fingerprint = self._recorded_fingerprint()
             self._parquet = pq.ParquetFile(self.path, pre_buffer=False, page_checksum_verification=True)
+            self.fingerprint = self._recorded_fingerprint()
             self.shape = self._stored_shape(self._parquet.schema_arrow)
             self._starts = self._group_starts()
             self._hashes, self._rows = self._index()

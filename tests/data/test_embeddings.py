@@ -142,6 +142,10 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     for name in ("other.parquet", "text.parquet", "typed.parquet", "gone.parquet"):
         with pytest.raises(InputError, match=name):
             EmbeddingFile(tmp_path / name)
+    whole = write(tmp_path / "cut.parquet", [embedded(1)], "abc").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"cannot read .*cut\.parquet.* embed the pictures again"):
+        EmbeddingFile(tmp_path / "cut.parquet")
 
 
 def test_row_groups_too_large_for_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
