@@ -31,6 +31,7 @@ from idefics_cli.options import (
 )
 from idefics_cli.terminal import (
     EXIT_FAILED_ROWS,
+    EXIT_MISTAKE,
     Progress,
     console,
     exit_codes,
@@ -340,4 +341,8 @@ def _print_facts(facts: Mapping[str, str]) -> None:
 
 def main() -> None:
     """What `__main__.py` calls."""
-    app(prog_name="idefics")
+    try:
+        app(prog_name="idefics")
+    except OSError as error:  # a command has its own care: it is help, or the version, that has not come out
+        say(f"cannot write to stdout: {error.strerror}", label="Error: ")
+        sys.exit(EXIT_MISTAKE)

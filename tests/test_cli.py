@@ -427,6 +427,14 @@ def test_nobody_who_reads_stderr_changes_no_exit_code(scored: Path, tmp_path: Pa
         assert process.returncode == code and len(stdout.splitlines()) == (code == 0)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["caption", "--help"]])
+def test_help_that_has_no_room_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full, started(*arguments, stdout=full) as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr == b"Error: cannot write to stdout: No space left on device\n"
+
+
 @pytest.mark.parametrize("command", ["score", "info"])
 def test_data_that_is_no_row_ends_as_rows_do(scored: Path, command: str) -> None:
     """Where nobody reads it, where there is no room, and where stderr is closed."""
