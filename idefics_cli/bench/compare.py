@@ -242,6 +242,22 @@ def agreement(bench: Bench, pairs: Sequence[Pair]) -> dict[str, Any]:
 # ---- all runs
 
 
+Floors = dict[str, dict[str, float]]  # for each phase, seconds of its products' parts
+
+
+class Phased(NamedTuple):
+    """A run of ours whose phases are told apart, and the floors of what it did, timed right behind it.
+
+    Later they would be timed on what is as good as another machine: a shared one changes its pace within minutes.
+    """
+
+    run: Run
+    floors: Floors
+
+
+FloorTimer = Callable[[Run], Floors]
+
+
 @dataclass(frozen=True)
 class Measured:
     """All runs: the two pairs of the warm-up, the timed ones, and those of ours whose phases are told apart."""
@@ -250,7 +266,7 @@ class Measured:
     metered: Pair
     ours: list[Run]
     theirs: list[Run]
-    phased: list[Run]
+    phased: list[Phased]
     agreement: dict[str, Any]
 
     @property
@@ -278,21 +294,25 @@ def warm_up(bench: Bench, say: Callable[[str], None]) -> tuple[Pair, Pair]:
     return first, Pair(prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, metered=True))
 
 
-def measure(bench: Bench, warm: tuple[Pair, Pair], say: Callable[[str], None]) -> Measured:
+def measure(bench: Bench, warm: tuple[Pair, Pair], time_floors: FloorTimer, say: Callable[[str], None]) -> Measured:
     """The timed pairs behind those of the warm-up, each side first in turn, each pair over new pictures."""
     pairs: list[Pair] = []
+    phased: list[Phased] = []
+
+    def run_ours(prompts: Sequence[EncodedPrompt], repeat: int) -> Run:
+        run = run_timed(bench, bench.run_ours, prompts, repeat)
+        phased.append(with_floors(bench, run, time_floors))
+        return run
+
     for repeat in range(1, bench.options.repeats + 1):
         prompts = bench.subject.prompts.draw(FIRST_CALL + 1 + repeat)
-        if repeat % 2:
-            theirs = run_timed(bench, bench.run_theirs, prompts, repeat)
-            ours = run_timed(bench, bench.run_ours, prompts, repeat)
-        else:
-            ours = run_timed(bench, bench.run_ours, prompts, repeat)
-            theirs = run_timed(bench, bench.run_theirs, prompts, repeat)
+        ours = run_ours(prompts, repeat) if repeat % 2 == 0 else None
+        theirs = run_timed(bench, bench.run_theirs, prompts, repeat)
+        ours = ours or run_ours(prompts, repeat)
         say(f"repeat {repeat}: ours {ours.seconds:.2f} s, transformers {theirs.seconds:.2f} s")
         pairs.append(Pair(prompts, ours, theirs))
     ours, theirs = [pair.ours for pair in pairs], [pair.theirs for pair in pairs]
-    return Measured(*warm, ours, theirs, phased_runs(bench, ours), agreement(bench, [*warm, *pairs]))
+    return Measured(*warm, ours, theirs, phased, agreement(bench, [*warm, *pairs]))
 
 
 def run_timed(bench: Bench, side: Callable[..., Run], prompts: Sequence[EncodedPrompt], repeat: int) -> Run:
@@ -305,9 +325,11 @@ def run_timed(bench: Bench, side: Callable[..., Run], prompts: Sequence[EncodedP
     return side(prompts)
 
 
-def phased_runs(bench: Bench, timed: list[Run]) -> list[Run]:
-    """On CUDA a run of its own, since waiting for the device after each phase costs time."""
-    if bench.device.type != "cuda":
-        return timed
-    bench.engine.waits = True
-    return [bench.run_ours(bench.subject.prompts.draw(FIRST_CALL + bench.options.repeats + 2))]
+def with_floors(bench: Bench, timed: Run, time_floors: FloorTimer) -> Phased:
+    """The run and its floors; on CUDA another run, since waiting for the device after each phase costs time."""
+    run = timed
+    if bench.device.type == "cuda":
+        bench.engine.waits = True
+        run = bench.run_ours(bench.subject.prompts.draw(FIRST_CALL + bench.options.repeats + 2))
+        bench.engine.waits = False
+    return Phased(run, time_floors(run))

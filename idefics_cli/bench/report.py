@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from idefics_cli.bench.compare import Bench, EngineFactory, Measured, Run, make_engine, measure, warm_up
+from idefics_cli.bench.compare import Bench, EngineFactory, Floors, Measured, Phased, Run, make_engine, measure, warm_up
 from idefics_cli.bench.floor import Counts, copy_bandwidth, floor_seconds, work_of
 from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, checkpoint_subject, random_subject, require_room
 from idefics_cli.checkpoint import resolve_device, resolve_dtype
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PHASES = ("vision", "prefill", "decode")
-Floors = dict[str, dict[str, float]]  # for each phase, seconds of its products' parts
 
 
 def run(
@@ -38,50 +37,59 @@ def run(
     bench = Bench(subject, options, factory)
     bandwidth = copy_bandwidth(bench.device)
     warm = warm_up(bench, say)
-    # Before and behind the timed runs: a machine may work faster or slower by the end.
-    say("the bare matrix products")
-    floors = [phase_floors(bench, [warm[1].ours], bandwidth)]
-    measured = measure(bench, warm, say)
-    say("the bare matrix products again")
-    floors.append(phase_floors(bench, measured.phased, bandwidth))
-    return report(bench, measured, phase_report(measured, floors, bandwidth))
+
+    def time_floors(run: Run) -> Floors:
+        say("the bare matrix products")
+        return phase_floors(bench, run, bandwidth)
+
+    measured = measure(bench, warm, time_floors, say)
+    return report(bench, measured, phase_report(measured.phased, bandwidth))
 
 
-def phase_floors(bench: Bench, runs: Sequence[Run], bandwidth: float | None) -> Floors:
-    """The floor of each phase's median work, timed now."""
-    work = work_of(bench.theirs, median_counts(bench, runs))
+def phase_floors(bench: Bench, run: Run, bandwidth: float | None) -> Floors:
+    """The floor of each phase's work in the run, timed now."""
+    work = work_of(bench.theirs, counts_of(bench, run))
     return {name: floor_seconds(work[name], bandwidth) for name in PHASES}
 
 
-def phase_report(measured: Measured, floors: Sequence[Floors], bandwidth: float | None) -> dict[str, Any]:
-    """For each phase: median seconds, its floor, the mean of those timed, and how far above it stands."""
-    phases: dict[str, Any] = {}
-    for name in PHASES:
-        seconds = statistics.median(run.times[name] for run in measured.phased)
-        floor = {part: statistics.fmean(each[name][part] for each in floors) for part in floors[0][name]}
-        products = max(floor["products"], floor.get("bytes", 0.0))
-        whole = max(floor["products"] + floor["attention"], floor.get("bytes", 0.0))
-        phases[name] = {
-            "seconds": seconds,
-            "floor_seconds": whole,
-            "floor": floor,
-            "above_floor": seconds / whole if whole else None,
-            "above_products": seconds / products if products else None,
-        }
+def phase_report(phased: Sequence[Phased], bandwidth: float | None) -> dict[str, Any]:
+    """For each phase: seconds, its floor, and how far above its own floor each run stands. Medians count."""
+    phases: dict[str, Any] = {
+        name: one_phase([each.run.times[name] for each in phased], [each.floors[name] for each in phased])
+        for name in PHASES
+    }
     inside = sum(phase["seconds"] for phase in phases.values())
-    phases["other"] = {"seconds": statistics.median(run.seconds for run in measured.phased) - inside}
+    phases["other"] = {"seconds": statistics.median(each.run.seconds for each in phased) - inside}
     if bandwidth is not None:
         phases["copy_bandwidth_bytes_per_second"] = bandwidth
     return phases
 
 
-def median_counts(bench: Bench, runs: Sequence[Run]) -> Counts:
-    options = bench.options
-    done = {
-        name: round(statistics.median(run.times[name] for run in runs)) for name in ("images", "prompt_tokens", "steps")
+def one_phase(seconds: Sequence[float], floors: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """`seconds` of the phase in each run, beside the parts of that run's floor."""
+    products = [max(floor["products"], floor.get("bytes", 0.0)) for floor in floors]
+    whole = [max(floor["products"] + floor["attention"], floor.get("bytes", 0.0)) for floor in floors]
+    above = ratios(seconds, whole)
+    return {
+        "seconds": statistics.median(seconds),
+        "floor_seconds": statistics.median(whole),
+        "floor": {part: statistics.median(floor[part] for floor in floors) for part in floors[0]},
+        "above_floor": statistics.median(above) if above else None,
+        "all_above_floor": above,
+        "above_products": statistics.median(ratios(seconds, products)) if above else None,
     }
+
+
+def ratios(seconds: Sequence[float], floors: Sequence[float]) -> list[float]:
+    """None where a phase has nothing to do."""
+    return [one / floor for one, floor in zip(seconds, floors, strict=True) if floor]
+
+
+def counts_of(bench: Bench, run: Run) -> Counts:
+    options = bench.options
+    done = {name: round(run.times[name]) for name in ("images", "prompt_tokens", "steps")}
     prompts = bench.subject.prompts.draw(FIRST_CALL)
-    lengths = [len(token_ids) for run in runs for token_ids, _ in run.texts]
+    lengths = [len(token_ids) for token_ids, _ in run.texts]
     return Counts(
         **done,
         prompts=options.num_rows,
@@ -108,7 +116,7 @@ def report(bench: Bench, measured: Measured, phases: dict[str, Any]) -> dict[str
         "ratios": measured.ratios,
         "agreement": measured.agreement,
         "phases": phases,
-        "work": {name: measured.phased[-1].times[name] for name in ("images", "prompt_tokens", "steps")},
+        "work": {name: measured.phased[-1].run.times[name] for name in ("images", "prompt_tokens", "steps")},
     }
 
 
