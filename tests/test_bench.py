@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from idefics_cli import cli
-from idefics_cli.bench.compare import Bench, Run, agreement, measure, warm_up
+from idefics_cli.bench.compare import Bench, Phased, Run, agreement, measure, warm_up
 from idefics_cli.bench.floor import Counts, PhaseWork, copy_bandwidth, floor_seconds, work_of
-from idefics_cli.bench.memory import MemoryMeter, forget_resident_peak
-from idefics_cli.bench.report import run, tables
+from idefics_cli.bench.memory import MemoryMeter, MemoryUse, forget_resident_peak
+from idefics_cli.bench.report import phase_report, run, tables
 from idefics_cli.bench.subjects import (
     RANDOM_ENDS,
     BenchOptions,
@@ -335,6 +335,7 @@ def test_embeddings_give_the_same_texts_without_the_vision_tower(shots: int, mon
 
 
 def test_both_sides_go_first_in_turn(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And floors are timed behind each run of ours that they stand beside."""
     order: list[str] = []
     theirs, ours = bench.run_theirs, bench.run_ours
 
@@ -350,16 +351,40 @@ def test_both_sides_go_first_in_turn(bench: Bench, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench, "options", replace(OPTIONS, repeats=2))
     warm = warm_up(bench, lambda line: None)
     assert order == ["ours", "theirs"] * 2
-    measured = measure(bench, warm, lambda line: None)
-    assert order[4:] == ["theirs"] * 2 + ["ours"] * 4 + ["theirs"] * 2, "each timed run behind a short one"
+    floored: list[Run] = []
+
+    def floors(run: Run) -> dict[str, dict[str, float]]:
+        order.append("floors")
+        floored.append(run)
+        return {}
+
+    measured = measure(bench, warm, floors, lambda line: None)
+    first, second = [*["theirs"] * 2, *["ours"] * 2, "floors"], [*["ours"] * 2, "floors", *["theirs"] * 2]
+    assert order[4:] == first + second, "each timed run behind a short one"
+    assert floored == measured.ours == [run for run, _ in measured.phased]
     assert len(measured.ratios) == 2
+
+
+def test_how_far_above_its_floor_each_run_stands_is_told_run_by_run() -> None:
+    def phased(seconds: float, floor: float) -> Phased:
+        times = {"vision": 0.0, "prefill": seconds, "decode": 2 * seconds}
+        nothing = {"products": 0.0, "attention": 0.0}
+        parts = {"products": 0.75 * floor, "attention": 0.25 * floor}
+        return Phased(Run(4 * seconds, [], MemoryUse(), times), {"vision": nothing, "prefill": parts, "decode": parts})
+
+    phases = phase_report([phased(1.0, 1.0), phased(3.0, 2.0), phased(8.0, 4.0)], None)
+    assert phases["prefill"]["all_above_floor"] == [1.0, 1.5, 2.0]
+    assert (phases["prefill"]["above_floor"], phases["decode"]["above_floor"]) == (1.5, 3.0)
+    assert (phases["prefill"]["above_products"], phases["prefill"]["floor_seconds"]) == (2.0, 2.0)
+    assert phases["vision"]["above_floor"] is None and phases["vision"]["all_above_floor"] == []
+    assert phases["other"]["seconds"] == 12.0 - 3.0 - 6.0
 
 
 @pytest.mark.skipif(not forget_resident_peak(), reason="nobody counts a process's memory here")
 def test_only_the_pairs_of_the_warm_up_are_watched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "options", replace(OPTIONS, repeats=1))
     warm = warm_up(bench, lambda line: None)
-    measured = measure(bench, warm, lambda line: None)
+    measured = measure(bench, warm, lambda run: {}, lambda line: None)
     assert measured.our_peak == warm[0].ours.memory.kept + warm[1].ours.memory.rise
     assert measured.their_peak == warm[1].theirs.memory.rise >= 0
     assert all(run.memory.peak is None for run in (*measured.ours, *measured.theirs))
