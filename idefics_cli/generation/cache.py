@@ -243,15 +243,17 @@ class RowStore:
         return (self.ancestors[:num_rows].any(dim=1) * numbers).amax(dim=1)
 
     def keep(self, sources: list[int]) -> None:
-        """Row i becomes what row `sources[i]` was; `sources[i] >= i`. Rows that stay are not touched."""
-        for target, source in enumerate(sources):
-            if source == target:
-                continue
-            assert source > target, f"row {source} would overwrite row {target}"
-            for key_values in (*self.key_values, *self.image_key_values):
-                key_values[:, target] = key_values[:, source]
-            for table in map(vars(self).get, TABLES):
-                table[target] = table[source]
+        """Row i becomes what row `sources[i]` was, a later one that is not kept, or stays as it is and is not touched."""
+        moves = [(target, source) for target, source in enumerate(sources) if source != target]
+        if not moves:
+            return
+        assert all(source >= len(sources) for _, source in moves), sources
+        targets, origins = torch.tensor(moves, device=self.newest.device).unbind(1)
+        for key_values in self.key_values:
+            key_values[:, targets] = key_values[:, origins]
+        self.image_key_values[:, :, targets] = self.image_key_values[:, :, origins]
+        for table in map(vars(self).get, TABLES):
+            table[targets] = table[origins]
 
 
 def fill(new: Tensor, old: Tensor, first_slot: int) -> None:
