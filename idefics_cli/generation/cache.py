@@ -243,7 +243,7 @@ class RowStore:
         return (self.ancestors[:num_rows].any(dim=1) * numbers).amax(dim=1)
 
     def keep(self, sources: list[int]) -> None:
-        """Row i becomes what row `sources[i]` was, a later one that is not kept, or stays as it is and is not touched."""
+        """Row i becomes what row `sources[i]` was: one behind all that are kept, or itself, which is not touched."""
         moves = [(target, source) for target, source in enumerate(sources) if source != target]
         if not moves:
             return

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_config
 
-from idefics_cli.generation.cache import BoundedCache, RowStore, attend_part, merge_parts
+from idefics_cli.generation.cache import TABLES, BoundedCache, RowStore, attend_part, merge_parts
+from idefics_cli.generation.engine import survivors
 
 
 @settings(max_examples=60, deadline=None)
@@ -100,6 +101,25 @@ def test_a_single_path_needs_few_slots() -> None:
     for _ in range(50):
         store.advance(slice(0, 1), torch.zeros(1, 3, dtype=torch.long))
     assert store.slots_in_use(1).item() <= 50 + 2 * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=9))
+def test_rows_that_are_left_close_ranks(done: list[bool]) -> None:
+    """Each tensor's rows are those that were picked, and rows that need not move are not written to."""
+    store = tree(2, 3)
+    store.grow(len(done), 4, 6)
+    tensors = {**{f"layer {index}": layer[0] for index, layer in enumerate(store.key_values)}}
+    tensors |= {"images": store.image_key_values[0, 0], **{name: getattr(store, name) for name in TABLES}}
+    for tensor in tensors.values():
+        tensor.copy_(torch.randint(0, 2 if tensor.dtype == torch.bool else 1000, tensor.shape))
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    sources = survivors(done)
+    store.keep(sources)
+    assert sorted(sources) == [row for row, is_done in enumerate(done) if not is_done]
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor[: len(sources)], before[name][sources]), name
+        assert torch.equal(tensor[len(sources) :], before[name][len(sources) :]), name
 
 
 def test_a_store_that_grows_keeps_what_it_holds() -> None:
