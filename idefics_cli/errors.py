@@ -17,6 +17,7 @@ ROW_ERROR_CODES = (
     "row_invalid",
     "prompt_too_long",
     "out_of_memory",
+    "overflow",
 )
 
 

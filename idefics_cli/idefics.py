@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 ImageSource = str | os.PathLike | bytes | Image.Image
 PreparedImage = torch.Tensor | EncodedPicture | RowError
-TOO_LARGE = RowError("out_of_memory", "the device's memory does not hold this prompt alone")
 
 
 @dataclass(frozen=True)
@@ -231,14 +230,15 @@ class Idefics:
         has it.
         """
         banned = self.encoder.banned_sequences(banned_words)
-        for number, hypotheses in self.engine.stream(source, self._decoding_options(decoding), banned):
-            yield number, self._result(hypotheses)
+        for number, outcome in self.engine.stream(source, self._decoding_options(decoding), banned):
+            yield number, Result(error=outcome) if isinstance(outcome, RowError) else self._result(outcome)
 
     def score_stream(self, source: PromptSource, choice_norm: ChoiceNorm = "none") -> Iterator[tuple[int, Result]]:
         """`score` for what `encode_choices` has made, as it comes: numbers and order are those of `stream`."""
         require_norm(choice_norm)
-        for number, encoded, log_likelihoods in Scoring(self.engine).run(source):
-            yield number, _choice_result(encoded, log_likelihoods, choice_norm)
+        for number, encoded, found in Scoring(self.engine).run(source):
+            is_error = isinstance(found, RowError)
+            yield number, Result(error=found) if is_error else _choice_result(encoded, found, choice_norm)
 
     def embed(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
         """What the model keeps of each picture, (pictures, seq, dim) in its dtype, on the host.
@@ -251,15 +251,16 @@ class Idefics:
         if error is not None:
             raise IdeficsError(f"a picture cannot be embedded ({error}): mend it, or leave it out")
         results = [result for _, result in self.embed_stream(IterableSource(encoded))]
-        if any(result.latents is None for result in results):
-            raise IdeficsError("the device's memory does not hold one picture: use another --device")
+        error = next((result.error for result in results if result.error is not None), None)
+        if error is not None:
+            raise IdeficsError(f"a picture cannot be embedded ({error}): use another device or dtype")
         latents = [result.latents for result in results]
         return torch.stack(latents) if latents else torch.empty(0, *self.latents_shape, dtype=self.model.dtype)
 
     def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]:
         """`embed` for what `encode_picture` has made, as it comes: numbers are those of taking, in order."""
-        for number, latents in embed(self.engine, source):
-            yield number, Embedding(latents, TOO_LARGE if latents is None else None)
+        for number, found in embed(self.engine, source):
+            yield number, Embedding(None, found) if isinstance(found, RowError) else Embedding(found)
 
     def picture_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
         """One vector for each picture, (pictures, dim) in fp32, alike for pictures that are alike: its latents' mean.
@@ -340,8 +341,6 @@ class Idefics:
         return next((item for item in items if isinstance(item, RowError)), items)
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
-        if not hypotheses:
-            return Result(error=TOO_LARGE)
         return Result.of([self._candidate(hypothesis) for hypothesis in hypotheses])
 
     def _candidate(self, hypothesis: Hypothesis) -> Candidate:
@@ -377,8 +376,6 @@ def _pictures_of(items: Prompt) -> tuple[tuple[torch.Tensor, ...], tuple[bytes, 
 
 def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], norm: ChoiceNorm) -> Result:
     """The likeliest first; of equals the one that was named first."""
-    if not log_likelihoods:
-        return Result(error=TOO_LARGE)
     candidates = [
         Candidate(text, normalised(log_likelihood, text, len(ids), norm), len(ids), ids)
         for text, ids, log_likelihood in zip(encoded.choices, encoded.choice_ids, log_likelihoods, strict=True)

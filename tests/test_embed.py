@@ -142,6 +142,25 @@ def test_a_picture_that_does_not_fit_alone_is_an_error_among_others(
     assert [each.error.code if each.error else None for _, each in found] == [None] * 3 + ["out_of_memory"] + [None] * 2
 
 
+def test_a_picture_whose_numbers_overflow_is_an_error_among_others(
+    base: Idefics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, wrong = base.model.model.encode_images, base.prepare_image(picture(4))
+
+    def overflowing(pixel_values):
+        spoilt = torch.tensor([torch.equal(each, wrong) for each in pixel_values[:, 0]])
+        return encode(pixel_values=pixel_values).masked_fill(spoilt[:, None, None, None], torch.nan)
+
+    base.engine.clear_caches()
+    monkeypatch.setattr(base.model.model, "encode_images", overflowing)
+    source = IterableSource([base.encode_picture(picture(seed)) for seed in range(6)])
+    found = list(base.embed_stream(source))
+    assert [each.error.code if each.error else None for _, each in found] == [None] * 4 + ["overflow", None]
+    with pytest.raises(IdeficsError, match="numbers overflow in float32"):
+        base.embed([picture(4)])
+    base.engine.clear_caches()
+
+
 def test_mistakes_are_told_in_one_line(base: Idefics, tmp_path: Path) -> None:
     with pytest.raises(IdeficsError, match=r"shape \(3, 4\) is no picture.*embed \("):
         base.caption([torch.zeros(3, 4)])

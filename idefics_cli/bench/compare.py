@@ -17,7 +17,7 @@ from torch import Tensor
 
 from idefics_cli.bench.memory import MemoryMeter, MemoryUse
 from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, Subject, transformers_model
-from idefics_cli.errors import IdeficsError
+from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.generation import reference
 from idefics_cli.generation.embedding import embed
 from idefics_cli.generation.options import DecodingOptions
@@ -55,7 +55,7 @@ class TextEngine(Protocol):
 
     def generate(
         self, prompts: Iterable[EncodedPrompt], options: DecodingOptions
-    ) -> Iterator[tuple[int, list[Hypothesis]]]: ...
+    ) -> Iterator[tuple[int, list[Hypothesis] | RowError]]: ...
 
 
 EngineFactory = Callable[[IdeficsForVisionText2Text, Vocabulary, int, int], TextEngine]
@@ -121,8 +121,8 @@ class Bench:
         with self._watched(metered) as memory:
             started = self._now()
             for index, hypotheses in self.engine.generate(prompts, decoding or self.options.texts):
-                if not hypotheses:
-                    raise IdeficsError("the device's memory does not hold one prompt: lower --shots or --num-beams")
+                if isinstance(hypotheses, RowError):
+                    raise IdeficsError(f"a prompt has no text ({hypotheses}): lower --shots or --num-beams")
                 texts[index] = (hypotheses[0].token_ids, hypotheses[0].score)
             seconds = self._now() - started
         return Run(seconds, texts, memory, phase_times(self.engine.times))
@@ -134,8 +134,10 @@ class Bench:
         """The prompts with latents in the place of pictures, as `idefics embed` makes them beforehand: untimed."""
         pixels = {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
         pictures = [EncodedPicture((each,)) for each in pixels.values()]
-        found = (latents for _, latents in embed(self.engine, IterableSource(pictures)))
-        latents = dict(zip(pixels, found, strict=True))
+        latents = dict(zip(pixels, (found for _, found in embed(self.engine, IterableSource(pictures))), strict=True))
+        for found in latents.values():
+            if isinstance(found, RowError):
+                raise IdeficsError(f"a picture has no latents ({found}): use another --device or --dtype")
         self.engine.latents.clear()
         return [EncodedPrompt(each.input_ids, tuple(latents[key] for key in each.image_keys)) for each in prompts]
 

@@ -12,25 +12,37 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from idefics_cli.errors import RowError
+from idefics_cli.generation.outcomes import TOO_LARGE, Overflows
+
 if TYPE_CHECKING:
     from idefics_cli.generation.engine import Engine
     from idefics_cli.generation.source import Pictured, PromptSource
 
 
-def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | None]]:
+def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | RowError]]:
     """(number, latents (seq, dim)) of each thing with one picture, in order; numbers count from 0 as they are taken.
 
-    Latents have the model's dtype and are on the host. None: the device's memory does not hold the picture alone.
+    Latents have the model's dtype and are on the host. A RowError stands in the place of a picture that the device's
+    memory does not hold alone, or whose numbers overflow; IdeficsError is raised where those of the first ones do all.
     """
-    num_taken, num_rows = 0, engine.rows
+    num_taken, num_rows, overflows = 0, engine.rows, Overflows(engine.model.dtype)
     while taken := source.take(num_rows, wait=True):
         while taken:
             batch, latents = taken[:num_rows], _latents(engine, taken[:num_rows])
             if latents is None and len(batch) > 1:
                 num_rows = len(batch) // 2
                 continue
-            yield from enumerate(latents if latents is not None else [None], start=num_taken)
+            yield from enumerate(_outcomes(latents, overflows), start=num_taken)
             num_taken, taken = num_taken + len(batch), taken[len(batch) :]
+
+
+def _outcomes(latents: Tensor | None, overflows: Overflows) -> list[Tensor | RowError]:
+    if latents is None:
+        return [TOO_LARGE]
+    is_finite = latents.isfinite().all(dim=(1, 2)).tolist()
+    overflows.begin([not each for each in is_finite])
+    return [each if is_good else overflows.error for each, is_good in zip(latents, is_finite, strict=True)]
 
 
 def _latents(engine: Engine, batch: list[Pictured]) -> Tensor | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from idefics_cli.errors import IdeficsError
+from idefics_cli.errors import RowError
 from idefics_cli.generation.beam import NEVER, BeamRules, BeamState, beam_step, longest_start
 from idefics_cli.generation.cache import (
     BoundedCache,
@@ -26,6 +26,7 @@ from idefics_cli.generation.cache import (
     project_images,
 )
 from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.generation.outcomes import NOTHING_ALLOWED, TOO_LARGE, Overflows
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start, shared_length
 from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
@@ -41,6 +42,8 @@ SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom gr
 # Beams share most of their past: at first the tree has room for one path, and for what each beam has of its own.
 PATH_SLOTS, OWN_SLOTS = 32, 6
 TREE_STEP = 3  # tokens of every beam that the tree's storage grows by
+
+Outcome = list[Hypothesis] | RowError
 
 
 class RowTooLarge(Exception):
@@ -87,17 +90,18 @@ class Engine:
         for cache in (self.latents, self.image_key_values, self.prefixes):
             cache.clear()
 
-    def generate(self, prompts: Iterable[Prompt], options: DecodingOptions) -> Iterator[tuple[int, list[Hypothesis]]]:
+    def generate(self, prompts: Iterable[Prompt], options: DecodingOptions) -> Iterator[tuple[int, Outcome]]:
         """`stream` over an iterable, which is taken from a few times the rows ahead."""
         return self.stream(IterableSource(prompts), options)
 
     def stream(
         self, source: PromptSource, options: DecodingOptions, banned_sequences: Sequence[Sequence[int]] = ()
-    ) -> Iterator[tuple[int, list[Hypothesis]]]:
+    ) -> Iterator[tuple[int, Outcome]]:
         """(number of the prompt, its hypotheses, best first) for each prompt, in the order in which they finish.
 
         Prompts are numbered from 0 in the order taken. The source is waited for only while there is nothing else to
-        do. A prompt that the device's memory does not hold even alone has no hypotheses. `banned_sequences` are as
+        do. A prompt that the device's memory does not hold even alone, or whose numbers overflow, has a RowError in
+        place of hypotheses; IdeficsError is raised where the first prompts overflow all. `banned_sequences` are as
         `Vocabulary` has them, for this stream, beside its own.
         """
         banned = (*self.vocabulary.banned_sequences, *map(tuple, banned_sequences))
@@ -284,6 +288,7 @@ class Stream:
         if options.no_repeat_ngram_size:
             self.context_length = None
         self.num_rows = self.rows_at_first = engine.rows  # fewer where memory has ended
+        self.overflows = Overflows(self.model.dtype)
         self.line: list[Waiting] = []
         self.num_taken = 0
         self._start_over()
@@ -305,17 +310,17 @@ class Stream:
         self.state = BeamState.start(0, self.options, device)
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
 
-    def run(self, source: PromptSource) -> Iterator[tuple[int, list[Hypothesis]]]:
+    def run(self, source: PromptSource) -> Iterator[tuple[int, Outcome]]:
         while True:
             try:
                 finished = self._advance(source)
             except RowTooLarge as row:
-                finished = [(row.index, [])]
+                finished = [(row.index, TOO_LARGE)]
             if finished is None:
                 return
             yield from finished
 
-    def _advance(self, source: PromptSource) -> list[tuple[int, list[Hypothesis]]] | None:
+    def _advance(self, source: PromptSource) -> list[tuple[int, Outcome]] | None:
         """Admit, write one token, retire; None when nothing is left to do. Backs off where memory ends."""
         group = self._next_group(source)
         try:
@@ -473,7 +478,7 @@ class Stream:
 
     # ---- retire
 
-    def _retire(self) -> list[tuple[int, list[Hypothesis]]]:
+    def _retire(self) -> list[tuple[int, Outcome]]:
         """Take out the rows whose search is over, and close ranks."""
         known = torch.stack([self.state.done.long(), self.store.slots_in_use(len(self.rows))])
         done, slots_in_use = known.tolist()  # the one thing that the device is asked in a step
@@ -481,14 +486,22 @@ class Stream:
         self.slots_in_use = max((slots for row, slots in enumerate(slots_in_use) if not done[row]), default=0)
         if not ended:
             return []
-        picked = self.state.pick(torch.tensor(ended, device=self.model.device))
-        finished = [(self.rows[row].index, each) for row, each in zip(ended, self._hypotheses(picked), strict=True)]
-        if not all(each for _, each in finished):
-            raise IdeficsError(f"the model's numbers overflow in {self.model.dtype}: use --dtype bf16 or fp32")
+        outcomes = self._outcomes(self.state.pick(torch.tensor(ended, device=self.model.device)))
+        alive = [False] * (len(self.rows) - len(ended))
+        self.overflows.begin([outcome == self.overflows.error for outcome in outcomes] + alive)
+        finished = [(self.rows[row].index, outcome) for row, outcome in zip(ended, outcomes, strict=True)]
         self._keep(survivors(done))
         return finished
 
+    def _outcomes(self, state: BeamState) -> list[Outcome]:
+        overflow = state.final_scores.isnan().any(dim=1).tolist()
+        return [
+            self.overflows.error if is_overflow else hypotheses or NOTHING_ALLOWED
+            for hypotheses, is_overflow in zip(self._hypotheses(state), overflow, strict=True)
+        ]
+
     def _hypotheses(self, state: BeamState) -> list[list[Hypothesis]]:
+        """None where no text could be written."""
         wanted, ends = self.options.num_return_sequences, self.engine.vocabulary.end_token_ids
         columns = (
             values[:, :wanted].tolist() for values in (state.final_scores, state.final_lengths, state.final_tokens)

@@ -8,6 +8,7 @@ log-probabilities go out. Knows nothing of text, files and decoding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from idefics_cli.errors import IdeficsError
+from idefics_cli.errors import RowError
 from idefics_cli.generation.cache import PrefillMemory, RowImages, attend_part, merge_parts
 from idefics_cli.generation.engine import WINDOWS_AHEAD, Engine
+from idefics_cli.generation.outcomes import TOO_LARGE, Overflows
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.generation.source import Prompt, PromptSource
@@ -176,15 +178,13 @@ class ChoicesReading(Reading):
 def log_probabilities(model: IdeficsForVisionText2Text, states: Tensor, place_of: Tensor, token_ids: Tensor) -> Tensor:
     """Those of `token_ids` (tokens,), each at its place among `states` (places, hidden); float64, on the host.
 
-    Raises IdeficsError where the model's numbers have overflowed.
+    Not finite where the model's numbers have overflowed.
     """
     found = torch.empty(len(token_ids), dtype=torch.float64)
     for first in range(0, len(states), PLACES_AT_ONCE):
         here = (place_of >= first) & (place_of < first + PLACES_AT_ONCE)
         logits = model.lm_head(states[first : first + PLACES_AT_ONCE]).float()  # (places, vocabulary)
         found[here] = logits.log_softmax(dim=-1)[place_of[here] - first, token_ids[here]].double().cpu()
-    if not found.isfinite().all():
-        raise IdeficsError(f"the model's numbers overflow in {model.dtype}: use --dtype bf16 or fp32")
     return found
 
 
@@ -196,23 +196,30 @@ class Scoring:
 
     def __init__(self, engine: Engine):
         self.engine, self.num_rows = engine, engine.rows  # fewer rows where memory has ended
+        self.overflows = Overflows(engine.model.dtype)
         self.line: list[Part] = []
         self.num_taken = 0
         self.prompts: dict[int, ChoicesPrompt] = {}  # those that are not finished, by number
         self.scores: dict[int, dict[int, float]] = {}  # by number of the prompt and of the choice
 
-    def run(self, source: PromptSource) -> Iterator[tuple[int, ChoicesPrompt, list[float]]]:
+    def run(self, source: PromptSource) -> Iterator[tuple[int, ChoicesPrompt, list[float] | RowError]]:
         """(number, prompt, log-likelihood of each choice) in the order of finishing, numbers in that of taking.
 
-        One that the device's memory does not hold even alone has no log-likelihoods.
+        One that the device's memory does not hold even alone, or whose numbers overflow, has a RowError in their place;
+        IdeficsError is raised where the first prompts overflow all.
         """
         while True:
             self._look_ahead(source)
             if not self.line:
                 return
             for number in self._read_some():
-                prompt, scores = self.prompts.pop(number), self.scores.pop(number)
-                yield number, prompt, [scores[choice] for choice in sorted(scores)]
+                yield number, self.prompts.pop(number), self._outcome(self.scores.pop(number))
+
+    def _outcome(self, scores: dict[int, float]) -> list[float] | RowError:
+        if not scores:
+            return TOO_LARGE
+        found = [scores[choice] for choice in sorted(scores)]
+        return found if all(map(math.isfinite, found)) else self.overflows.error
 
     def _look_ahead(self, source: PromptSource) -> None:
         """Lengthen the line, sorted by length behind what the last look ahead has left in it."""
@@ -240,6 +247,7 @@ class Scoring:
             found = None  # handled below, when the exception and the tensors it holds are gone
         if found is None:
             return self._back_off(group)
+        self.overflows.begin([not all(map(math.isfinite, scores)) for scores in found])
         self.line = [part for part in self.line if part not in group]
         for part, scores in zip(group, found, strict=True):
             self.scores[part.prompt.index].update(enumerate(scores, start=part.first))

@@ -33,6 +33,7 @@ from idefics_cli.generation import reference, room
 from idefics_cli.generation.cache import RowStore
 from idefics_cli.generation.engine import Engine, Stream, survivors
 from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.generation.outcomes import NOTHING_ALLOWED, TOO_LARGE, Overflows
 from idefics_cli.generation.reference import Hypothesis
 from idefics_cli.generation.source import IterableSource
 from idefics_cli.processing import EncodedPrompt
@@ -390,15 +391,50 @@ def test_a_row_that_does_not_fit_alone_has_no_text_and_the_others_do(monkeypatch
     monkeypatch.setattr(Stream, "_admit", scarce)
     runner = engine(MODELS[0], 4)
     results = decode(runner, some, chosen)
-    assert [bool(texts) for texts in results] == [True, True, False, True, True]
+    assert results.pop(2) == TOO_LARGE and all(isinstance(texts, list) and texts for texts in results)
     assert runner.rows == 4, "one prompt that is too large says nothing about the others"
 
 
-def test_numbers_that_overflow_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_all_overflow_are_the_formats_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     read = engine_module.Reading.run
     monkeypatch.setattr(engine_module.Reading, "run", lambda self, *args: read(self, *args) * torch.nan)
-    with pytest.raises(IdeficsError, match="--dtype bf16"):
+    with pytest.raises(IdeficsError, match="the model's numbers overflow in float32: use another checkpoint"):
         decode(engine(MODELS[0]), some_prompts(2), DecodingOptions(max_new_tokens=2))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("at_token", [0, 2])
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_texts(
+    num_beams: int, at_token: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right behind the prompt or later, among others in work."""
+    some = some_prompts(7)
+    some[3] = EncodedPrompt([1, 9, 10, 11])
+    chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=6, min_new_tokens=4)
+    expected = decode(engine(MODELS[0], rows), some, chosen)
+    step = engine_module.beam_step
+
+    def overflowing(logits, state, rules, context):
+        is_spoilt = torch.tensor([ids[-4:] == [1, 9, 10, 11] for ids in context.tolist()])
+        logits = torch.where((is_spoilt & (state.length == at_token))[:, None, None], torch.nan, logits)
+        return step(logits, state, rules, context)
+
+    monkeypatch.setattr(engine_module, "beam_step", overflowing)
+    monkeypatch.setattr(engine_module, "longest_start", lambda sequences: None)  # all of each prompt is known
+    got = decode(engine(MODELS[0], rows), some, chosen)
+    assert got.pop(3) == Overflows(torch.float32).error and expected.pop(3)
+    for texts, wanted in zip(got, expected, strict=True):
+        assert_same(texts, wanted)
+
+
+def test_a_prompt_after_which_nothing_may_be_written_is_told_from_one_that_overflows() -> None:
+    """No token twice, ends included once they are forbidden as too early: soon none is left."""
+    size = MODELS[0].config.vocab_size + MODELS[0].config.additional_vocab_size
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=4, min_new_tokens=4)
+    vocabulary = replace(VOCABULARY, banned_token_ids=tuple(range(size)))
+    runner = Engine(MODELS[0], vocabulary, IMAGE_ID, 2)
+    assert decode(runner, some_prompts(3), chosen) == [NOTHING_ALLOWED] * 3
 
 
 def test_a_shared_start_that_ends_a_text_hides_its_picture() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ from transformers import IdeficsForVisionText2Text as TheirModel
 from idefics_cli.errors import IdeficsError
 from idefics_cli.generation import scoring
 from idefics_cli.generation.engine import Engine
+from idefics_cli.generation.outcomes import TOO_LARGE, Overflows
 from idefics_cli.generation.scoring import ChoicesReading, Scoring, parts_of
 from idefics_cli.generation.source import IterableSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
@@ -176,16 +178,36 @@ def test_choices_that_do_not_fit_together_are_halved_and_one_too_large_ends_its_
 
     monkeypatch.setattr(ChoicesReading, "log_likelihoods", scarce)
     got = score(engine(MODELS[0]), some)
-    assert got.pop(2) == [] and expected.pop(2)
+    assert got.pop(2) == TOO_LARGE and expected.pop(2)
     for scores, wanted in zip(got, expected, strict=True):
         assert_close(scores, wanted)
 
 
-def test_numbers_that_overflow_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_all_overflow_are_the_formats_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     head = MODELS[0].lm_head
     monkeypatch.setattr(head, "forward", lambda states: type(head).forward(head, states) * torch.nan)
-    with pytest.raises(IdeficsError, match="--dtype bf16"):
+    with pytest.raises(IdeficsError, match="overflow in float32"):
         score(engine(MODELS[0]), some_questions(2))
+
+
+def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = some_questions(5)
+    some[3] = asked(some[3], [(5,), (7, 7, 7)])
+    expected = score(engine(MODELS[0], 2), some)
+    read = ChoicesReading.log_likelihoods
+
+    def overflowing(self, network, images):
+        found = read(self, network, images)
+        return [
+            [math.nan if ids == (7, 7, 7) else score for ids, score in zip(choices, scores, strict=True)]
+            for choices, scores in zip(self.choices, found, strict=True)
+        ]
+
+    monkeypatch.setattr(ChoicesReading, "log_likelihoods", overflowing)
+    got = score(engine(MODELS[0], 2), some)
+    assert got.pop(3) == Overflows(torch.float32).error and expected.pop(3)
+    for scores, wanted in zip(got, expected, strict=True):
+        assert_close(scores, wanted)
 
 
 def test_prompts_are_taken_a_few_batches_ahead_only() -> None:
