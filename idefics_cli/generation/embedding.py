@@ -14,6 +14,7 @@ from torch import Tensor
 
 from idefics_cli.errors import RowError
 from idefics_cli.generation.outcomes import TOO_LARGE, Overflows
+from idefics_cli.generation.room import naming_memory_errors
 
 if TYPE_CHECKING:
     from idefics_cli.generation.engine import Engine
@@ -26,7 +27,7 @@ def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | 
     Latents have the model's dtype and are on the host. A RowError stands in the place of a picture that the device's
     memory does not hold alone, or whose numbers overflow; IdeficsError is raised where those of the first ones do all.
     """
-    num_taken, num_rows, overflows = 0, engine.rows, Overflows(engine.model.dtype)
+    num_taken, num_rows, overflows = 0, engine.row_limit.now, Overflows(engine.model.dtype)
     while taken := source.take(num_rows, wait=True):
         while taken:
             batch, latents = taken[:num_rows], _latents(engine, taken[:num_rows])
@@ -48,7 +49,7 @@ def _outcomes(latents: Tensor | None, overflows: Overflows) -> list[Tensor | Row
 def _latents(engine: Engine, batch: list[Pictured]) -> Tensor | None:
     """(pictures, seq, dim), or None where memory has ended."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), naming_memory_errors():
             found = engine.encode(batch, list(dict.fromkeys(each.image_keys[0] for each in batch)))
     except torch.OutOfMemoryError:
         found = None  # handled below, when the exception and the tensors it holds are gone

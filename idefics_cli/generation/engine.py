@@ -30,7 +30,7 @@ from idefics_cli.generation.outcomes import NOTHING_ALLOWED, TOO_LARGE, Overflow
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start, shared_length
 from idefics_cli.generation.ragged import RaggedRows
 from idefics_cli.generation.reference import Hypothesis, Vocabulary, until_end
-from idefics_cli.generation.room import image_seq_len
+from idefics_cli.generation.room import Limit, image_seq_len, naming_memory_errors
 from idefics_cli.generation.source import IterableSource, Pictured, Prompt, PromptSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -70,15 +70,15 @@ class PhaseTimes:
 
 
 class Engine:
-    """Decodes streams of prompts with one model. `rows` is how many are decoded at a time.
+    """Decodes streams of prompts with one model. `rows` is how many are decoded at a time, fewer where memory ends.
 
     Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. `waits` makes
     `times` true on a device that works on behind the host, at some cost: for benchmarks.
     """
 
     def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, image_token_id: int, rows: int = 8):
-        self.model, self.vocabulary, self.image_token_id, self.rows = model, vocabulary, image_token_id, rows
-        self.vision_batch = VISION_BATCH  # fewer where memory has ended
+        self.model, self.vocabulary, self.image_token_id = model, vocabulary, image_token_id
+        self.row_limit, self.picture_limit = Limit(rows), Limit(VISION_BATCH)
         self.times = PhaseTimes()
         self.waits = False
         self.latents: BoundedCache[Tensor] = BoundedCache(LATENTS_BYTES)
@@ -160,7 +160,7 @@ class Engine:
         if missing:
             coming = {key: each for key, each in pictures_of(ahead).items() if not is_latents(each)}
             later = [key for key in coming if key not in pixels and self.latents.get(key) is None]
-            missing += later[: -len(missing) % self.vision_batch]
+            missing += later[: -len(missing) % self.picture_limit.now]
             found |= self._encode(missing, coming | pixels)
         found |= {key: latents.to(self.model.device, self.model.dtype) for key, latents in given.items()}
         return torch.stack([found[key] for key in wanted])
@@ -170,12 +170,13 @@ class Engine:
         assert len(set(keys)) == len(keys), "each picture is encoded once"
         found: dict[bytes, Tensor] = {}
         while len(found) < len(keys):
-            batch = keys[len(found) : len(found) + self.vision_batch]
+            batch = keys[len(found) : len(found) + self.picture_limit.now]
             encoded = self._encode_batch([pixels[key] for key in batch])
             if encoded is None:
-                self.vision_batch = len(batch) // 2
+                self.picture_limit.halve(len(batch))
             else:
                 found |= zip(batch, encoded, strict=True)
+                self.picture_limit.end_well(len(batch))
         for key, latents in found.items():
             self.latents.put(key, latents.clone(), latents.nbytes)
         return found
@@ -183,7 +184,7 @@ class Engine:
     def _encode_batch(self, pictures: Sequence[Tensor]) -> Tensor | None:
         """(pictures, seq, dim); None where memory does not hold them at once, but may hold fewer."""
         try:
-            with self.timed("vision"):
+            with self.timed("vision"), naming_memory_errors():
                 stacked = torch.stack(list(pictures)).to(self.model.device)
                 encoded = self.model.model.encode_images(pixel_values=stacked[:, None]).squeeze(1)
         except torch.OutOfMemoryError:
@@ -287,7 +288,8 @@ class Stream:
         self.context_length = longest_start(vocabulary.banned_sequences)  # of prompts, None for all of it
         if options.no_repeat_ngram_size:
             self.context_length = None
-        self.num_rows = self.rows_at_first = engine.rows  # fewer where memory has ended
+        self.limit = engine.row_limit
+        self.rows_at_first = self.limit.now
         self.overflows = Overflows(self.model.dtype)
         self.line: list[Waiting] = []
         self.num_taken = 0
@@ -324,7 +326,7 @@ class Stream:
         """Admit, write one token, retire; None when nothing is left to do. Backs off where memory ends."""
         group = self._next_group(source)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), naming_memory_errors():
                 if group:
                     self._admit(group)
                 if not self.rows:
@@ -344,11 +346,11 @@ class Stream:
         self._start_over()
         self.engine.clear_caches()
         torch.cuda.empty_cache()
-        if self.num_rows == 1:
+        if self.limit.now == 1:
             assert len(begun) == 1, f"{len(begun)} rows in work where one fits"
-            self.num_rows = self.engine.rows = self.rows_at_first  # it says nothing about the others
+            self.limit.now = self.rows_at_first  # it says nothing about the others
             raise RowTooLarge(begun[0].index)
-        self.num_rows = self.engine.rows = max(1, min(self.num_rows, len(begun)) // 2)
+        self.limit.halve(len(begun))
         self.line = [*begun, *self.line]
 
     # ---- admit
@@ -359,8 +361,8 @@ class Stream:
         The first in line decides behind which shared start; when it is another than that of the rows in work, these
         come to their end first. So no prompt waits for ever.
         """
-        free = self.num_rows - len(self.rows)
-        if self.rows and free < max(1, self.num_rows // 4):
+        free = self.limit.now - len(self.rows)
+        if self.rows and free < max(1, self.limit.now // 4):
             return []
         if len(self.line) < free:
             self._look_ahead(source)
@@ -385,7 +387,7 @@ class Stream:
     def _look_ahead(self, source: PromptSource) -> None:
         """Lengthen the line, sorted by length behind what the last look ahead has left in it."""
         idle = not self.rows and not self.line
-        taken = source.take(WINDOWS_AHEAD * self.num_rows - len(self.line), wait=idle)
+        taken = source.take(WINDOWS_AHEAD * self.limit.now - len(self.line), wait=idle)
         known = [
             Waiting.of(self.num_taken + number, prompt, self.engine.image_token_id)
             for number, prompt in enumerate(taken)
@@ -404,7 +406,8 @@ class Stream:
         if not current.starts(self.line[0]):
             current = self.engine.known_prefix(self.line[0])
         try:
-            return self.engine.prefix_for(self.line, current, common_start(self.line, sharing), lost)
+            with naming_memory_errors():
+                return self.engine.prefix_for(self.line, current, common_start(self.line, sharing), lost)
         except torch.OutOfMemoryError:
             return NOTHING_SHARED
 
@@ -433,7 +436,7 @@ class Stream:
         """For so many more rows with prompts of this length, and for every beam's next token."""
         rows = len(self.rows) + num_new
         if rows > self.store.rows:
-            rows = max(rows, min(self.num_rows, rows + len(self.line)))
+            rows = max(rows, min(self.limit.now, rows + len(self.line)))
         prompt_slots = -(-prompt_length // SLOT_STEP) * SLOT_STEP
         self.store.grow(rows, prompt_slots, self._tree_slots())
 
@@ -491,6 +494,7 @@ class Stream:
         self.overflows.begin([outcome == self.overflows.error for outcome in outcomes] + alive)
         finished = [(self.rows[row].index, outcome) for row, outcome in zip(ended, outcomes, strict=True)]
         self._keep(survivors(done))
+        self.limit.end_well(len(finished))
         return finished
 
     def _outcomes(self, state: BeamState) -> list[Outcome]:

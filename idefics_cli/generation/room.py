@@ -1,4 +1,4 @@
-"""How much memory rows and images take, how much there is, and how many rows that makes.
+"""How much memory rows and images take, how much there is, how many rows that makes, and what follows when it ends.
 
 Bytes from the network's shapes alone: no prompts, and nothing is allocated.
 """
@@ -6,6 +6,9 @@ Bytes from the network's shapes alone: no prompts, and nothing is allocated.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +17,48 @@ from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 SLOTS_ASSUMED = 512
 MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
+PATIENCE = 16  # times as many as are wanted at a time end well before more are tried again
+NO_MEMORY = ("can't allocate memory", "MPS backend out of memory")  # how errors say so on the CPU and on MPS
+
+
+@contextmanager
+def naming_memory_errors() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError, as CUDA does by itself, where another device's memory has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not any(told in str(error) for told in NO_MEMORY):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
+@dataclass
+class Limit:
+    """How many are worked on at a time: `wanted`, fewer where memory has ended, and more again when that is long ago.
+
+    Memory may have ended for one large prompt, or for another process's sake. Each time that more do not fit after all,
+    they are tried again half as often.
+    """
+
+    wanted: int
+    now: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.now = self.wanted
+        self._ended_well, self._patience, self._is_trial = 0, PATIENCE * self.wanted, False
+
+    def halve(self, tried: int) -> None:
+        """`tried` at a time have been too many."""
+        self.now = max(1, min(self.now, tried) // 2)
+        self._patience *= 2 if self._is_trial else 1
+        self._ended_well, self._is_trial = 0, False
+
+    def end_well(self, count: int) -> None:
+        """So many more have been worked on."""
+        self._ended_well += count
+        if self.now < self.wanted and self._ended_well >= self._patience:
+            self.now = min(self.wanted, 2 * self.now)
+            self._ended_well, self._is_trial = 0, True
 
 
 def rows_that_fit(model: IdeficsForVisionText2Text) -> int:

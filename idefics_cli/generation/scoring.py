@@ -22,6 +22,7 @@ from idefics_cli.generation.engine import WINDOWS_AHEAD, Engine
 from idefics_cli.generation.outcomes import TOO_LARGE, Overflows
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.generation.ragged import RaggedRows
+from idefics_cli.generation.room import naming_memory_errors
 from idefics_cli.generation.source import Prompt, PromptSource
 from idefics_cli.model.memory import image_visibility
 
@@ -195,7 +196,7 @@ class Scoring:
     """One run over a stream of prompts with choices. The engine's caches and bounds hold for it too."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.num_rows = engine, engine.rows  # fewer rows where memory has ended
+        self.engine, self.num_rows = engine, engine.row_limit.now  # fewer rows where memory has ended
         self.overflows = Overflows(engine.model.dtype)
         self.line: list[Part] = []
         self.num_taken = 0
@@ -240,9 +241,10 @@ class Scoring:
         """Read the first in line and what goes with it -> the numbers of the prompts that are finished by it."""
         group = self.line[:1]
         try:
-            prefix = self._shared_start()
-            group = [part for part in self.line if prefix.starts(part.prompt)][: self.num_rows]
-            found = self._log_likelihoods(group, prefix)
+            with naming_memory_errors():
+                prefix = self._shared_start()
+                group = [part for part in self.line if prefix.starts(part.prompt)][: self.num_rows]
+                found = self._log_likelihoods(group, prefix)
         except torch.OutOfMemoryError:
             found = None  # handled below, when the exception and the tensors it holds are gone
         if found is None:
@@ -259,7 +261,8 @@ class Scoring:
         line = [part.prompt for part in self.line]
         known = self.engine.known_prefix(line[0])
         try:
-            return self.engine.prefix_for(line, known, common_start(line, len(line)), lost=0)
+            with naming_memory_errors():
+                return self.engine.prefix_for(line, known, common_start(line, len(line)), lost=0)
         except torch.OutOfMemoryError:
             return NOTHING_SHARED
 
@@ -289,5 +292,5 @@ class Scoring:
         number = part.prompt.index
         self.line = [other for other in others if other.prompt.index != number]
         self.scores[number] = {}
-        self.num_rows = self.engine.rows  # it says nothing about the others
+        self.num_rows = self.engine.row_limit.now  # it says nothing about the others
         return [number]

@@ -165,7 +165,7 @@ def test_pictures_of_prompts_in_line_fill_the_vision_batch(monkeypatch: pytest.M
     some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5 + number], (PICTURES[number],)) for number in range(7)]
     decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert batches == [7]
-    runner.vision_batch = 3
+    runner.picture_limit.now = 3
     runner.clear_caches()
     decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert batches == [7, 3, 3, 1]
@@ -227,7 +227,7 @@ def test_where_memory_ends_pictures_are_encoded_fewer_at_a_time(monkeypatch: pyt
     monkeypatch.setattr(runner.model.model, "encode_images", scarce)
     for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
         assert_same(got, wanted)
-    assert sizes[:3] == [16, 8, 4] and max(sizes[3:]) == 2 and runner.rows == 4
+    assert sizes[:3] == [16, 8, 4] and max(sizes[3:]) == 2 and runner.row_limit.now == 4
 
 
 def test_rows_that_end_make_room_at_once() -> None:
@@ -374,7 +374,27 @@ def test_where_memory_ends_rows_are_halved_and_begin_again(limit: int, monkeypat
     runner = engine(MODELS[0], 8)
     for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
         assert_same(got, wanted)
-    assert runner.rows == {1: 1, 3: 2}[limit]
+    assert runner.row_limit.now == {1: 1, 3: 2}[limit]
+
+
+def test_rows_are_as_many_as_before_when_memory_has_long_been_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever had taken it; and within one stream, whose texts are the same."""
+    monkeypatch.setattr(room, "PATIENCE", 2)
+    some = some_prompts(60)
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=4, min_new_tokens=4)
+    expected = decode(engine(MODELS[0], 8), some, chosen)
+    runner, sizes, step = engine(MODELS[0], 8), [], Stream._step
+
+    def scarce(self):
+        sizes.append(len(self.rows))
+        if len(sizes) < 8 and len(self.rows) > 2:
+            raise RuntimeError("MPS backend out of memory")
+        step(self)
+
+    monkeypatch.setattr(Stream, "_step", scarce)
+    for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
+        assert_same(got, wanted)
+    assert sizes[:3] == [8, 4, 2] and max(sizes[3:8]) == 2 and max(sizes[8:]) == 8 == runner.row_limit.now
 
 
 def test_a_row_that_does_not_fit_alone_has_no_text_and_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +412,7 @@ def test_a_row_that_does_not_fit_alone_has_no_text_and_the_others_do(monkeypatch
     runner = engine(MODELS[0], 4)
     results = decode(runner, some, chosen)
     assert results.pop(2) == TOO_LARGE and all(isinstance(texts, list) and texts for texts in results)
-    assert runner.rows == 4, "one prompt that is too large says nothing about the others"
+    assert runner.row_limit.now == 4, "one prompt that is too large says nothing about the others"
 
 
 def test_numbers_that_all_overflow_are_the_formats_fault(monkeypatch: pytest.MonkeyPatch) -> None:
