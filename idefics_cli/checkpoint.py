@@ -150,6 +150,11 @@ def _cached_folder(request: ModelRequest) -> Path | None:
         return None
 
 
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """What `dtype` is called here, where it is one of torch's; any other is left as it is."""
+    return next((name for name, full in DTYPES.items() if str(dtype) == f"torch.{full}"), str(dtype))
+
+
 def resolve_dtype_name(dtype: str) -> str:
     if dtype != "auto" and dtype not in DTYPES:
         raise IdeficsError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from idefics_cli import arguments
+from idefics_cli.arguments import model_name, several_pictures, whole_number
 from idefics_cli.checkpoint import (
     DEFAULT_MODEL,
     Checkpoint,
     ModelRequest,
+    dtype_name,
     find_checkpoint,
     load_config,
     load_network,
@@ -115,22 +118,23 @@ class Idefics:
         cls,
         model: str | os.PathLike = DEFAULT_MODEL,
         *,
-        dtype: str = "auto",
-        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         revision: str | None = None,
         allow_pickle: bool = False,
         batch_size: int | None = None,
     ) -> Idefics:
         """Load a hub id, a local folder or "demo".
 
-        `dtype`: auto, bf16, fp16 or fp32; `device`: auto, cpu, mps, cuda or cuda:N; `batch_size`: prompts decoded
-        together, by default as many as memory holds. Raises IdeficsError with the remedy for what is not there.
+        `dtype`: auto, bf16, fp16 or fp32; `device`: auto, cpu, mps, cuda or cuda:N, both as torch has them too;
+        `batch_size`: prompts decoded together, by default as many as memory holds. Raises IdeficsError with the remedy
+        for what is not there.
         """
-        if batch_size is not None and batch_size < 1:
-            raise IdeficsError(f"batch_size is {batch_size}: use a whole number from 1 on, or None")
-        request = ModelRequest(os.fspath(model), revision, dtype, device, allow_pickle)
-        resolved_device = resolve_device(device)
-        resolved_dtype = resolve_dtype(dtype, resolved_device)
+        if batch_size is not None:
+            batch_size = whole_number("batch_size", batch_size, least=1)
+        request = ModelRequest(model_name(model), revision, dtype_name(dtype), str(device), allow_pickle)
+        resolved_device = resolve_device(request.device)
+        resolved_dtype = resolve_dtype(request.dtype, resolved_device)
         checkpoint = find_checkpoint(request)
         config = load_config(checkpoint)
         encoder = PromptEncoder(load_tokenizer(checkpoint))
@@ -162,27 +166,29 @@ class Idefics:
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
         """Describe each picture with the published prompt of the base or the instruct model, its texts cut likewise."""
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
-            raise IdeficsError("caption takes pictures, not one picture: write [picture]")
-        return self._ask("caption", ((image, {}) for image in images), decoding)
+        return self._ask("caption", ((image, {}) for image in several_pictures("caption", images)), decoding)
 
     def answer(self, pairs: Iterable[tuple[ImageSource | PreparedImage, str]], **decoding: object) -> list[Result]:
         """Answer (picture, question) pairs with the published prompt, as `caption` does.
 
         A picture that stands in several pairs is encoded once.
         """
-        return self._ask("vqa", ((image, {"question": question}) for image, question in pairs), decoding)
+        asked = arguments.pairs("answer", pairs, of="picture, question")
+        return self._ask("vqa", ((image, _asked(question)) for image, question in asked), decoding)
 
     def _ask(
         self,
         task: str,
-        asked: Iterable[tuple[ImageSource | PreparedImage, dict[str, str]]],
+        asked: Iterable[tuple[ImageSource | PreparedImage, dict[str, str] | RowError]],
         decoding: dict[str, object],
     ) -> list[Result]:
         options, about, instruct = PromptOptions(task), TASKS[task], self.is_instruct
         shots = leading_shots(options, (), instruct)
         built = (
-            build_prompt(options, fields, [self.encode_picture(image)], shots, instruct) for image, fields in asked
+            fields
+            if isinstance(fields, RowError)
+            else build_prompt(options, fields, [self.encode_picture(image)], shots, instruct)
+            for image, fields in asked
         )
         decoding = {"max_new_tokens": about.max_new_tokens, **decoding}
         finish = Finish(about.cut_words)
@@ -217,7 +223,8 @@ class Idefics:
         length of the choice in UTF-8 ("bytes"); no end of text is among them.
         """
         require_norm(choice_norm)
-        encoded = (self.encode_choices(prompt, choices) for prompt, choices in asked)
+        pairs = arguments.pairs("score", asked, of="prompt, choices")
+        encoded = (self.encode_choices(prompt, choices) for prompt, choices in pairs)
         return in_order(encoded, lambda source: self.score_stream(source, choice_norm))
 
     def stream(
@@ -246,7 +253,7 @@ class Idefics:
         That is the resampler's output or, without one, the vision tower's. Each of them may stand in a prompt in place
         of its picture, for a model of the same `fingerprint`. Raises IdeficsError for a picture that cannot be used.
         """
-        encoded = [self.encode_picture(image) for image in images]
+        encoded = [self.encode_picture(image) for image in several_pictures("embed", images)]
         error = next((each for each in encoded if isinstance(each, RowError)), None)
         if error is not None:
             raise IdeficsError(f"a picture cannot be embedded ({error}): mend it, or leave it out")
@@ -333,9 +340,10 @@ class Idefics:
 
     def _items(self, prompt: Prompt | Sequence) -> Prompt | RowError:
         """The prompt with its pictures prepared."""
-        if isinstance(prompt, (str, bytes)):
+        if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Iterable):
+            kind = "one text" if isinstance(prompt, (str, bytes)) else type(prompt).__name__
             raise IdeficsError(
-                "a prompt is a sequence of texts and pictures, not one text: write [text] or [picture, text]"
+                f"a prompt is a sequence of texts and pictures, not {kind}: write [text] or [picture, text]"
             )
         items = tuple(item if isinstance(item, (str, SpecialToken)) else self.encode_picture(item) for item in prompt)
         return next((item for item in items if isinstance(item, RowError)), items)
@@ -366,6 +374,12 @@ def in_order(
     for number, result in stream(IterableSource(usable())):
         results[places[number]] = result
     return [results[place] for place in range(len(results))]
+
+
+def _asked(question: str) -> dict[str, str] | RowError:
+    if isinstance(question, str) and not question.strip():
+        return RowError("row_invalid", "the question is empty")
+    return {"question": question}
 
 
 def _pictures_of(items: Prompt) -> tuple[tuple[torch.Tensor, ...], tuple[bytes, ...]]:

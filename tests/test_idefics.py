@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -204,17 +208,73 @@ def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
 
 
 def test_what_is_no_list_of_pictures_is_told(base: Idefics, tmp_path: Path) -> None:
-    for one in ("picture.png", tmp_path / "picture.png", b"bytes", picture()):
-        with pytest.raises(IdeficsError, match="not one picture"):
-            base.caption(one)
+    for one in ("picture.png", tmp_path / "picture.png", b"bytes", bytearray(b"bytes"), picture(), None):
+        for method in base.caption, base.embed:
+            with pytest.raises(IdeficsError, match=rf"{method.__name__} takes pictures, not one picture"):
+                method(one)
     with pytest.raises(IdeficsError, match=r"shape \(3, 5, 5\)"):
         base.caption([torch.zeros(3, 5, 5)])
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_has_at_least_one_row(batch_size: int) -> None:
-    with pytest.raises(IdeficsError, match="batch_size"):
-        Idefics.from_pretrained("demo", batch_size=batch_size)
+@pytest.mark.parametrize(
+    "pairs", [(picture(), "a?"), [picture()], "ab", None, [(picture(), "a?", "b?")], [picture(), "a?"], ["ab"]]
+)
+def test_what_is_no_list_of_pairs_is_told(base: Idefics, pairs: Any) -> None:
+    with pytest.raises(IdeficsError, match=r"answer takes pairs of picture, question: write \[\(picture, question\)\]"):
+        base.answer(pairs)
+    with pytest.raises(IdeficsError, match=r"score takes pairs of prompt, choices"):
+        base.score(pairs)
+
+
+def test_what_is_no_prompt_is_told(base: Idefics) -> None:
+    for prompt, kind in ("text", "one text"), (b"text", "one text"), (None, "NoneType"), (3, "int"):
+        with pytest.raises(IdeficsError, match=f"not {kind}: write"):
+            base.generate([prompt])
+
+
+@pytest.mark.parametrize("question", ["", " ", "\t\n", None])
+def test_a_question_that_asks_nothing_is_an_error_among_others(base: Idefics, question: str | None) -> None:
+    results = base.answer([(picture(), "What?"), (picture(), question), (picture(), "Why?")], max_new_tokens=2)
+    assert [result.error.code if result.error else None for result in results] == [None, "row_invalid", None]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), "PIL.Image.fromarray()"),
+        (io.BytesIO(b"a"), "what its read() gives"),
+        (Image.new("RGB", (0, 5)), "0 x 5 pixels are no picture"),
+        (None, "not NoneType"),
+    ],
+)
+def test_what_is_no_picture_is_an_error_that_says_how_to_make_one(base: Idefics, given: Any, said: str) -> None:
+    good, bad = base.caption([picture(), given], max_new_tokens=2)
+    assert good.error is None and bad.error is not None and said in str(bad.error)
+
+
+def test_numbers_may_be_numpys(base: Idefics) -> None:
+    plain = base.generate([["a"]], num_beams=2, max_new_tokens=3, length_penalty=0.5)
+    numpys = {"num_beams": np.int64(2), "max_new_tokens": np.uint8(3), "length_penalty": np.float32(0.5)}
+    assert base.generate([["a"]], **numpys) == plain
+
+
+def test_device_and_dtype_may_be_torchs() -> None:
+    model = Idefics.from_pretrained("demo", device=torch.device("cpu"), dtype=torch.bfloat16, batch_size=np.int64(2))
+    assert (model.model.device, model.model.dtype, model.batch_size) == (torch.device("cpu"), torch.bfloat16, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        *(({"batch_size": size}, f"batch_size is {size!r}") for size in (0, -1, "auto", 1.5, True)),
+        ({"device": 0}, "unknown device '0'"),
+        ({"dtype": torch.float64}, "unknown dtype 'torch.float64'"),
+        *(({"model": name}, "a model is no") for name in (None, b"demo", 3)),
+    ],
+)
+def test_what_no_model_is_loaded_with_is_told(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(IdeficsError, match=re.escape(said)):
+        Idefics.from_pretrained(**{"model": "demo", **options})
 
 
 def test_answers_encode_a_picture_once(base: Idefics) -> None:

@@ -99,7 +99,7 @@ def load_image(
     """
     try:
         if isinstance(source, Image.Image):
-            return _too_many_pixels(source.size, limits) or _to_rgb(_to_upright(source.copy()))
+            return _wrong_size(source.size, limits) or _to_rgb(_to_upright(source.copy()))
         data = _read(source, limits)
         return data if isinstance(data, RowError) else _decode(data, limits, side)
     except Image.DecompressionBombError as error:
@@ -115,7 +115,7 @@ def _read(source: object, limits: ImageLimits) -> bytes | RowError:
     if isinstance(source, bytes | bytearray | memoryview):
         return _too_many_bytes(memoryview(source).nbytes, limits) or bytes(source)
     if not isinstance(source, str | os.PathLike):
-        return RowError("row_invalid", f"an image is a path, bytes or a Pillow image, not {type(source).__name__}")
+        return RowError("row_invalid", f"an image is a path, bytes or a Pillow image, not {_kind(source)}")
     path = path_of(source)
     if ADDRESS.match(path):
         return RowError(
@@ -123,6 +123,13 @@ def _read(source: object, limits: ImageLimits) -> bytes | RowError:
             f"{_shown(path)} is an address, and none is fetched: download it with img2dataset",
         )
     return _read_file(path, limits)
+
+
+def _kind(source: object) -> str:
+    """What it is, and what makes a picture of it."""
+    if hasattr(source, "__array_interface__"):
+        return f"{type(source).__name__}: make one with PIL.Image.fromarray()"
+    return f"{type(source).__name__}: give what its read() gives" if hasattr(source, "read") else type(source).__name__
 
 
 def path_of(source: str | os.PathLike[str]) -> str:
@@ -180,6 +187,12 @@ def _too_many_bytes(num_bytes: int, limits: ImageLimits) -> RowError | None:
     if num_bytes <= limits.max_bytes:
         return None
     return RowError("image_too_large", f"{num_bytes:,} bytes, over the limit of {limits.max_bytes:,}")
+
+
+def _wrong_size(size: tuple[int, int], limits: ImageLimits) -> RowError | None:
+    if 0 in size:
+        return RowError("image_unreadable", f"{size[0]} x {size[1]} pixels are no picture")
+    return _too_many_pixels(size, limits)
 
 
 def _too_many_pixels(size: tuple[int, int], limits: ImageLimits) -> RowError | None:

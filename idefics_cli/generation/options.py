@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Literal
 
+from idefics_cli.arguments import whole_number
 from idefics_cli.errors import IdeficsError
 
 LARGEST_PENALTY = 10.0  # a length to a higher power is soon more than a float holds
@@ -36,11 +38,12 @@ class DecodingOptions:
             self._require_at_least(name, least)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise IdeficsError(f"early_stopping is {self.early_stopping!r}: use True, False or 'never'")
-        if not isinstance(self.length_penalty, (int, float)) or not abs(self.length_penalty) <= LARGEST_PENALTY:
+        if not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= LARGEST_PENALTY:
             raise IdeficsError(
                 f"length_penalty is {self.length_penalty!r}: use a number from -{LARGEST_PENALTY:g} to "
                 f"{LARGEST_PENALTY:g}, 1.0 for the mean log-probability"
             )
+        object.__setattr__(self, "length_penalty", float(self.length_penalty))
         if self.max_new_tokens**-self.length_penalty > LARGEST_FACTOR:
             least = -math.log(LARGEST_FACTOR) / math.log(self.max_new_tokens)
             raise IdeficsError(
@@ -58,9 +61,7 @@ class DecodingOptions:
             )
 
     def _require_at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise IdeficsError(f"{name} is {value!r}: use a whole number from {least} on")
+        object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
 
     @classmethod
     def from_keywords(cls, decoding: dict[str, object]) -> DecodingOptions:
