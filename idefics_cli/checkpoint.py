@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -388,8 +389,10 @@ def load_network(
     checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype
 ) -> IdeficsForVisionText2Text:
     """The network, ready to run. Raises CheckpointError naming missing, unexpected and misshapen tensors."""
+    import torch
     from transformers import GenerationConfig
 
+    from idefics_cli.generation.room import naming_memory_errors
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
     expected = _expected_shapes(checkpoint, config)
@@ -397,15 +400,19 @@ def load_network(
         shapes = {name: shape for file in checkpoint.weight_files for name, shape in _tensor_shapes(file).items()}
         _require_same_tensors(checkpoint, shapes, expected)
     try:
-        model, info = IdeficsForVisionText2Text.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=not checkpoint.is_pickled,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with naming_memory_errors():
+            model, info = IdeficsForVisionText2Text.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=not checkpoint.is_pickled,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError as error:
+        num_bytes = dtype.itemsize * sum(math.prod(shape) for shape in expected.values())
+        raise _memory_ended(torch.device("cpu"), num_bytes) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"the pickles in {checkpoint.folder} hold more than weights, or are damaged: use safetensors"
@@ -423,13 +430,20 @@ def load_network(
 def _moved(model: IdeficsForVisionText2Text, device: torch.device) -> IdeficsForVisionText2Text:
     import torch
 
+    from idefics_cli.generation.room import naming_memory_errors
+
     try:
-        return model.to(device)
+        with naming_memory_errors():
+            return model.to(device)
     except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"the memory of {str(device)!r} does not hold the model's {model.get_memory_footprint() / 1e9:.1f} GB: "
-            "use a larger device, a smaller model or --device cpu"
-        ) from error
+        raise _memory_ended(device, model.get_memory_footprint()) from error
+
+
+def _memory_ended(device: torch.device, num_bytes: int) -> DeviceError:
+    mend = "a larger machine or a smaller model"
+    if device.type != "cpu":
+        mend = "a larger device, a smaller model or --device cpu"
+    return DeviceError(f"the memory of {str(device)!r} does not hold the model's {num_bytes / 1e9:.1f} GB: use {mend}")
 
 
 def _expected_shapes(checkpoint: Checkpoint, config: IdeficsConfig) -> dict[str, tuple[int, ...]]:

@@ -253,16 +253,19 @@ class Idefics:
         That is the resampler's output or, without one, the vision tower's. Each of them may stand in a prompt in place
         of its picture, for a model of the same `fingerprint`. Raises IdeficsError for a picture that cannot be used.
         """
-        encoded = [self.encode_picture(image) for image in several_pictures("embed", images)]
-        error = next((each for each in encoded if isinstance(each, RowError)), None)
-        if error is not None:
-            raise IdeficsError(f"a picture cannot be embedded ({error}): mend it, or leave it out")
-        results = [result for _, result in self.embed_stream(IterableSource(encoded))]
+        results = self._embeddings("embed", images)
         error = next((result.error for result in results if result.error is not None), None)
         if error is not None:
             raise IdeficsError(f"a picture cannot be embedded ({error}): use another device or dtype")
         latents = [result.latents for result in results]
         return torch.stack(latents) if latents else torch.empty(0, *self.latents_shape, dtype=self.model.dtype)
+
+    def _embeddings(self, method: str, images: Iterable[ImageSource | PreparedImage]) -> list[Embedding]:
+        encoded = [self.encode_picture(image) for image in several_pictures(method, images)]
+        error = next((each for each in encoded if isinstance(each, RowError)), None)
+        if error is not None:
+            raise IdeficsError(f"a picture cannot be embedded ({error}): mend it, or leave it out")
+        return [result for _, result in self.embed_stream(IterableSource(encoded))]
 
     def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]:
         """`embed` for what `encode_picture` has made, as it comes: numbers are those of taking, in order."""
@@ -272,9 +275,15 @@ class Idefics:
     def picture_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
         """One vector for each picture, (pictures, dim) in fp32, alike for pictures that are alike: its latents' mean.
 
-        It costs nothing beyond the latents, which decoding needs anyhow, and can be had of stored ones.
+        It costs nothing beyond the latents, which decoding needs anyhow, and can be had of stored ones. A picture that
+        has none, for want of memory or because numbers overflow, is like no other: zeros.
         """
-        return self.embed(images).float().mean(dim=1)
+        latents = [result.latents for result in self._embeddings("picture_vectors", images)]
+        vectors = torch.zeros(len(latents), self.latents_shape[1])
+        for vector, each in zip(vectors, latents, strict=True):
+            if each is not None:
+                vector.copy_(each.float().mean(dim=0))
+        return vectors
 
     @property
     def latents_shape(self) -> tuple[int, int]:

@@ -47,7 +47,7 @@ class SimilarShots:
 
     def encode_pool(self, say: Callable[[str], None]) -> None:
         """See all pictures of the pool, where no earlier run has."""
-        kept = _kept_vectors(self._options, self._pool, self._model.fingerprint)
+        kept = _kept_vectors(self._pool, self._model.fingerprint)
         self._vectors = _read_vectors(kept, len(self._pool))
         if self._vectors is None:
             say(f"Looking at {len(self._pool)} shots once.")
@@ -98,9 +98,9 @@ def nearest(query: Tensor, pool: Tensor, number: int) -> list[int]:
 # ---- vectors of earlier runs
 
 
-def _kept_vectors(options: ShotOptions, pool: Sequence[Shot], fingerprint: str) -> Path:
+def _kept_vectors(pool: Sequence[Shot], fingerprint: str) -> Path:
     """The file for this pool as this model sees it: another once a picture or the model has changed."""
-    digest = hashlib.sha256(f"{fingerprint} {options.image_root}".encode())
+    digest = hashlib.sha256(fingerprint.encode())
     for shot in pool:
         digest.update(b"\0shot")
         for part in (part for source in shot.pictures for part in _content(source)):

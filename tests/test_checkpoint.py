@@ -236,6 +236,15 @@ def test_a_device_that_does_not_hold_the_model(folder: Path, monkeypatch: pytest
         load(folder)
 
 
+def test_a_machine_that_does_not_hold_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments, **options):
+        return torch.empty(1 << 62, dtype=torch.uint8)
+
+    monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", full)
+    with pytest.raises(DeviceError, match=r"'cpu' does not hold the model's \d.* GB: use a larger machine"):
+        load(folder)
+
+
 def test_a_pickle_with_a_missing_tensor(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
     to_pickles(folder)

@@ -156,8 +156,12 @@ def test_a_picture_whose_numbers_overflow_is_an_error_among_others(
     source = IterableSource([base.encode_picture(picture(seed)) for seed in range(6)])
     found = list(base.embed_stream(source))
     assert [each.error.code if each.error else None for _, each in found] == [None] * 4 + ["overflow", None]
-    with pytest.raises(IdeficsError, match="numbers overflow in float32"):
+    vectors = base.picture_vectors([picture(3), picture(4)])
+    assert vectors[0].any() and not vectors[1].any()
+    with pytest.raises(IdeficsError, match=r"a picture cannot be embedded .*numbers overflow in float32"):
         base.embed([picture(4)])
+    with pytest.raises(IdeficsError, match=r"^the model's numbers overflow in float32"):
+        list(base.embed_stream(IterableSource([base.encode_picture(picture(4))] * 16)))
     base.engine.clear_caches()
 
 

@@ -42,7 +42,7 @@ def _outcomes(latents: Tensor | None, overflows: Overflows) -> list[Tensor | Row
     if latents is None:
         return [TOO_LARGE]
     is_finite = latents.isfinite().all(dim=(1, 2)).tolist()
-    overflows.begin([not each for each in is_finite])
+    overflows.look_at([not each for each in is_finite])
     return [each if is_good else overflows.error for each, is_good in zip(latents, is_finite, strict=True)]
 
 
@@ -54,8 +54,7 @@ def _latents(engine: Engine, batch: list[Pictured]) -> Tensor | None:
     except torch.OutOfMemoryError:
         found = None  # handled below, when the exception and the tensors it holds are gone
     if found is None:
-        engine.clear_caches()
-        torch.cuda.empty_cache()
+        engine.free_memory()
         return None
     place = {key: number for number, key in enumerate(dict.fromkeys(each.image_keys[0] for each in batch))}
     return found.cpu()[[place[each.image_keys[0]] for each in batch]]

@@ -90,6 +90,13 @@ class Engine:
         for cache in (self.latents, self.image_key_values, self.prefixes):
             cache.clear()
 
+    def free_memory(self) -> None:
+        """Drop what is kept for later, and give back what the device's allocator holds."""
+        self.clear_caches()
+        if self.model.device.type == "mps":
+            torch.mps.empty_cache()
+        torch.cuda.empty_cache()  # nothing where CUDA is not in use
+
     def generate(self, prompts: Iterable[Prompt], options: DecodingOptions) -> Iterator[tuple[int, Outcome]]:
         """`stream` over an iterable, which is taken from a few times the rows ahead."""
         return self.stream(IterableSource(prompts), options)
@@ -101,7 +108,7 @@ class Engine:
 
         Prompts are numbered from 0 in the order taken. The source is waited for only while there is nothing else to
         do. A prompt that the device's memory does not hold even alone, or whose numbers overflow, has a RowError in
-        place of hypotheses; IdeficsError is raised where the first prompts overflow all. `banned_sequences` are as
+        place of hypotheses; IdeficsError is raised where all of the first ones overflow. `banned_sequences` are as
         `Vocabulary` has them, for this stream, beside its own.
         """
         banned = (*self.vocabulary.banned_sequences, *map(tuple, banned_sequences))
@@ -344,8 +351,7 @@ class Stream:
         known = {prompt.index for prompt in self.rows}
         begun = self.rows + [prompt for prompt in group if prompt.index not in known]
         self._start_over()
-        self.engine.clear_caches()
-        torch.cuda.empty_cache()
+        self.engine.free_memory()
         if self.limit.now == 1:
             assert len(begun) == 1, f"{len(begun)} rows in work where one fits"
             self.limit.now = self.rows_at_first  # it says nothing about the others
@@ -491,7 +497,7 @@ class Stream:
             return []
         outcomes = self._outcomes(self.state.pick(torch.tensor(ended, device=self.model.device)))
         alive = [False] * (len(self.rows) - len(ended))
-        self.overflows.begin([outcome == self.overflows.error for outcome in outcomes] + alive)
+        self.overflows.look_at([outcome == self.overflows.error for outcome in outcomes] + alive)
         finished = [(self.rows[row].index, outcome) for row, outcome in zip(ended, outcomes, strict=True)]
         self._keep(survivors(done))
         self.limit.end_well(len(finished))

@@ -15,19 +15,22 @@ TOO_LARGE = RowError("out_of_memory", "the device's memory does not hold this pr
 NOTHING_ALLOWED = RowError("row_invalid", "every token that could be written next is forbidden")
 
 
+FIRST_PROMPTS = 16
+
+
 class Overflows:
-    """`error` is that of a prompt whose numbers overflow. Where those of the first ones do so all, it is the number
-    format that is at fault, and no prompt."""
+    """`error` is that of a prompt whose numbers overflow. Where those of the first `FIRST_PROMPTS` do so all, it is the
+    number format that is at fault, and no prompt; fewer may be what an earlier run has left."""
 
     def __init__(self, dtype: torch.dtype):
         others = "bf16 or fp32" if dtype == torch.float16 else "fp32"
         name = str(dtype).removeprefix("torch.")
         mend = "use another checkpoint" if dtype == torch.float32 else f"use --dtype {others}"
         self.error = RowError("overflow", f"the model's numbers overflow in {name}: {mend}")
-        self.has_begun = False
+        self.num_seen, self.are_all = 0, True
 
-    def begin(self, overflow: Sequence[bool]) -> None:
-        """Of the first prompts. Raises IdeficsError where it is all of them."""
-        if not self.has_begun and all(overflow):
+    def look_at(self, overflow: Sequence[bool]) -> None:
+        """At the prompts that have ended, and those that still go on, which do not. Raises IdeficsError."""
+        self.num_seen, self.are_all = self.num_seen + len(overflow), self.are_all and all(overflow)
+        if self.are_all and self.num_seen >= FIRST_PROMPTS:
             raise IdeficsError(self.error.message)
-        self.has_begun = True

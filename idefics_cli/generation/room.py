@@ -18,12 +18,19 @@ from idefics_cli.model.modeling import IdeficsForVisionText2Text
 SLOTS_ASSUMED = 512
 MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 PATIENCE = 16  # times as many as are wanted at a time end well before more are tried again
-NO_MEMORY = ("can't allocate memory", "MPS backend out of memory")  # how errors say so on the CPU and on MPS
+# How errors say so that are no torch.OutOfMemoryError: on the CPU (POSIX, Windows), on MPS, in CUDA's libraries.
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 @contextmanager
 def naming_memory_errors() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError, as CUDA does by itself, where another device's memory has ended."""
+    """Raise torch.OutOfMemoryError, as torch's allocator on CUDA does by itself, wherever memory has ended."""
     try:
         yield
     except RuntimeError as error:

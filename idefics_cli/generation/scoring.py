@@ -249,7 +249,7 @@ class Scoring:
             found = None  # handled below, when the exception and the tensors it holds are gone
         if found is None:
             return self._back_off(group)
-        self.overflows.begin([not all(map(math.isfinite, scores)) for scores in found])
+        self.overflows.look_at([not all(map(math.isfinite, scores)) for scores in found])
         self.line = [part for part in self.line if part not in group]
         for part, scores in zip(group, found, strict=True):
             self.scores[part.prompt.index].update(enumerate(scores, start=part.first))
@@ -278,8 +278,7 @@ class Scoring:
 
     def _back_off(self, group: Sequence[Part]) -> list[int]:
         """Half as many rows, then half as many choices in a row; one choice that does not fit alone ends its prompt."""
-        self.engine.clear_caches()
-        torch.cuda.empty_cache()
+        self.engine.free_memory()
         if len(group) > 1:
             self.num_rows = len(group) // 2
             return []

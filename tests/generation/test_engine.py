@@ -418,13 +418,17 @@ def test_a_row_that_does_not_fit_alone_has_no_text_and_the_others_do(monkeypatch
 def test_numbers_that_all_overflow_are_the_formats_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     read = engine_module.Reading.run
     monkeypatch.setattr(engine_module.Reading, "run", lambda self, *args: read(self, *args) * torch.nan)
-    with pytest.raises(IdeficsError, match="the model's numbers overflow in float32: use another checkpoint"):
-        decode(engine(MODELS[0]), some_prompts(2), DecodingOptions(max_new_tokens=2))
+    chosen = DecodingOptions(max_new_tokens=2)
+    for rows in 1, 4, 20:
+        with pytest.raises(IdeficsError, match="the model's numbers overflow in float32: use another checkpoint"):
+            decode(engine(MODELS[0], rows), some_prompts(16), chosen)
+        few_left = decode(engine(MODELS[0], rows), some_prompts(15), chosen)
+        assert few_left == [Overflows(torch.float32).error] * 15
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("at_token", [0, 2])
-@pytest.mark.parametrize("rows", [2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 2, 8])
 def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_texts(
     num_beams: int, at_token: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
