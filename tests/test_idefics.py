@@ -181,6 +181,15 @@ def test_a_prompt_that_is_too_long_is_an_error(base: Idefics) -> None:
     assert results[0].error.code == "prompt_too_long" and results[1].error is None
 
 
+def test_numbers_that_overflow_are_an_error_among_good_ones(base: Idefics, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt = torch.full_like(base.prepare_image(picture()), torch.nan)
+    results = base.caption([picture(1), spoilt, picture(2)], max_new_tokens=3)
+    assert [result.error.code if result.error else None for result in results] == [None, "overflow", None]
+    assert "use another checkpoint" in str(results[1].error)
+    scored = base.score([([each, "a"], ["yes", "no"]) for each in (picture(1), spoilt, picture(2))])
+    assert [result.error.code if result.error else None for result in scored] == [None, "overflow", None]
+
+
 def test_text_stays_text(base: Idefics) -> None:
     """Special tokens' own words, addresses and paths in a prompt are words."""
     awkward = ["<image>", "</s>", "<fake_token_around_image>", "http://example.com/cat.png", "/etc/hostname", ""]

@@ -242,6 +242,14 @@ class RowStore:
         numbers = torch.arange(1, self.tree_slots + 1, device=self.ancestors.device)
         return (self.ancestors[:num_rows].any(dim=1) * numbers).amax(dim=1)
 
+    def erase(self, rows: list[int]) -> None:
+        """Zeros in the place of numbers that have overflowed: no mask hides them from who gets these slots next."""
+        if not rows:
+            return
+        index = torch.tensor(rows, device=self.newest.device)
+        for key_values in self.key_values:
+            key_values.index_fill_(1, index, 0)
+
     def keep(self, sources: list[int]) -> None:
         """Row i becomes what row `sources[i]` was: one behind all that are kept, or itself, which is not touched."""
         moves = [(target, source) for target, source in enumerate(sources) if source != target]
@@ -275,7 +283,7 @@ def enlarged(table: Tensor, axis: int, size: int) -> Tensor:
 class RowImages:
     """The images that each row sees while it is read, the same number for all: (layers, 2, heads, seq, head_dim) each.
 
-    A row with fewer has any other in addition, which no token of it sees.
+    A row with fewer has others in addition, which no token of it sees.
     """
 
     rows: Sequence[Sequence[Tensor]]

@@ -496,9 +496,10 @@ class Stream:
         if not ended:
             return []
         outcomes = self._outcomes(self.state.pick(torch.tensor(ended, device=self.model.device)))
-        alive = [False] * (len(self.rows) - len(ended))
-        self.overflows.look_at([outcome == self.overflows.error for outcome in outcomes] + alive)
         finished = [(self.rows[row].index, outcome) for row, outcome in zip(ended, outcomes, strict=True)]
+        overflowed = [row for row, outcome in zip(ended, outcomes, strict=True) if outcome == self.overflows.error]
+        self.overflows.look_at([row in overflowed for row in range(len(self.rows))])
+        self.store.erase(overflowed)
         self._keep(survivors(done))
         self.limit.end_well(len(finished))
         return finished

@@ -12,8 +12,9 @@ import torch
 from idefics_cli.errors import IdeficsError, RowError
 
 TOO_LARGE = RowError("out_of_memory", "the device's memory does not hold this prompt alone")
-NOTHING_ALLOWED = RowError("row_invalid", "every token that could be written next is forbidden")
-
+NOTHING_ALLOWED = RowError(
+    "row_invalid", "every token that could come next is forbidden: allow shorter texts, or repetition"
+)
 
 FIRST_PROMPTS = 16
 

@@ -114,11 +114,14 @@ class Reading:
         return list(dict.fromkeys(key for keys in self.image_keys for key in keys))
 
     def arrange(self, images: Mapping[bytes, Tensor]) -> RowImages:
-        """What each row sees of `images`, which has all that are wanted, and one that nobody sees where none is."""
+        """What each row sees of `images`, which has all that are wanted, and one that nobody sees where none is.
+
+        A row's own first image fills it up, so that numbers that overflow stay within their row; where it has none, any
+        does: what is seen of that is thrown away.
+        """
         any_image = next(iter(images.values()))
-        return RowImages(
-            [[images[key] for key in keys] + [any_image] * (self.most_images - len(keys)) for keys in self.image_keys]
-        )
+        seen = [[images[key] for key in keys] or [any_image] for keys in self.image_keys]
+        return RowImages([row + row[:1] * (self.most_images - len(row)) for row in seen])
 
     def run(self, model: IdeficsForVisionText2Text, images: RowImages, key_values: Sequence[Tensor]) -> Tensor:
         """The last tokens' logits, (rows, vocabulary).

@@ -18,8 +18,9 @@ from torch import Tensor
 class RaggedRows:
     """Rows of these lengths, which begin at `starts` in the line.
 
-    Side by side they are `width` tokens each, padded on the right with any token's states. The line has `line_length`
-    tokens, of which those behind the rows' are nobody's.
+    Side by side they are `width` tokens each, padded on the right with the states of the row's own first token, so that
+    numbers that overflow stay within their row. The line has `line_length` tokens, of which those behind the rows' are
+    nobody's.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", line_length: int | None = None):
@@ -40,7 +41,8 @@ class RaggedRows:
         """Where in the line each token side by side is (rows * width,), and the other way round (line,)."""
         offsets = torch.arange(self.width)
         is_token = offsets < lengths[:, None]  # (rows, width)
-        sources = torch.where(is_token, torch.tensor(self.starts)[:, None] + offsets, 0)
+        starts = torch.tensor(self.starts)[:, None]
+        sources = torch.where(is_token, starts + offsets, starts)
         places = torch.zeros(self.line_length, dtype=torch.long)
         places[: self.num_tokens] = is_token.flatten().nonzero().squeeze(1)
         return sources.flatten(), places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 
@@ -450,6 +451,40 @@ def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_texts(
     assert got.pop(3) == Overflows(torch.float32).error and expected.pop(3)
     for texts, wanted in zip(got, expected, strict=True):
         assert_same(texts, wanted)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 20])
+@pytest.mark.parametrize(
+    "where", ["picture", "picture at the end", "first of two pictures", "first token", "later token"]
+)
+def test_numbers_that_overflow_stay_within_their_row(where: str, rows: int, num_beams: int) -> None:
+    """Not those of padding, of slots that are used again, or of pictures that only fill up a row reach another one."""
+    spoilt, bad_token = torch.full_like(PICTURES[0], torch.nan), 60
+    prefix, one, two = [1, FAKE_ID, IMAGE_ID, FAKE_ID], (PICTURES[1],), (PICTURES[2], PICTURES[3])
+    bad = {
+        "picture": EncodedPrompt([*prefix, 5, 6, 7], (spoilt,)),
+        "picture at the end": EncodedPrompt(prefix, (spoilt,)),  # first in line of those with a picture
+        "first of two pictures": EncodedPrompt([*prefix, 5, *prefix[1:], 6, 7], (spoilt, PICTURES[1])),
+        "first token": EncodedPrompt([bad_token, *prefix[1:], 5, 6], one),
+        "later token": EncodedPrompt([*prefix, 5, bad_token, 6, 7], one),
+    }[where]
+    good = [
+        *(EncodedPrompt([*prefix, *range(5, 6 + extra)], one) for extra in range(5)),
+        *(EncodedPrompt([*prefix, 9, *prefix[1:], *range(8, 9 + extra)], two) for extra in range(5)),
+        *(EncodedPrompt([1, *range(5, 7 + extra)]) for extra in range(8)),
+    ]
+    network = copy.deepcopy(MODELS[0])
+    network.model.embed_tokens.weight.data[bad_token] = torch.inf
+    chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=5)
+    vocabulary = replace(VOCABULARY, banned_token_ids=(*VOCABULARY.banned_token_ids, bad_token))
+    expected = decode(Engine(network, vocabulary, IMAGE_ID, rows), good, chosen)
+    for place in 0, 3, 9, 17:
+        some = [*good[:place], bad, *good[place:]]
+        got = decode(Engine(network, vocabulary, IMAGE_ID, rows), some, chosen)
+        assert got.pop(place) == Overflows(torch.float32).error
+        for texts, wanted in zip(got, expected, strict=True):
+            assert_same(texts, wanted)
 
 
 def test_a_prompt_after_which_nothing_may_be_written_is_told_from_one_that_overflows() -> None:

@@ -211,6 +211,25 @@ def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_scores(monkeypa
         assert_close(scores, wanted)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 9])
+def test_numbers_that_overflow_stay_within_their_row(rows: int) -> None:
+    prefix, spoilt = [1, FAKE_ID, IMAGE_ID, FAKE_ID], torch.full_like(PICTURES[0], torch.nan)
+    choice_ids = [(5,), (6, 7, 8)]
+    good = [
+        *(asked(EncodedPrompt([*prefix, *range(5, 6 + extra)], (PICTURES[1],)), choice_ids) for extra in range(3)),
+        asked(EncodedPrompt([*prefix, 9, *prefix[1:], 8], (PICTURES[2], PICTURES[3])), choice_ids),
+        *(asked(EncodedPrompt([1, *range(5, 7 + extra)]), choice_ids) for extra in range(4)),
+    ]
+    expected = [plainly(MODELS[0], prompt) for prompt in good]
+    for pictures in (spoilt,), (spoilt, PICTURES[4]):
+        for place in 0, 3, 8:
+            bad = asked(EncodedPrompt([*prefix, *[9, *prefix[1:]] * (len(pictures) - 1), 5, 6], pictures), choice_ids)
+            got = score(engine(MODELS[0], rows), [*good[:place], bad, *good[place:]])
+            assert got.pop(place) == Overflows(torch.float32).error
+            for scores, wanted in zip(got, expected, strict=True):
+                assert_close(scores, wanted)
+
+
 def test_prompts_are_taken_a_few_batches_ahead_only() -> None:
     taken = []
 
