@@ -14,6 +14,7 @@ from tiny_models import IMAGE_SIZE, Shape, randomize, save_checkpoint, tiny_conf
 
 from idefics_cli import Idefics, IdeficsError, RowError
 from idefics_cli.checkpoint import ModelRequest, known_vision_fingerprint
+from idefics_cli.generation.room import Limit
 from idefics_cli.generation.source import IterableSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -127,9 +128,12 @@ def test_where_memory_ends_fewer_pictures_are_seen_at_a_time(base: Idefics, monk
 def test_a_picture_that_does_not_fit_alone_is_an_error_among_others(
     base: Idefics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, wrong = base.model.model.encode_images, base.prepare_image(picture(3))
+    encode, wrong, sizes = base.model.model.encode_images, base.prepare_image(picture(3)), []
+
+    monkeypatch.setattr(base.engine, "picture_limit", Limit(16))
 
     def scarce(pixel_values):
+        sizes.append(len(pixel_values))
         if any(torch.equal(each, wrong) for each in pixel_values[:, 0]):
             raise torch.OutOfMemoryError("no more")
         return encode(pixel_values=pixel_values)
@@ -140,6 +144,7 @@ def test_a_picture_that_does_not_fit_alone_is_an_error_among_others(
     found = list(base.embed_stream(source))
     assert [number for number, _ in found] == list(range(6))
     assert [each.error.code if each.error else None for _, each in found] == [None] * 3 + ["out_of_memory"] + [None] * 2
+    assert sizes[0] == 3 and sizes[-1] == 2, "the others are seen together, before and behind it"
 
 
 def test_a_picture_whose_numbers_overflow_is_an_error_among_others(

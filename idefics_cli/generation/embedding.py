@@ -14,7 +14,7 @@ from torch import Tensor
 
 from idefics_cli.errors import RowError
 from idefics_cli.generation.outcomes import TOO_LARGE, Overflows
-from idefics_cli.generation.room import naming_memory_errors
+from idefics_cli.generation.room import Limit, naming_memory_errors
 
 if TYPE_CHECKING:
     from idefics_cli.generation.engine import Engine
@@ -27,13 +27,17 @@ def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | 
     Latents have the model's dtype and are on the host. A RowError stands in the place of a picture that the device's
     memory does not hold alone, or whose numbers overflow; IdeficsError is raised where those of the first ones do all.
     """
-    num_taken, num_rows, overflows = 0, engine.row_limit.now, Overflows(engine.model.dtype)
-    while taken := source.take(num_rows, wait=True):
+    num_taken, limit, overflows = 0, Limit(engine.row_limit.now), Overflows(engine.model.dtype)
+    while taken := source.take(limit.now, wait=True):
         while taken:
-            batch, latents = taken[:num_rows], _latents(engine, taken[:num_rows])
+            batch, latents = taken[: limit.now], _latents(engine, taken[: limit.now])
             if latents is None and len(batch) > 1:
-                num_rows = len(batch) // 2
+                limit.halve(len(batch))
                 continue
+            if latents is None:
+                limit.forget()
+            else:
+                limit.end_well(len(batch))
             yield from enumerate(_outcomes(latents, overflows), start=num_taken)
             num_taken, taken = num_taken + len(batch), taken[len(batch) :]
 

@@ -196,6 +196,7 @@ class Engine:
                 encoded = self.model.model.encode_images(pixel_values=stacked[:, None]).squeeze(1)
         except torch.OutOfMemoryError:
             if len(pictures) == 1:
+                self.picture_limit.forget()
                 raise
             return None
         self.times.images += len(pictures)

@@ -60,6 +60,10 @@ class Limit:
         self._patience *= 2 if self._is_trial else 1
         self._ended_well, self._is_trial = 0, False
 
+    def forget(self) -> None:
+        """Not even one has fitted, alone: it says nothing about the others."""
+        self.now, self._ended_well, self._is_trial = self.wanted, 0, False
+
     def end_well(self, count: int) -> None:
         """So many more have been worked on."""
         self._ended_well += count

@@ -22,7 +22,7 @@ from idefics_cli.generation.engine import WINDOWS_AHEAD, Engine
 from idefics_cli.generation.outcomes import TOO_LARGE, Overflows
 from idefics_cli.generation.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.generation.ragged import RaggedRows
-from idefics_cli.generation.room import naming_memory_errors
+from idefics_cli.generation.room import Limit, naming_memory_errors
 from idefics_cli.generation.source import Prompt, PromptSource
 from idefics_cli.model.memory import image_visibility
 
@@ -196,7 +196,7 @@ class Scoring:
     """One run over a stream of prompts with choices. The engine's caches and bounds hold for it too."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.num_rows = engine, engine.row_limit.now  # fewer rows where memory has ended
+        self.engine, self.limit = engine, Limit(engine.row_limit.now)
         self.overflows = Overflows(engine.model.dtype)
         self.line: list[Part] = []
         self.num_taken = 0
@@ -224,9 +224,9 @@ class Scoring:
 
     def _look_ahead(self, source: PromptSource) -> None:
         """Lengthen the line, sorted by length behind what the last look ahead has left in it."""
-        if len(self.line) >= self.num_rows:
+        if len(self.line) >= self.limit.now:
             return
-        taken = source.take(WINDOWS_AHEAD * self.num_rows - len(self.line), wait=not self.line)
+        taken = source.take(WINDOWS_AHEAD * self.limit.now - len(self.line), wait=not self.line)
         parts: list[Part] = []
         for number, prompt in enumerate(taken, start=self.num_taken):
             assert all(prompt.choice_ids) and prompt.choice_ids, f"prompt {number} has an empty choice or none"
@@ -243,12 +243,13 @@ class Scoring:
         try:
             with naming_memory_errors():
                 prefix = self._shared_start()
-                group = [part for part in self.line if prefix.starts(part.prompt)][: self.num_rows]
+                group = [part for part in self.line if prefix.starts(part.prompt)][: self.limit.now]
                 found = self._log_likelihoods(group, prefix)
         except torch.OutOfMemoryError:
             found = None  # handled below, when the exception and the tensors it holds are gone
         if found is None:
             return self._back_off(group)
+        self.limit.end_well(len(group))
         self.overflows.look_at([not all(map(math.isfinite, scores)) for scores in found])
         self.line = [part for part in self.line if part not in group]
         for part, scores in zip(group, found, strict=True):
@@ -280,16 +281,16 @@ class Scoring:
         """Half as many rows, then half as many choices in a row; one choice that does not fit alone ends its prompt."""
         self.engine.free_memory()
         if len(group) > 1:
-            self.num_rows = len(group) // 2
+            self.limit.halve(len(group))
             return []
         (part,) = group
         others = [other for other in self.line if other is not part]
         if len(part.choice_ids) > 1:
-            self.num_rows = 1
+            self.limit.now = 1
             self.line = [*part.split(len(part.choice_ids) // 2), *others]
             return []
         number = part.prompt.index
         self.line = [other for other in others if other.prompt.index != number]
         self.scores[number] = {}
-        self.num_rows = self.engine.row_limit.now  # it says nothing about the others
+        self.limit.forget()
         return [number]
