@@ -81,7 +81,7 @@ def one_phase(seconds: Sequence[float], floors: Sequence[dict[str, float]]) -> d
 
 
 def ratios(seconds: Sequence[float], floors: Sequence[float]) -> list[float]:
-    """None where a phase has nothing to do."""
+    """Empty where a phase has nothing to do."""
     return [one / floor for one, floor in zip(seconds, floors, strict=True) if floor]
 
 

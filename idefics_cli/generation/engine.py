@@ -46,14 +46,6 @@ TREE_STEP = 3  # tokens of every beam that the tree's storage grows by
 Outcome = list[Hypothesis] | RowError
 
 
-class RowTooLarge(Exception):
-    """The device's memory does not hold the prompt of this index, even alone."""
-
-    def __init__(self, index: int):
-        super().__init__(index)
-        self.index = index
-
-
 @dataclass
 class PhaseTimes:
     """Where the time went, in seconds, and what was done in it."""
@@ -297,7 +289,6 @@ class Stream:
         if options.no_repeat_ngram_size:
             self.context_length = None
         self.limit = engine.row_limit
-        self.rows_at_first = self.limit.now
         self.overflows = Overflows(self.model.dtype)
         self.line: list[Waiting] = []
         self.num_taken = 0
@@ -321,13 +312,7 @@ class Stream:
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
 
     def run(self, source: PromptSource) -> Iterator[tuple[int, Outcome]]:
-        while True:
-            try:
-                finished = self._advance(source)
-            except RowTooLarge as row:
-                finished = [(row.index, TOO_LARGE)]
-            if finished is None:
-                return
+        while (finished := self._advance(source)) is not None:
             yield from finished
 
     def _advance(self, source: PromptSource) -> list[tuple[int, Outcome]] | None:
@@ -344,21 +329,21 @@ class Stream:
                 return self._retire()
         except torch.OutOfMemoryError:
             pass  # handled below, when the exception and the tensors it holds are gone
-        self._back_off(group)
-        return []
+        return self._back_off(group)
 
-    def _back_off(self, group: list[Waiting]) -> None:
-        """Half as many rows; those in work begin again. Raises RowTooLarge when there was only one."""
+    def _back_off(self, group: list[Waiting]) -> list[tuple[int, Outcome]]:
+        """Half as many rows; those in work begin again. Where only one may be in work, that is its end."""
         known = {prompt.index for prompt in self.rows}
         begun = self.rows + [prompt for prompt in group if prompt.index not in known]
         self._start_over()
         self.engine.free_memory()
         if self.limit.now == 1:
             assert len(begun) == 1, f"{len(begun)} rows in work where one fits"
-            self.limit.now = self.rows_at_first  # it says nothing about the others
-            raise RowTooLarge(begun[0].index)
+            self.limit.forget()
+            return [(begun[0].index, TOO_LARGE)]
         self.limit.halve(len(begun))
         self.line = [*begun, *self.line]
+        return []
 
     # ---- admit
 
