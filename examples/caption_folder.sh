@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 output_folder=${OUTPUT_FOLDER:-$(mktemp -d)}
 
-# A folder into a file: it appears under its name when the run is over, one row for each picture, in order.
+# A folder into a file: it appears under its name when the run is over, one row for each image, in order.
 idefics caption images --model demo -o "$output_folder/captions.jsonl"
 echo "rows in the file: $(wc -l < "$output_folder/captions.jsonl")"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# See each picture once, ask about it as often as you like. Run it from anywhere; OUTPUT_FOLDER says where files go.
+# See each image once, ask about it as often as you like. Run it from anywhere; OUTPUT_FOLDER says where files go.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 output_folder=${OUTPUT_FOLDER:-$(mktemp -d)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Continue free prompts of texts and pictures, a row of the manifest each. Run it from anywhere.
+# Continue free prompts of texts and images, a row of the manifest each. Run it from anywhere.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from idefics_cli import Idefics
 
 model = Idefics.from_pretrained("demo")
-pictures = sorted((Path(__file__).parent / "images").glob("*.png"))
+images = sorted((Path(__file__).parent / "images").glob("*.png"))
 
-# One Result for each picture, in order. A picture that cannot be read has an `error` and no text.
-for path, result in zip(pictures, model.caption(pictures), strict=True):
+# One Result for each image, in order. An image that cannot be read has an `error` and no text.
+for path, result in zip(images, model.caption(images), strict=True):
     print(f"{path.name}: {result.text if result.error is None else result.error}")
 
-# A prompt is a sequence of texts and pictures, used word for word: here the question form the base models know.
+# A prompt is a sequence of texts and images, used word for word: here the question form the base models know.
 instruction = "Instruction: provide an answer to the question. Use the image to answer.\nImage:"
 question = "Question: How many objects are there? Answer:"
-(answer,) = model.generate([[instruction, pictures[0], question]], num_beams=3, max_new_tokens=5)
-print(f"{pictures[0].name}: how many objects are there? {answer.text} (score {answer.score:.3f})")
+(answer,) = model.generate([[instruction, images[0], question]], num_beams=3, max_new_tokens=5)
+print(f"{images[0].name}: how many objects are there? {answer.text} (score {answer.score:.3f})")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Ask about pictures, and say how right the answers are. Run it from anywhere; OUTPUT_FOLDER says where files go.
+# Ask about images, and say how right the answers are. Run it from anywhere; OUTPUT_FOLDER says where files go.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 output_folder=${OUTPUT_FOLDER:-$(mktemp -d)}
 
-# The same questions about every picture of a folder; each picture is encoded once.
+# The same questions about every image of a folder; each image is encoded once.
 idefics vqa images --model demo -q "How many objects are there?" -q "What color is the object on the far left?" --limit 2
 
 # A manifest with questions of its own, scored at the end against its column of right answers.

@@ -15,7 +15,7 @@ def end_at_once_when_interrupted() -> None:
 def main() -> None:
     """The command line."""
     end_at_once_when_interrupted()
-    from idefics_cli import cli
+    from idefics_cli.cli import app as cli
 
     cli.main()
 

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from idefics_cli.data.files import LocalFile, file_digest
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
+from idefics_cli.storage.files import LocalFile, file_digest
 
 if TYPE_CHECKING:
     import torch
@@ -89,12 +89,12 @@ def weights_digest(request: ModelRequest) -> str | None:
 
 
 def vision_fingerprint(checkpoint: Checkpoint) -> str:
-    """Equal for checkpoints that make the same latents of a picture, whatever their name, shards and language side.
+    """Equal for checkpoints that make the same latents of an image, whatever their name, shards and language side.
 
     Made of the tensors of vision tower and resampler as they are stored, of the settings that say how they are used,
     and of how pixels are made. The dtype of a run is not part of it: it changes roundings only.
     """
-    from idefics_cli.data.pixels import ImageProcessor
+    from idefics_cli.images.preprocess import ImageProcessor
 
     settings = _vision_settings(load_config(checkpoint)) | asdict(ImageProcessor.from_pretrained(checkpoint.folder))
     tensors = {name: digest for file in checkpoint.weight_files for name, digest in _vision_digests(file, checkpoint)}
@@ -368,7 +368,7 @@ def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer as the model was trained with it: `tokenizer.json` to the letter.
 
-    IDEFICS learned texts that begin with a blank behind every special token (`<image>Caption` is a picture and
+    IDEFICS learned texts that begin with a blank behind every special token (`<image>Caption` is an image and
     "▁Caption"), as LLaMA's tokenizers of 2023 had it. Today's LlamaTokenizer builds another one from the same file, in
     which only the first text of a prompt has the blank; for a `tokenizer.model` alone it has to be told (`legacy`).
     """
@@ -392,7 +392,7 @@ def load_network(
     import torch
     from transformers import GenerationConfig
 
-    from idefics_cli.generation.room import naming_memory_errors
+    from idefics_cli.engine.memory_budget import naming_memory_errors
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
     expected = _expected_shapes(checkpoint, config)
@@ -430,7 +430,7 @@ def load_network(
 def _moved(model: IdeficsForVisionText2Text, device: torch.device) -> IdeficsForVisionText2Text:
     import torch
 
-    from idefics_cli.generation.room import naming_memory_errors
+    from idefics_cli.engine.memory_budget import naming_memory_errors
 
     try:
         with naming_memory_errors():

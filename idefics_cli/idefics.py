@@ -1,6 +1,6 @@
-"""`Idefics`: captions and texts from Python. A model, its tokenizer and its way with pictures behind a few methods.
+"""`Idefics`: captions and texts from Python. A model, its tokenizer and its way with images behind a few methods.
 
-A picture that cannot be used, or a prompt that is too long, is a `Result` with an `error`; the others beside it are
+An image that cannot be used, or a prompt that is too long, is a `Result` with an `error`; the others beside it are
 not touched. A caller's mistake (an unknown option, a model that is not there) raises IdeficsError.
 """
 
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from idefics_cli import arguments
-from idefics_cli.arguments import model_name, several_pictures, whole_number
+from idefics_cli import validation
 from idefics_cli.checkpoint import (
     DEFAULT_MODEL,
     Checkpoint,
@@ -30,29 +29,37 @@ from idefics_cli.checkpoint import (
     resolve_dtype,
     vision_fingerprint,
 )
-from idefics_cli.choices import ChoiceNorm, checked_choices, normalised, require_norm, split_answers, with_answer
-from idefics_cli.data.decoders import PictureDecoders
-from idefics_cli.data.images import DEFAULT_LIMITS, ImageLimits
-from idefics_cli.data.pixels import ImageProcessor
+from idefics_cli.engine.embed import embed
+from idefics_cli.engine.engine import Engine
+from idefics_cli.engine.likelihood import Scoring
+from idefics_cli.engine.memory_budget import image_seq_len, rows_that_fit
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.prompt_source import IterableSource, PromptSource
+from idefics_cli.engine.reference import Hypothesis, Vocabulary
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
-from idefics_cli.generation.embedding import embed
-from idefics_cli.generation.engine import Engine
-from idefics_cli.generation.options import DecodingOptions
-from idefics_cli.generation.reference import Hypothesis, Vocabulary
-from idefics_cli.generation.room import image_seq_len, rows_that_fit
-from idefics_cli.generation.scoring import Scoring
-from idefics_cli.generation.source import IterableSource, PromptSource
-from idefics_cli.model.packed import pack_linears
-from idefics_cli.processing import EncodedChoices, EncodedPicture, EncodedPrompt, PromptEncoder
-from idefics_cli.prompts import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
-from idefics_cli.texts import Finish
+from idefics_cli.images.decode import DEFAULT_LIMITS, ImageLimits
+from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.images.worker_pool import WorkerPool
+from idefics_cli.model.packed_linear import pack_linears
+from idefics_cli.prompts.choices import (
+    ChoiceNorm,
+    checked_choices,
+    normalised,
+    require_norm,
+    split_answers,
+    with_answer,
+)
+from idefics_cli.prompts.postprocess import Finish
+from idefics_cli.prompts.templates import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
+from idefics_cli.prompts.tokenize import EncodedChoices, EncodedImage, EncodedPrompt, PromptEncoder
+from idefics_cli.validation import model_name, several_images, whole_number
 
 if TYPE_CHECKING:
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 
 ImageSource = str | os.PathLike | bytes | Image.Image
-PreparedImage = torch.Tensor | EncodedPicture | RowError
+PreparedImage = torch.Tensor | EncodedImage | RowError
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A picture's latents (seq, dim), or why there are none."""
+    """An image's latents (seq, dim), or why there are none."""
 
     latents: torch.Tensor | None
     error: RowError | None = None
@@ -156,24 +163,24 @@ class Idefics:
         """Equal for models whose latents can stand for each other: see `vision_fingerprint`."""
         return vision_fingerprint(self.checkpoint)
 
-    def picture_decoders(self, limits: ImageLimits, workers: int, timeout: float) -> PictureDecoders:
-        """`prepare_image` in processes of their own, which a broken picture may take down; `timeout` is in seconds."""
-        return PictureDecoders(self.images, limits, workers, timeout)
+    def image_workers(self, limits: ImageLimits, workers: int, timeout: float) -> WorkerPool:
+        """`prepare_image` in processes of their own, which a broken image may take down; `timeout` is in seconds."""
+        return WorkerPool(self.images, limits, workers, timeout)
 
     def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor | RowError:
-        """Pixels (3, side, side) of a path, bytes or PIL picture, or why there are none."""
+        """Pixels (3, side, side) of a path, bytes or PIL image, or why there are none."""
         return self.images.prepare(source, limits)
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
-        """Describe each picture with the published prompt of the base or the instruct model, its texts cut likewise."""
-        return self._ask("caption", ((image, {}) for image in several_pictures("caption", images)), decoding)
+        """Describe each image with the published prompt of the base or the instruct model, its texts cut likewise."""
+        return self._ask("caption", ((image, {}) for image in several_images("caption", images)), decoding)
 
     def answer(self, pairs: Iterable[tuple[ImageSource | PreparedImage, str]], **decoding: object) -> list[Result]:
-        """Answer (picture, question) pairs with the published prompt, as `caption` does.
+        """Answer (image, question) pairs with the published prompt, as `caption` does.
 
-        A picture that stands in several pairs is encoded once.
+        An image that stands in several pairs is encoded once.
         """
-        asked = arguments.pairs("answer", pairs, of="picture, question")
+        asked = validation.pairs("answer", pairs, of="image, question")
         return self._ask("vqa", ((image, _asked(question)) for image, question in asked), decoding)
 
     def _ask(
@@ -187,7 +194,7 @@ class Idefics:
         built = (
             fields
             if isinstance(fields, RowError)
-            else build_prompt(options, fields, [self.encode_picture(image)], shots, instruct)
+            else build_prompt(options, fields, [self.encode_image(image)], shots, instruct)
             for image, fields in asked
         )
         decoding = {"max_new_tokens": about.max_new_tokens, **decoding}
@@ -195,9 +202,9 @@ class Idefics:
         return [result.finished(finish) for result in self._results(built, about.banned_words, decoding)]
 
     def generate(self, prompts: Iterable[Prompt | Sequence], **decoding: object) -> list[Result]:
-        """Continue each prompt, a sequence of texts and pictures that stands verbatim behind `<s>`.
+        """Continue each prompt, a sequence of texts and images that stands verbatim behind `<s>`.
 
-        A `str` is text, never a path: give pictures as PIL, `pathlib.Path` or bytes. Keywords are the fields of
+        A `str` is text, never a path: give images as PIL, `pathlib.Path` or bytes. Keywords are the fields of
         DecodingOptions. One Result for each prompt, in order; prompts are taken as they are decoded, a few batches
         ahead.
         """
@@ -223,7 +230,7 @@ class Idefics:
         length of the choice in UTF-8 ("bytes"); no end of text is among them.
         """
         require_norm(choice_norm)
-        pairs = arguments.pairs("score", asked, of="prompt, choices")
+        pairs = validation.pairs("score", asked, of="prompt, choices")
         encoded = (self.encode_choices(prompt, choices) for prompt, choices in pairs)
         return in_order(encoded, lambda source: self.score_stream(source, choice_norm))
 
@@ -248,37 +255,37 @@ class Idefics:
             yield number, Result(error=found) if is_error else _choice_result(encoded, found, choice_norm)
 
     def embed(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
-        """What the model keeps of each picture, (pictures, seq, dim) in its dtype, on the host.
+        """What the model keeps of each image, (images, seq, dim) in its dtype, on the host.
 
         That is the resampler's output or, without one, the vision tower's. Each of them may stand in a prompt in place
-        of its picture, for a model of the same `fingerprint`. Raises IdeficsError for a picture that cannot be used.
+        of its image, for a model of the same `fingerprint`. Raises IdeficsError for an image that cannot be used.
         """
         results = self._embeddings("embed", images)
         error = next((result.error for result in results if result.error is not None), None)
         if error is not None:
-            raise IdeficsError(f"a picture cannot be embedded ({error}): use another device or dtype")
+            raise IdeficsError(f"an image cannot be embedded ({error}): use another device or dtype")
         latents = [result.latents for result in results]
         return torch.stack(latents) if latents else torch.empty(0, *self.latents_shape, dtype=self.model.dtype)
 
     def _embeddings(self, method: str, images: Iterable[ImageSource | PreparedImage]) -> list[Embedding]:
-        encoded = [self.encode_picture(image) for image in several_pictures(method, images)]
+        encoded = [self.encode_image(image) for image in several_images(method, images)]
         error = next((each for each in encoded if isinstance(each, RowError)), None)
         if error is not None:
-            raise IdeficsError(f"a picture cannot be embedded ({error}): mend it, or leave it out")
+            raise IdeficsError(f"an image cannot be embedded ({error}): mend it, or leave it out")
         return [result for _, result in self.embed_stream(IterableSource(encoded))]
 
     def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]:
-        """`embed` for what `encode_picture` has made, as it comes: numbers are those of taking, in order."""
+        """`embed` for what `encode_image` has made, as it comes: numbers are those of taking, in order."""
         for number, found in embed(self.engine, source):
             yield number, Embedding(None, found) if isinstance(found, RowError) else Embedding(found)
 
-    def picture_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
-        """One vector for each picture, (pictures, dim) in fp32, alike for pictures that are alike: its latents' mean.
+    def image_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
+        """One vector for each image, (images, dim) in fp32, alike for images that are alike: its latents' mean.
 
-        It costs nothing beyond the latents, which decoding needs anyhow, and can be had of stored ones. A picture that
+        It costs nothing beyond the latents, which decoding needs anyhow, and can be had of stored ones. An image that
         has none, for want of memory or because numbers overflow, is like no other: zeros.
         """
-        latents = [result.latents for result in self._embeddings("picture_vectors", images)]
+        latents = [result.latents for result in self._embeddings("image_vectors", images)]
         vectors = torch.zeros(len(latents), self.latents_shape[1])
         for vector, each in zip(vectors, latents, strict=True):
             if each is not None:
@@ -287,7 +294,7 @@ class Idefics:
 
     @property
     def latents_shape(self) -> tuple[int, int]:
-        """(seq, dim) of one picture's latents."""
+        """(seq, dim) of one image's latents."""
         return image_seq_len(self.model), self.model.config.vision_config.embed_dim
 
     def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:
@@ -310,7 +317,7 @@ class Idefics:
             return RowError(
                 "prompt_too_long", f"{len(input_ids)} tokens, and the model takes {longest} before its answer"
             )
-        return EncodedPrompt(input_ids, *_pictures_of(items))
+        return EncodedPrompt(input_ids, *_images_of(items))
 
     def encode_choices(self, prompt: Prompt | Sequence, choices: Sequence[str]) -> EncodedChoices | RowError:
         """A prompt with the answers to choose from, as `score_stream` takes it. Safe in many threads.
@@ -327,34 +334,32 @@ class Idefics:
         if longest > room:
             return RowError("prompt_too_long", f"{longest} tokens with the longest choice, and the model takes {room}")
         common, choice_ids = split_answers(prompt_ids, answered)
-        pictures = _pictures_of(items)
-        return EncodedChoices(prompt_ids[:common], *pictures, choices=checked, choice_ids=tuple(choice_ids))
+        images = _images_of(items)
+        return EncodedChoices(prompt_ids[:common], *images, choices=checked, choice_ids=tuple(choice_ids))
 
-    def encode_picture(self, image: ImageSource | PreparedImage) -> EncodedPicture | RowError:
-        """A picture as `embed_stream` takes it, or why there is none. Safe in many threads.
+    def encode_image(self, image: ImageSource | PreparedImage) -> EncodedImage | RowError:
+        """An image as `embed_stream` takes it, or why there is none. Safe in many threads.
 
-        In a prompt it stands for its picture, and what tells that from others is not looked for again.
+        In a prompt it stands for its image, and what tells that from others is not looked for again.
         """
-        if isinstance(image, (EncodedPicture, RowError)):
+        if isinstance(image, (EncodedImage, RowError)):
             return image
         if not isinstance(image, torch.Tensor):
-            return self.encode_picture(self.prepare_image(image))
+            return self.encode_image(self.prepare_image(image))
         wanted = (3, self.images.image_size, self.images.image_size)
         if image.shape not in (wanted, self.latents_shape):
             raise IdeficsError(
-                f"a tensor of shape {tuple(image.shape)} is no picture: prepare_image gives {wanted}, embed"
+                f"a tensor of shape {tuple(image.shape)} is no image: prepare_image gives {wanted}, embed"
                 f" {self.latents_shape}"
             )
-        return EncodedPicture((image.float(),))
+        return EncodedImage((image.float(),))
 
     def _items(self, prompt: Prompt | Sequence) -> Prompt | RowError:
-        """The prompt with its pictures prepared."""
+        """The prompt with its images prepared."""
         if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Iterable):
             kind = "one text" if isinstance(prompt, (str, bytes)) else type(prompt).__name__
-            raise IdeficsError(
-                f"a prompt is a sequence of texts and pictures, not {kind}: write [text] or [picture, text]"
-            )
-        items = tuple(item if isinstance(item, (str, SpecialToken)) else self.encode_picture(item) for item in prompt)
+            raise IdeficsError(f"a prompt is a sequence of texts and images, not {kind}: write [text] or [image, text]")
+        items = tuple(item if isinstance(item, (str, SpecialToken)) else self.encode_image(item) for item in prompt)
         return next((item for item in items if isinstance(item, RowError)), items)
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
@@ -391,10 +396,10 @@ def _asked(question: str) -> dict[str, str] | RowError:
     return {"question": question}
 
 
-def _pictures_of(items: Prompt) -> tuple[tuple[torch.Tensor, ...], tuple[bytes, ...]]:
-    """Pixels or latents of the pictures, and what tells each from others."""
-    pictures = [item for item in items if isinstance(item, EncodedPicture)]
-    return tuple(each.pixels[0] for each in pictures), tuple(each.image_keys[0] for each in pictures)
+def _images_of(items: Prompt) -> tuple[tuple[torch.Tensor, ...], tuple[bytes, ...]]:
+    """Pixels or latents of the images, and what tells each from others."""
+    images = [item for item in items if isinstance(item, EncodedImage)]
+    return tuple(each.pixels[0] for each in images), tuple(each.image_keys[0] for each in images)
 
 
 def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], norm: ChoiceNorm) -> Result:

@@ -18,11 +18,11 @@ from PIL import Image
 from real_llama import RealLlama, fetch_real_llama
 from typer.testing import CliRunner, Result
 
-from idefics_cli import cli
 from idefics_cli.checkpoint import ModelRequest
-from idefics_cli.data.images import ImageLimits, load_image
+from idefics_cli.cli import app as cli
 from idefics_cli.errors import RowError
-from idefics_cli.prompts import Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
+from idefics_cli.images.decode import ImageLimits, load_image
+from idefics_cli.prompts.templates import Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ class FakeResult:
 class FakeCaptioner:
     """Its text is a hash of the prompt, or what `answer` makes of that. `before_call` may wait or raise.
 
-    `room` is how many letters a prompt may have. What it was told stays in `calls` (batch sizes), `looks` (pictures
+    `room` is how many letters a prompt may have. What it was told stays in `calls` (batch sizes), `looks` (images
     whose vectors were asked for), `prompts` (by their hash) and `decoding`.
     """
 
@@ -87,7 +87,7 @@ class FakeCaptioner:
     prompts: dict[str, Prompt] = field(default_factory=dict)
     decoding: dict[str, Any] = field(default_factory=dict)
 
-    def picture_decoders(self, limits: ImageLimits, workers: int, timeout: float) -> Any:
+    def image_workers(self, limits: ImageLimits, workers: int, timeout: float) -> Any:
         return nullcontext(FakeOpener(limits))
 
     def encode(self, prompt: Prompt, max_new_tokens: int) -> str | RowError:
@@ -97,15 +97,15 @@ class FakeCaptioner:
         self.prompts[text] = prompt
         return text
 
-    def encode_picture(self, picture: Any) -> Any:
-        return picture
+    def encode_image(self, image: Any) -> Any:
+        return image
 
-    def picture_vectors(self, pictures: Sequence[bytes]) -> Tensor:
-        """(pictures, 3): the colour of each picture's first pixel."""
+    def image_vectors(self, images: Sequence[bytes]) -> Tensor:
+        """(images, 3): the colour of each image's first pixel."""
         import torch
 
-        self.looks.append(len(pictures))
-        return torch.tensor([list(picture[:3]) for picture in pictures], dtype=torch.float32)
+        self.looks.append(len(images))
+        return torch.tensor([list(image[:3]) for image in images], dtype=torch.float32)
 
     def stream(self, source: Any, **decoding: Any) -> Iterator[tuple[int, FakeResult]]:
         number = 0
@@ -126,7 +126,7 @@ class FakeCaptioner:
 
 @dataclass(frozen=True)
 class FakeOpener:
-    """Opens pictures in the thread that asks; a picture is its bytes."""
+    """Opens images in the thread that asks; an image is its bytes."""
 
     limits: ImageLimits
 
@@ -137,11 +137,11 @@ class FakeOpener:
 
 def prompt_text(prompt: Sequence[Any]) -> str:
     data = b"".join(item if isinstance(item, bytes) else str(item).encode() for item in prompt)
-    return "picture " + hashlib.sha256(data).hexdigest()[:12]
+    return "image " + hashlib.sha256(data).hexdigest()[:12]
 
 
 def written(prompt: Prompt) -> str:
-    """For reading: a picture of `save_picture` as [seed], a special token by its name."""
+    """For reading: an image of `save_image` as [seed], a special token by its name."""
     return "".join(
         item if isinstance(item, str) else item.name if isinstance(item, SpecialToken) else f"[{item[0]}]"
         for item in prompt
@@ -154,15 +154,15 @@ def prompts_of(captioner: FakeCaptioner, rows: Sequence[dict[str, Any]]) -> list
     return [text and written(captioner.prompts[text]) for text in texts]
 
 
-def save_picture(path: Path, seed: int = 0) -> Path:
-    """A small picture that differs from those of other seeds."""
+def save_image(path: Path, seed: int = 0) -> Path:
+    """A small image that differs from those of other seeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (seed % 256, seed // 256 % 256, 77)).save(path, format="PNG")
     return path
 
 
 def expected_text(path: Path) -> str:
-    """What FakeCaptioner captions the picture with."""
+    """What FakeCaptioner captions the image with."""
     prompts = PromptOptions("caption")
     shots = leading_shots(prompts, (), instruct=False)
     return prompt_text(build_prompt(prompts, {}, [load_image(path).tobytes()], shots, instruct=False))
@@ -170,10 +170,10 @@ def expected_text(path: Path) -> str:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of six good pictures, one in a sub-folder, and a broken one."""
+    """A folder of six good images, one in a sub-folder, and a broken one."""
     folder = tmp_path / "photos"
     for i, name in enumerate(["b.png", "a.jpg", "z.webp", "c.png", "sub/a.png", "m.gif"]):
-        save_picture(folder / name, i)
+        save_image(folder / name, i)
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
     return folder
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from idefics_cli.generation.options import DecodingOptions
+from idefics_cli.engine.options import DecodingOptions
 
 
 def slow_beam_search(

@@ -1,4 +1,4 @@
-"""The examples run as they stand, and what they say of the pictures beside them is right."""
+"""The examples run as they stand, and what they say of the images beside them is right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PICTURES = sorted((EXAMPLES / "images").glob("*.png"))
+IMAGES = sorted((EXAMPLES / "images").glob("*.png"))
 SECONDS = 120
 
 
@@ -36,30 +36,30 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
-def test_pictures_are_those_of_the_world(path: Path) -> None:
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.name)
+def test_images_are_those_of_the_world(path: Path) -> None:
     drawn = np.asarray(scene(seed_of(path)).image)
     assert np.array_equal(np.asarray(Image.open(path)), drawn)
-    assert seed_of(path) >= EVALUATION_SEEDS, "the demo was trained on this picture"
+    assert seed_of(path) >= EVALUATION_SEEDS, "the demo was trained on this image"
 
 
 def test_caption_folder(tmp_path: Path) -> None:
     """The README's first command captions this folder too: every caption is right."""
     done = run(["bash", str(EXAMPLES / "caption_folder.sh")], OUTPUT_FOLDER=str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in rows] == [path.name for path in PICTURES]
-    assert [row["caption"] for row in rows] == [scene(seed_of(path)).caption for path in PICTURES]
+    assert [row["id"] for row in rows] == [path.name for path in IMAGES]
+    assert [row["caption"] for row in rows] == [scene(seed_of(path)).caption for path in IMAGES]
     said, *piped = done.stdout.splitlines()
-    assert said.split() == ["rows", "in", "the", "file:", str(len(PICTURES))]
+    assert said.split() == ["rows", "in", "the", "file:", str(len(IMAGES))]
     assert [json.loads(line)["caption"] for line in piped] == [row["caption"] for row in rows[:3]]
 
 
 def test_questions(tmp_path: Path) -> None:
-    """Both pictures are asked both questions, and every answer that is scored is right."""
+    """Both images are asked both questions, and every answer that is scored is right."""
     done = run(["bash", str(EXAMPLES / "questions.sh")], OUTPUT_FOLDER=str(tmp_path))
     *rows, scores, by_kind = [json.loads(line) for line in done.stdout.splitlines()]
-    shown = [scene(seed_of(path)).objects for path in PICTURES[:2]]
-    assert [row["id"] for row in rows] == [f"{path.name}#{k}" for path in PICTURES[:2] for k in (1, 2)]
+    shown = [scene(seed_of(path)).objects for path in IMAGES[:2]]
+    assert [row["id"] for row in rows] == [f"{path.name}#{k}" for path in IMAGES[:2] for k in (1, 2)]
     leftmost = [min(objects, key=lambda item: item.x) for objects in shown]
     right = [text for objects, left in zip(shown, leftmost, strict=True) for text in (str(len(objects)), left.color)]
     assert [row["answer"] for row in rows] == right
@@ -71,22 +71,22 @@ def test_questions(tmp_path: Path) -> None:
 def test_free_prompts() -> None:
     done = run(["bash", str(EXAMPLES / "free_prompts.sh")])
     rows = {row["id"]: row["text"] for row in map(json.loads, done.stdout.splitlines())}
-    assert rows["caption"] == scene(seed_of(PICTURES[4])).caption
-    assert rows["two-pictures"] == scene(seed_of(PICTURES[5])).caption
-    assert rows["question"] == scene(seed_of(PICTURES[6])).questions[0][1]
+    assert rows["caption"] == scene(seed_of(IMAGES[4])).caption
+    assert rows["two-images"] == scene(seed_of(IMAGES[5])).caption
+    assert rows["question"] == scene(seed_of(IMAGES[6])).questions[0][1]
 
 
 def test_embeddings(tmp_path: Path) -> None:
-    """What is said of latents is what is said of the pictures."""
+    """What is said of latents is what is said of the images."""
     done = run(["bash", str(EXAMPLES / "embeddings.sh")], OUTPUT_FOLDER=str(tmp_path))
     captions = [json.loads(line)["caption"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
-    assert captions == [scene(seed_of(path)).caption for path in PICTURES]
+    assert captions == [scene(seed_of(path)).caption for path in IMAGES]
     answers = [json.loads(line)["answer"] for line in done.stdout.splitlines()]
-    assert answers == [str(len(scene(seed_of(path)).objects)) for path in PICTURES[:4]]
+    assert answers == [str(len(scene(seed_of(path)).objects)) for path in IMAGES[:4]]
 
 
 def test_python_api() -> None:
     lines = run([sys.executable, str(EXAMPLES / "python_api.py")]).stdout.splitlines()
-    assert lines[:-1] == [f"{path.name}: {scene(seed_of(path)).caption}" for path in PICTURES]
-    count = len(scene(seed_of(PICTURES[0])).objects)
-    assert lines[-1].startswith(f"{PICTURES[0].name}: how many objects are there? {count} (score -0.")
+    assert lines[:-1] == [f"{path.name}: {scene(seed_of(path)).caption}" for path in IMAGES]
+    count = len(scene(seed_of(IMAGES[0])).objects)
+    assert lines[-1].startswith(f"{IMAGES[0].name}: how many objects are there? {count} (score -0.")

@@ -15,11 +15,11 @@ from PIL import Image
 from tiny_models import save_checkpoint
 
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
-from idefics_cli.generation.engine import Stream
-from idefics_cli.generation.source import IterableSource
-from idefics_cli.processing import EncodedPicture, EncodedPrompt, collate
-from idefics_cli.prompts import END_OF_UTTERANCE
-from idefics_cli.texts import Finish
+from idefics_cli.engine.engine import Stream
+from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.prompts.postprocess import Finish
+from idefics_cli.prompts.templates import END_OF_UTTERANCE
+from idefics_cli.prompts.tokenize import EncodedImage, EncodedPrompt, collate
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,21 @@ def instruct(tmp_path_factory: pytest.TempPathFactory) -> Idefics:
     return Idefics.from_pretrained(save_checkpoint(tmp_path_factory.mktemp("instruct"), instruct=True))
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+def image(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list]:
-    """Of different lengths, with no to three pictures."""
+    """Of different lengths, with no to three images."""
     return [
-        ["User: what is this?", picture(1), "A cat. And", picture(2), picture(3), "?"],
-        [picture(4)],
+        ["User: what is this?", image(1), "A cat. And", image(2), image(3), "?"],
+        [image(4)],
         ["hello world"],
-        ["Image:", picture(5), "Caption:"],
-        ["Question: how many? Answer: two. " * 4, picture(6)],
-        [picture(7), "one", picture(8)],
+        ["Image:", image(5), "Caption:"],
+        ["Question: how many? Answer: two. " * 4, image(6)],
+        [image(7), "one", image(8)],
         ["Answer:"],
     ]
 
@@ -111,7 +111,7 @@ def test_the_end_of_an_utterance_ends_a_text(instruct: Idefics) -> None:
 
 
 def test_candidates_are_the_best_first(base: Idefics) -> None:
-    (result,) = base.generate([["hello", picture()]], num_beams=4, num_return_sequences=3, max_new_tokens=5)
+    (result,) = base.generate([["hello", image()]], num_beams=4, num_return_sequences=3, max_new_tokens=5)
     assert len(result.candidates) == 3
     assert result.candidates[0] == Candidate(result.text, result.score, result.tokens, result.token_ids)
     scores = [candidate.score for candidate in result.candidates]
@@ -136,9 +136,9 @@ def test_captions_are_asked_for_as_the_checkpoint_was_published(
         encode = model.encoder.encode
         recording = lambda prompt, encode=encode, seen=seen: seen.append(prompt) or encode(prompt)  # noqa: E731
         monkeypatch.setattr(model.encoder, "encode", recording)
-        (result,) = model.caption([picture()], max_new_tokens=3)
+        (result,) = model.caption([image()], max_new_tokens=3)
         (prompt,) = seen
-        assert isinstance(prompt[1], EncodedPicture)
+        assert isinstance(prompt[1], EncodedImage)
         assert (prompt[0], *prompt[2:]) == expected
         assert result.text is not None and result.error is None
         monkeypatch.undo()
@@ -153,26 +153,26 @@ def test_texts_of_captions_and_answers_end_at_the_first_stop_word() -> None:
     assert failed.finished(Finish()) == failed
 
 
-def test_captions_from_paths_pictures_and_pixels_are_one(base: Idefics, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    picture(9).save(path)
-    sources = [str(path), path, path.read_bytes(), picture(9), base.prepare_image(path)]
+def test_captions_from_paths_images_and_pixels_are_one(base: Idefics, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    image(9).save(path)
+    sources = [str(path), path, path.read_bytes(), image(9), base.prepare_image(path)]
     texts = {result.token_ids for result in base.caption(sources, max_new_tokens=5)}
     assert len(texts) == 1
 
 
-def test_a_bad_picture_is_an_error_among_good_ones(base: Idefics, tmp_path: Path) -> None:
+def test_a_bad_image_is_an_error_among_good_ones(base: Idefics, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
     row_error = RowError("row_invalid", "said before")
-    results = base.caption([picture(), tmp_path / "gone.png", tmp_path / "broken.png", row_error], max_new_tokens=3)
+    results = base.caption([image(), tmp_path / "gone.png", tmp_path / "broken.png", row_error], max_new_tokens=3)
     codes = [result.error.code if result.error else None for result in results]
     assert codes == [None, "image_missing", "image_unreadable", "row_invalid"]
     assert results[1] == Result(error=results[1].error)
     assert results[0].text is not None
 
 
-def test_a_bad_picture_anywhere_in_a_prompt_is_an_error(base: Idefics, tmp_path: Path) -> None:
-    (result,) = base.generate([["a", picture(), "b", tmp_path / "gone.png", "c"]])
+def test_a_bad_image_anywhere_in_a_prompt_is_an_error(base: Idefics, tmp_path: Path) -> None:
+    (result,) = base.generate([["a", image(), "b", tmp_path / "gone.png", "c"]])
     assert result.error.code == "image_missing"
 
 
@@ -182,18 +182,18 @@ def test_a_prompt_that_is_too_long_is_an_error(base: Idefics) -> None:
 
 
 def test_numbers_that_overflow_are_an_error_among_good_ones(base: Idefics, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoilt = torch.full_like(base.prepare_image(picture()), torch.nan)
-    results = base.caption([picture(1), spoilt, picture(2)], max_new_tokens=3)
+    spoilt = torch.full_like(base.prepare_image(image()), torch.nan)
+    results = base.caption([image(1), spoilt, image(2)], max_new_tokens=3)
     assert [result.error.code if result.error else None for result in results] == [None, "overflow", None]
     assert "use another checkpoint" in str(results[1].error)
-    scored = base.score([([each, "a"], ["yes", "no"]) for each in (picture(1), spoilt, picture(2))])
+    scored = base.score([([each, "a"], ["yes", "no"]) for each in (image(1), spoilt, image(2))])
     assert [result.error.code if result.error else None for result in scored] == [None, "overflow", None]
 
 
 def test_text_stays_text(base: Idefics) -> None:
     """Special tokens' own words, addresses and paths in a prompt are words."""
     awkward = ["<image>", "</s>", "<fake_token_around_image>", "http://example.com/cat.png", "/etc/hostname", ""]
-    results = base.generate([[text, picture(), text] for text in awkward], max_new_tokens=3)
+    results = base.generate([[text, image(), text] for text in awkward], max_new_tokens=3)
     assert all(result.error is None for result in results)
 
 
@@ -202,7 +202,7 @@ def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
         base.generate([["a"]], num_beans=3)
     with pytest.raises(IdeficsError, match="num_return_sequences 4 is more than num_beams 3"):
         base.generate([["a"]], num_return_sequences=4)
-    with pytest.raises(IdeficsError, match="sequence of texts and pictures"):
+    with pytest.raises(IdeficsError, match="sequence of texts and images"):
         base.generate(["a"])
     wrong = {
         "num_beams": (0, True),
@@ -216,20 +216,20 @@ def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
                 base.generate([["a"]], **{name: value})
 
 
-def test_what_is_no_list_of_pictures_is_told(base: Idefics, tmp_path: Path) -> None:
-    for one in ("picture.png", tmp_path / "picture.png", b"bytes", bytearray(b"bytes"), picture(), None):
+def test_what_is_no_list_of_images_is_told(base: Idefics, tmp_path: Path) -> None:
+    for one in ("image.png", tmp_path / "image.png", b"bytes", bytearray(b"bytes"), image(), None):
         for method in base.caption, base.embed:
-            with pytest.raises(IdeficsError, match=rf"{method.__name__} takes pictures, not one picture"):
+            with pytest.raises(IdeficsError, match=rf"{method.__name__} takes images, not one image"):
                 method(one)
     with pytest.raises(IdeficsError, match=r"shape \(3, 5, 5\)"):
         base.caption([torch.zeros(3, 5, 5)])
 
 
 @pytest.mark.parametrize(
-    "pairs", [(picture(), "a?"), [picture()], "ab", None, [(picture(), "a?", "b?")], [picture(), "a?"], ["ab"]]
+    "pairs", [(image(), "a?"), [image()], "ab", None, [(image(), "a?", "b?")], [image(), "a?"], ["ab"]]
 )
 def test_what_is_no_list_of_pairs_is_told(base: Idefics, pairs: Any) -> None:
-    with pytest.raises(IdeficsError, match=r"answer takes pairs of picture, question: write \[\(picture, question\)\]"):
+    with pytest.raises(IdeficsError, match=r"answer takes pairs of image, question: write \[\(image, question\)\]"):
         base.answer(pairs)
     with pytest.raises(IdeficsError, match=r"score takes pairs of prompt, choices"):
         base.score(pairs)
@@ -243,7 +243,7 @@ def test_what_is_no_prompt_is_told(base: Idefics) -> None:
 
 @pytest.mark.parametrize("question", ["", " ", "\t\n", None])
 def test_a_question_that_asks_nothing_is_an_error_among_others(base: Idefics, question: str | None) -> None:
-    results = base.answer([(picture(), "What?"), (picture(), question), (picture(), "Why?")], max_new_tokens=2)
+    results = base.answer([(image(), "What?"), (image(), question), (image(), "Why?")], max_new_tokens=2)
     assert [result.error.code if result.error else None for result in results] == [None, "row_invalid", None]
 
 
@@ -252,12 +252,12 @@ def test_a_question_that_asks_nothing_is_an_error_among_others(base: Idefics, qu
     [
         (np.zeros((4, 4, 3), np.uint8), "PIL.Image.fromarray()"),
         (io.BytesIO(b"a"), "what its read() gives"),
-        (Image.new("RGB", (0, 5)), "0 x 5 pixels are no picture"),
+        (Image.new("RGB", (0, 5)), "0 x 5 pixels are no image"),
         (None, "not NoneType"),
     ],
 )
-def test_what_is_no_picture_is_an_error_that_says_how_to_make_one(base: Idefics, given: Any, said: str) -> None:
-    good, bad = base.caption([picture(), given], max_new_tokens=2)
+def test_what_is_no_image_is_an_error_that_says_how_to_make_one(base: Idefics, given: Any, said: str) -> None:
+    good, bad = base.caption([image(), given], max_new_tokens=2)
     assert good.error is None and bad.error is not None and said in str(bad.error)
 
 
@@ -286,10 +286,10 @@ def test_what_no_model_is_loaded_with_is_told(options: dict[str, Any], said: str
         Idefics.from_pretrained(**{"model": "demo", **options})
 
 
-def test_answers_encode_a_picture_once(base: Idefics) -> None:
+def test_answers_encode_an_image_once(base: Idefics) -> None:
     base.engine.clear_caches()
     base.engine.times.reset()
-    asked = [(picture(20), f"question {number}?") for number in range(5)] + [(picture(21), "and this?")]
+    asked = [(image(20), f"question {number}?") for number in range(5)] + [(image(21), "and this?")]
     results = base.answer(asked, max_new_tokens=3)
     assert base.engine.times.images == 2 and all(result.error is None for result in results)
     assert results[2].token_ids == base.answer([asked[2]], max_new_tokens=3)[0].token_ids

@@ -87,7 +87,7 @@ def randomize(model: PreTrainedModel, seed: int = 0, spread: float = 0.25) -> Pr
 
 
 def random_inputs(config: IdeficsConfig, seed: int = 0, num_images: int = 4, num_tokens: int = 14) -> dict[str, Tensor]:
-    """Five rows with 0 to `num_images` pictures, left-padded unevenly, with tokens before the first picture."""
+    """Five rows with 0 to `num_images` images, left-padded unevenly, with tokens before the first image."""
     generator = torch.Generator().manual_seed(seed)
     rows = 5
     input_ids = torch.randint(3, VOCAB_SIZE + config.additional_vocab_size, (rows, num_tokens), generator=generator)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from idefics_cli.bench.memory import MemoryMeter, MemoryUse
 from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, Subject, transformers_model
+from idefics_cli.engine import reference
+from idefics_cli.engine.embed import embed
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.engine.reference import Hypothesis, Vocabulary
 from idefics_cli.errors import IdeficsError, RowError
-from idefics_cli.generation import reference
-from idefics_cli.generation.embedding import embed
-from idefics_cli.generation.options import DecodingOptions
-from idefics_cli.generation.reference import Hypothesis, Vocabulary
-from idefics_cli.generation.source import IterableSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.processing import EncodedPicture, EncodedPrompt, collate
+from idefics_cli.prompts.tokenize import EncodedImage, EncodedPrompt, collate
 
 TIE = 1e-5  # two texts whose scores differ by less are equally good
 TIES_EXAMINED = 16
@@ -63,8 +63,8 @@ EngineFactory = Callable[[IdeficsForVisionText2Text, Vocabulary, int, int], Text
 
 def make_engine(model: IdeficsForVisionText2Text, vocabulary: Vocabulary, image_token_id: int, rows: int) -> TextEngine:
     """Our engine on our model, whose weights are laid out for the device as they are after loading."""
-    from idefics_cli.generation.engine import Engine
-    from idefics_cli.model.packed import pack_linears
+    from idefics_cli.engine.engine import Engine
+    from idefics_cli.model.packed_linear import pack_linears
 
     pack_linears(model)
     return Engine(model, vocabulary, image_token_id, rows)
@@ -131,13 +131,13 @@ class Bench:
         return self.meter.measure() if metered else nullcontext(MemoryUse())
 
     def _embedded(self, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
-        """The prompts with latents in the place of pictures, as `idefics embed` makes them beforehand: untimed."""
+        """The prompts with latents in the place of images, as `idefics embed` makes them beforehand: untimed."""
         pixels = {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
-        pictures = [EncodedPicture((each,)) for each in pixels.values()]
-        latents = dict(zip(pixels, (found for _, found in embed(self.engine, IterableSource(pictures))), strict=True))
+        images = [EncodedImage((each,)) for each in pixels.values()]
+        latents = dict(zip(pixels, (found for _, found in embed(self.engine, IterableSource(images))), strict=True))
         for found in latents.values():
             if isinstance(found, RowError):
-                raise IdeficsError(f"a picture has no latents ({found}): use another --device or --dtype")
+                raise IdeficsError(f"an image has no latents ({found}): use another --device or --dtype")
         self.engine.latents.clear()
         return [EncodedPrompt(each.input_ids, tuple(latents[key] for key in each.image_keys)) for each in prompts]
 
@@ -297,7 +297,7 @@ def warm_up(bench: Bench, say: Callable[[str], None]) -> tuple[Pair, Pair]:
 
 
 def measure(bench: Bench, warm: tuple[Pair, Pair], time_floors: FloorTimer, say: Callable[[str], None]) -> Measured:
-    """The timed pairs behind those of the warm-up, each side first in turn, each pair over new pictures."""
+    """The timed pairs behind those of the warm-up, each side first in turn, each pair over new images."""
     pairs: list[Pair] = []
     phased: list[Phased] = []
 

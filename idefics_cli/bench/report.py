@@ -187,7 +187,7 @@ def comparison_table(found: dict[str, Any]) -> Table:
     for name, label in (("seconds", "seconds"), ("rows_per_second", "rows/s"), ("images_per_second", "images/s")):
         table.add_row(label, f"{ours[name]:.2f}", f"{theirs[name]:.2f}")
     table.add_row("first call, s", f"{ours['first_call_seconds']:.2f}", "")
-    table.add_row("pictures encoded", str(found["work"]["images"]), "")
+    table.add_row("images encoded", str(found["work"]["images"]), "")
     table.add_row("peak memory over weights, MB", megabytes(ours["peak_bytes"]), megabytes(theirs["peak_bytes"]))
     table.add_row("times faster", f"{found['ratio']:.2f}", "1")
     table.add_row("identical tokens", f"{same['identical']:.2%} of {same['rows']} rows", "")

@@ -17,14 +17,13 @@ from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsRotaryEmbedding, IdeficsVisionEmbeddings
 
 from idefics_cli.checkpoint import ModelRequest, find_checkpoint, load_config, load_network, load_tokenizer
-from idefics_cli.data.pixels import ImageProcessor
 from idefics_cli.demo.scene import EVALUATION_SEEDS, Scene, scene
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.reference import Vocabulary
 from idefics_cli.errors import IdeficsError
-from idefics_cli.generation.options import DecodingOptions
-from idefics_cli.generation.reference import Vocabulary
+from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.processing import EncodedPrompt, PromptEncoder
-from idefics_cli.prompts import (
+from idefics_cli.prompts.templates import (
     CAPTION,
     INSTRUCT_CAPTION,
     INSTRUCT_QUESTION,
@@ -32,6 +31,7 @@ from idefics_cli.prompts import (
     Shot,
     few_shot_prompt,
 )
+from idefics_cli.prompts.tokenize import EncodedPrompt, PromptEncoder
 
 FIRST_CALL = 0  # the draw of prompts that the first call gets; timed ones follow
 SHOTS_APART = 10_000_000  # shots are none of the scenes they stand before
@@ -42,7 +42,7 @@ class BenchOptions:
     """One benchmark. `random` names a size and leaves the request's model out; `threads` None is torch's own choice.
 
     `fixed_length`: no text ends before `decoding.max_new_tokens`. `rows` None is one batch. `embeddings`: ours gets the
-    pictures' latents in their place, as `--embeddings` does.
+    images' latents in their place, as `--embeddings` does.
     """
 
     request: ModelRequest
@@ -68,7 +68,7 @@ class BenchOptions:
 
     @property
     def num_images(self) -> int:
-        """Pictures asked about, shots not counted."""
+        """Images asked about, shots not counted."""
         return -(-self.num_rows // self.questions_per_image)
 
     @property
@@ -224,13 +224,13 @@ class TokenIds:
 
 
 class Prompts(Protocol):
-    """Draws of prompts: the shots are the same in all, the pictures asked about are always new."""
+    """Draws of prompts: the shots are the same in all, the images asked about are always new."""
 
     def draw(self, number: int) -> list[EncodedPrompt]: ...
 
 
 class RandomPrompts:
-    """Random ids and pixels where the official templates have words and pictures: 21 to 25 tokens, and 23 a shot."""
+    """Random ids and pixels where the official templates have words and images: 21 to 25 tokens, and 23 a shot."""
 
     OPENING, CLOSING, SHOT_WORDS, OWN_WORDS = 2, 3, 18, (12, 16)
 
@@ -244,29 +244,29 @@ class RandomPrompts:
         self._start = [BOS]
         for _ in range(options.shots):
             self._start += [*self._opening, *self._around_image, *self._ids(self.SHOT_WORDS, generator)]
-        self._shots = tuple(self._picture(generator) for _ in range(options.shots))
+        self._shots = tuple(self._image(generator) for _ in range(options.shots))
 
     def draw(self, number: int) -> list[EncodedPrompt]:
         generator = torch.Generator().manual_seed(self._options.seed + 1 + number)
-        pictures = [self._picture(generator) for _ in range(self._options.num_images)]
-        asked = (pictures[row // self._options.questions_per_image] for row in range(self._options.num_rows))
-        return [self._prompt(picture, generator) for picture in asked]
+        images = [self._image(generator) for _ in range(self._options.num_images)]
+        asked = (images[row // self._options.questions_per_image] for row in range(self._options.num_rows))
+        return [self._prompt(image, generator) for image in asked]
 
-    def _prompt(self, picture: Tensor, generator: torch.Generator) -> EncodedPrompt:
+    def _prompt(self, image: Tensor, generator: torch.Generator) -> EncodedPrompt:
         least, most = self.OWN_WORDS
         own = self._ids(int(torch.randint(least, most + 1, (), generator=generator)), generator)
         input_ids = [*self._start, *self._opening, *self._around_image, *own, *self._closing]
-        return EncodedPrompt(input_ids, (*self._shots, picture))
+        return EncodedPrompt(input_ids, (*self._shots, image))
 
     def _ids(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(*self._words, (count,), generator=generator).tolist()
 
-    def _picture(self, generator: torch.Generator) -> Tensor:
+    def _image(self, generator: torch.Generator) -> Tensor:
         return torch.randn(3, self._side, self._side, generator=generator)
 
 
 class ScenePrompts:
-    """Demo scenes in the official templates: captions, or questions where several are asked about one picture."""
+    """Demo scenes in the official templates: captions, or questions where several are asked about one image."""
 
     def __init__(self, encoder: PromptEncoder, images: ImageProcessor, options: BenchOptions):
         self._encoder, self._images, self._options = encoder, images, options

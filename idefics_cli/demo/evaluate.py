@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from idefics_cli.demo.scene import EVALUATION_SEEDS, Scene, scene
-from idefics_cli.prompts import Prompt, PromptOptions, Shot, build_prompt, leading_shots
+from idefics_cli.prompts.templates import Prompt, PromptOptions, Shot, build_prompt, leading_shots
 
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics

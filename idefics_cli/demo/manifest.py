@@ -1,6 +1,6 @@
 """Unseen scenes as manifests: `python -m idefics_cli.demo.manifest FOLDER` writes `scenes.parquet` and `shots.parquet`.
 
-A row holds one scene: its `id`, the picture's bytes (`image`), one `question` with ten equal `answers` (as VQAv2's
+A row holds one scene: its `id`, the image's bytes (`image`), one `question` with ten equal `answers` (as VQAv2's
 annotators give ten), the `kind` of the question, and its `captions`. Training never draws these scenes, and no scene
 is in both files.
 """
@@ -25,11 +25,11 @@ def unseen_rows(first: int, number: int) -> Iterator[dict[str, Any]]:
     for index in range(first, first + number):
         drawn = scene(EVALUATION_SEEDS + index)
         question, answer = drawn.questions[index % len(drawn.questions)]
-        picture = io.BytesIO()
-        drawn.image.save(picture, format="PNG")
+        image = io.BytesIO()
+        drawn.image.save(image, format="PNG")
         yield {
             "id": f"scene-{drawn.seed}",
-            "image": picture.getvalue(),
+            "image": image.getvalue(),
             "question": question,
             "answers": [answer] * NUM_REFERENCES,
             "kind": question_kind(question),

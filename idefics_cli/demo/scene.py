@@ -1,4 +1,4 @@
-"""The coloured-shapes world of the `demo` model: a seed gives a picture, its caption, and questions with their answers.
+"""The coloured-shapes world of the `demo` model: a seed gives an image, its caption, and questions with their answers.
 
 One to three shapes of two sizes and six colours stand anywhere on a plain or noisy ground, never touching and with a
 clear gap from left to right, because captions name them in that order. Everything is drawn by this module from the
@@ -23,17 +23,17 @@ COLORS = {
     "white": (248, 248, 248),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": (0.082, 0.098), "large": (0.155, 0.18)}  # radius over the picture's side
-PICTURE_SIDE = 128
+SIZES = {"small": (0.082, 0.098), "large": (0.155, 0.18)}  # radius over the image's side
+IMAGE_SIDE = 128
 OVERSAMPLING = 2
-MIN_HORIZONTAL_GAP = 0.17  # between centres, over the picture's side
+MIN_HORIZONTAL_GAP = 0.17  # between centres, over the image's side
 MAX_OBJECTS = 3
 EVALUATION_SEEDS = 1_000_000_000  # from here on: scenes that training never draws
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape; `x`, `y` (centre) and `radius` are fractions of the picture's side."""
+    """One shape; `x`, `y` (centre) and `radius` are fractions of the image's side."""
 
     size: str
     color: str
@@ -66,7 +66,7 @@ class Scene:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The picture, RGB, PICTURE_SIDE pixels wide and high."""
+        """The image, RGB, IMAGE_SIDE pixels wide and high."""
         return _draw(self.objects, _generator(self.seed, stream=2))
 
 
@@ -83,7 +83,7 @@ def scene(seed: int, max_objects: int = MAX_OBJECTS) -> Scene:
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:
-    """Independent streams, so that drawing a picture never changes which questions are asked about it."""
+    """Independent streams, so that drawing an image never changes which questions are asked about it."""
     return np.random.default_rng([seed, stream])
 
 
@@ -150,7 +150,7 @@ def _plural(shape: str) -> str:
 
 
 def _draw(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> Image.Image:
-    side = PICTURE_SIDE * OVERSAMPLING
+    side = IMAGE_SIDE * OVERSAMPLING
     mask = Image.new("L", (side, side), 0)
     flat = Image.new("RGB", (side, side))
     for item in objects:
@@ -192,7 +192,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 def _ground(generator: np.random.Generator) -> np.ndarray:
     """Float32 (side, side, 3): a muted plain, slanted, striped or speckled ground, with or without fine noise."""
-    side = PICTURE_SIDE
+    side = IMAGE_SIDE
     base = generator.uniform(55, 165) + generator.uniform(-14, 14, 3)
     kind = int(generator.integers(4))
     axis = np.linspace(-1, 1, side, dtype=np.float32)

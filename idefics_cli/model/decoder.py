@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
-from idefics_cli.model.memory import AttentionOutput, Memory
+from idefics_cli.model.kv_interface import AttentionOutput, Memory
 from idefics_cli.model.projections import project
 
 PositionEmbeddings = tuple[Tensor, Tensor]

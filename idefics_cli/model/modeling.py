@@ -1,4 +1,4 @@
-"""IDEFICS as a whole: pictures and token ids in, logits (and a loss) out.
+"""IDEFICS as a whole: images and token ids in, logits (and a loss) out.
 
 Our own classes over `transformers.PreTrainedModel`, `GenerationMixin` and `IdeficsConfig`, with the checkpoints'
 names, so that loading, saving, `device_map`, gradient checkpointing, PEFT and `generate()` are the library's work.
@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
-from idefics_cli.generation import inputs as generation_inputs
+from idefics_cli.model import generation_inputs
 from idefics_cli.model.decoder import (
     IdeficsAttention,
     IdeficsDecoderLayer,
@@ -34,7 +34,7 @@ from idefics_cli.model.decoder import (
     IdeficsRotaryEmbedding,
     rotation,
 )
-from idefics_cli.model.memory import Memory, PlainMemory, image_visibility
+from idefics_cli.model.kv_interface import Memory, PlainMemory, image_visibility
 from idefics_cli.model.perceiver import IdeficsPerceiverResampler
 from idefics_cli.model.projections import line_length
 from idefics_cli.model.vision import IdeficsVisionEmbeddings, IdeficsVisionTransformer

@@ -1,4 +1,4 @@
-"""The resampler: any number of patch vectors of one picture to a fixed, small number of latents.
+"""The resampler: any number of patch vectors of one image to a fixed, small number of latents.
 
 The Perceiver Resampler of Flamingo (Alayrac et al. 2022, https://arxiv.org/abs/2204.14198, section 3.1.1 and
 appendix A.1.1): learned latents attend to the patches *and* to themselves, `resampler_depth` times.
@@ -63,7 +63,7 @@ class IdeficsPerceiverMLP(nn.Module):
 class IdeficsPerceiverResampler(nn.Module):
     """(images, patches, dim) -> (images, latents, dim)."""
 
-    sizes_recur = True  # every picture has as many patches
+    sizes_recur = True  # every image has as many patches
 
     def __init__(self, config: IdeficsConfig):
         super().__init__()

@@ -31,6 +31,6 @@ def activated(inputs: Tensor, linear: nn.Module, activation: nn.Module) -> Tenso
     """The layer's output, activated: (..., in) -> (..., out)."""
     output = linear(inputs)
     if type(activation) is GELUActivation and not torch.is_grad_enabled():
-        # In place: for pictures, fresh memory for so large a tensor costs as much as the activation itself.
+        # In place: for images, fresh memory for so large a tensor costs as much as the activation itself.
         return torch.ops.aten.gelu_(output)
     return activation(output)

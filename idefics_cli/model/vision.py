@@ -1,4 +1,4 @@
-"""The vision tower: pixels to one vector per patch, plus one for the whole picture.
+"""The vision tower: pixels to one vector per patch, plus one for the whole image.
 
 A CLIP vision transformer (Radford et al. 2021, https://arxiv.org/abs/2103.00020) whose last hidden state is used
 before `post_layernorm`. Module names, the misspelt `pre_layrnorm` among them, are the checkpoints'.
@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics.configuration_idefics import IdeficsVisionConfig
 
-from idefics_cli.model.memory import attention_function
+from idefics_cli.model.kv_interface import attention_function
 from idefics_cli.model.projections import activated, project
 
 
@@ -48,7 +48,7 @@ class IdeficsVisionEmbeddings(nn.Module):
         return self.position_embedding.weight.unsqueeze(0)  # (1, 1 + patches, dim)
 
     def interpolated_positions(self, height: int, width: int) -> Tensor:
-        """The learned grid of positions stretched bicubically to a picture of another size.
+        """The learned grid of positions stretched bicubically to an image of another size.
 
         The scale is (size + 0.1) / grid, as DINO does it to be safe from rounding
         (https://github.com/facebookresearch/dino/issues/8): the published weights' users rely on the same values.
@@ -68,7 +68,7 @@ class IdeficsVisionEmbeddings(nn.Module):
 
 
 class IdeficsVisionAttention(nn.Module):
-    """Full self-attention among one picture's vectors; all projections carry a bias."""
+    """Full self-attention among one image's vectors; all projections carry a bias."""
 
     joint_linears = ("q_proj", "k_proj", "v_proj")
 
@@ -136,7 +136,7 @@ class IdeficsVisionEncoder(nn.Module):
 class IdeficsVisionTransformer(nn.Module):
     """(images, 3, height, width) -> last hidden state (images, 1 + patches, dim) and class vector (images, dim)."""
 
-    sizes_recur = True  # every picture has as many vectors
+    sizes_recur = True  # every image has as many vectors
 
     def __init__(self, config: IdeficsVisionConfig):
         super().__init__()

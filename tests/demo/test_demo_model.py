@@ -65,7 +65,7 @@ def test_transformers_reads_and_runs_it_alike(demo: Idefics, num_beams: int) -> 
         assert text.strip() == result.text
 
 
-def test_it_takes_pictures_of_any_kind(demo: Idefics, tmp_path: Path) -> None:
+def test_it_takes_images_of_any_kind(demo: Idefics, tmp_path: Path) -> None:
     """Larger, with another mode, through JPEG: the caption stays."""
     drawn = scene(FIRST_SEED + 50)
     large = drawn.image.resize((512, 512))

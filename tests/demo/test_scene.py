@@ -110,8 +110,8 @@ def test_colours_are_what_they_are_called(color: str) -> None:
     for seed in range(2_000):
         for item in scene(seed).objects:
             if item.size == "large" and item.color == color and item.shape in ("circle", "square"):
-                picture = np.asarray(scene(seed).image, dtype=float)
-                pixel = picture[int(item.y * 128), int(item.x * 128)]
+                image = np.asarray(scene(seed).image, dtype=float)
+                pixel = image[int(item.y * 128), int(item.x * 128)]
                 assert np.abs(pixel - COLORS[color]).max() < 30
                 return
     raise AssertionError(f"no large {color} circle or square among the scenes")

@@ -27,8 +27,10 @@ if __name__ == "__main__":
 from conftest import FakeCaptioner
 
 from idefics_cli import __main__ as console_script
-from idefics_cli import asking, cli, run  # noqa: F401 (the slow imports, done once where processes are forked)
-from idefics_cli.data import formats, writers
+from idefics_cli.cli import app as cli
+from idefics_cli.pipeline import run  # noqa: F401 (the slow imports, done once where processes are forked)
+from idefics_cli.tasks import caption_vqa  # noqa: F401
+from idefics_cli.writers import formats, writers
 
 COMMIT_ROWS = 20
 CALLS = ("write", "fsync", "ftruncate", "rename", "unlink")

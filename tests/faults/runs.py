@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import expected_text, save_picture
+from conftest import expected_text, save_image
 from faulty_run import Fault, Settings, main_in_session
 
 KILLED = -signal.SIGKILL
@@ -77,21 +77,21 @@ class Started:
 
 @dataclass(frozen=True)
 class Bench:
-    """A folder of pictures, a few of them broken, and where their captions go."""
+    """A folder of images, a few of them broken, and where their captions go."""
 
     folder: Path
     output: Path
 
     @property
-    def pictures(self) -> Path:
-        return self.folder / "pictures"
+    def images(self) -> Path:
+        return self.folder / "images"
 
     @property
     def part(self) -> Path:
         return self.output.with_name(self.output.name + ".part")
 
     def start(self, *options: str, settings: Settings = PLAIN) -> Started:
-        arguments = ["caption", str(self.pictures), "-o", str(self.output), "--workers", "2", *options]
+        arguments = ["caption", str(self.images), "-o", str(self.output), "--workers", "2", *options]
         streams = self.folder / f"streams-{time.monotonic_ns()}"
         streams.mkdir()
         process = forks().Process(
@@ -126,17 +126,17 @@ class Bench:
         return pq.read_table(self.output).to_pylist()
 
     def verify(self, prefix: str = "") -> None:
-        """The oracle: each picture has its row, in order, with its text or a reason; nothing else is left over."""
-        expected = expected_rows(self.pictures)
+        """The oracle: each image has its row, in order, with its text or a reason; nothing else is left over."""
+        expected = expected_rows(self.images)
         found = [(row["id"], row["caption"], (row["error"] or "").split(":")[0]) for row in self.rows()]
         assert found == [(name, text and prefix + text, error) for name, text, error in expected]
         left = {path.name for path in self.output.parent.iterdir()}
         assert left == {self.output.name + suffix for suffix in ("", *RECORDS[self.output.suffix])}
 
 
-def expected_rows(pictures: Path) -> list[tuple[str, str | None, str]]:
-    """Worked out from the pictures, without a run."""
-    return [(path.name, *expected_outcome(path.read_bytes(), path)) for path in sorted(pictures.glob("*.png"))]
+def expected_rows(images: Path) -> list[tuple[str, str | None, str]]:
+    """Worked out from the images, without a run."""
+    return [(path.name, *expected_outcome(path.read_bytes(), path)) for path in sorted(images.glob("*.png"))]
 
 
 _known: dict[bytes, tuple[str | None, str]] = {}
@@ -151,20 +151,20 @@ def expected_outcome(data: bytes, path: Path) -> tuple[str | None, str]:
 def make_bench(folder: Path, number: int, suffix: str, output: Path | None = None) -> Bench:
     bench = Bench(folder, output or folder / "out" / f"f{suffix}")
     bench.output.parent.mkdir(parents=True, exist_ok=True)
-    bench.pictures.mkdir(parents=True)
+    bench.images.mkdir(parents=True)
     for i in range(number):
-        path = bench.pictures / f"{i:04}.png"
+        path = bench.images / f"{i:04}.png"
         if i % BROKEN_EACH == 5:
             path.write_bytes(b"broken")
         else:
-            save_picture(path, i)
+            save_image(path, i)
     return bench
 
 
-def mend_pictures(bench: Bench) -> None:
-    for i, path in enumerate(sorted(bench.pictures.glob("*.png"))):
+def mend_images(bench: Bench) -> None:
+    for i, path in enumerate(sorted(bench.images.glob("*.png"))):
         if path.read_bytes() == b"broken":
-            save_picture(path, i)
+            save_image(path, i)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:

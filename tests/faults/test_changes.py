@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import save_picture
+from conftest import save_image
 from faulty_run import Settings
 from runs import Bench, Ended, make_bench
 
@@ -39,8 +39,8 @@ def with_fewer_rows(bench: Bench) -> Ended:
     return bench.run("--limit", "5")
 
 
-def with_another_picture(bench: Bench) -> Ended:
-    added = save_picture(bench.pictures / "added.png")
+def with_another_image(bench: Bench) -> Ended:
+    added = save_image(bench.images / "added.png")
     ended = bench.run()
     added.unlink()
     return ended
@@ -60,7 +60,7 @@ def with_more_texts(bench: Bench) -> Ended:
         (with_other_decoding, "num_beams was 3 and is now 5"),
         (with_another_model, "model name was 'HuggingFaceM4/idefics-9b-instruct' and is now 'other/model'"),
         (with_fewer_rows, "limit was None and is now 5"),
-        (with_another_picture, "files was 60 and is now 61"),
+        (with_another_image, "files was 60 and is now 61"),
         (with_more_texts, "num_return_sequences was 1 and is now 2"),
     ],
 )
@@ -135,11 +135,11 @@ def test_a_result_that_is_changed_while_its_failed_rows_are_done_again(tmp_path:
 
 
 @both_formats
-def test_pictures_that_go_while_a_run_is_under_way_are_rows_with_a_reason(tmp_path: Path, suffix: str) -> None:
+def test_images_that_go_while_a_run_is_under_way_are_rows_with_a_reason(tmp_path: Path, suffix: str) -> None:
     bench = make_bench(tmp_path, 200, suffix)
     run = bench.start("--batch-size", "2", settings=Settings(delay=0.01, commit_rows=2))
     bench.wait_for_rows(2)
-    gone, unreadable = bench.pictures / "0199.png", bench.pictures / "0198.png"
+    gone, unreadable = bench.images / "0199.png", bench.images / "0198.png"
     gone.unlink()
     unreadable.unlink()
     unreadable.mkdir()

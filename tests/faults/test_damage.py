@@ -11,16 +11,16 @@ import pytest
 from conftest import FakeCaptioner
 from runs import Bench, make_bench
 
-from idefics_cli.asking import Asking, AskOptions
 from idefics_cli.checkpoint import ModelRequest
-from idefics_cli.data.images import ImageLimits
-from idefics_cli.data.journal import HEADER_START, Journal
-from idefics_cli.data.rows import ReadOptions
+from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import OutputError
-from idefics_cli.generation.options import DecodingOptions
-from idefics_cli.pipeline import RunStats
-from idefics_cli.prompts import PromptOptions
-from idefics_cli.run import Loader, Run, RunOptions
+from idefics_cli.images.decode import ImageLimits
+from idefics_cli.pipeline.prefetch import RunStats
+from idefics_cli.pipeline.run import Loader, Run, RunOptions
+from idefics_cli.prompts.templates import PromptOptions
+from idefics_cli.rows import ReadOptions
+from idefics_cli.tasks.caption_vqa import Asking, AskOptions
+from idefics_cli.writers.journal import HEADER_START, Journal
 
 ROWS = 7
 
@@ -40,7 +40,7 @@ def run(bench: Bench) -> str | None:
     """A run in this process and without the command line, of which there can be thousands; why it was refused."""
     request = ModelRequest("fake", None, "auto", "auto", False)
     options = RunOptions(
-        (str(bench.pictures),), str(bench.output), request, ReadOptions(), ImageLimits(), decode_timeout=5.0, workers=1
+        (str(bench.images),), str(bench.output), request, ReadOptions(), ImageLimits(), decode_timeout=5.0, workers=1
     )
     loader: Any = Loader(lambda request: "fake", lambda request, batch_size: FakeCaptioner())
     work = Asking(AskOptions(PromptOptions("caption"), DecodingOptions()))

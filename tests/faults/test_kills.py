@@ -22,7 +22,7 @@ from runs import (
     Ended,
     expected_rows,
     make_bench,
-    mend_pictures,
+    mend_images,
     until_untouched,
     wait_for,
 )
@@ -125,7 +125,7 @@ def run_in_strace(bench: Bench, number: int, follow: bool) -> int:
     watched = [argument for name in names for argument in ("-P", name)]
     inject = f"inject={calls}:signal=KILL:when={number}"
     command = ["strace", *["-f"] * follow, "-qq", "-o", "/dev/null", *watched, "-e", f"trace={calls}", "-e", inject]
-    run = [sys.executable, SCRIPT, "caption", bench.pictures, "-o", bench.output, "--workers", "2"]
+    run = [sys.executable, SCRIPT, "caption", bench.images, "-o", bench.output, "--workers", "2"]
     environment = {**os.environ, "FAKE": json.dumps(asdict(Settings()))}
     return subprocess.run([*command, *run], env=environment, capture_output=True, timeout=60).returncode
 
@@ -140,7 +140,7 @@ def test_kills_while_failed_rows_are_done_again(tmp_path: Path, suffix: str, num
     assert bench.run().code == 3
     failed = bench.rows()
     finished = shutil.copytree(bench.output.parent, tmp_path / "finished")
-    mend_pictures(bench)
+    mend_images(bench)
 
     def killed_and_run_again(number: int) -> Ended | None:
         bench.clear()
@@ -188,12 +188,12 @@ def has_begun(bench: Bench) -> bool:
 
 
 @pytest.mark.parametrize("step", [30, pytest.param(1, marks=slow)])
-def test_kills_while_texts_are_written_beside_the_pictures(tmp_path: Path, step: int) -> None:
+def test_kills_while_texts_are_written_beside_the_images(tmp_path: Path, step: int) -> None:
     assert kills_with_texts_beside(tmp_path, step, "--sidecar") > ROWS // step
 
 
 @pytest.mark.parametrize("step", [10, pytest.param(1, marks=slow)])
-def test_texts_beside_the_pictures_are_asked_for_behind_a_kill(tmp_path: Path, step: int) -> None:
+def test_texts_beside_the_images_are_asked_for_behind_a_kill(tmp_path: Path, step: int) -> None:
     assert kills_with_texts_beside(tmp_path, step) > 30 // step
 
 
@@ -210,7 +210,7 @@ def kills_with_texts_beside(tmp_path: Path, step: int, *first: str) -> int:
             assert ended.code == KILLED
             assert bench.run("--sidecar").code == 3
             bench.verify()
-            expected = {f"{Path(name).stem}.txt": text for name, text, _ in expected_rows(bench.pictures) if text}
+            expected = {f"{Path(name).stem}.txt": text for name, text, _ in expected_rows(bench.images) if text}
             assert {path.name: path.read_text().rstrip("\n") for path in texts_beside(bench)} == expected
         return ended
 
@@ -218,7 +218,7 @@ def kills_with_texts_beside(tmp_path: Path, step: int, *first: str) -> int:
 
 
 def texts_beside(bench: Bench) -> list[Path]:
-    return [path for path in bench.pictures.iterdir() if path.suffix != ".png"]
+    return [path for path in bench.images.iterdir() if path.suffix != ".png"]
 
 
 @both_formats

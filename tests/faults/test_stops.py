@@ -87,7 +87,7 @@ def _group_lives(number: int | None) -> bool:
 # Options take long to be read, as they do on a machine that is busy.
 BEGINNING = """
 import signal
-from idefics_cli import cli
+from idefics_cli.cli import app as cli
 from idefics_cli.__main__ import main
 
 def app(**options):
@@ -149,7 +149,7 @@ def test_many_runs_that_begin_at_one_moment(tmp_path: Path, suffix: str) -> None
 def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
     bench = make_bench(tmp_path, ROWS, ".jsonl")
     command = 'set -o pipefail; "$@" | head -n 1'
-    run = [sys.executable, SCRIPT, "caption", bench.pictures]
+    run = [sys.executable, SCRIPT, "caption", bench.images]
     done = subprocess.run(["bash", "-c", command, "bash", *run], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1

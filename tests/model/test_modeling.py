@@ -8,7 +8,7 @@ from tiny_models import Shape, random_inputs, randomize, relative_error, tiny_co
 from torch import Tensor
 
 from idefics_cli.model.decoder import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear, IdeficsRotaryEmbedding
-from idefics_cli.model.memory import PlainMemory, eager_attention, image_visibility
+from idefics_cli.model.kv_interface import PlainMemory, eager_attention, image_visibility
 from idefics_cli.model.modeling import IdeficsForVisionText2Text, freeze_model
 
 
@@ -147,7 +147,7 @@ def test_latents_need_a_resampler() -> None:
         model.model.encode_images(perceiver_embeddings=torch.zeros(1, 1, 5, 24))
 
 
-def test_pictures_of_another_size_are_refused(model: IdeficsForVisionText2Text) -> None:
+def test_images_of_another_size_are_refused(model: IdeficsForVisionText2Text) -> None:
     inputs = random_inputs(model.config)
     inputs["pixel_values"] = torch.zeros(5, 4, 3, 30, 30)
     with pytest.raises(ValueError, match="interpolate_pos_encoding"):

@@ -123,7 +123,7 @@ def test_tied_heads(additional_vocab_size: int, tmp_path: Path) -> None:
         assert relative_error(visible_logits(ours, inputs), visible_logits(theirs, inputs)) < TOLERANCE
 
 
-def test_larger_pictures_with_stretched_positions() -> None:
+def test_larger_images_with_stretched_positions() -> None:
     ours, theirs = pair(Shape())
     inputs = random_inputs(ours.config)
     inputs["pixel_values"] = torch.nn.functional.interpolate(

@@ -26,15 +26,15 @@ from transformers.models.idefics.processing_idefics import (
     incremental_to_binary_attention_mask,
 )
 
-from idefics_cli.data.images import load_image
-from idefics_cli.data.pixels import ImageProcessor
-from idefics_cli.processing import (
+from idefics_cli.images.decode import load_image
+from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.prompts.templates import END_OF_UTTERANCE, INSTRUCT_QUESTION, Shot, SpecialToken, few_shot_prompt
+from idefics_cli.prompts.tokenize import (
     EncodedPrompt,
     PromptEncoder,
     collate,
     image_attention_mask,
 )
-from idefics_cli.prompts import END_OF_UTTERANCE, INSTRUCT_QUESTION, Shot, SpecialToken, few_shot_prompt
 
 WORDS = [
     "a red cat",
@@ -71,7 +71,7 @@ def tokenizer_of(kind: str):
 
 
 @functools.cache
-def pictures(size: int = 32) -> tuple[Image.Image, ...]:
+def images(size: int = 32) -> tuple[Image.Image, ...]:
     rng = random.Random(0)
     return tuple(
         Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
@@ -80,10 +80,10 @@ def pictures(size: int = 32) -> tuple[Image.Image, ...]:
 
 
 def generated_prompt(rng: random.Random) -> list:
-    """Texts and 0-4 pictures at any places. The texts neither begin nor end with a blank: transformers drops those."""
+    """Texts and 0-4 images at any places. The texts neither begin nor end with a blank: transformers drops those."""
     items: list = [" ".join(rng.choices(WORDS, k=rng.randint(1, 6))).strip(" ") for _ in range(rng.randint(0, 3))]
     for _ in range(rng.randint(0 if items else 1, 4)):
-        items.insert(rng.randint(0, len(items)), rng.choice(pictures()))
+        items.insert(rng.randint(0, len(items)), rng.choice(images()))
     return items
 
 
@@ -104,7 +104,7 @@ def assert_same(inputs, expected) -> None:
     assert torch.equal(inputs.input_ids, expected["input_ids"])
     assert torch.equal(inputs.attention_mask, expected["attention_mask"])
     assert torch.equal(inputs.pixel_values, expected["pixel_values"])
-    # transformers gives its mask as bool, with nothing in it, when no row of the batch holds a picture.
+    # transformers gives its mask as bool, with nothing in it, when no row of the batch holds an image.
     assert torch.equal(inputs.image_attention_mask, expected["image_attention_mask"].long())
 
 
@@ -119,7 +119,7 @@ def test_200_generated_prompts(kind):
         assert_same(ours(batch, encoder, processor), theirs(batch, tokenizer_of(kind)))
 
 
-def test_a_batch_without_pictures():
+def test_a_batch_without_images():
     prompts = [["hello world"], ["a red cat on the mat"]]
     tokenizer = tokenizer_of("llama")
     inputs = ours(prompts, PromptEncoder(tokenizer), ImageProcessor(image_size=32))
@@ -128,7 +128,7 @@ def test_a_batch_without_pictures():
 
 
 def test_the_end_of_an_utterance_is_the_token_transformers_finds_in_its_text():
-    tokenizer, image = tokenizer_of("llama, instruct"), pictures()[0]
+    tokenizer, image = tokenizer_of("llama, instruct"), images()[0]
     prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot(image, question="how many dogs?"))
     assert SpecialToken("<end_of_utterance>") in prompt
     spelled = [item.name if item == END_OF_UTTERANCE else item for item in prompt]
@@ -168,7 +168,7 @@ def check_like_a_checkpoint(tokenizer) -> None:
     encoder, processor, rng = PromptEncoder(tokenizer), ImageProcessor(image_size=32), random.Random(1)
     prompts = [generated_prompt(rng) for _ in range(20)]
     assert_same(ours(prompts, encoder, processor), theirs(prompts, tokenizer))
-    ids = encoder.encode(("</s> <s> <image> <unk>", pictures()[0]))
+    ids = encoder.encode(("</s> <s> <image> <unk>", images()[0]))
     assert ids[0] == encoder.bos_token_id
     assert [ids.count(token) for token in (encoder.bos_token_id, encoder.eos_token_id, encoder.image_token_id)] == [
         1,
@@ -237,7 +237,7 @@ def test_pixels_of_photographs_bit_for_bit(image_size):
 def test_a_checkpoint_with_other_statistics(tmp_path):
     config = {"image_size": 30, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.7, 0.33], "rescale_factor": 1 / 128}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    image = pictures()[2]
+    image = images()[2]
     expected = IdeficsImageProcessorPil(**config)(image, return_tensors="pt")
     assert torch.equal(ImageProcessor.from_pretrained(tmp_path).pixels(image), expected[0])
 
@@ -250,8 +250,8 @@ def test_what_transformers_saves_is_read(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK"])
 def test_every_colour_mode_alike(mode):
-    image = pictures()[0].convert("RGBA")
-    image.putalpha(pictures()[3].convert("L").resize(image.size))
+    image = images()[0].convert("RGBA")
+    image.putalpha(images()[3].convert("L").resize(image.size))
     image = image.convert(mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -260,7 +260,7 @@ def test_every_colour_mode_alike(mode):
 
 
 def test_orientation_is_applied_before_the_pixels_are_made():
-    image = pictures()[1]
+    image = images()[1]
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = image.copy()

@@ -1,0 +1,301 @@
+"""How commands talk and how they end: lines and tables on stderr, bars, signals, exit codes.
+
+What is said goes to stderr. Rows go to stdout or to a file and are not this module's affair; lines of data that are
+no rows go through `print_data`. No colour and no bar where stderr is no terminal. rich and tqdm are imported when they
+show something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
+
+import typer
+
+from idefics_cli.errors import IdeficsError, one_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from idefics_cli.pipeline.prefetch import RunStats
+
+EXIT_BUG = 1
+EXIT_MISTAKE = 2
+EXIT_FAILED_ROWS = 3
+EXIT_SIGNAL = 128  # and the signal's number
+
+# ---- endings
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came. No `except Exception` of a library takes it for a failure of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """While a command runs, the first SIGINT or SIGTERM raises Interrupted and the second ends the process at once.
+
+    A signal that the process was started to ignore stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self._caught: int | None = None
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._caught is not None:
+            return  # the process is about to end, and a second signal still ends it at once
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise again what was raised where Python drops exceptions, in a destructor or a callback."""
+        if self._caught is not None:
+            raise Interrupted(self._caught)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._caught is not None:
+            os._exit(EXIT_SIGNAL + number)
+        self._caught = number
+        raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def exit_codes(debug: bool, safe_rows: Callable[[str], str] = lambda condition: "") -> Iterator[Signals]:
+    """Turn whatever ends a command into one line on stderr and an exit code; `debug` adds the traceback.
+
+    `safe_rows` says what became of the rows that were finished before, and under which condition a run goes on.
+    """
+    from idefics_cli.writers.writers import StreamClosed
+
+    _quiet_libraries(debug)
+    with Signals() as signals:
+        try:
+            yield signals
+        except StreamClosed:
+            _leave_stdout()
+            code = 0
+        except Interrupted as stop:
+            _leave_stdout()
+            say(f"Stopped by {signal.Signals(stop.number).name}. {safe_rows('')}")
+            code = EXIT_SIGNAL + stop.number
+        except IdeficsError as error:
+            say_error(f"{error}. {safe_rows(' once that is mended')}", debug)
+            code = EXIT_MISTAKE
+        except typer.BadParameter:
+            raise  # it has its own line and code
+        except Exception as error:
+            told = "" if debug else " Please report it to the project, with the traceback that --debug shows."
+            say_error(f"a bug: {type(error).__name__}: {error}.{told} {safe_rows('')}", debug)
+            code = EXIT_BUG
+        else:
+            return
+    raise typer.Exit(code)
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Before they are imported: no warnings of theirs among our lines, and bars on a terminal only."""
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not is_terminal(sys.stderr):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _leave_stdout() -> None:
+    """What may still lie in stdout's buffer goes nowhere: its reader has gone, or may never read on."""
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---- talk
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    class Listened(Console):
+        def on_broken_pipe(self) -> None:
+            """Nobody listens any more. rich would end the process with 1 and lead stdout, too, nowhere."""
+            self.quiet = True
+
+    return Listened(file=stream, force_terminal=is_terminal(stream), soft_wrap=True, highlight=False)
+
+
+def say(message: str, label: str = "") -> None:
+    """One line on stderr, whatever the names in it hold."""
+    from rich.text import Text
+
+    if sys.stderr is None:
+        return
+    line = Text.assemble((label, "bold red"), _printable(one_line(message)))
+    with contextlib.suppress(OSError):  # nobody is listening, or the log's disk is full
+        console(sys.stderr).print(line)
+
+
+def show_table(table: Table, *, soft_wrap: bool = True) -> None:
+    """On stderr, where somebody may read it. Without `soft_wrap` no wider than the terminal."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            console(sys.stderr).print(table, soft_wrap=soft_wrap)
+
+
+def print_data(*lines: str) -> None:
+    """On stdout, where it is open. Raises StreamClosed where nobody reads it, OutputError where there is no room."""
+    from idefics_cli.writers.writers import write_through
+
+    stream = getattr(sys.stdout, "buffer", None)
+    if stream is not None:
+        write_through(stream, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+
+
+def say_error(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    say(message, label="Error: ")
+
+
+def _printable(text: str) -> str:
+    """File names may hold anything, commands to the terminal too; these are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- runs
+
+
+def progress_bar() -> tqdm[NoReturn]:
+    from tqdm import tqdm
+
+    hidden = not is_terminal(sys.stderr)
+    return tqdm(unit="row", file=sys.stderr, disable=hidden, dynamic_ncols=True, leave=False)
+
+
+class StdoutAboveBar:
+    """stdout on the terminal on which the bar is: the bar makes room for each row."""
+
+    def __init__(self, stream: BinaryIO, bar: tqdm[NoReturn]) -> None:
+        self._stream, self._bar = stream, bar
+
+    def write(self, data: bytes) -> int:
+        self._bar.clear()
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+        self._bar.refresh()
+
+
+class Progress:
+    """A bar that follows a run, on a terminal only."""
+
+    def __init__(self, stats: RunStats, signals: Signals) -> None:
+        self._stats, self._signals = stats, signals
+        self._bar = progress_bar()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def stdout(self) -> BinaryIO | None:
+        stream = getattr(sys.stdout, "buffer", None)
+        above = stream is not None and not self._bar.disable and is_terminal(sys.stdout)
+        return StdoutAboveBar(stream, self._bar) if above else stream
+
+    def on_start(self, total: int | None) -> None:
+        self._bar.reset(total)
+        self._bar.initial = self._bar.n = self._stats.rows
+        self._bar.refresh()
+
+    def say(self, message: str) -> None:
+        self._bar.clear()
+        say(message)
+        self._bar.refresh()
+
+    def on_row(self) -> None:
+        if not self._bar.disable:
+            self._bar.set_postfix(failed=self._stats.num_failed, refresh=False)
+            self._bar.update()
+        self._signals.check()
+
+
+def say_failures(stats: RunStats) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    failures = [
+        (code, number, ", ".join(stats.failed_ids[code]) + (", ..." if number > len(stats.failed_ids[code]) else ""))
+        for code, number in stats.failed.most_common()
+    ]
+    if not is_terminal(sys.stderr):
+        for code, number, ids in failures:
+            say(f"{code}: {counted(number, 'row')}: {ids}")
+        return
+    table = Table("error", "rows", "first ids", title="Failed rows", title_justify="left")
+    for code, number, ids in failures:
+        table.add_row(code, str(number), Text(_printable(ids)))
+    console(sys.stderr).print(table, soft_wrap=False)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def say_summary(stats: RunStats, output: str, made: str) -> None:
+    """The closing line with the counts, behind what went wrong; `made` is what good rows have."""
+    if stats.num_failed:
+        say_failures(stats)
+    if stats.stopped_early:
+        say(f"Stopped early by --max-errors. {rows_so_far(stats, output)}")
+    earlier = f", {stats.resumed} of them by an earlier run" if stats.resumed else ""
+    say(
+        f"{counted(stats.rows, 'row')}{earlier}: {stats.rows - stats.num_failed} with {made},"
+        f" {stats.num_failed} failed,"
+        f" in {stats.seconds:.1f} s ({stats.rate:.1f} per second);"
+        f" the model waited for images {stats.waited_share:.0%} of the time."
+    )
+
+
+def say_finished(stats: RunStats, output: str) -> None:
+    """There was nothing left to do."""
+    failed = ""
+    if stats.num_failed:
+        failed = f", {stats.num_failed} of them failed (--retry-errors does these again)"
+    say(f"{output} is finished: {counted(stats.rows, 'row')}{failed}. --overwrite begins anew.")
+
+
+def rows_so_far(stats: RunStats, output: str, overwrite: bool = False, condition: str = "") -> str:
+    if output == "-":
+        return f"{counted(stats.safe, 'row')} had been written." if stats.safe else ""
+    if not stats.safe:
+        return ""
+    part = f"{output}.part"
+    if not os.path.exists(part):
+        return f"{output} is finished." if os.path.exists(output) else ""
+    again = "The same command without --overwrite" if overwrite else "The same command"
+    return f"{counted(stats.safe, 'row')} finished so far: safe in {part}. {again} goes on from there{condition}."

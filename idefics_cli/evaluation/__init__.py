@@ -1,0 +1,1 @@
+"""How right the texts of a result file are."""

@@ -1,0 +1,1 @@
+"""Once per image: bytes -> upright RGB -> pixel values."""

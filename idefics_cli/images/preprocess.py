@@ -1,0 +1,117 @@
+"""Image -> pixels, as transformers' IDEFICS processor (its Pillow backend) makes them. Knows no text and no model.
+
+Decoder processes import this module, so it imports no torch: only what returns a tensor does, when it is called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from idefics_cli.errors import CheckpointError, RowError
+from idefics_cli.images.decode import DEFAULT_LIMITS, ImageLimits, load_image
+
+if TYPE_CHECKING:
+    import torch
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Resize to `image_size` squared (bicubic, aspect not kept), scale, normalise by channel. Pixels are float32."""
+
+    image_size: int = 224
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> ImageProcessor:
+        """What the checkpoint's `preprocessor_config.json` says, and the published values where it is silent or absent.
+
+        Raises CheckpointError for a file that cannot be read or asks for other steps than these.
+        """
+        path = Path(folder) / PREPROCESSOR_FILE
+        try:
+            return cls(**_image_settings(json.loads(path.read_text(encoding="utf-8"))))
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} cannot be used ({type(error).__name__}: {error}): restore the published file"
+            ) from error
+
+    @cached_property
+    def _pixel_of_byte(self) -> np.ndarray:
+        """(3, 256) float32: the pixel that each of the 256 bytes becomes, per channel.
+
+        The same roundings as transformers' arithmetic, in its order: double for the scale, single for the rest.
+        """
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.image_mean, self.image_std))
+        return (scaled - mean) / std
+
+    def array(self, image: Image.Image) -> np.ndarray:
+        """RGB image -> (3, image_size, image_size) float32."""
+        assert image.mode == "RGB", f"pixels are made from RGB images, not {image.mode}: load_image() gives them"
+        resized = np.asarray(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))  # (S, S, 3)
+        return np.stack([self._pixel_of_byte[c][resized[..., c]] for c in range(3)])  # (3, S, S)
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """RGB image -> (3, image_size, image_size) float32."""
+        import torch
+
+        return torch.from_numpy(self.array(image))
+
+    def prepare_array(self, source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray | RowError:
+        """Anything `load_image` takes -> pixels, or why there are none. Safe to call from many threads."""
+        image = load_image(source, limits, self.image_size)
+        return image if isinstance(image, RowError) else self.array(image)
+
+    def prepare(self, source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor | RowError:
+        """`prepare_array` as a tensor."""
+        import torch
+
+        array = self.prepare_array(source, limits)
+        return array if isinstance(array, RowError) else torch.from_numpy(array)
+
+
+def _image_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ImageProcessor from a `preprocessor_config.json` of 2023 (`image_size`) or of today (`size`)."""
+    fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "resample": 3}
+    for key, value in fixed.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"{key}={config[key]!r} is not what IDEFICS was trained with")
+    settings: dict[str, Any] = {
+        key: _three_numbers(key, config[key]) for key in ("image_mean", "image_std") if key in config
+    }
+    if "rescale_factor" in config:
+        settings["rescale_factor"] = float(config["rescale_factor"])
+    if side := config.get("image_size") or config.get("size"):
+        settings["image_size"] = _side(side)
+    if settings.get("image_size", 1) < 1 or 0 in settings.get("image_std", ()):
+        raise ValueError(f"no image can be made of {settings}")
+    return settings
+
+
+def _three_numbers(key: str, values: Sequence[float]) -> tuple[float, ...]:
+    if len(values) != 3:
+        raise ValueError(f"{key} has {len(values)} values instead of 3")
+    return tuple(float(value) for value in values)
+
+
+def _side(size: int | dict[str, int]) -> int:
+    if not isinstance(size, dict):
+        return int(size)
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise ValueError(f"size {size} is not a square's height and width")
+    return int(size["height"])

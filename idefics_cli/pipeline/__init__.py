@@ -1,0 +1,1 @@
+"""Once per run: resume, load, run, publish."""

@@ -1,0 +1,352 @@
+"""Official templates, own texts, shots and questions -> `Prompt`: texts, images and special tokens in their order.
+
+A prompt is a tuple of items: a `str` is text and nothing but text, whatever words it holds; a `SpecialToken` is the
+tokenizer's token of that name; anything else is an image, and is passed on untouched. This module knows neither tokens
+nor pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from idefics_cli.errors import IdeficsError, RowError
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """One of the tokenizer's special tokens, by its name. In a text the same name is only words."""
+
+    name: str
+
+
+Prompt = tuple[Any, ...]
+END_OF_UTTERANCE = SpecialToken("<end_of_utterance>")
+IMAGE_FIELD = "image"
+TEXT_ONLY_SHOTS = 2
+
+
+# ---- templates
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A worked example: its image (several as a tuple; None: a text-only shot), its answer or caption, its question.
+
+    `fields` are the texts for a template's further fields. The query is a shot without an answer.
+    """
+
+    image: Any | None
+    answer: str = ""
+    question: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def images(self) -> Prompt:
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    def text(self, name: str) -> str:
+        texts = {"question": self.question, **self.fields}
+        if name not in texts:
+            raise IdeficsError(f"a shot has no {name!r}, which the prompt asks for: the shots have {_listed(texts)}")
+        return texts[name]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How shots are written: `asked`, which the model is shown of the query too, " answer", `after_answer`.
+
+    `prefix` stands once, before all. In the texts of `asked`, `{image}` stands for the images, `{name}` for the field
+    of that name, and `{{`, `}}` for braces. What a field holds is text, never read as a template again.
+    """
+
+    prefix: str
+    asked: Prompt
+    after_answer: Prompt
+
+    @functools.cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields, images among them, as often as they stand there."""
+        texts = (item for item in self.asked if isinstance(item, str))
+        return tuple(name for text in texts for _, name in parse_text(text) if name is not None)
+
+    def shot(self, shot: Shot) -> Prompt:
+        """A shot with its answer, as it stands before the query."""
+        return (*self.query(shot), f" {shot.answer}", *self.after_answer)
+
+    def query(self, shot: Shot) -> Prompt:
+        """The same as far as the model is shown it: up to the answer."""
+        images = iter(self._image_groups(shot.images))
+        return tuple(piece for item in self.asked for piece in _written(item, shot, images))
+
+    def takes(self, num_images: int) -> bool:
+        """Whether so many images have a place: one at each `{image}`, all at the only one, or none at all."""
+        marks = self.fields.count(IMAGE_FIELD)
+        return num_images in (0, marks) or marks == 1
+
+    def _image_groups(self, images: Prompt) -> list[Prompt]:
+        marks = self.fields.count(IMAGE_FIELD)
+        assert self.takes(len(images)), f"{len(images)} images for {marks} places"
+        if marks == 1:
+            return [images]
+        return [(image,) for image in images] or [()] * marks
+
+
+def _written(item: str | SpecialToken, shot: Shot, images: Iterator[Prompt]) -> Iterator[Any]:
+    if not isinstance(item, str):
+        yield item
+        return
+    for text, name in parse_text(item):
+        yield text
+        if name == IMAGE_FIELD:
+            yield from next(images)
+        elif name is not None:
+            yield shot.text(name)
+
+
+@functools.lru_cache
+def parse_text(text: str) -> tuple[tuple[str, str | None], ...]:
+    """Stretches of plain text, each with the name of the field behind it, or None. Raises IdeficsError."""
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise IdeficsError(f"the prompt {text!r} has a brace on its own: write {{{{ or }}}} for a brace") from error
+    if any(name == "" or spec or conversion for _, name, spec, conversion in parsed):
+        raise IdeficsError(f"the prompt {text!r} has more than a column's name in its braces: write {{name}}")
+    return tuple((plain, name) for plain, name, _, _ in parsed)
+
+
+CAPTION = Template("", ("Image:{image}Caption:",), ("\n",))
+QUESTION_ANSWER = Template(
+    "Instruction: provide an answer to the question. Use the image to answer.\n",
+    ("Image:{image}Question: {question} Answer:",),
+    ("\n",),
+)
+VIZWIZ = Template(
+    "Task: Answer the questions based on the image when possible, otherwise say unanswerable.\n",
+    ("Image:{image}Question: {question} Answer:",),
+    ("\n",),
+)
+INSTRUCT_CAPTION = Template(
+    "",
+    ("User:{image}Describe the image briefly.", END_OF_UTTERANCE, "\nAssistant:"),
+    (END_OF_UTTERANCE, "\n"),
+)
+INSTRUCT_QUESTION = Template(
+    "",
+    ("User:{image}{question}", END_OF_UTTERANCE, "\nAssistant:"),
+    (END_OF_UTTERANCE, "\n"),
+)
+TEMPLATES = {
+    "caption": CAPTION,
+    "vqa": QUESTION_ANSWER,
+    "vizwiz": VIZWIZ,
+    "instruct-caption": INSTRUCT_CAPTION,
+    "instruct-vqa": INSTRUCT_QUESTION,
+}
+
+
+def own_template(text: str, instruct: bool) -> Template:
+    """A user's own text as a template; without an `{image}` in it, the images stand before it.
+
+    A base model is shown it as it stands, an instruct one as the user's turn. Raises IdeficsError for stray braces.
+    """
+    names = [name for _, name in parse_text(text)]
+    text = text if IMAGE_FIELD in names else f"{{{IMAGE_FIELD}}}{text}"
+    if instruct:
+        return Template("", (f"User:{text}", END_OF_UTTERANCE, "\nAssistant:"), (END_OF_UTTERANCE, "\n"))
+    return Template("", (text,), ("\n",))
+
+
+# ---- tasks and their options
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the model, as it was published.
+
+    The text ends at the first of `stop_words`, and at a line's end. `banned_words` are never decoded. Without shots,
+    base models are shown `text_only_shots`, written for this project, unless there is a pool to take them from.
+    """
+
+    base_template: str
+    instruct_template: str
+    stop_words: tuple[str, ...]
+    max_new_tokens: int
+    text_only_shots: tuple[Shot, ...]
+    banned_words: tuple[str, ...] = ("\n", "\n\n")
+
+    @property
+    def cut_words(self) -> tuple[str, ...]:
+        """Where the text ends: stop words, and banned words where decoding could not keep them out."""
+        return (*self.stop_words, *self.banned_words)
+
+
+TASKS = {
+    "caption": Task(
+        "caption",
+        "instruct-caption",
+        ("Caption", "Description", "User", "Image", "task", END_OF_UTTERANCE.name),
+        30,
+        (
+            Shot(None, "a man riding a bicycle down a quiet street"),
+            Shot(None, "two dogs playing with a ball in the grass"),
+        ),
+    ),
+    "vqa": Task(
+        "vqa",
+        "instruct-vqa",
+        ("Question", "User", "Image", "task", "What", "Who", "When", "Where", "Why", "How", END_OF_UTTERANCE.name),
+        15,
+        (
+            Shot(None, "red", "What color is the bus?"),
+            Shot(None, "2", "How many people are there?"),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a row becomes a prompt. `task` is a name in TASKS; `template` one in TEMPLATES, by default the official one
+    for the task and the kind of model; `text` is an own text in its place. `bare`: no shots of any kind.
+
+    Raises IdeficsError for pairs that contradict each other.
+    """
+
+    task: str
+    template: str | None = None
+    text: str | None = None
+    num_shots: int = 0
+    bare: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.task in TASKS, f"unknown task {self.task!r}"
+        if self.template is not None and self.text is not None:
+            raise IdeficsError(f"--template {self.template} and --prompt exclude each other: leave one of them out")
+        if self.num_shots < 0:
+            raise IdeficsError(f"{self.num_shots} shots cannot be shown: use a number from 0 on")
+        if self.bare and self.num_shots:
+            raise IdeficsError("--bare asks for no shots: leave --shots and --num-shots out, or --bare")
+
+
+@functools.lru_cache
+def choose_template(options: PromptOptions, instruct: bool) -> Template:
+    """Raises IdeficsError for a template that is unknown, or is not for this task or this kind of model."""
+    task = TASKS[options.task]
+    if options.text is not None:
+        return own_template(options.text, instruct)
+    name = options.template or (task.instruct_template if instruct else task.base_template)
+    if name not in TEMPLATES:
+        raise IdeficsError(f"there is no template {name!r}: use one of {_listed(TEMPLATES)}, or --prompt TEXT")
+    template = TEMPLATES[name]
+    if END_OF_UTTERANCE in template.asked and not instruct:
+        raise IdeficsError(
+            f"the template {name!r} is for instruct models, and this is none: use {task.base_template!r}"
+        )
+    if options.task == "vqa" and "question" not in template.fields:
+        raise IdeficsError(f"the template {name!r} asks no question: use {task.base_template!r} or another of its kind")
+    return template
+
+
+def require_fields(options: PromptOptions, columns: Iterable[str], instruct: bool) -> None:
+    """Raises IdeficsError, naming the columns, for a field that no row will have."""
+    columns = tuple(columns)
+    for name in choose_template(options, instruct).fields:
+        if name != IMAGE_FIELD and name not in columns:
+            raise IdeficsError(
+                f"the prompt has a field {name!r}, and the rows have {_listed(columns)}: name one of these, or write "
+                "{{ and }} for braces"
+            )
+
+
+def leading_shots(options: PromptOptions, pool: Sequence[Shot], instruct: bool) -> tuple[Shot, ...]:
+    """The shots before every query where all rows share them: the first `num_shots` of the pool.
+
+    With 0 shots a base model and an official template get the published "0-shot": two shots without their images, the
+    pool's first or the task's own. Raises IdeficsError when the pool is too small.
+    """
+    if options.num_shots > len(pool):
+        raise IdeficsError(f"{options.num_shots} shots are asked for, and there are {len(pool)}: lower --num-shots")
+    if options.num_shots or options.bare or instruct or options.text is not None:
+        return tuple(pool[: options.num_shots])
+    texts = pool[:TEXT_ONLY_SHOTS] or TASKS[options.task].text_only_shots
+    return tuple(replace(shot, image=None) for shot in texts)
+
+
+# ---- rows -> prompts
+
+
+def build_prompt(
+    options: PromptOptions, fields: Mapping[str, Any], images: Sequence[Any], shots: Sequence[Shot], instruct: bool
+) -> Prompt | RowError:
+    """The prompt of a row with these `fields` and `images`, behind `shots` in their order (the furthest first).
+
+    A field that is empty or no text, or images without a place, are a RowError. Raises IdeficsError as
+    `choose_template` and `require_fields` do.
+    """
+    template = choose_template(options, instruct)
+    require_fields(options, fields, instruct)
+    names = [name for name in template.fields if name != IMAGE_FIELD]
+    texts = {name: field_text(name, fields[name]) for name in names}
+    error = next((text for text in texts.values() if isinstance(text, RowError)), None)
+    if error is not None:
+        return error
+    if not template.takes(len(images)):
+        places = template.fields.count(IMAGE_FIELD)
+        return RowError("row_invalid", f"{len(images)} images for the {places} places that the prompt has")
+    return few_shot_prompt(template, shots, Shot(tuple(images), fields=texts))
+
+
+def field_text(name: str, value: Any) -> str | RowError:
+    """The text of a manifest's cell: itself, or a number's digits."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    said = "nothing" if value is None else f"{type(value).__name__}, not text,"
+    return RowError("row_invalid", f"there is {said} in the column {name!r}")
+
+
+def few_shot_prompt(template: Template, shots: Sequence[Shot], query: Shot) -> Prompt:
+    """Prefix, `shots` in their order, then `query` (a shot without an answer); no white space at either end."""
+    assert not query.answer, f"the query is not to hold its answer: {query.answer!r}"
+    examples = (item for shot in shots for item in template.shot(shot))
+    return strip(merge_texts((template.prefix, *examples, *template.query(query))))
+
+
+def shot_answer(task: str, references: Sequence[str]) -> str:
+    """What a shot with several references shows: the most common answer, the first of equals; the first caption."""
+    assert references, "a shot has at least one answer"
+    return Counter(references).most_common(1)[0][0] if task == "vqa" else references[0]
+
+
+def merge_texts(items: Iterable[Any]) -> Prompt:
+    """The items with neighbouring texts joined and empty ones left out."""
+    merged: list[Any] = []
+    for item in items:
+        if isinstance(item, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += item
+        elif not (isinstance(item, str) and item == ""):
+            merged.append(item)
+    return tuple(merged)
+
+
+def strip(prompt: Prompt) -> Prompt:
+    """The prompt without white space at its two ends; between its items nothing changes."""
+    items = list(prompt)
+    if items and isinstance(items[0], str):
+        items[0] = items[0].lstrip()
+    if items and isinstance(items[-1], str):
+        items[-1] = items[-1].rstrip()
+    return merge_texts(items)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "no columns"

@@ -1,0 +1,1 @@
+"""Inputs -> rows. No module here knows a model."""

@@ -1,0 +1,1 @@
+"""Files of bytes, local and remote, behind one interface."""

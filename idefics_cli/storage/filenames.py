@@ -1,0 +1,78 @@
+"""What a name says: how names stand in ids and messages, and which names mean images, addresses and manifests.
+
+Nothing here looks at the file system.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Every common image format, those too that this program cannot decode: such a file becomes an error row with a reason.
+IMAGE_SUFFIX = re.compile(
+    r"""\.(
+    apng|avifs?|bmp|bw|cur|dds|dib|eps|fits?|gif|hei[cf]|hif|icns|ico|j2[ck]|jfif|jp2|jpc|jpe?g?|jpf|jpx|jxl|mpo|msp
+    |pbm|pcx|pfm|pgm|png|pnm|ppm|psd|qoi|ras|rgba?|sgi|svg|tga|tiff?|webp|wmf|xbm|xpm
+    )$""",
+    re.VERBOSE | re.IGNORECASE,
+)
+SYSTEM_NAMES = frozenset(
+    {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information", "@eadir"}
+)
+
+WEB_ADDRESS = re.compile(r"\s*(https?|ftps?|data|file):", re.IGNORECASE)
+SECRET_PARTS = re.compile(r"^(?P<scheme>\s*[a-z][a-z0-9+.-]+://)[^/?#]*@|[?#].*$", re.IGNORECASE | re.DOTALL)
+REMOTE_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+# What an escaped byte looks like in an id: a byte that is not UTF-8, or a backslash that would read as such an escape.
+ESCAPED_BYTE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
+SURROGATES = range(0xDC80, 0xDD00)  # how os.fsdecode carries the bytes 0x80 to 0xff of a name that is not UTF-8
+
+SHOWN_CHARACTERS = 200
+
+
+def escape_name(name: str) -> str:
+    """A name from the file system as text that JSON and Parquet hold; `unescape_name` gives the name back.
+
+    Names that are UTF-8 stay as they are. A byte that is not UTF-8 becomes `\\xNN`; a backslash of the name itself that
+    would read as such an escape becomes `\\x5c`, so that no two names ever share a text.
+    """
+    escaped = ESCAPED_BYTE.sub(lambda match: r"\x5c" + match.group()[1:], name) if "\\" in name else name
+    if not escaped.isascii():
+        escaped = "".join(rf"\x{ord(c) - 0xDC00:02x}" if ord(c) in SURROGATES else c for c in escaped)
+    return escaped
+
+
+def unescape_name(text: str) -> str:
+    """The name that `escape_name` made `text` from; `os.fsencode` of it gives the name's bytes."""
+
+    def restore(match: re.Match[str]) -> str:
+        byte = int(match.group(1), 16)
+        return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
+
+    return ESCAPED_BYTE.sub(restore, text)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether `text` can be written at all: half of a surrogate pair cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(text: str) -> str:
+    """`text` quoted for a message: of one line, of characters that can be written, and not endless."""
+    return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}...")
+
+
+def shown_address(address: str) -> str:
+    """A remote address without what may be secret in it: its user and password, and its query."""
+    return escape_name(SECRET_PARTS.sub(lambda match: match["scheme"] or "", address))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over: hidden ones, and those that systems leave behind."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES

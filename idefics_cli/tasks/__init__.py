@@ -1,0 +1,1 @@
+"""What a command does with a row: captions, answers, free prompts, embeddings."""

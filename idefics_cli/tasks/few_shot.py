@@ -1,0 +1,120 @@
+"""Worked examples from a file: which columns they are made of, and which of them a run or a row is shown.
+
+Shots come from any manifest, in its order. This module knows no network; similar images are found by `similar.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+from idefics_cli.errors import InputError, RowError
+from idefics_cli.evaluation.score import references_of
+from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
+from idefics_cli.readers.inputs import Inputs, open_inputs
+from idefics_cli.readers.manifest import is_manifest
+from idefics_cli.rows import InputRow, ReadOptions
+
+ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}
+Selection = Literal["first", "random", "similar"]
+
+
+@dataclass(frozen=True)
+class ShotOptions:
+    """A manifest of worked examples, and which of them are shown.
+
+    `similar` shows each row the images nearest to its own, the nearest last (RICES: Yang et al. 2022, section 3.2;
+    Alayrac et al. 2022, appendix A.2); the others show all rows the same. `seed` decides what is random. Of 0 shots
+    none is shown with its images. `image_column` is what the run's inputs have theirs in, None: not said.
+    """
+
+    file: str
+    number: int
+    selection: Selection = "first"
+    seed: int = 0
+    image_column: str | None = None
+
+
+def open_shots(options: ShotOptions) -> Inputs:
+    """The file's rows, with images where these are shown: in `image_column`, where the file has one of that name.
+
+    Raises InputError for a file that cannot be read.
+    """
+    if not is_manifest(options.file):
+        raise InputError(f"--shots {options.file} is no manifest: name one, with a column of captions or answers")
+    usual = tuple(filter(None, (options.image_column, *ReadOptions.usual_image_columns)))
+    shows = options.number > 0
+    reading = ReadOptions(keep="all", usual_image_columns=usual, needs_image=shows, needs_id=False)
+    return open_inputs((options.file,), reading)
+
+
+def read_shots(options: ShotOptions, rows: Inputs, task: str, fields: Sequence[str]) -> list[Shot]:
+    """The pool, or as much of it as will be shown, its images not opened yet.
+
+    `fields` are those that prompts have. Raises InputError for a bad row, and for too few of them.
+    """
+    wanted = options.number or TEXT_ONLY_SHOTS if options.selection == "first" else None
+    pool = [_read_shot(row, task, fields, options.file) for row in islice(rows.rows, wanted)]
+    if len(pool) < options.number:
+        raise InputError(f"{options.file} holds {len(pool)} shots: lower --num-shots {options.number}")
+    return pool
+
+
+def _read_shot(row: InputRow, task: str, fields: Sequence[str], file: str) -> Shot:
+    place = f"row {row.index + 1} of {file}"
+    if row.error is not None:
+        raise _bad_shot(place, row.error)
+    return make_shot(row.values, row.sources, task, fields, place)
+
+
+def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> Shot:
+    """The shot with its images as `prepare` opens them. Raises InputError for one that cannot be opened."""
+    images = tuple(prepare(source) for source in shot.images)
+    error = next((each for each in images if isinstance(each, RowError)), None)
+    if error is not None:
+        raise _bad_shot(f"an image in {file}", error)
+    return replace(shot, image=images or None)
+
+
+def _bad_shot(place: str, error: RowError) -> InputError:
+    return InputError(f"{place}, which is to be a shot, is bad ({error}): mend it, or take it out")
+
+
+def make_shot(values: Mapping[str, Any], images: tuple[Any, ...], task: str, fields: Sequence[str], place: str) -> Shot:
+    """A row of a manifest as a worked example; of several answers the most common one is shown.
+
+    Raises InputError for a row without an answer, or without one of the `fields` that prompts have.
+    """
+    column = next((name for name in ANSWER_COLUMNS[task] if values.get(name) is not None), None)
+    if column is None:
+        raise InputError(
+            f"{place} has no answer to show: shots need a column {' or '.join(ANSWER_COLUMNS[task])}, and it has"
+            f" {', '.join(values) or 'none'}"
+        )
+    references = references_of(values[column], place)
+    if not references:
+        raise InputError(f"{place} has no answer to show: its {column} is empty")
+    texts = {name: text for name, value in values.items() if isinstance(text := field_text(name, value), str)}
+    without = next((name for name in fields if name not in texts), None)
+    if without is not None:
+        raise InputError(f"{place} has no text in a column {without!r}, which the prompt shows of each shot: add it")
+    return Shot(images or None, shot_answer(task, references), texts.get("question", ""), texts)
+
+
+def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> list[Shot]:
+    """The same shots for every row, so that what they cost is paid once; where 0 are asked for, those that can be shown
+    as texts only."""
+    assert options.selection != "similar" or not options.number, options
+    number = options.number or min(TEXT_ONLY_SHOTS, len(pool))
+    if options.selection == "random":
+        return random.Random(options.seed).sample(list(pool), number)
+    return list(pool[:number])
+
+
+def without_furthest(shots: Sequence[Shot]) -> Iterator[Sequence[Shot]]:
+    """All shots, then without the first, and so on down to none."""
+    for first in range(len(shots) + 1):
+        yield shots[first:]

@@ -1,0 +1,148 @@
+"""Shots that are like the row they stand before (RICES): those whose images the model itself sees as most alike.
+
+Retrieval-based in-context example selection: Yang et al. 2022, section 3.2; Alayrac et al. 2022, appendix A.2. The pool
+is seen once; its vectors are kept for later runs with the same model and the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from idefics_cli.errors import InputError
+from idefics_cli.pipeline.task import Model
+from idefics_cli.prompts.templates import Shot
+from idefics_cli.rows import RemoteFile
+from idefics_cli.tasks.few_shot import ShotOptions, opened
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OPENED_AT_A_TIME = 64
+OPENED_KEPT = 512  # shots whose images stay open, to be shown again
+OPENERS = 8
+
+
+class SimilarShots:
+    """A pool of shots, to be asked in the model's thread. Raises InputError for a shot without an image.
+
+    `open_image` gives what the model takes, or a RowError; it is called from several threads at once.
+    """
+
+    def __init__(
+        self, options: ShotOptions, pool: Sequence[Shot], model: Model, open_image: Callable[[Any], Any]
+    ) -> None:
+        self._options, self._pool, self._model = options, pool, model
+        without = next((number for number, shot in enumerate(pool, start=1) if not shot.images), None)
+        if without is not None:
+            raise InputError(f"row {without} of {options.file} has no image: choose --shot-selection first or random")
+        self._opened = lru_cache(OPENED_KEPT)(lambda index: opened(pool[index], open_image, options.file))
+        self._vectors: Tensor | None = None
+
+    def encode_pool(self, say: Callable[[str], None]) -> None:
+        """See all images of the pool, where no earlier run has."""
+        kept = _kept_vectors(self._pool, self._model.fingerprint)
+        self._vectors = _read_vectors(kept, len(self._pool))
+        if self._vectors is None:
+            say(f"Looking at {len(self._pool)} shots once.")
+            self._vectors = self._encoded()
+            _write_vectors(kept, self._vectors)
+
+    def shots_for(self, rows: Sequence[Sequence[Any]]) -> list[list[Shot]]:
+        """For the images of each row its shots, the nearest last."""
+        assert self._vectors is not None, "the pool has not been encoded"
+        chosen = [nearest(vector, self._vectors, self._options.number) for vector in self._row_vectors(rows)]
+        self._open({index for indices in chosen for index in indices})
+        return [[self._opened(index) for index in indices] for indices in chosen]
+
+    def _encoded(self) -> Tensor:
+        import torch
+
+        vectors = []
+        for first in range(0, len(self._pool), OPENED_AT_A_TIME):
+            indices = range(first, min(first + OPENED_AT_A_TIME, len(self._pool)))
+            self._open(indices)
+            vectors.append(self._row_vectors([self._opened(index).images for index in indices]))
+        return torch.cat(vectors)
+
+    def _open(self, indices: Sequence[int] | set[int]) -> None:
+        """Several at a time; what has been opened is at hand afterwards."""
+        with ThreadPoolExecutor(OPENERS) as openers:
+            list(openers.map(self._opened, indices))
+
+    def _row_vectors(self, rows: Sequence[Sequence[Any]]) -> Tensor:
+        """(rows, dim): of several images the mean."""
+        import torch
+
+        vectors = iter(self._model.image_vectors([image for images in rows for image in images]).float().cpu())
+        return torch.stack([torch.stack([next(vectors) for _ in images]).mean(dim=0) for images in rows])
+
+
+def nearest(query: Tensor, pool: Tensor, number: int) -> list[int]:
+    """Of `pool` (shots, dim) the indices of those most like `query` (dim,), by cosine, the nearest last."""
+    import torch
+
+    likeness = torch.nn.functional.cosine_similarity(pool, query.unsqueeze(0), dim=-1)
+    order = torch.sort(likeness, descending=True, stable=True).indices[:number]
+    return order.flip(0).tolist()
+
+
+# ---- vectors of earlier runs
+
+
+def _kept_vectors(pool: Sequence[Shot], fingerprint: str) -> Path:
+    """The file for this pool as this model sees it: another once an image or the model has changed."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for shot in pool:
+        digest.update(b"\0shot")
+        for part in (part for source in shot.images for part in _content(source)):
+            digest.update(b"\0" + part)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "idefics" / "shots" / f"{digest.hexdigest()}.npy"
+
+
+def _content(source: object) -> Iterator[bytes]:
+    """What tells whether an image is the same: its bytes, or its file's name, length and time of change.
+
+    Of one that is elsewhere the address has to do: to ask for more takes a round trip for each.
+    """
+    if isinstance(source, bytes):
+        yield hashlib.sha256(source).digest()
+        return
+    yield os.fsencode(source.path if isinstance(source, RemoteFile) else str(source))
+    if isinstance(source, Path) and source.exists():
+        status = source.stat()
+        yield f"{status.st_size} {status.st_mtime_ns}".encode()
+
+
+def _read_vectors(path: Path, number: int) -> Tensor | None:
+    """None where there is no such file, or not a whole one."""
+    import numpy as np
+    import torch
+
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # it is made again
+        return None
+    return torch.from_numpy(vectors) if vectors.ndim == 2 and len(vectors) == number else None
+
+
+def _write_vectors(path: Path, vectors: Tensor) -> None:
+    """A place that cannot be written only costs the next run the same work."""
+    import numpy as np
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.save(file, vectors.numpy())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Rows -> files. No module here knows a model."""

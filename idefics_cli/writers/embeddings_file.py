@@ -1,0 +1,196 @@
+"""Embeddings in Parquet: what `idefics embed` has written, read back by id within bounded memory.
+
+A row holds an `id`, its image's `latents`, all of one shape, and an `error` where there are none. Whose latents they
+are stands in the file's record of its run. A file may hold any number of rows: what is kept of it are a few bytes for
+each id and two row groups. Knows no images and no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from idefics_cli.columns import list_numbers
+from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, InputError, RowError
+from idefics_cli.storage.filenames import escape_name
+from idefics_cli.storage.files import LocalFile, cannot_read, file_digest
+from idefics_cli.writers.formats import ROW_GROUP_BYTES, SETTINGS, Parquet
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from torch import Tensor
+
+ID, LATENTS, ERROR = "id", "latents", "error"
+VISION = "vision"  # the fingerprint's name among the settings of a run's work
+KEPT_GROUPS = 2  # rows come nearly in the file's order: the last group is still asked for when the next one is
+LARGEST_GROUP_BYTES = 4 * ROW_GROUP_BYTES
+
+
+def latents_value(latents: Tensor) -> dict[str, Any]:
+    """Latents (seq, dim) as a row holds them: half precision of both kinds as fp16, else fp32.
+
+    Raises IdeficsError for numbers that have overflowed.
+    """
+    import torch
+
+    stored = latents.cpu().to(torch.float32 if latents.dtype == torch.float32 else torch.float16).contiguous()
+    if not stored.isfinite().all():
+        raise IdeficsError("an image's latents overflow in half precision: embed with --dtype fp32")
+    return {"dtype": str(stored.dtype).removeprefix("torch."), "shape": list(stored.shape), "data": _bytes_of(stored)}
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Some rows as they were read: `latents` (rows, seq, dim)."""
+
+    ids: Sequence[str]
+    latents: np.ndarray
+    errors: Sequence[str | None]
+
+
+class EmbeddingFile:
+    """Latents by id; `shape` is theirs, (seq, dim), and `fingerprint` their model's.
+
+    Safe in many threads. Ids may be asked for in any order, but each change to rows far away costs a row group: the
+    file's own order reads it once. Raises InputError for what is no such file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        import pyarrow.parquet as pq
+
+        self.path, self.name = Path(path), escape_name(str(path))
+        with self._refusing():
+            self._parquet = pq.ParquetFile(self.path, pre_buffer=False, page_checksum_verification=True)
+            self.fingerprint = self._recorded_fingerprint()
+            self.shape = self._stored_shape(self._parquet.schema_arrow)
+            self._starts = self._group_starts()
+            self._hashes, self._rows = self._index()
+        self._groups: OrderedDict[int, RowGroup] = OrderedDict()
+        self._reading = threading.Lock()
+
+    def require_model(self, fingerprint: str, shape: tuple[int, int]) -> None:
+        """Raise InputError where the latents are another model's."""
+        if fingerprint != self.fingerprint or shape != self.shape:
+            raise InputError(
+                f"{self.name} was embedded by another model ({self.fingerprint[:12]}, not {fingerprint[:12]}): name"
+                " that one with -m, or embed the images again"
+            )
+
+    def latents(self, row_id: str) -> Tensor | RowError:
+        """(seq, dim) as stored, or why there are none."""
+        import torch
+
+        with self._reading, self._refusing():
+            for row in self._rows_of(row_id):
+                group = self._group(bisect_right(self._starts, row) - 1)
+                place = row - self._starts[bisect_right(self._starts, row) - 1]
+                if group.ids[place] == row_id:
+                    error = group.errors[place]
+                    return _row_error(error) if error else torch.from_numpy(group.latents[place].copy())
+        return RowError("image_missing", f"{self.name} has no row {row_id}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Equal as long as the file is unchanged."""
+        size = self.path.stat().st_size
+        return {"name": self.name, "bytes": size, "digest": file_digest(LocalFile(str(self.path), size))}
+
+    def close(self) -> None:
+        self._parquet.close()
+
+    # ---- opening
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Whatever Arrow finds wrong with the file is the user's to mend."""
+        import pyarrow as pa
+
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise cannot_read(self.name, error, "embed the images again") from error
+
+    def _recorded_fingerprint(self) -> str:
+        run = Parquet().run_of(self.path)
+        work = run[SETTINGS].get("work") if run else None
+        fingerprint = work.get(VISION) if isinstance(work, dict) else None
+        if not isinstance(fingerprint, str):
+            raise InputError(f"{self.name} was not written by `idefics embed`: make it with that")
+        return fingerprint
+
+    def _stored_shape(self, schema: pa.Schema) -> tuple[int, int]:
+        import pyarrow as pa
+
+        kind = schema.field(LATENTS).type if LATENTS in schema.names else None
+        if not isinstance(kind, pa.FixedShapeTensorType) or len(kind.shape) != 2 or ID not in schema.names:
+            raise InputError(f"{self.name} has no ids and latents: make it with `idefics embed`")
+        return tuple(kind.shape)
+
+    def _group_starts(self) -> list[int]:
+        """The number of each row group's first row, and of all rows."""
+        groups = [self._parquet.metadata.row_group(index) for index in range(self._parquet.num_row_groups)]
+        if any(group.total_byte_size > LARGEST_GROUP_BYTES for group in groups):
+            raise InputError(f"{self.name} has row groups that no memory should hold: embed the images again")
+        return list(accumulate((group.num_rows for group in groups), initial=0))
+
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ids' hashes in ascending order, and the number of the row that each belongs to."""
+        import numpy as np
+
+        batches = self._parquet.iter_batches(columns=[ID], use_threads=False)
+        chunks = [np.array([_hash(row_id) for row_id in batch[0].to_pylist()], dtype=np.uint64) for batch in batches]
+        hashes = np.concatenate(chunks) if chunks else np.empty(0, np.uint64)
+        order = np.argsort(hashes)
+        return hashes[order], order
+
+    # ---- reading
+
+    def _rows_of(self, row_id: str) -> list[int]:
+        """The rows that may have this id: one, but for hashes that collide."""
+        import numpy as np
+
+        wanted = np.uint64(_hash(row_id))
+        first, last = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        return self._rows[first:last].tolist()
+
+    def _group(self, index: int) -> RowGroup:
+        if index not in self._groups:
+            while len(self._groups) >= KEPT_GROUPS:
+                self._groups.popitem(last=False)
+            self._groups[index] = self._read(index)
+        self._groups.move_to_end(index)
+        return self._groups[index]
+
+    def _read(self, index: int) -> RowGroup:
+        columns = [ID, LATENTS, *([ERROR] if ERROR in self._parquet.schema_arrow.names else [])]
+        table = self._parquet.read_row_group(index, columns=columns, use_threads=False).combine_chunks()
+        errors = table[ERROR].to_pylist() if ERROR in columns else [None] * table.num_rows
+        storage = table[LATENTS].chunk(0).storage
+        latents = list_numbers(storage).reshape(-1, *self.shape)
+        pairs = zip(errors, storage.is_null().to_pylist(), strict=True)
+        errors = [error or ("image_missing: it has no latents" if is_null else None) for error, is_null in pairs]
+        return RowGroup(table[ID].to_pylist(), latents, errors)
+
+
+def _hash(row_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _row_error(error: str) -> RowError:
+    """From `code: message`, as a result's row holds it."""
+    code, _, message = error.partition(": ")
+    return RowError(code, message) if code in ROW_ERROR_CODES else RowError("row_invalid", error)

@@ -1,0 +1,540 @@
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FakeCaptioner, expected_text, rows_of, save_image
+from typer.testing import CliRunner, Result
+
+import idefics_cli
+from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.cli import app as cli
+from idefics_cli.errors import CheckpointError, DeviceError
+
+ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parents[1]
+
+# `idefics` with a fake model, in a process of its own. FAKE holds arguments of FakeCaptioner and more.
+DRIVER = """
+import json, os, sys, time
+sys.path.insert(0, os.environ["TESTS"])
+from conftest import FakeCaptioner
+from idefics_cli.cli import app as cli
+from idefics_cli.__main__ import main
+
+fake = json.loads(os.environ.get("FAKE", "{}"))
+load, stubborn, length = fake.pop("load", 0), fake.pop("stubborn", False), fake.pop("length", 1)
+
+
+class Captioner(FakeCaptioner):
+    def stream(self, source, **decoding):
+        while stubborn:
+            try:
+                print("busy", file=sys.stderr, flush=True)
+                while True:
+                    time.sleep(0.1)  # not long: a signal just before a sleep is seen behind it
+            except KeyboardInterrupt:
+                print("ignored", file=sys.stderr, flush=True)
+        return super().stream(source, **decoding)
+
+    def _describe(self, prompt, num_texts):
+        result = super()._describe(prompt, num_texts)
+        return type(result)(result.text * length, result.score, result.tokens, result.candidates)
+
+
+def load_model(request, batch_size):
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(load)
+    return Captioner(**fake)
+
+
+cli.check_model, cli.load_model = lambda request: None, load_model
+main()
+"""
+
+
+@contextlib.contextmanager
+def started(
+    *arguments: str | Path, fake: dict[str, Any] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The command line as a process, killed at the end."""
+    command = [sys.executable, "-c", DRIVER, *map(str, arguments)]
+    environment = {**os.environ, "TESTS": str(TESTS), "FAKE": json.dumps(fake or {})}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **{**pipes, **options})
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# Rows
+
+
+def test_a_folder_with_a_broken_image(run: Callable[..., Result], photos: Path) -> None:
+    result = run("caption", photos)
+    rows = rows_of(result.stdout)
+    names = ["a.jpg", "b.png", "broken.png", "c.png", "m.gif", "sub/a.png", "z.webp"]
+    assert result.exit_code == 3
+    assert [row["id"] for row in rows] == names
+    assert [row["image"] for row in rows] == [str(photos / name) for name in names]
+    assert all(row["caption"] == expected_text(photos / row["id"]) for row in rows if not row["error"])
+    assert list(rows[0]) == ["id", "image", "caption", "score", "tokens", "error"]
+    assert rows[2]["caption"] is None and rows[2]["error"].startswith("image_unreadable: ")
+    assert "image_unreadable: 1 row: broken.png" in result.stderr
+    assert "7 rows: 6 with a text, 1 failed" in result.stderr.splitlines()[-1]
+
+
+def test_all_well_is_zero(run: Callable[..., Result], photos: Path) -> None:
+    result = run("caption", photos / "a.jpg", photos / "sub", "--batch-size", "2", "--workers", "1")
+    assert result.exit_code == 0
+    assert [row["id"] for row in rows_of(result.stdout)] == [str(photos / "a.jpg"), "a.png"]
+    assert result.stderr.startswith("2 rows: 2 with a text, 0 failed, in ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_paths_from_stdin(run: Callable[..., Result], photos: Path) -> None:
+    lines = [str(photos / "a.jpg"), "none.png", "https://a.example/b.png", str(photos)]
+    for separator, options in ("\n", []), ("\0", ["-0"]):
+        result = run("caption", "-", *options, input=separator.join(lines).encode())
+        rows = rows_of(result.stdout)
+        assert result.exit_code == 3
+        assert [row["id"] for row in rows] == lines
+        codes = [row["error"] and row["error"].split(":")[0] for row in rows]
+        assert codes == [None, "image_missing", "image_not_allowed", "image_not_allowed"]
+        assert "img2dataset" in rows[2]["error"]
+
+
+def test_names_that_are_not_utf8(photos: Path) -> None:
+    (photos / "a.jpg").rename(photos / os.fsdecode(b"caf\xe9.jpg"))
+    with started(
+        "caption", os.fsencode(photos / os.fsdecode(b"caf\xe9.jpg")).decode(errors="surrogateescape")
+    ) as process:
+        stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert rows_of(stdout)[0]["id"] == str(photos / r"caf\xe9.jpg")
+
+
+def test_candidates_are_added_when_asked_for(run: Callable[..., Result], photos: Path) -> None:
+    result = run("caption", photos, "--num-return-sequences", "2")
+    rows = rows_of(result.stdout)
+    assert [len(row["candidates"]) if row["candidates"] else None for row in rows] == [2, 2, None, 2, 2, 2, 2]
+    assert list(rows[0]["candidates"][0]) == ["text", "score", "tokens"]
+
+
+def test_limits(run: Callable[..., Result], photos: Path) -> None:
+    assert len(rows_of(run("caption", photos, "--limit", "2").stdout)) == 2
+    result = run("caption", photos / "a.jpg", "--max-pixels", "63")
+    assert result.exit_code == 3 and rows_of(result.stdout)[0]["error"].startswith("image_too_large: ")
+
+
+def test_enough_errors_stop_the_run(run: Callable[..., Result], tmp_path: Path) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    result = run("caption", tmp_path, "--max-errors", "2", "-o", tmp_path / "f.jsonl")
+    assert result.exit_code == 3
+    assert "Stopped early" in result.stderr and "2 rows finished so far: safe in" in result.stderr
+    assert "image_unreadable: 2 rows: 0.png, 1.png" in result.stderr
+    assert not (tmp_path / "f.jsonl").exists()
+
+
+def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
+    seen: list[Any] = []
+
+    class Recorder(FakeCaptioner):
+        def stream(self, source: Any, **decoding: Any) -> Any:
+            seen.append(decoding)
+            return super().stream(source, **decoding)
+
+    def load(request: ModelRequest, batch_size: int | None) -> Recorder:
+        seen.append((request, batch_size))
+        return Recorder(batch_size=5)
+
+    monkeypatch.setattr(cli, "check_model", lambda request: None)
+    monkeypatch.setattr(cli, "load_model", load)
+    options = "--num-beams 5 --max-new-tokens 9 --min-new-tokens 2 --length-penalty 0.5 --no-early-stopping"
+    options += " --no-repeat-ngram-size 2 --revision main --dtype fp32 --device cpu --allow-pickle"
+    options += " --batch-size 7"
+    CliRunner().invoke(cli.app, ["caption", str(photos), *options.split()], env={"IDEFICS_MODEL": "some/model"})
+    assert seen[0] == (ModelRequest("some/model", "main", "fp32", "cpu", True), 7)
+    assert seen[1] == {
+        "banned_words": ("\n", "\n\n"),
+        "num_beams": 5,
+        "max_new_tokens": 9,
+        "min_new_tokens": 2,
+        "length_penalty": 0.5,
+        "early_stopping": False,
+        "no_repeat_ngram_size": 2,
+        "num_return_sequences": 1,
+    }
+
+
+# Output files
+
+
+def test_an_output_file(run: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "f.jsonl"
+    result = run("caption", photos, "-o", output)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert [row["id"] for row in rows_of(output.read_bytes())] == [
+        row["id"] for row in rows_of(run("caption", photos).stdout)
+    ]
+    assert not (tmp_path / "f.jsonl.part").exists()
+    assert run("caption", photos / "sub", "-o", output, "--overwrite").exit_code == 0
+    assert len(rows_of(output.read_bytes())) == 1
+
+
+# Mistakes
+
+
+def test_mistakes_are_one_line_before_the_model_is_loaded(
+    refused: Callable[..., str], photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "there.jsonl").touch()
+    assert "No such file" in refused("caption", tmp_path / "none")
+    assert "no images in" in refused("caption", tmp_path / "empty")
+    assert "img2dataset" in refused("caption", "https://a.example/b.png")
+    assert "there.jsonl" in refused("caption", tmp_path / "there.jsonl")
+    assert "have one id" in refused("caption", photos, photos)
+    assert "no paths on stdin" in refused("caption", "-", input=b"")
+    assert "--overwrite" in refused("caption", photos, "-o", tmp_path / "there.jsonl")
+    assert "ends in .jsonl or .parquet" in refused("caption", photos, "-o", tmp_path / "f.csv")
+    assert "there is no folder" in refused("caption", photos, "-o", tmp_path / "none" / "f.jsonl")
+    assert "is a folder" in refused("caption", photos, "-o", tmp_path)
+    assert not (tmp_path / "f.jsonl.part").exists()
+
+
+def test_options_that_make_no_sense(refused: Callable[..., str], photos: Path) -> None:
+    assert "'auto', 'bf16', 'fp16', 'fp32'" in refused("caption", photos, "--dtype", "int4")
+    assert "neither `auto` nor a number" in refused("caption", photos, "--batch-size", "none")
+    assert "neither `auto` nor a number" in refused("caption", photos, "--batch-size", "0")
+    assert "add - to the inputs" in refused("caption", photos, "--null")
+    assert "-o F.jsonl" in refused("caption", photos, "--overwrite")
+    assert "num" in refused("caption", photos, "--num-beams", "2", "--num-return-sequences", "3")
+    assert "--bogus" in refused("caption", photos, "--bogus")
+    assert "INPUT" in refused("caption")
+
+
+@pytest.mark.parametrize("error", [CheckpointError("no model there; name one"), DeviceError("no CUDA here; use cpu")])
+def test_a_model_that_cannot_be_is_refused_and_leaves_no_file(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, photos: Path, tmp_path: Path, error: Exception
+) -> None:
+    def check(request: ModelRequest) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "check_model", check)
+    assert str(error) in refused("caption", photos, "-o", tmp_path / "f.jsonl")
+    assert not list(tmp_path.glob("f.jsonl*"))
+
+
+def test_one_id_twice_on_stdin_is_refused_at_the_second(
+    run: Callable[..., Result], photos: Path, tmp_path: Path
+) -> None:
+    path = str(photos / "a.jpg")
+    result = run("caption", "-", "-o", tmp_path / "f.jsonl", input=f"{path}\n{path}\n".encode())
+    assert result.exit_code == 2
+    assert re.search(r"^Error: rows 1 and 2 have one id.*1 row finished so far: safe in .*part\.", result.stderr)
+    assert result.stderr.endswith("The same command goes on from there once that is mended.\n")
+
+
+def test_other_paths_than_a_finished_result_has_are_refused(
+    run: Callable[..., Result], photos: Path, tmp_path: Path
+) -> None:
+    """Paths on stdin have no name that could be compared: their rows are."""
+    first, second, third = (str(photos / name).encode() + b"\n" for name in ("a.jpg", "broken.png", "none.png"))
+    output = tmp_path / "f.jsonl"
+    assert run("caption", "-", "-o", output, input=first + second).exit_code == 3
+    before = output.read_bytes()
+    assert run("caption", "-", "-o", output, input=first + second).exit_code == 3
+    for others, options in ((second, ()), (first, ()), (first + second + third, ()), (first, ("--retry-errors",))):
+        result = run("caption", "-", "-o", output, *options, input=others)
+        assert result.exit_code == 2 and "name another output, or begin anew with --overwrite" in result.stderr
+    assert output.read_bytes() == before
+
+
+def test_other_paths_than_those_of_a_run_killed_at_its_end_are_refused(
+    run: Callable[..., Result], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (str(photos / name).encode() + b"\n" for name in ("a.jpg", "broken.png"))
+    output = tmp_path / "f.jsonl"
+    with monkeypatch.context() as broken:
+        broken.setattr("idefics_cli.writers.output_file.sync_folder", lambda folder: (folder / "none").stat())
+        assert run("caption", "-", "-o", output, input=first).exit_code == 2
+    assert (tmp_path / "f.jsonl.part").exists()
+    result = run("caption", "-", "-o", output, input=second)
+    assert result.exit_code == 2 and "was not when the result was made" in result.stderr
+    assert run("caption", "-", "-o", output, input=first).exit_code == 0
+
+
+def test_another_image_root_is_another_run(run: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
+    manifest, output = tmp_path / "m.jsonl", tmp_path / "f.jsonl"
+    manifest.write_text('{"image": "a.jpg"}')
+    assert run("caption", manifest, "--image-root", photos, "-o", output).exit_code == 0
+    result = run("caption", manifest, "--image-root", tmp_path, "-o", output)
+    assert result.exit_code == 2 and "image_root" in result.stderr
+
+
+def test_terminal_commands_in_names_are_shown_not_obeyed(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert r"\x1b[31mred" in refused("caption", tmp_path / "\x1b[31mred")
+
+
+# Bugs
+
+
+def test_a_bug_is_one_line_and_a_traceback_with_debug(run: Callable[..., Result], photos: Path) -> None:
+    def fail(images: Any) -> None:
+        raise ValueError("shapes\ndiffer")
+
+    result = run("caption", photos / "sub", captioner=FakeCaptioner(before_call=fail))
+    assert result.exit_code == 1
+    assert re.fullmatch(r"Error: a bug: ValueError: shapes differ\. Please report it .*--debug.*\n", result.stderr)
+    result = run("caption", photos / "sub", "--debug", captioner=FakeCaptioner(before_call=fail))
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+
+
+# Signals and pipes, in processes
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_rows_that_are_finished(tmp_path: Path, number: int, code: int) -> None:
+    for i in range(200):
+        save_image(tmp_path / f"photos/{i:03}.png", i)
+    part = tmp_path / "f.jsonl.part"
+    with started(
+        "caption", tmp_path / "photos", "-o", tmp_path / "f.jsonl", fake={"batch_size": 2, "delay": 0.1}
+    ) as process:
+        wait_for(lambda: part.exists() and part.read_bytes().count(b"\n") >= 3)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=5)
+    rows = rows_of(part.read_bytes())[1:]
+    assert process.returncode == code
+    assert [row["id"] for row in rows] == [f"{i:03}.png" for i in range(len(rows))]
+    last = stderr.decode().splitlines()[-1]
+    said = f"{len(rows)} rows finished so far: safe in {part}. The same command goes on from there."
+    assert last == f"Stopped by {signal.Signals(number).name}. {said}"
+    assert b"Traceback" not in stderr and not (tmp_path / "f.jsonl").exists()
+
+
+def test_a_signal_while_the_model_loads(photos: Path, tmp_path: Path) -> None:
+    with started("caption", photos, "-o", tmp_path / "f.jsonl", fake={"load": 60}) as process:
+        assert process.stderr.readline() == b"loading\n"
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=5)
+    assert (process.returncode, stderr) == (130, b"Stopped by SIGINT.\n")
+    assert not list(tmp_path.glob("f.jsonl*"))
+
+
+def test_rows_of_a_slow_stdin_come_at_once_and_a_signal_ends_the_waiting(photos: Path) -> None:
+    with started("caption", "-", stdin=subprocess.PIPE) as process:
+        process.stdin.write(os.fsencode(photos / "a.jpg") + b"\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["id"] == str(photos / "a.jpg")
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 143
+        assert process.stderr.read().endswith(b"Stopped by SIGTERM. 1 row had been written.\n")
+
+
+def test_a_signal_ends_a_run_that_nobody_reads(tmp_path: Path) -> None:
+    for i in range(4):
+        save_image(tmp_path / f"{i}.png", i)
+    with started("caption", tmp_path, fake={"batch_size": 1, "length": 50_000}) as process:
+        pending = lambda: fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4))  # noqa: E731
+        wait_for(lambda: int.from_bytes(pending(), sys.byteorder) >= 4096)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 143
+
+
+def test_a_second_interrupt_ends_at_once(photos: Path) -> None:
+    with started("caption", photos, fake={"stubborn": True}) as process:
+        for expected in b"loading\n", b"busy\n":
+            assert process.stderr.readline() == expected
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == b"ignored\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+
+
+@pytest.mark.parametrize("redirect", ["", "2>&1"])
+def test_a_closed_pipe_ends_quietly(tmp_path: Path, redirect: str) -> None:
+    for i in range(50):
+        save_image(tmp_path / f"{i:02}.png", i)
+    script = f'set -o pipefail; "$0" -c "$1" caption "$2" {redirect} | head -n 1'
+    environment = {**os.environ, "TESTS": str(TESTS), "FAKE": '{"delay": 0.02}'}
+    command = ["bash", "-c", script, sys.executable, DRIVER, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=30)
+    assert done.returncode == 0
+    assert done.stderr == (b"" if redirect else b"loading\n")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_full_disk_behind_stderr_changes_no_exit_code(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full, started("caption", tmp_path / "none.png", stderr=full) as process:
+        process.communicate(timeout=20)
+    assert process.returncode == 2
+
+
+def test_a_full_disk_behind_stdout_is_one_line(photos: Path) -> None:
+    with open("/dev/full", "wb") as full, started("caption", photos, stdout=full) as process:
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert stderr.splitlines()[1:] == [
+        b"Error: cannot write to stdout: No space left on device; make room and run again."
+    ]
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    """A result whose groups have names that UTF-8 cannot hold."""
+    row = {"id": "a", "question": "Why?", "answer": "so", "score": 0.0, "tokens": 1, "error": None}
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({**row, "answers": ["so"], "kind": "\ud800"}) + "\n")
+    return path
+
+
+def test_nobody_who_reads_stderr_changes_no_exit_code(scored: Path, tmp_path: Path) -> None:
+    for arguments, code in (["score", scored], 0), (["caption", tmp_path / "none"], 2):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with started(*arguments, stderr=writer) as process:
+            os.close(writer)
+            stdout, _ = process.communicate(timeout=20)
+        assert process.returncode == code and len(stdout.splitlines()) == (code == 0)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["caption", "--help"]])
+def test_help_that_has_no_room_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full, started(*arguments, stdout=full) as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr == b"Error: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["score", "info"])
+def test_data_that_is_no_row_ends_as_rows_do(scored: Path, command: str) -> None:
+    """Where nobody reads it, where there is no room, and where stderr is closed."""
+    arguments = [command, *([scored, "--by", "kind"] if command == "score" else [])]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as full:
+        for stdout, code, said in (writer, 0, b""), (full, 2, b"Error: cannot write to stdout: No space left"):
+            with started(*arguments, stdout=stdout) as process:
+                _, stderr = process.communicate(timeout=20)
+            assert process.returncode == code and said in stderr and b"a bug" not in stderr
+    os.close(writer)
+
+
+def test_what_is_told_never_comes_among_the_data(scored: Path) -> None:
+    script = '"$0" -c "$1" score "$2" --by kind 2>&-'
+    command = ["bash", "-c", script, sys.executable, DRIVER, str(scored)]
+    done = subprocess.run(command, env={**os.environ, "TESTS": str(TESTS)}, cwd=ROOT, capture_output=True, timeout=30)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["groups"].keys() == {"\ud800"}
+
+
+# Terminals
+
+
+def terminal_output(*arguments: str | Path, **options: Any) -> tuple[int, bytes]:
+    """Exit code and what a terminal that is stdout and stderr has shown."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 25, 120, 0, 0))
+    shown = b""
+    with started(*arguments, stdout=theirs, stderr=theirs, **options) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while select.select([ours], [], [], 20)[0] and (data := os.read(ours, 4096)):
+                shown += data
+        os.close(ours)
+        return process.wait(timeout=5), shown
+
+
+def test_a_bar_and_a_table_on_a_terminal(photos: Path) -> None:
+    code, shown = terminal_output("caption", photos, fake={"batch_size": 1, "delay": 0.15})
+    assert code == 3
+    assert b"/7 [" in shown and b"failed=1" in shown and b"row/s" in shown
+    assert shown.count(b'"id": ') == 7
+    assert "│ image_unreadable │".encode() in shown
+    assert b"7 rows: 6 with a text, 1 failed" in shown.splitlines()[-1]
+
+
+def test_errors_are_coloured_on_a_terminal_only(tmp_path: Path) -> None:
+    code, shown = terminal_output("caption", tmp_path / "none")
+    assert code == 2 and b"\x1b[1;31mError: \x1b[0m" in shown
+
+
+# Help, versions, packaging
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "caption --help", "info --help"])
+def test_help_imports_nothing_heavy(arguments: str) -> None:
+    code = """
+import sys
+from idefics_cli.cli.app import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    assert end.code == 0
+heavy = {"torch", "transformers", "pyarrow", "numpy", "PIL", "huggingface_hub", "rich", "tqdm"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout and not done.stderr
+
+
+def test_version_and_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "idefics_cli", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == f"idefics {idefics_cli.__version__}\n"
+
+
+def test_the_package_alone_imports_no_torch() -> None:
+    code = "import sys, idefics_cli; assert 'torch' not in sys.modules; assert not hasattr(idefics_cli, 'nothing')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_info_prints_versions_and_the_device() -> None:
+    result = CliRunner().invoke(cli.app, ["info", "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    facts = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert facts["idefics"] == idefics_cli.__version__
+    assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    command = (ROOT / ".ci/run").read_text().splitlines()[-1]
+    assert command.startswith("python3 -m venv ")
+    assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+def test_what_was_tested_is_pinned() -> None:
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    declared = re.findall(r'^    "([A-Za-z0-9_-]+)[><=]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared and {name.lower().replace("_", "-") for name in declared} <= pinned

@@ -1,0 +1,570 @@
+"""The engine finds what `generate` finds, whatever stands beside a prompt, comes before it, or is known already."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prompts_for_tests import (
+    END_ID,
+    ENDS,
+    FAKE_ID,
+    IMAGE_ID,
+    IMAGES,
+    MODELS,
+    VOCABULARY,
+    behind,
+    model,
+    options,
+    prompts,
+    tensors_of,
+)
+from slow_search import slow_beam_search
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from idefics_cli.bench.memory import resident_bytes
+from idefics_cli.engine import engine as engine_module
+from idefics_cli.engine import memory_budget as room
+from idefics_cli.engine import reference
+from idefics_cli.engine.engine import Engine, Stream, survivors
+from idefics_cli.engine.kv_cache import RowStore
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.engine.reference import Hypothesis
+from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
+from idefics_cli.errors import IdeficsError
+from idefics_cli.prompts.tokenize import EncodedPrompt
+
+few = settings(max_examples=25, deadline=None)
+
+
+def engine(network, rows: int = 4) -> Engine:
+    return Engine(network, VOCABULARY, IMAGE_ID, rows)
+
+
+def decode(runner: Engine, some: list[EncodedPrompt], chosen: DecodingOptions) -> list[list[Hypothesis]]:
+    """In the order of the prompts, each exactly once."""
+    results = list(runner.generate(some, chosen))
+    assert sorted(index for index, _ in results) == list(range(len(some)))
+    return [hypotheses for _, hypotheses in sorted(results, key=lambda result: result[0])]
+
+
+def assert_same(got: list[Hypothesis], expected: list[Hypothesis]) -> None:
+    expected = [each for each in expected if each.score > -1e8]  # transformers fills up with texts that are none
+    assert [each.token_ids for each in got] == [each.token_ids for each in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.score == pytest.approx(theirs.score, abs=1e-4, rel=2e-5)
+
+
+@few
+@given(model, st.lists(prompts(), min_size=1, max_size=6), options(), st.sampled_from([1, 2, 4, 9]))
+def test_the_engine_finds_what_generate_finds(network, some, chosen, rows) -> None:
+    for prompt, got in zip(some, decode(engine(network, rows), some, chosen), strict=True):
+        assert_same(got, reference.generate(network, tensors_of(prompt), chosen, VOCABULARY)[0])
+
+
+@few
+@given(model, prompts(max_images=4), st.lists(prompts(max_images=2), min_size=2, max_size=6), options())
+def test_shots_that_prompts_share_are_read_once_and_change_nothing(network, shots, some, chosen) -> None:
+    some = [behind(shots, prompt) for prompt in some]
+    runner = engine(network)
+    for _ in range(2):  # the second time prefix and images are known
+        for prompt, got in zip(some, decode(runner, some, chosen), strict=True):
+            assert_same(got, reference.generate(network, tensors_of(prompt), chosen, VOCABULARY)[0])
+
+
+@few
+@given(prompts(max_images=2, longest_text=20), options(max_beams=4, longest=6))
+def test_a_third_opinion(prompt, chosen) -> None:
+    network = MODELS[0]
+    texts = slow_beam_search(network, tensors_of(prompt), chosen, set(ENDS), {FAKE_ID, IMAGE_ID})
+    expected = [Hypothesis(reference.until_end(ids, ENDS), score) for score, ids in texts]
+    assert_same(decode(engine(network), [prompt], chosen)[0], expected[: chosen.num_return_sequences])
+
+
+@few
+@given(model, st.lists(prompts(), min_size=1, max_size=4), options(), st.randoms(use_true_random=False))
+def test_banned_sequences_are_not_written(network, some, chosen, chance) -> None:
+    banned = bans_that_bite(some, decode(engine(network), some, chosen), chance)
+    vocabulary = replace(VOCABULARY, banned_sequences=banned)
+    results = sorted(engine(network).stream(IterableSource(some), chosen, banned), key=lambda result: result[0])
+    for prompt, (_, got) in zip(some, results, strict=True):
+        assert_same(got, reference.generate(network, tensors_of(prompt), chosen, vocabulary)[0])
+
+
+@few
+@given(prompts(max_images=1, longest_text=12), options(max_beams=4, longest=5), st.randoms(use_true_random=False))
+def test_a_third_opinion_on_banned_sequences(prompt, chosen, chance) -> None:
+    network = MODELS[0]
+    banned = bans_that_bite([prompt], decode(engine(network), [prompt], chosen), chance)
+    texts = slow_beam_search(network, tensors_of(prompt), chosen, set(ENDS), {FAKE_ID, IMAGE_ID}, banned)
+    expected = [Hypothesis(reference.until_end(ids, ENDS), score) for score, ids in texts]
+    [(_, got)] = engine(network).stream(IterableSource([prompt]), chosen, banned)
+    assert_same(got, expected[: chosen.num_return_sequences])
+
+
+def bans_that_bite(
+    some: list[EncodedPrompt], found: list[list[Hypothesis]], chance: random.Random
+) -> tuple[tuple[int, ...], ...]:
+    """One to four tokens that end in a text which is written where nothing is banned, and may begin in its prompt."""
+    banned = [(7, 8, 9, 10), (ENDS[0],)]
+    for prompt, (best, *_) in zip(some, found, strict=True):
+        written = [*prompt.input_ids, *best.token_ids]
+        if best.token_ids:
+            end = chance.randint(len(prompt.input_ids), len(written) - 1)
+            # Not the very first token: transformers applies no ban that is as long as all that is written.
+            banned.append(tuple(written[max(1, end - chance.randint(0, 3)) : end + 1]))
+    return tuple(banned)
+
+
+@few
+@given(model, st.lists(prompts(), min_size=2, max_size=9), options(), st.randoms(use_true_random=False))
+def test_company_and_order_change_nothing(network, some, chosen, chance) -> None:
+    expected = [decode(engine(network, 1), [prompt], chosen)[0] for prompt in some]
+    order = list(range(len(some)))
+    chance.shuffle(order)
+    runner = engine(network, chance.choice([1, 2, 3, 16]))
+    for place, got in zip(order, decode(runner, [some[place] for place in order], chosen), strict=True):
+        assert_same(got, expected[place])
+
+
+def some_prompts(count: int, images: int = 1) -> list[EncodedPrompt]:
+    chance = random.Random(count)
+    made = []
+    for _ in range(count):
+        ids = [1, *chance.choices(range(3, 40), k=chance.randint(1, 9))]
+        pixels = chance.choices(list(IMAGES), k=images)
+        made.append(EncodedPrompt([*ids, *[FAKE_ID, IMAGE_ID, FAKE_ID] * images, 7], tuple(pixels)))
+    return made
+
+
+def test_each_image_is_encoded_once_and_each_prompt_read_once() -> None:
+    runner = engine(MODELS[0], rows=3)
+    asked = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5, word, 9], (IMAGES[word % 2],)) for word in range(10, 20)]
+    decode(runner, asked, DecodingOptions(num_beams=4, max_new_tokens=5))
+    assert runner.times.images == 2, "ten questions about two images"
+    assert runner.times.prompt_tokens == 10 * 7
+    decode(runner, asked, DecodingOptions(num_beams=2, max_new_tokens=5))
+    assert runner.times.images == 2, "the second call knows them"
+
+
+def test_images_of_prompts_in_line_fill_the_vision_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, batches = engine(MODELS[0], rows=2), []
+    encode = runner.model.model.encode_images
+
+    def watching(pixel_values: torch.Tensor) -> torch.Tensor:
+        batches.append(len(pixel_values))
+        return encode(pixel_values=pixel_values)
+
+    monkeypatch.setattr(runner.model.model, "encode_images", watching)
+    some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5 + number], (IMAGES[number],)) for number in range(7)]
+    decode(runner, some, DecodingOptions(max_new_tokens=3))
+    assert batches == [7]
+    runner.image_limit.now = 3
+    runner.clear_caches()
+    decode(runner, some, DecodingOptions(max_new_tokens=3))
+    assert batches == [7, 3, 3, 1]
+
+
+def test_a_shared_start_is_read_once_for_all_calls() -> None:
+    runner = engine(MODELS[0])
+    shots = EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 23)], (IMAGES[0],))
+    some = [behind(shots, prompt) for prompt in some_prompts(6)]
+    own = sum(len(prompt.input_ids) - len(shots.input_ids) for prompt in some)
+    decode(runner, some, DecodingOptions(max_new_tokens=3))
+    assert runner.times.prompt_tokens == own + len(shots.input_ids)
+    decode(runner, some[:1], DecodingOptions(max_new_tokens=3))
+    assert len(runner.prefixes) == 1
+    last = len(some[0].input_ids) - len(shots.input_ids)
+    assert runner.times.prompt_tokens == own + len(shots.input_ids) + last
+
+
+@pytest.mark.parametrize("questions", [1, 2])
+def test_shots_are_read_once_where_each_call_asks_about_another_image(questions: int) -> None:
+    """From the second or third call on, though all that a call has in common holds its image too."""
+    runner = engine(MODELS[0])
+    shots = [1, *(3 + i % 30 for i in range(100))]
+    read = []
+    for image in IMAGES[:5]:
+        asked = [[*shots, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 13), word] for word in range(20, 20 + questions)]
+        some = [EncodedPrompt(ids, (image,)) for ids in asked]
+        before = runner.times.prompt_tokens
+        got = decode(runner, some, DecodingOptions(max_new_tokens=3))
+        for texts, prompt in zip(got, some, strict=True):
+            assert_same(texts, decode(engine(MODELS[0]), [prompt], DecodingOptions(max_new_tokens=3))[0])
+        read.append(runner.times.prompt_tokens - before)
+    own = len(asked[0]) - len(shots) - 1  # the token before an image is the same in all
+    assert read[-2:] == [own * questions] * 2, read
+
+
+def test_a_long_start_is_not_read_again_for_a_few_tokens() -> None:
+    runner = engine(MODELS[0], rows=4)
+    shots = [1, *(3 + i % 30 for i in range(200))]
+    some = [EncodedPrompt([*shots, 30 + i // 8 % 8, 20, 21, *[5] * (i // 4 % 3), 3 + i % 25]) for i in range(80)]
+    decode(runner, some, DecodingOptions(max_new_tokens=3, min_new_tokens=3))
+    own = sum(len(prompt.input_ids) - len(shots) for prompt in some)
+    assert runner.times.prompt_tokens <= own + len(shots) + len(some), "every prompt may read a token of the start"
+
+
+def test_where_memory_ends_images_are_encoded_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5], (torch.randn_like(IMAGES[0]),)) for _ in range(20)]
+    chosen = DecodingOptions(max_new_tokens=3)
+    expected = decode(engine(MODELS[0], 20), some, chosen)
+    runner, sizes = engine(MODELS[0], 4), []
+    encode = runner.model.model.encode_images
+
+    def scarce(*, pixel_values):
+        sizes.append(len(pixel_values))
+        if len(pixel_values) > 3:
+            raise torch.OutOfMemoryError("no more")
+        return encode(pixel_values=pixel_values)
+
+    monkeypatch.setattr(runner.model.model, "encode_images", scarce)
+    for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
+        assert_same(got, wanted)
+    assert sizes[:3] == [16, 8, 4] and max(sizes[3:]) == 2 and runner.row_limit.now == 4
+
+
+def test_rows_that_end_make_room_at_once() -> None:
+    """With texts of different lengths, far fewer steps than if every batch waited for its longest."""
+    some = some_prompts(40)
+    chosen = DecodingOptions(num_beams=1, max_new_tokens=24)
+    runner = engine(MODELS[0], rows=4)
+    lengths = sorted(len(texts[0].token_ids) + 1 for texts in decode(runner, some, chosen))
+    assert lengths[0] < 4 and lengths[-1] > 12, "the lengths are to differ for this test to mean anything"
+    waiting_for_the_longest = 10 * lengths[-1]
+    assert runner.times.steps < 0.75 * waiting_for_the_longest
+
+
+def test_prompts_with_other_starts_take_their_turn() -> None:
+    """A stream whose first window shares a start, and whose rest shares another, or none."""
+    first = EncodedPrompt([1, *range(3, 20)])
+    second = EncodedPrompt([1, *range(20, 38)])
+    groups = [behind(first, p) for p in some_prompts(9)] + [behind(second, p) for p in some_prompts(9)]
+    some = groups + some_prompts(5)
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=4)
+    for prompt, got in zip(some, decode(engine(MODELS[0], 2), some, chosen), strict=True):
+        assert_same(got, reference.generate(MODELS[0], tensors_of(prompt), chosen, VOCABULARY)[0])
+
+
+class CountingOperations(TorchDispatchMode):
+    """Counts what reaches the device, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_step_takes_as_many_operations_for_many_rows_and_beams_as_for_few(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {}
+    step = Stream._step
+    monkeypatch.setattr(engine_module, "TREE_STEP", 6)  # room for all that is written: the storage never grows
+    for rows, beams in ((2, 2), (2, 6), (8, 2), (8, 6)):
+        counted = []
+
+        def counting(self, counted=counted):
+            with CountingOperations() as operations:
+                step(self)
+            counted.append(operations.count)
+
+        monkeypatch.setattr(Stream, "_step", counting)
+        some = some_prompts(rows)
+        if shared:
+            some = [behind(EncodedPrompt([1, *range(3, 20)]), prompt) for prompt in some]
+        chosen = DecodingOptions(num_beams=beams, max_new_tokens=6, min_new_tokens=6)
+        decode(engine(MODELS[0], rows), some, chosen)
+        counts[rows, beams] = set(counted)
+    assert len(set.union(*counts.values())) == 1, counts
+
+
+def test_reordering_moves_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step leaves in a slot stays there as long as a path holds it, whichever beams go on."""
+    step, advance, reordered = Stream._step, RowStore.advance, []
+
+    def watching(self):
+        store, rows = self.store, len(self.rows)
+        seen = keys_of(store, rows)
+        held = store.ancestors[:rows].any(dim=1)  # (rows, slots)
+        held &= ~torch.zeros_like(held).scatter(1, store.newest[:rows], True)  # written in this step
+        step(self)
+        held &= store.ancestors[:rows, :, : held.shape[1]].any(dim=1)
+        assert torch.equal(keys_of(store, rows)[:, : held.shape[1]][held], seen[held])
+
+    def noting(self, rows, parents):
+        reordered.append(bool((parents != torch.arange(self.num_beams)).any()))
+        advance(self, rows, parents)
+
+    def keys_of(store, rows):
+        """(rows, slots, layers, 2, heads, head_dim)."""
+        return torch.stack(store.key_values)[:, :, :rows, :, store.prompt_slots :].permute(2, 4, 0, 1, 3, 5)
+
+    monkeypatch.setattr(RowStore, "advance", noting)
+    monkeypatch.setattr(Stream, "_step", watching)
+    chosen = DecodingOptions(num_beams=5, max_new_tokens=8, min_new_tokens=8)
+    decode(engine(MODELS[0], 3), some_prompts(3), chosen)
+    assert any(reordered)
+
+
+def test_short_prompts_do_not_read_what_a_long_one_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode_memory, seen = engine_module.DecodeMemory.of, []
+
+    def watching(store, *args, **named):
+        memory = decode_memory(store, *args, **named)
+        seen.append((store.prompt_slots, memory.slots.stop - memory.slots.start))
+        return memory
+
+    monkeypatch.setattr(engine_module.DecodeMemory, "of", watching)
+    some = [EncodedPrompt([1, 10 + number, *[9] * length]) for number, length in enumerate((90, 80, *[5] * 8))]
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=3, min_new_tokens=3)
+    results = decode(engine(MODELS[0], 1), some, chosen)
+    for prompt, got in zip(some, results, strict=True):
+        assert_same(got, reference.generate(MODELS[0], tensors_of(prompt), chosen, VOCABULARY)[0])
+    assert seen[-1][0] >= 91, "the room that a long prompt needed is kept"
+    assert max(slots for _, slots in seen) > 91 and seen[-1][1] <= 7 + 2 * 3
+
+
+def test_an_image_is_projected_once_while_prompts_in_line_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    project, projected, held = engine_module.project_images, [], []
+
+    def counting(latents, layers):
+        projected.append(len(latents))
+        held.append(len(runner.image_key_values.keys()))
+        return project(latents, layers)
+
+    monkeypatch.setattr(engine_module, "project_images", counting)
+    runner, chosen = engine(MODELS[0], 2), DecodingOptions(max_new_tokens=2)
+    # Read two by two, the shortest first: images 0 and 1 are asked about again at the end, 2 and 3 only once.
+    shown = [0, 1, 2, 3, 0, 1]
+    some = [
+        EncodedPrompt([1, *range(10, 11 + number), FAKE_ID, IMAGE_ID, FAKE_ID], IMAGES[number_shown : number_shown + 1])
+        for number, number_shown in enumerate(shown)
+    ]
+    decode(runner, some, chosen)
+    assert projected == [2, 2] and held == [0, 2]
+    assert runner.image_key_values.num_bytes == 0, "nobody is in line any more"
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_where_memory_ends_rows_are_halved_and_begin_again(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = some_prompts(9)
+    chosen = DecodingOptions(num_beams=3, max_new_tokens=5)
+    expected = decode(engine(MODELS[0], 9), some, chosen)
+    step = Stream._step
+
+    def scarce(self):
+        if len(self.rows) > limit:
+            raise torch.OutOfMemoryError("no more")
+        step(self)
+
+    monkeypatch.setattr(Stream, "_step", scarce)
+    runner = engine(MODELS[0], 8)
+    for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
+        assert_same(got, wanted)
+    assert runner.row_limit.now == {1: 1, 3: 2}[limit]
+
+
+def test_rows_are_as_many_as_before_when_memory_has_long_been_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever had taken it; and within one stream, whose texts are the same."""
+    monkeypatch.setattr(room, "PATIENCE", 2)
+    some = some_prompts(60)
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=4, min_new_tokens=4)
+    expected = decode(engine(MODELS[0], 8), some, chosen)
+    runner, sizes, step = engine(MODELS[0], 8), [], Stream._step
+
+    def scarce(self):
+        sizes.append(len(self.rows))
+        if len(sizes) < 8 and len(self.rows) > 2:
+            raise RuntimeError("MPS backend out of memory")
+        step(self)
+
+    monkeypatch.setattr(Stream, "_step", scarce)
+    for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
+        assert_same(got, wanted)
+    assert sizes[:3] == [8, 4, 2] and max(sizes[3:8]) == 2 and max(sizes[8:]) == 8 == runner.row_limit.now
+
+
+def test_a_row_that_does_not_fit_alone_has_no_text_and_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = some_prompts(5)
+    some[2] = EncodedPrompt([1, *[9] * 50])
+    chosen = DecodingOptions(max_new_tokens=3)
+    admit = Stream._admit
+
+    def scarce(self, group):
+        if any(len(prompt.input_ids) > 40 for prompt in group):
+            raise torch.OutOfMemoryError("no more")
+        admit(self, group)
+
+    monkeypatch.setattr(Stream, "_admit", scarce)
+    runner = engine(MODELS[0], 4)
+    results = decode(runner, some, chosen)
+    assert results.pop(2) == TOO_LARGE and all(isinstance(texts, list) and texts for texts in results)
+    assert runner.row_limit.now == 4, "one prompt that is too large says nothing about the others"
+
+
+def test_numbers_that_all_overflow_are_the_formats_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = engine_module.Reading.run
+    monkeypatch.setattr(engine_module.Reading, "run", lambda self, *args: read(self, *args) * torch.nan)
+    chosen = DecodingOptions(max_new_tokens=2)
+    for rows in 1, 4, 20:
+        with pytest.raises(IdeficsError, match="the model's numbers overflow in float32: use another checkpoint"):
+            decode(engine(MODELS[0], rows), some_prompts(16), chosen)
+        few_left = decode(engine(MODELS[0], rows), some_prompts(15), chosen)
+        assert few_left == [Overflows(torch.float32).error] * 15
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("at_token", [0, 2])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_texts(
+    num_beams: int, at_token: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right behind the prompt or later, among others in work."""
+    some = some_prompts(7)
+    some[3] = EncodedPrompt([1, 9, 10, 11])
+    chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=6, min_new_tokens=4)
+    expected = decode(engine(MODELS[0], rows), some, chosen)
+    step = engine_module.beam_step
+
+    def overflowing(logits, state, rules, context):
+        is_spoilt = torch.tensor([ids[-4:] == [1, 9, 10, 11] for ids in context.tolist()])
+        logits = torch.where((is_spoilt & (state.length == at_token))[:, None, None], torch.nan, logits)
+        return step(logits, state, rules, context)
+
+    monkeypatch.setattr(engine_module, "beam_step", overflowing)
+    monkeypatch.setattr(engine_module, "longest_start", lambda sequences: None)  # all of each prompt is known
+    got = decode(engine(MODELS[0], rows), some, chosen)
+    assert got.pop(3) == Overflows(torch.float32).error and expected.pop(3)
+    for texts, wanted in zip(got, expected, strict=True):
+        assert_same(texts, wanted)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 20])
+@pytest.mark.parametrize("where", ["image", "image at the end", "first of two images", "first token", "later token"])
+def test_numbers_that_overflow_stay_within_their_row(where: str, rows: int, num_beams: int) -> None:
+    """Not those of padding, of slots that are used again, or of images that only fill up a row reach another one."""
+    spoilt, bad_token = torch.full_like(IMAGES[0], torch.nan), 60
+    prefix, one, two = [1, FAKE_ID, IMAGE_ID, FAKE_ID], (IMAGES[1],), (IMAGES[2], IMAGES[3])
+    bad = {
+        "image": EncodedPrompt([*prefix, 5, 6, 7], (spoilt,)),
+        "image at the end": EncodedPrompt(prefix, (spoilt,)),  # first in line of those with an image
+        "first of two images": EncodedPrompt([*prefix, 5, *prefix[1:], 6, 7], (spoilt, IMAGES[1])),
+        "first token": EncodedPrompt([bad_token, *prefix[1:], 5, 6], one),
+        "later token": EncodedPrompt([*prefix, 5, bad_token, 6, 7], one),
+    }[where]
+    good = [
+        *(EncodedPrompt([*prefix, *range(5, 6 + extra)], one) for extra in range(5)),
+        *(EncodedPrompt([*prefix, 9, *prefix[1:], *range(8, 9 + extra)], two) for extra in range(5)),
+        *(EncodedPrompt([1, *range(5, 7 + extra)]) for extra in range(8)),
+    ]
+    network = copy.deepcopy(MODELS[0])
+    network.model.embed_tokens.weight.data[bad_token] = torch.inf
+    chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=5)
+    vocabulary = replace(VOCABULARY, banned_token_ids=(*VOCABULARY.banned_token_ids, bad_token))
+    expected = decode(Engine(network, vocabulary, IMAGE_ID, rows), good, chosen)
+    for place in 0, 3, 9, 17:
+        some = [*good[:place], bad, *good[place:]]
+        got = decode(Engine(network, vocabulary, IMAGE_ID, rows), some, chosen)
+        assert got.pop(place) == Overflows(torch.float32).error
+        for texts, wanted in zip(got, expected, strict=True):
+            assert_same(texts, wanted)
+
+
+def test_a_prompt_after_which_nothing_may_be_written_is_told_from_one_that_overflows() -> None:
+    """No token twice, ends included once they are forbidden as too early: soon none is left."""
+    size = MODELS[0].config.vocab_size + MODELS[0].config.additional_vocab_size
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=4, min_new_tokens=4)
+    vocabulary = replace(VOCABULARY, banned_token_ids=tuple(range(size)))
+    runner = Engine(MODELS[0], vocabulary, IMAGE_ID, 2)
+    assert decode(runner, some_prompts(3), chosen) == [NOTHING_ALLOWED] * 3
+
+
+def test_a_shared_start_that_ends_a_text_hides_its_image() -> None:
+    """What follows `</s>` sees no image, though `</s>` itself does."""
+    start = EncodedPrompt([1, *range(3, 12), FAKE_ID, IMAGE_ID, FAKE_ID, 7, END_ID], (IMAGES[0],))
+    some = [EncodedPrompt([*start.input_ids, word, 9], start.pixels) for word in range(10, 14)]
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=4)
+    runner = engine(MODELS[0])
+    for prompt, got in zip(some, decode(runner, some, chosen), strict=True):
+        assert_same(got, reference.generate(MODELS[0], tensors_of(prompt), chosen, VOCABULARY)[0])
+    assert len(runner.prefixes) == 1
+
+
+def test_the_prefix_in_use_is_kept_longest() -> None:
+    runner = engine(MODELS[0])
+    starts = [EncodedPrompt([1, *range(first, first + 20)]) for first in (3, 5, 7)]
+    chosen = DecodingOptions(num_beams=1, max_new_tokens=1)
+    for start in (starts[0], starts[1], starts[0], starts[2]):
+        decode(runner, [behind(start, prompt) for prompt in some_prompts(2)], chosen)
+    assert [key[1] for key in runner.prefixes.keys()] == [5, 3, 7]  # noqa: SIM118
+
+
+def test_an_endless_stream_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept does not grow with the number of prompts."""
+    monkeypatch.setattr(engine_module, "LATENTS_BYTES", 20_000)
+    monkeypatch.setattr(engine_module, "IMAGE_KEYS_BYTES", 200_000)
+    runner = engine(MODELS[0], rows=8)
+    chance = torch.Generator().manual_seed(0)
+    held = []
+
+    def endless():
+        for number in range(400):
+            length = 1 + number * 7 % 40
+            pixels = torch.randn(3, 28, 28, generator=chance)
+            held.append(runner.latents.num_bytes + runner.image_key_values.num_bytes)
+            yield EncodedPrompt([1, *[5 + number % 30] * length, FAKE_ID, IMAGE_ID, FAKE_ID], (pixels,))
+
+    for _ in runner.generate(endless(), DecodingOptions(num_beams=2, max_new_tokens=3)):
+        pass
+    assert max(held) <= 220_000 and runner.times.images == 400
+
+
+@pytest.mark.slow
+def test_ten_thousand_prompts_of_mixed_lengths_take_constant_memory() -> None:
+    """Resident memory of this process, the caches full from the second thousand on."""
+    runner = engine(MODELS[0], rows=16)
+    for cache in (runner.latents, runner.image_key_values, runner.prefixes):
+        cache.max_bytes = 1 << 20
+    chance, choice = torch.Generator().manual_seed(0), random.Random(0)
+    resident = []
+
+    def endless():
+        for number in range(10_000):
+            if number % 1_000 == 0:
+                resident.append(resident_bytes())
+            num_images = choice.randrange(3)
+            words = [choice.randrange(3, 40) for _ in range(choice.randrange(1, 200))]
+            images = [FAKE_ID, IMAGE_ID, FAKE_ID] * num_images
+            pixels = tuple(torch.randn(num_images, 3, 28, 28, generator=chance))
+            yield EncodedPrompt([1, *images, *words], pixels)
+
+    chosen = DecodingOptions(num_beams=3, max_new_tokens=8)
+    assert sum(1 for _ in runner.generate(endless(), chosen)) == 10_000
+    print([f"{each / 1e6:.0f} MB" for each in resident])
+    assert max(resident[2:]) - resident[2] < 16 << 20, resident
+
+
+def test_memory_decides_how_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = MODELS[0]
+    row_bytes = 2 * (4 * room.SLOTS_ASSUMED + 2 * 5) * 32 * 4
+    for free, rows in ((0, 1), (6 * row_bytes, 3), (10_000 * row_bytes, 16)):
+        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
+        assert room.rows_that_fit(network) == rows
+
+
+def test_survivors_close_ranks() -> None:
+    assert survivors([False, True, False, True, False]) == [0, 4, 2]
+    assert survivors([True, True]) == []
+    assert survivors([True, False, False]) == [2, 1]

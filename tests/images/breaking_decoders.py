@@ -1,0 +1,87 @@
+"""Decode functions for decoder processes that break as real decoders have broken. They import next to nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from idefics_cli.errors import RowError
+from idefics_cli.images.decode import ImageLimits
+from idefics_cli.images.preprocess import ImageProcessor
+
+poisoned = False
+
+
+def poison() -> None:
+    """As if memory had been written to that the next image needs."""
+    global poisoned
+    poisoned = True
+
+
+def take_all_memory() -> None:
+    kept = []
+    while True:
+        kept.append(np.zeros(1 << 28, np.uint8))
+
+
+def complain() -> None:
+    """As libraries in C do, on standard error and at length."""
+    for _ in range(1000):
+        ctypes.CDLL(None).perror(b"x" * 1000)
+
+
+def raise_out_of_memory() -> None:
+    raise MemoryError
+
+
+def raise_something() -> None:
+    raise KeyError("a mistake of ours")
+
+
+FAULTS = {
+    b"sleep": lambda: time.sleep(1000),
+    b"spin": lambda: re.fullmatch("(a+)+b", "a" * 64),  # for ages, and without letting another thread in
+    b"segmentation fault": lambda: ctypes.string_at(0),
+    b"abort": os.abort,
+    b"exit": lambda: sys.exit(3),
+    b"exit at once": lambda: os._exit(4),
+    b"out of memory": raise_out_of_memory,
+    b"bomb": take_all_memory,
+    b"nonsense": lambda: os.write(int(sys.argv[1]), b"\xff" * 1000),
+    b"longest nonsense": lambda: os.write(int(sys.argv[1]), b"\x04" + b"\xff" * 8),
+    b"poison": poison,
+    b"complaint": complain,
+    b"bug": raise_something,
+}
+
+
+def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> np.ndarray | RowError:
+    """An image as it is; of the bytes that name a fault, the fault, and a grey image where that returns."""
+    if poisoned:
+        os.abort()
+    if source not in FAULTS:
+        return processor.prepare_array(source, limits)
+    FAULTS[source]()
+    return np.zeros((3, processor.image_size, processor.image_size), np.float32)
+
+
+def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> np.ndarray | RowError:
+    """For the path of a folder: say so there, wait for a second, and answer."""
+    with Path(source, "decoding").open("a") as file:
+        file.write("once ")
+    time.sleep(1)
+    return RowError("image_missing", "it slept")
+
+
+def describing(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> RowError:
+    """What there is in this process."""
+    heavy = [name for name in ("torch", "transformers", "pyarrow", "idefics_cli.cli.app") if name in sys.modules]
+    processor.prepare_array(source, limits)
+    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+    return RowError("row_invalid", f"heavy {heavy}, threads {threads}")

@@ -1,0 +1,377 @@
+"""Images from processes: the same pixels as without, and whatever breaks there breaks there alone."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import breaking_decoders
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, features
+
+from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.images.decode import ImageLimits
+from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.images.worker_pool import WorkerPool
+
+PROCESSOR = ImageProcessor(image_size=16, image_mean=(0.1, 0.2, 0.3))
+LIMITS = ImageLimits(max_pixels=100_000, max_bytes=1_000_000)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+def image(seed: int = 0, mode: str = "RGB") -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def saved(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format=image_format, **options)
+    return stream.getvalue()
+
+
+def same(found: torch.Tensor | RowError, expected: torch.Tensor | RowError) -> bool:
+    if isinstance(expected, RowError) or isinstance(found, RowError):
+        return found == expected
+    return found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def pids(decoders: WorkerPool) -> list[int]:
+    return [child._process.pid for child in decoders._children._all]
+
+
+@pytest.fixture(scope="module")
+def decoders() -> Iterator[WorkerPool]:
+    with WorkerPool(PROCESSOR, LIMITS, workers=2) as opened:
+        yield opened
+
+
+@pytest.fixture
+def breaking() -> Iterator[WorkerPool]:
+    with WorkerPool(PROCESSOR, LIMITS, workers=2, timeout=2.0, decode=breaking_decoders.breaking) as opened:
+        yield opened
+
+
+# ---- the same as without
+
+
+class Stored:
+    """A remote file. What is no bytes is raised."""
+
+    def __init__(self, content: bytes | Exception) -> None:
+        self.content = content
+
+    def read(self, max_bytes: int) -> bytes:
+        if isinstance(self.content, Exception):
+            raise self.content
+        return self.content[:max_bytes]
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_pixels_are_those_of_the_processor(decoders, image_format, tmp_path):
+    data = saved(image(), image_format)
+    path = tmp_path / "bräunlich \udcff\n"
+    path.write_bytes(data)
+    expected = PROCESSOR.prepare(data, LIMITS)
+    assert expected.shape == (3, 16, 16)
+    for source in (data, bytearray(data), memoryview(data), path, str(path), Stored(data)):
+        assert same(decoders.prepare(source), expected), source
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_modes(decoders, mode):
+    data = saved(image(mode="L").convert(mode), "TIFF")
+    assert same(decoders.prepare(data), PROCESSOR.prepare(data, LIMITS))
+
+
+def test_a_pillow_image(decoders):
+    assert same(decoders.prepare(image()), PROCESSOR.prepare(image(), LIMITS))
+
+
+def test_nothing_but_what_was_asked_for(decoders, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    os.mkfifo(tmp_path / "fifo")
+    sources = [
+        *(tmp_path, tmp_path / "none", tmp_path / "fifo", tmp_path / "text.png", "", "\0", "\ud800", "x" * 5000),
+        *("https://example.org/cat.jpg", None, 3, b"", b"text", saved(Image.new("RGB", (400, 400))), bytes(1_000_001)),
+    ]
+    for source in sources:
+        expected = PROCESSOR.prepare(source, LIMITS)
+        assert isinstance(expected, RowError)
+        assert decoders.prepare(source) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    image_format=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF"]),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=5),
+    kept=st.floats(0, 1),
+)
+def test_broken_images_are_told_in_the_same_words(decoders, image_format, changes, kept):
+    data = bytearray(saved(image(), image_format))
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    data = bytes(data[: round(kept * len(data))])
+    assert same(decoders.prepare(data), PROCESSOR.prepare(data, LIMITS))
+
+
+def test_remote_files_that_cannot_be_read(decoders):
+    missing = decoders.prepare(Stored(FileNotFoundError("bucket/cat.jpg")))
+    assert missing == RowError("image_missing", "no such file: bucket/cat.jpg")
+    refused = decoders.prepare(Stored(PermissionError("forbidden")))
+    assert refused == RowError("image_unreadable", "PermissionError: forbidden")
+    assert decoders.prepare(Stored(bytes(2_000_000))).code == "image_too_large"
+
+
+def test_many_threads(decoders):
+    sources = [saved(image(seed)) for seed in range(20)]
+    expected = [PROCESSOR.prepare(source, LIMITS) for source in sources]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert all(map(same, pool.map(decoders.prepare, sources), expected))
+    assert len(pids(decoders)) <= 2
+
+
+# ---- what breaks
+
+
+ENDS = {
+    b"segmentation fault": "the decoder process died (signal SIGSEGV)",
+    b"abort": "the decoder process died (signal SIGABRT)",
+    b"exit": "the decoder process died (exit status 3)",
+    b"exit at once": "the decoder process died (exit status 4)",
+    b"nonsense": "the decoder process died (it answered nonsense)",
+    b"longest nonsense": "the decoder process died (it answered nonsense)",
+    b"sleep": "decoding took longer than 2 s",
+    b"spin": "decoding took longer than 2 s",
+    b"out of memory": "MemoryError: more memory than a decoder may take",
+    b"bomb": "MemoryError: more memory than a decoder may take",
+}
+
+
+@pytest.mark.parametrize(("fault", "message"), ENDS.items(), ids=lambda value: str(value))
+def test_a_fault_costs_its_image_and_no_other(breaking, fault, message):
+    expected = PROCESSOR.prepare(image())
+    for _ in range(2):
+        assert same(breaking.prepare(saved(image())), expected)
+        assert breaking.prepare(fault) == RowError("image_unreadable", message)
+    assert same(breaking.prepare(saved(image())), expected)
+
+
+def test_an_image_does_not_pay_for_the_one_before(breaking):
+    breaking.prepare(b"poison")
+    assert same(breaking.prepare(saved(image())), PROCESSOR.prepare(image()))
+
+
+def test_what_a_library_says_on_standard_error_holds_nothing_up(breaking, capfd):
+    assert isinstance(breaking.prepare(b"complaint"), torch.Tensor)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bug_is_not_a_bad_image(breaking):
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        breaking.prepare(b"bug")
+    assert same(breaking.prepare(saved(image())), PROCESSOR.prepare(image()))
+
+
+@on_linux
+def test_faults_among_many_threads_leave_nothing_behind():
+    good = {saved(image(seed)): PROCESSOR.prepare(image(seed)) for seed in range(8)}
+    faults = [b"abort", b"exit", b"out of memory", b"nonsense", b"sleep"]
+    sources = [*good, *faults] * 3
+    before = os.listdir("/proc/self/fd")
+    with WorkerPool(PROCESSOR, LIMITS, 3, timeout=2.0, decode=breaking_decoders.breaking) as decoders:
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(decoders.prepare, sources))
+        children = pids(decoders)
+    for source, result in zip(sources, results, strict=True):
+        if source in good:
+            assert same(result, good[source])
+        else:
+            assert result.code == "image_unreadable"
+    assert os.listdir("/proc/self/fd") == before
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+@on_linux
+def test_a_decoder_process_is_light():
+    with WorkerPool(PROCESSOR, LIMITS, 1, decode=breaking_decoders.describing) as decoders:
+        data = saved(image(), "AVIF" if features.check("avif") else "PNG")
+        assert decoders.prepare(data).message == "heavy [], threads 1"
+
+
+def test_processes_start_as_they_are_needed():
+    data = saved(image())
+    with WorkerPool(PROCESSOR, LIMITS, workers=5) as decoders:
+        for _ in range(5):
+            decoders.prepare(data)
+        assert len(pids(decoders)) == 1
+
+
+# ---- the end
+
+
+def test_close_does_not_wait_for_a_decoder():
+    decoders = WorkerPool(PROCESSOR, LIMITS, 2, timeout=1000, decode=breaking_decoders.breaking)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(decoders.prepare, source) for source in [b"sleep", b"spin"] * 2]
+        while len(pids(decoders)) < 2:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        children = pids(decoders)
+        decoders.close()
+        assert all(isinstance(future.exception(timeout=10), CancelledError) for future in waiting)
+    for pid in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    with pytest.raises(CancelledError):
+        decoders.prepare(saved(image()))
+    decoders.close()
+
+
+def run_script(body: str, folder: Path) -> subprocess.Popen:
+    """A script in `folder`, in a process group of its own, that has what it needs to open decoders."""
+    head = """
+        import os, signal, sys, threading, time
+        import breaking_decoders
+        from idefics_cli.images.worker_pool import WorkerPool
+        from idefics_cli.images.decode import ImageLimits
+        from idefics_cli.images.preprocess import ImageProcessor
+    """
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(head) + textwrap.dedent(body))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, script], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@on_linux
+def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
+    body = """
+        decoders = WorkerPool(ImageProcessor(), ImageLimits(), 3, 1000, breaking_decoders.breaking)
+        for fault in (b"sleep", b"spin"):
+            threading.Thread(target=decoders.prepare, args=(fault,), daemon=True).start()
+        while len(decoders._children._all) < 2 or not all(child._is_ready for child in decoders._children._all):
+            time.sleep(0.01)
+        print(*(child._process.pid for child in decoders._children._all), flush=True)
+        time.sleep(1000)
+    """
+    with run_script(body, tmp_path) as parent:
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(children) == 2
+        assert all(map(is_running, children))
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while any(map(is_running, children)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_running, children))
+
+
+SLEEPER = """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    with WorkerPool(ImageProcessor(), ImageLimits(), 1, 2.0, breaking_decoders.sleeping) as decoders:
+        print(decoders.prepare("."))
+"""
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_is_for_the_parent(number, tmp_path):
+    with run_script(SLEEPER, tmp_path) as parent:
+        wait_for(tmp_path / "decoding")
+        os.killpg(parent.pid, number)
+        assert parent.communicate(timeout=60)[0] == "image_missing: it slept\n"
+    assert (tmp_path / "decoding").read_text() == "once "
+
+
+def test_an_image_does_not_pay_for_a_run_that_was_suspended(tmp_path):
+    with run_script(SLEEPER, tmp_path) as parent:
+        wait_for(tmp_path / "decoding")
+        os.killpg(parent.pid, signal.SIGSTOP)
+        time.sleep(3)
+        os.killpg(parent.pid, signal.SIGCONT)
+        assert parent.communicate(timeout=60)[0] == "image_missing: it slept\n"
+
+
+# ---- the start
+
+
+def test_neither_the_script_nor_the_working_folder_is_run_again(tmp_path):
+    """The standard library's processes run the script once more, and `python -c` looks for modules where it is."""
+    (tmp_path / "work").mkdir()
+    for name in ("numpy", "json", "PIL", "idefics_cli"):
+        (tmp_path / "work" / f"{name}.py").write_text("raise SystemExit('from the working folder')")
+    body = """
+        os.chdir("work")
+        print("once", flush=True)
+        with WorkerPool(ImageProcessor(), ImageLimits(), 1) as decoders:
+            print(decoders.prepare(b""))
+    """
+    with run_script(body, tmp_path) as parent:
+        assert parent.communicate(timeout=60)[0] == "once\nimage_unreadable: the file is empty\n"
+
+
+def test_no_process_can_be_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    with WorkerPool(PROCESSOR, LIMITS, 2) as decoders, ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(decoders.prepare, saved(image())) for _ in range(4)]
+        for future in waiting:
+            with pytest.raises(IdeficsError, match=r"no process can be started .*no-python.*ulimit"):
+                future.result(timeout=30)
+
+
+def test_no_process_comes_to_its_feet(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Traceback >&2\necho ImportError: no numpy >&2\nexit 1\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    message = r"\(exit status 1: ImportError: no numpy\)"
+    with WorkerPool(PROCESSOR, LIMITS, 2) as decoders, pytest.raises(IdeficsError, match=message):
+        decoders.prepare(saved(image()))
+
+
+def test_fewer_processes_than_asked_for(monkeypatch):
+    start, attempts = subprocess.Popen, []
+
+    def start_one(*args: Any, **options: Any) -> subprocess.Popen:
+        attempts.append(args)
+        if len(attempts) > 1:
+            raise BlockingIOError("no more processes")
+        return start(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start_one)
+    with WorkerPool(PROCESSOR, LIMITS, 4) as decoders, ThreadPoolExecutor(4) as pool:
+        sources = [saved(image(seed)) for seed in range(8)]
+        assert all(map(same, pool.map(decoders.prepare, sources), map(PROCESSOR.prepare, sources)))
+    assert len(attempts) == 2

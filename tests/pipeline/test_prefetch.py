@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import pytest
+from conftest import FakeResult
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idefics_cli.errors import InputError, RowError
+from idefics_cli.pipeline.prefetch import PATIENCE, FlowOptions, Outcome, RunStats, Stages, error_of, run_rows
+from idefics_cli.rows import NO_VALUES, InputRow
+
+BAD = RowError("image_unreadable", "broken")
+
+
+class Model:
+    """Echoes prompts, in batches; `shuffled` finishes the rows of a batch in any order."""
+
+    def __init__(self, batch_size: int = 3, shuffled: bool = False, before: Callable[[list], None] = lambda _: None):
+        self.batch_size, self.shuffled, self.before = batch_size, shuffled, before
+        self.calls: list[int] = []
+
+    def decode(self, source: Any) -> Iterator[tuple[int, FakeResult]]:
+        number = 0
+        while prompts := source.take(self.batch_size, True):
+            self.calls.append(len(prompts))
+            self.before(prompts)
+            numbered = list(enumerate(prompts, start=number))
+            number += len(prompts)
+            if self.shuffled:
+                random.shuffle(numbered)
+            for place, prompt in numbered:
+                yield place, FakeResult(prompt, -1.0, 1)
+
+
+class Ahead(Model):
+    """Has prompts in line beside those in work, and takes what is ready meanwhile."""
+
+    def decode(self, source: Any) -> Iterator[tuple[int, FakeResult]]:
+        line: list[tuple[int, str]] = []
+        number = 0
+        while taken := source.take(self.batch_size, wait=True):
+            while taken or line:
+                line += enumerate(taken, start=number)
+                number += len(taken)
+                place, prompt = line.pop(random.randrange(len(line)))
+                yield place, FakeResult(prompt, -1.0, 1)
+                taken = source.take(4 * self.batch_size, wait=False)
+
+
+def row(index: int, name: str | None = None, error: RowError | None = None) -> InputRow:
+    name = name or f"row {index}"
+    return InputRow(index, name, name, (name.encode(),), NO_VALUES, error)
+
+
+def echo(row: InputRow) -> str | RowError:
+    return BAD if row.id.startswith("bad") else row.id
+
+
+class Sink:
+    """Rows in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, Outcome]] = []
+
+    def write(self, row: InputRow, outcome: Outcome) -> None:
+        self.rows.append((row.id, outcome))
+
+    @property
+    def ids(self) -> list[str]:
+        return [name for name, _ in self.rows]
+
+    @property
+    def texts(self) -> list[str | None]:
+        return [None if error_of(outcome) else outcome.text for _, outcome in self.rows]
+
+
+def start(
+    rows: Iterator[InputRow] | Sequence[InputRow],
+    model: Model,
+    sink: Sink,
+    stats: RunStats,
+    *,
+    prepare: Callable[[InputRow], Any] = echo,
+    on_row: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> None:
+    flow = FlowOptions(**{"batch_size": model.batch_size, "workers": 2, **options})
+    run_rows(iter(rows), Stages(prepare, model.decode, sink.write), flow, stats, on_row)
+
+
+def run(rows: Iterator[InputRow] | Sequence[InputRow], model: Model, **options: Any) -> tuple[Sink, RunStats]:
+    sink, stats = Sink(), RunStats()
+    start(rows, model, sink, stats, **options)
+    return sink, stats
+
+
+# Rows
+
+
+@given(
+    st.lists(st.booleans(), max_size=60),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.sampled_from([Model, Ahead]),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_row_comes_out_once_in_order(
+    good: list[bool], batch_size: int, workers: int, rows_at_once: int, kind: type[Model]
+) -> None:
+    rows = [row(i, f"{'good' if is_good else 'bad'} {i}") for i, is_good in enumerate(good)]
+    model = kind(batch_size, shuffled=True)
+    sink, stats = run(rows, model, workers=workers, rows_at_once=rows_at_once)
+    assert sink.ids == [r.id for r in rows]
+    assert sink.texts == [r.id if is_good else None for r, is_good in zip(rows, good, strict=True)]
+    assert (stats.rows, stats.num_failed) == (len(good), good.count(False))
+    assert max(model.calls, default=0) <= batch_size
+
+
+def test_images_that_are_ready_early_wait_for_their_turn() -> None:
+    def uneven(row: InputRow) -> str:
+        time.sleep(random.random() / 200)
+        return row.id
+
+    sink, _ = run([row(i) for i in range(60)], Model(shuffled=True), workers=8, prepare=uneven)
+    assert sink.ids == sink.texts == [f"row {i}" for i in range(60)]
+
+
+def test_batches_are_full() -> None:
+    model = Model()
+    run([row(i, f"bad {i}" if i % 2 else None) for i in range(14)], model)
+    assert model.calls == [3, 3, 1]
+
+
+def test_rows_that_are_known_to_be_bad_are_not_prepared() -> None:
+    def never(row: InputRow) -> str:
+        raise AssertionError(row)
+
+    sink, _ = run([row(0, error=RowError("image_not_allowed", "a link"))], Model(), prepare=never)
+    assert str(sink.rows[0][1]) == "image_not_allowed: a link"
+
+
+def test_statistics_count_by_code_and_keep_the_first_ids() -> None:
+    _, stats = run([row(i, f"bad {i}" if i < 5 else None) for i in range(6)], Model(before=lambda _: time.sleep(0.01)))
+    assert dict(stats.failed) == {"image_unreadable": 5}
+    assert stats.failed_ids == {"image_unreadable": ["bad 0", "bad 1", "bad 2"]}
+    assert stats.rate == pytest.approx(6 / stats.seconds)
+    assert 0 <= stats.waited_share <= 1
+
+
+# Flow
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 16])
+def test_reading_ahead_is_bounded(rows_at_once: int) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[InputRow]:
+        for index in count():
+            read.append(index)
+            yield row(index)
+
+    options = FlowOptions(3, 2)
+    sink, stats = Sink(), RunStats()
+    furthest: list[int] = []
+
+    def look() -> None:
+        furthest.append(len(read) - stats.rows)
+        if stats.rows == 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(
+            endless(),
+            Model(before=lambda _: time.sleep(0.005)),
+            sink,
+            stats,
+            on_row=look,
+            rows_at_once=rows_at_once,
+        )
+    assert len(sink.rows) == 50
+    assert max(furthest) <= options.window
+
+
+def test_a_row_that_takes_long_holds_the_others_back_in_bounds() -> None:
+    released = threading.Event()
+    prepared: list[int] = []
+
+    def prepare(row: InputRow) -> str:
+        if row.index == 0:
+            assert released.wait(10)
+        prepared.append(row.index)
+        return row.id
+
+    def release_later() -> None:
+        while len(prepared) < FlowOptions(3, 2).window - 1:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        released.set()
+
+    thread = threading.Thread(target=release_later)
+    thread.start()
+    sink, _ = run(map(row, range(200)), Model(), prepare=prepare)
+    thread.join()
+    assert sink.ids == [f"row {i}" for i in range(200)]
+    assert prepared.index(0) == FlowOptions(3, 2).window - 1
+
+
+def test_rows_that_are_slow_to_come_leave_at_once() -> None:
+    times: dict[str, float] = {}
+
+    def slow() -> Iterator[InputRow]:
+        for index in range(3):
+            yield row(index)
+            times[f"row {index}"] = time.monotonic()
+            time.sleep(3 * PATIENCE)
+
+    sink, stats, left = Sink(), RunStats(), {}
+    start(slow(), Model(), sink, stats, on_row=lambda: left.update({sink.ids[-1]: time.monotonic()}), workers=1)
+    assert all(left[name] - times[name] < 2 * PATIENCE for name in times)
+    assert stats.seconds_waited > PATIENCE
+
+
+def test_errors_leave_while_the_model_waits_for_a_prompt() -> None:
+    left = threading.Event()
+
+    def rows() -> Iterator[InputRow]:
+        yield row(0, "bad 0")
+        assert left.wait(5), "the row was held back"
+        yield row(1)
+
+    sink, _ = run(rows(), Model(), on_row=left.set, workers=1)
+    assert sink.ids == ["bad 0", "row 1"]
+
+
+def test_the_model_is_not_made_to_wait_while_it_has_work() -> None:
+    """`take` without waiting gives what is ready, which may be nothing."""
+    may_come = threading.Event()
+
+    def rows() -> Iterator[InputRow]:
+        yield row(0)
+        may_come.wait(5)
+        yield row(1)
+
+    def decode(source: Any) -> Iterator[tuple[int, FakeResult]]:
+        assert source.take(8, True) == ["row 0"]
+        assert source.take(8, False) == []
+        yield 0, FakeResult("first")
+        may_come.set()
+        assert source.take(8, True) == ["row 1"]
+        yield 1, FakeResult("second")
+        assert source.take(8, True) == []
+
+    sink, stats = Sink(), RunStats()
+    run_rows(rows(), Stages(echo, decode, sink.write), FlowOptions(4, 1), stats, lambda: None)
+    assert sink.texts == ["first", "second"]
+
+
+# Endings
+
+
+def test_enough_errors_end_the_run_early() -> None:
+    sink, stats = run([row(i, f"bad {i}" if i > 2 else None) for i in range(9)], Model(), max_errors=2)
+    assert len(sink.rows) == 5 and stats.stopped_early
+
+
+def test_errors_of_an_earlier_run_do_not_end_this_one() -> None:
+    stats = RunStats()
+    stats.add("before", "image_missing")
+    start([row(0, "bad 0"), row(1)], Model(), Sink(), stats, max_errors=2)
+    assert not stats.stopped_early and stats.num_failed == 2
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+@pytest.mark.parametrize("num_rows", [0, 4, 6, 40])
+def test_what_the_reader_raises_comes_behind_its_rows(num_rows: int, rows_at_once: int) -> None:
+    def broken() -> Iterator[InputRow]:
+        yield from map(row, range(num_rows))
+        raise InputError("two rows with one id")
+
+    sink, stats = Sink(), RunStats()
+    with pytest.raises(InputError, match="one id"):
+        start(broken(), Model(), sink, stats, rows_at_once=rows_at_once)
+    assert len(sink.rows) == stats.rows == num_rows
+
+
+def test_a_bug_goes_through_and_rows_before_it_are_written() -> None:
+    def fail_later(prompts: list) -> None:
+        if len(model.calls) == 2:
+            raise ValueError("shapes")
+
+    model, sink = Model(before=fail_later), Sink()
+    with pytest.raises(ValueError, match="shapes"):
+        start(map(row, range(9)), model, sink, RunStats())
+    assert sink.ids == ["row 0", "row 1", "row 2"]
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+def test_a_bug_in_a_prepare_thread_goes_through_behind_the_rows_before_it(rows_at_once: int) -> None:
+    def broken(row: InputRow) -> str:
+        if row.index == 5:
+            raise ZeroDivisionError
+        return row.id
+
+    sink = Sink()
+    with pytest.raises(ZeroDivisionError):
+        start(map(row, range(9)), Model(), sink, RunStats(), prepare=broken, rows_at_once=rows_at_once)
+    assert sink.ids == [f"row {i}" for i in range(5)]
+
+
+def test_a_model_that_forgets_a_row_is_found_out() -> None:
+    def forgetful(source: Any) -> Iterator[tuple[int, FakeResult]]:
+        while source.take(3, True):
+            yield from ()
+
+    with pytest.raises(AssertionError, match="2 rows came in and 0 went out"):
+        run_rows(
+            iter(map(row, range(2))), Stages(echo, forgetful, Sink().write), FlowOptions(3, 1), RunStats(), lambda: None
+        )
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 16])
+def test_no_thread_outlives_a_run(rows_at_once: int) -> None:
+    def stop(prompts: list) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run((row(i) for i in count()), Model(before=stop), workers=4, rows_at_once=rows_at_once)
+    deadline = time.monotonic() + 5
+    while any(thread.name.startswith("prepare") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.01)

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import FakeCaptioner, expected_text, save_image
+
+from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.errors import IdeficsError, InputError, OutputError
+from idefics_cli.images.decode import ImageLimits
+from idefics_cli.pipeline.prefetch import RunStats
+from idefics_cli.pipeline.run import Ending, Loader, Run, RunOptions
+from idefics_cli.prompts.templates import PromptOptions
+from idefics_cli.rows import ReadOptions
+from idefics_cli.tasks.caption_vqa import Asking, AskOptions
+from idefics_cli.tasks.embed import EmbeddingWork
+from idefics_cli.tasks.few_shot import ShotOptions
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.totals: list[int | None] = []
+
+    def on_start(self, total: int | None) -> None:
+        self.totals.append(total)
+
+    def say(self, message: str) -> None: ...
+
+    def on_row(self) -> None: ...
+
+
+class Bench:
+    """Runs over a folder of images. `calls` are the model's checks and loads, in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output, self.calls = folder / "f.jsonl", list[str]()
+        self.options = RunOptions(
+            inputs=(str(folder / "photos"),),
+            output=str(self.output),
+            request=ModelRequest("fake", None, "auto", "auto", False),
+            reading=ReadOptions(),
+            limits=ImageLimits(),
+            decode_timeout=5.0,
+            workers=2,
+        )
+        self.stats, self.observer, self.weights = RunStats(), Observer(), "one"
+
+    def check(self, request: ModelRequest) -> str:
+        self.calls.append("check")
+        return self.weights
+
+    def load(self, request: ModelRequest, batch_size: int | None) -> Any:
+        self.calls.append("load")
+        return FakeCaptioner(batch_size or 4)
+
+    def run(
+        self,
+        questions: tuple[str, ...] = (),
+        stdout: io.BytesIO | None = None,
+        stdin: io.BytesIO | None = None,
+        **changes: Any,
+    ) -> Ending:
+        self.stats, self.observer, self.calls = RunStats(), Observer(), []
+        work = Asking(AskOptions(PromptOptions("vqa" if questions else "caption"), DecodingOptions(), questions))
+        options = replace(self.options, **changes)
+        return Run(options, work, Loader(self.check, self.load), self.stats, self.observer, stdin).run(stdout)
+
+    def refuses(self, kind: type[IdeficsError], **changes: Any) -> str:
+        with pytest.raises(kind) as caught:
+            self.run(**changes)
+        return str(caught.value)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output.read_text().splitlines()]
+
+
+@pytest.fixture
+def bench(photos: Path) -> Bench:
+    return Bench(photos.parent)
+
+
+def test_rows_counts_and_totals(bench: Bench, photos: Path) -> None:
+    assert bench.run() is Ending.RAN
+    assert [row["caption"] for row in bench.rows() if not row["error"]] == [
+        expected_text(photos / row["id"]) for row in bench.rows() if not row["error"]
+    ]
+    assert (bench.stats.rows, bench.stats.safe, bench.stats.resumed) == (7, 7, 0)
+    assert bench.stats.failed == {"image_unreadable": 1} and bench.observer.totals == [7]
+    assert bench.calls.count("load") == 1
+
+
+def test_a_finished_run_loads_no_model(bench: Bench) -> None:
+    bench.run()
+    assert bench.run() is Ending.FINISHED_BEFORE
+    assert bench.calls == []
+    assert (bench.stats.rows, bench.stats.resumed, bench.stats.num_failed) == (7, 7, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"output": "f.csv"}, {"inputs": ("https://a.example/b.png",)}, {"inputs": ("none",)}, {"output": "none/f.jsonl"}],
+)
+def test_mistakes_are_found_before_the_model_is_looked_at(bench: Bench, changes: dict[str, Any]) -> None:
+    bench.refuses(IdeficsError, **changes)
+    assert bench.calls == [] and not list(bench.output.parent.glob("f.*"))
+
+
+def test_stdout_takes_the_rows_and_has_to_be_there(bench: Bench) -> None:
+    stdout = io.BytesIO()
+    assert bench.run(stdout=stdout, output="-") is Ending.RAN
+    assert [json.loads(line)["id"] for line in stdout.getvalue().splitlines()][:2] == ["a.jpg", "b.png"]
+    assert "stdout is closed" in bench.refuses(OutputError, output="-")
+    assert not bench.output.exists()
+
+
+def stopped_after(number: int, bench: Bench) -> None:
+    """A run that is stopped when so many rows have been written."""
+
+    def stop() -> None:
+        if bench.stats.rows == number:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Observer, "on_row", lambda self: stop())
+        with pytest.raises(KeyboardInterrupt):
+            bench.run()
+    assert bench.stats.safe == number
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_a_run_goes_on_wherever_it_was_stopped(bench: Bench, number: int) -> None:
+    bench.run()
+    whole = bench.output.read_bytes()
+    bench.output.unlink()
+    stopped_after(number, bench)
+    assert not bench.output.exists()
+    bench.run()
+    assert bench.output.read_bytes() == whole
+    assert (bench.stats.rows, bench.stats.resumed, bench.stats.safe) == (7, number, 7)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_several_questions_go_on_within_an_image(bench: Bench, number: int) -> None:
+    questions = "What?", "Where?"
+    run = bench.run
+    bench.run = lambda **changes: run(questions, **changes)  # type: ignore[method-assign]
+    bench.run()
+    whole = bench.rows()
+    assert [row["id"] for row in whole[:3]] == ["a.jpg#1", "a.jpg#2", "b.png#1"] and bench.observer.totals == [14]
+    bench.output.unlink()
+    stopped_after(number, bench)
+    bench.run()
+    assert bench.rows() == whole
+
+
+def test_other_weights_of_a_half_done_run_are_named_before_they_are_loaded(bench: Bench) -> None:
+    stopped_after(2, bench)
+    bench.weights = "two"
+    assert "weights was 'one' and is now 'two'" in bench.refuses(OutputError)
+    assert "load" not in bench.calls
+
+
+def test_failed_rows_are_done_again_and_only_these(bench: Bench, photos: Path) -> None:
+    bench.run()
+    before = bench.rows()
+    save_image(photos / "broken.png", 9)
+    assert bench.run(retry_errors=True) is Ending.RAN
+    after = bench.rows()
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert [row for row in after if row["id"] != "broken.png"] == [row for row in before if row["id"] != "broken.png"]
+    assert after[2]["caption"] == expected_text(photos / "broken.png")
+    assert (bench.stats.rows, bench.stats.num_failed) == (7, 0)
+    assert bench.run(retry_errors=True) is Ending.FINISHED_BEFORE and bench.calls == []
+
+
+def test_failed_rows_of_parquet_are_done_again(bench: Bench, photos: Path) -> None:
+    output = bench.output.with_suffix(".parquet")
+    bench.run(output=str(output))
+    save_image(photos / "broken.png", 9)
+    bench.run(output=str(output), retry_errors=True)
+    table = pq.read_table(output)
+    assert table.num_rows == 7 and table["error"].null_count == 7
+
+
+def test_enough_errors_keep_the_rows_and_the_next_run_goes_on(bench: Bench) -> None:
+    assert bench.run(max_errors=1) is Ending.RAN
+    assert bench.stats.stopped_early and not bench.output.exists()
+    bench.run(max_errors=1)
+    assert not bench.stats.stopped_early and bench.output.exists()
+
+
+def test_texts_beside_images(bench: Bench, photos: Path) -> None:
+    bench.run(sidecar=True)
+    texts = {path.relative_to(photos).as_posix() for path in photos.rglob("*.txt")}
+    assert texts == {"a.txt", "b.txt", "c.txt", "m.txt", "z.txt", "sub/a.txt"}
+    assert (photos / "a.txt").read_text() == expected_text(photos / "a.jpg") + "\n"
+
+
+def texts_beside(photos: Path) -> dict[str, str]:
+    return {path.relative_to(photos).as_posix(): path.read_text() for path in photos.rglob("*.txt")}
+
+
+def test_texts_beside_images_may_be_asked_for_later(bench: Bench, photos: Path) -> None:
+    """Of a finished run nothing is done again; of a stopped one neither, and rows that are done get their texts too."""
+    bench.run(sidecar=True)
+    expected = texts_beside(photos)
+    assert len(expected) == 6
+    remove_all(photos)
+    assert bench.run(sidecar=True) is Ending.FINISHED_BEFORE and "load" not in bench.calls
+    assert texts_beside(photos) == expected
+
+    remove_all(photos)
+    bench.run(overwrite=True, max_errors=1)
+    assert bench.stats.stopped_early and not texts_beside(photos)
+    assert bench.run(sidecar=True) is Ending.RAN and bench.stats.resumed > 0
+    assert texts_beside(photos) == expected
+
+
+def test_rows_done_again_and_those_that_were_done_get_their_texts(bench: Bench, photos: Path) -> None:
+    bench.run()
+    save_image(photos / "broken.png", 9)
+    bench.run(retry_errors=True, sidecar=True)
+    assert texts_beside(photos).keys() == {"a.txt", "b.txt", "c.txt", "m.txt", "z.txt", "sub/a.txt", "broken.txt"}
+
+
+def test_texts_are_refused_beside_other_images_than_those_that_are_done(bench: Bench, photos: Path) -> None:
+    def run(*names: str, **changes: Any) -> Ending:
+        paths = "".join(f"{photos / name}\n" for name in names)
+        return bench.run(stdin=io.BytesIO(paths.encode()), inputs=("-",), **changes)
+
+    run("a.jpg", "broken.png", "z.png", max_errors=1)
+    for others in ("b.jpg", "broken.png", "z.png"), ("a.jpg",):
+        with pytest.raises(InputError, match=r"the unfinished output goes on with .* bring the old input back"):
+            run(*others, sidecar=True)
+    assert texts_beside(photos).keys() <= {"a.txt"}
+
+
+def remove_all(photos: Path) -> None:
+    for path in photos.rglob("*.txt"):
+        path.unlink()
+
+
+def test_a_manifest_without_files_has_no_place_for_texts(bench: Bench, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    pq.write_table(pa.table({"image": [(save_image(tmp_path / "x.png")).read_bytes()]}), tmp_path / "m.parquet")
+    assert "leave --sidecar out" in bench.refuses(OutputError, inputs=(str(tmp_path / "m.parquet"),), sidecar=True)
+    assert "load" not in bench.calls
+    unseen = {"inputs": (str(tmp_path / "m.parquet"),), "reading": ReadOptions(needs_image=False)}
+    assert "name its column with --image-column" in bench.refuses(OutputError, sidecar=True, **unseen)
+
+
+def test_answers_that_cannot_be_scored_are_told_before_the_model_is_loaded(bench: Bench, photos: Path) -> None:
+    manifest = photos / "m.jsonl"
+    manifest.write_text("".join(json.dumps({"image": name, "truth": [True]}) + "\n" for name in ("a.jpg", "b.png")))
+    changes = {"inputs": (str(manifest),), "reading": ReadOptions(keep=("truth",)), "answers_column": "truth"}
+    assert "row 1: a reference is bool, not text: name another" in bench.refuses(InputError, **changes)
+    assert "load" not in bench.calls and not list(bench.output.parent.glob("f.*"))
+    bench.run(**{**changes, "answers_column": None})
+    assert [row["id"] for row in bench.rows()] == ["0", "1"]  # the row that is looked at comes, too
+
+
+def test_shots_may_have_their_images_in_the_inputs_column(bench: Bench, photos: Path) -> None:
+    """And folders have no columns, but shots beside them do."""
+    shots = photos / "shots.jsonl"
+    shots.write_text(json.dumps({"before": "a.jpg", "after": "b.png", "caption": "a cat"}) + "\n")
+    for column in "before", "after":
+        options = ShotOptions(str(shots), 1, image_column=column)
+        work = Asking(AskOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=options))
+        output = str(bench.output.with_name(f"{column}.jsonl"))
+        reading = ReadOptions(image_column=column)
+        options = replace(bench.options, inputs=(str(photos / "a.jpg"),), output=output, reading=reading)
+        run = Run(options, work, Loader(bench.check, bench.load), RunStats(), bench.observer)
+        assert run.run(None) is Ending.RAN
+
+
+def test_images_need_a_question_from_somewhere(bench: Bench) -> None:
+    work = Asking(AskOptions(PromptOptions("vqa"), DecodingOptions()))
+    with pytest.raises(InputError, match="is no manifest: ask with -q QUESTION"):
+        Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+
+
+def test_files_have_one_image_each(bench: Bench) -> None:
+    """A prompt with places for more would make an error of every row."""
+    for text in "{image}{image}", "{image} or {{{image}}}":
+        work = Asking(AskOptions(PromptOptions("caption", text=text), DecodingOptions()))
+        with pytest.raises(InputError, match=r"is no manifest: name one with a list of 2 images in each row"):
+            Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+    work = Asking(AskOptions(PromptOptions("caption", text="{image} or {{image}}"), DecodingOptions()))
+    Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+
+
+@pytest.mark.parametrize(
+    ("reading", "flag"),
+    [
+        (ReadOptions(keep=("author",)), "--keep"),
+        (ReadOptions(keep="all"), "--keep"),
+        (ReadOptions(image_column="image"), "--image-column"),
+        (ReadOptions(id_column="name"), "--id-column"),
+        (ReadOptions(image_root="photos"), "--image-root"),
+    ],
+)
+def test_images_alone_have_no_columns(bench: Bench, tmp_path: Path, reading: ReadOptions, flag: str) -> None:
+    refusal = bench.refuses(InputError, reading=reading)
+    assert flag in refusal and "is no manifest" in refusal and bench.calls == []
+
+
+def test_the_image_root_is_that_of_paths_on_stdin_too(bench: Bench, photos: Path) -> None:
+    reading = ReadOptions(image_root=str(photos))
+    bench.run(stdin=io.BytesIO(b"a.jpg\n"), inputs=("-",), reading=reading)
+    assert bench.rows()[0]["error"] is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_run_reads_is_never_its_output(bench: Bench, tmp_path: Path, photos: Path, overwrite: bool) -> None:
+    shots, link = tmp_path / "shots.jsonl", tmp_path / "link.jsonl"
+    shots.write_text(json.dumps({"image": "photos/a.jpg", "caption": "a cat"}) + "\n")
+    link.symlink_to(shots)
+    changes = {"output": str(link), "overwrite": overwrite}
+    assert "name another output" in bench.refuses(OutputError, inputs=(str(shots),), **changes)
+    one = ShotOptions(str(shots), 1)
+    work = Asking(AskOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=one))
+    with pytest.raises(OutputError, match="is what this run reads: name another output"):
+        Run(replace(bench.options, **changes), work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+    assert "a cat" in shots.read_text()
+
+
+def test_what_another_command_has_made_is_not_taken_over(bench: Bench) -> None:
+    bench.run()
+    work = EmbeddingWork(replace(bench.options.request, model="demo"))
+    with pytest.raises(OutputError, match="command was 'caption' and is now 'embed'"):
+        Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer).run(None)

@@ -1,0 +1,112 @@
+"""`idefics caption` from end to end with real models: what users do, and what they get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_image
+from safetensors.torch import load_file, save_file
+from sdist import sdist
+from tiny_models import save_checkpoint
+from typer.testing import CliRunner, Result
+
+from idefics_cli.cli import app as cli
+from idefics_cli.readers.inputs import open_inputs
+from idefics_cli.rows import ReadOptions
+
+
+def idefics(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("whole"))
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def with_a_truncated_file(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def of_another_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+
+
+def with_pickles_only(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    without_weights(folder)
+
+
+def with_a_missing_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said", "before_loading"),
+    [
+        (without_weights, "no weights", True),
+        (with_a_truncated_file, "cut short", True),
+        (of_another_architecture, "llama", True),
+        (with_pickles_only, "--allow-pickle", True),
+        (with_a_missing_tensor, "model.norm.weight", False),
+    ],
+)
+def test_a_bad_checkpoint_is_one_line_and_exit_2(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable, said: str, before_loading: bool
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    spoil(folder)
+    if before_loading:
+        monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    result = idefics("caption", save_image(tmp_path / "a.png"), "-m", folder, "-o", tmp_path / "f.jsonl")
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ") and said in line
+    assert not list(tmp_path.glob("f.jsonl*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_here(whole: Path, tmp_path: Path) -> None:
+    result = idefics("caption", save_image(tmp_path / "a.png"), "-m", whole, "--device", "cuda")
+    assert result.exit_code == 2
+    assert "--device cpu" in result.stderr
+
+
+def test_a_random_model_captions_what_it_is_given(whole: Path, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "f.jsonl"
+    result = idefics("caption", photos, "-m", whole, "-o", output, "--max-new-tokens", "5", "--num-beams", "2")
+    assert result.exit_code == 3, result.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    assert [row["id"] for row in rows if row["error"]] == ["broken.png"]
+    assert all(row["tokens"] <= 5 and row["score"] < 0 for row in rows if not row["error"])
+
+
+def test_pillows_own_test_images_run_through(tmp_path: Path) -> None:
+    """Some hundreds of files, many of them broken on purpose: one row for each, with a caption or a reason."""
+    folder = sdist("pillow", metadata.version("pillow")) / "Tests" / "images"
+    expected = [row.id for row in open_inputs([str(folder)], ReadOptions()).rows]
+    assert len(expected) > 500
+    shortest = ("--num-beams", "1", "--max-new-tokens", "2")
+    result = idefics("caption", folder, "-m", "demo", "-o", tmp_path / "f.jsonl", *shortest)
+    assert result.exit_code == 3, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == expected
+    outcomes = Counter(row["error"].split(":")[0] if row["error"] else "captioned" for row in rows)
+    assert outcomes["captioned"] > 300
+    assert set(outcomes) <= {"captioned", "image_unreadable", "image_too_large", "image_not_allowed"}

@@ -1,0 +1,181 @@
+"""Answers to choose from: their tokens behind a prompt, how scores are normalised, and `Idefics.score` over both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_models import save_checkpoint
+from tiny_tokenizers import INSTRUCT_TOKENS, llama_tokenizer, verbatim_tokenizer
+
+from idefics_cli import Idefics, IdeficsError, RowError
+from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.prompts.choices import ChoiceOptions, checked_choices, normalised, split_answers, with_answer
+from idefics_cli.prompts.templates import END_OF_UTTERANCE
+from idefics_cli.prompts.tokenize import PromptEncoder, collate
+
+ENCODERS = [
+    PromptEncoder(make(legacy, added=INSTRUCT_TOKENS))
+    for make in (llama_tokenizer, verbatim_tokenizer)
+    for legacy in (True, False)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Idefics:
+    return Idefics.from_pretrained(save_checkpoint(tmp_path_factory.mktemp("base")), batch_size=3)
+
+
+def image(seed: int = 0) -> Image.Image:
+    pixels = torch.randint(0, 256, (30, 40, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def test_an_answer_stands_behind_one_blank_between_texts_only() -> None:
+    image = object()
+    assert with_answer(("Answer:",), "yes") == ("Answer: yes",)
+    assert with_answer(("Answer: ",), "yes") == ("Answer: yes",)
+    assert with_answer(("Answer:\n",), "yes") == ("Answer:\nyes",)
+    assert with_answer(("a", image), "yes") == ("a", image, "yes")
+    assert with_answer((END_OF_UTTERANCE, ""), "yes") == (END_OF_UTTERANCE, "yes")
+    assert with_answer((), "yes") == ("yes",)
+
+
+@given(
+    st.sampled_from(ENCODERS),
+    st.sampled_from(["Answer:", "Answer: ", "the do", "", "Question: two", "a ", "\n", "é"]),
+    st.booleans(),
+    st.lists(st.text(min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=4),
+)
+def test_common_start_and_choice_are_the_tokens_of_the_whole_text(encoder, text, with_image, choices) -> None:
+    prompt = (*([object()] if with_image else []), text)
+    answered = [encoder.encode(with_answer(prompt, choice)) for choice in choices]
+    prompt_ids = encoder.encode(prompt)
+    common, choice_ids = split_answers(prompt_ids, answered)
+    assert [[*prompt_ids[:common], *ids] for ids in choice_ids] == answered
+    assert common >= 1 and all(choice_ids)
+    assert common == len(prompt_ids) or any(
+        ids[: common + 1] != prompt_ids[: common + 1] or len(ids) == common + 1 for ids in answered
+    ), "no more could be common"
+
+
+def test_an_answer_that_grows_onto_the_prompt_is_judged_with_what_it_changes() -> None:
+    """`do` and `dogs` are other tokens; both choices are then judged from the same place on."""
+    assert split_answers([1, 5, 6], [[1, 5, 7, 8], [1, 5, 6, 9]]) == (2, [(7, 8), (6, 9)])
+    assert split_answers([1, 5, 6], [[1, 5, 6, 9], [1, 5, 6, 3]]) == (3, [(9,), (3,)])
+    assert split_answers([1, 5, 6], [[1, 5, 6], [1, 5, 6, 3]]) == (2, [(6,), (6, 3)])
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_word_brings_its_own_blank(encoder: PromptEncoder) -> None:
+    """LLaMA's pieces hold the blank before a word: nothing of the prompt is read anew for it.
+
+    (The tests' vocabulary has pieces across words, which LLaMA's has not; none of them has a z.)
+    """
+    prompt = ("Question: how many zz",)
+    prompt_ids = encoder.encode(prompt)
+    common, (ids,) = split_answers(prompt_ids, [encoder.encode(with_answer(prompt, "two"))])
+    assert common == len(prompt_ids)
+    assert encoder._tokenizer.id_to_token(ids[0]).startswith("▁t")
+
+
+def test_norms() -> None:
+    assert normalised(-6.0, "äh", 2, "none") == -6.0
+    assert normalised(-6.0, "äh", 2, "tokens") == -3.0
+    assert normalised(-6.0, "äh", 2, "bytes") == -2.0
+
+
+@pytest.mark.parametrize("choices", [None, "yes,no", [], ["yes", ""], ["yes", " "], ["yes", None], [1, 2], {"a": 1}])
+def test_what_is_no_list_of_texts_is_a_bad_row(choices: object) -> None:
+    found = checked_choices(choices)
+    assert isinstance(found, RowError) and found.code == "row_invalid"
+
+
+def log_likelihoods(model: Idefics, prompt: list, choices: list[str]) -> dict[str, tuple[float, int]]:
+    """Of each choice the sum and the number of its tokens, by plain forward passes over prompt and choice as one text.
+
+    Its tokens begin where the first of all choices' texts comes to differ from the prompt's.
+    """
+    before = model.encode(prompt, 1).input_ids
+    rows = {choice: model.encode([*prompt[:-1], f"{prompt[-1]} {choice}"], 0) for choice in choices}
+    start = next((i for i in range(len(before)) if any(row.input_ids[i] != before[i] for row in rows.values())), None)
+    start = len(before) if start is None else start
+    found = {}
+    for choice, row in rows.items():
+        with torch.no_grad():
+            inputs = vars(collate([row], model.encoder, model.images.image_size))
+            told = model.model(**inputs).logits[0].log_softmax(-1)[start - 1 : -1]
+        own = torch.tensor(row.input_ids[start:])
+        found[choice] = float(told.gather(-1, own[:, None]).sum()), len(own)
+    return found
+
+
+@pytest.mark.parametrize("norm", ["none", "tokens", "bytes"])
+def test_the_likeliest_choice_is_the_answer_and_all_are_candidates(base: Idefics, norm: str) -> None:
+    choices = ["yes", "no", "two small dogs", "a red cat on the mat"]
+    prompts = [["Image:", image(seed), "Question: what is this? Answer:"] for seed in range(4)] + [["Answer:"]]
+    for prompt, result in zip(prompts, base.score([(p, choices) for p in prompts], choice_norm=norm), strict=True):
+        known = log_likelihoods(base, prompt, choices)
+        expected = {
+            choice: total / {"none": 1, "tokens": length, "bytes": len(choice)}[norm]
+            for choice, (total, length) in known.items()
+        }
+        assert {c.text: c.score for c in result.candidates} == pytest.approx(expected, abs=1e-4)
+        assert result.text == max(expected, key=expected.get) and result.score == result.candidates[0].score
+        assert all(c.tokens == len(c.token_ids) == known[c.text][1] for c in result.candidates)
+
+
+def test_bad_rows_are_errors_among_good_ones(base: Idefics, tmp_path: Path) -> None:
+    good = (["Answer:"], ["yes", "no"])
+    asked = [good, ([tmp_path / "gone.png", "?"], ["yes"]), (["a"], []), (["word " * 400], ["yes"]), good]
+    results = base.score(asked)
+    codes = [result.error.code if result.error else None for result in results]
+    assert codes == [None, "image_missing", "row_invalid", "prompt_too_long", None]
+    assert results[0] == results[4] and results[0].text in ("yes", "no")
+
+
+def test_a_prompt_with_its_longest_choice_may_fill_the_model(base: Idefics) -> None:
+    room = base.model.config.max_position_embeddings
+    per_word = len(base.encoder.encode(("a a",))) - len(base.encoder.encode(("a",)))
+    fitting = ["a" + " a" * ((room - len(base.encoder.encode(("a a",)))) // per_word)]
+    assert base.score([(fitting, ["a"])])[0].error is None
+    assert base.score([(fitting, ["a", "a a a"])])[0].error.code == "prompt_too_long"
+
+
+def test_a_stream_gives_what_score_gives(base: Idefics) -> None:
+    asked = [([image(seed), "Answer:"], ["yes", "no", "two"]) for seed in range(7)]
+    encoded = [base.encode_choices(*pair) for pair in asked]
+    streamed = dict(base.score_stream(IterableSource(encoded), "tokens"))
+    assert [streamed[number].text for number in range(7)] == [r.text for r in base.score(asked, "tokens")]
+
+
+def test_special_tokens_words_in_a_choice_are_words(base: Idefics) -> None:
+    encoded = base.encode_choices([image(), "Answer:"], ["<image>", "</s>", "<s>"])
+    assert not {base.encoder.image_token_id, base.encoder.eos_token_id} & {i for ids in encoded.choice_ids for i in ids}
+
+
+def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
+    with pytest.raises(IdeficsError, match="use none, tokens, bytes"):
+        base.score([], choice_norm="length")
+    with pytest.raises(IdeficsError, match="sequence of texts and images"):
+        base.score([("Answer:", ["yes"])])
+
+
+@pytest.mark.parametrize(
+    ("cell", "choices"),
+    [
+        ("yes,no", ("yes", "no")),
+        ('["a, b", "c"]', ["a, b", "c"]),
+        (' ["a"]', ["a"]),
+        ("[a], [b]", ("[a]", "[b]")),
+        ("[" * 100_000, ("[" * 100_000,)),
+        (["a", "b"], ["a", "b"]),
+        (None, None),
+    ],
+)
+def test_a_cell_of_choices_is_a_list_or_a_text_with_commas(cell: object, choices: object) -> None:
+    assert ChoiceOptions(column="c").of({"c": cell}) == choices

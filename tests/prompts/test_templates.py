@@ -1,0 +1,377 @@
+"""The official templates letter by letter, own ones, shots, and what becomes of a row."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.prompts.templates import (
+    CAPTION,
+    END_OF_UTTERANCE,
+    INSTRUCT_CAPTION,
+    INSTRUCT_QUESTION,
+    QUESTION_ANSWER,
+    TASKS,
+    TEMPLATES,
+    VIZWIZ,
+    PromptOptions,
+    Shot,
+    SpecialToken,
+    build_prompt,
+    choose_template,
+    few_shot_prompt,
+    leading_shots,
+    merge_texts,
+    own_template,
+    parse_text,
+    require_fields,
+    shot_answer,
+    strip,
+)
+
+VQA_PREFIX = "Instruction: provide an answer to the question. Use the image to answer.\n"
+VIZWIZ_PREFIX = "Task: Answer the questions based on the image when possible, otherwise say unanswerable.\n"
+
+
+class ImageItem:
+    """Stands for an image: prompts pass anything on that is neither text nor a special token."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+A, B, C = ImageItem("a"), ImageItem("b"), ImageItem("c")
+
+
+def written(prompt) -> str:
+    """The prompt as one line, for reading: images as [a], special tokens by name."""
+    return "".join(
+        item if isinstance(item, str) else item.name if isinstance(item, SpecialToken) else f"[{item.name}]"
+        for item in prompt
+    )
+
+
+def test_captions_of_the_base_model():
+    assert few_shot_prompt(CAPTION, (), Shot(A)) == ("Image:", A, "Caption:")
+
+
+def test_captions_of_the_instruct_model():
+    assert few_shot_prompt(INSTRUCT_CAPTION, (), Shot(A)) == (
+        "User:",
+        A,
+        "Describe the image briefly.",
+        END_OF_UTTERANCE,
+        "\nAssistant:",
+    )
+
+
+def test_questions_to_the_base_model():
+    assert few_shot_prompt(QUESTION_ANSWER, (), Shot(A, question="What is it?")) == (
+        f"{VQA_PREFIX}Image:",
+        A,
+        "Question: What is it? Answer:",
+    )
+
+
+def test_questions_to_the_instruct_model():
+    assert few_shot_prompt(INSTRUCT_QUESTION, (), Shot(A, question="What is it?")) == (
+        "User:",
+        A,
+        "What is it?",
+        END_OF_UTTERANCE,
+        "\nAssistant:",
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CAPTION, "Image:[a]Caption: one\nImage:[b]Caption: two\nImage:[c]Caption:"),
+        (
+            QUESTION_ANSWER,
+            f"{VQA_PREFIX}Image:[a]Question: q1 Answer: one\nImage:[b]Question: q2 Answer: two\n"
+            "Image:[c]Question: q3 Answer:",
+        ),
+        (
+            VIZWIZ,
+            f"{VIZWIZ_PREFIX}Image:[a]Question: q1 Answer: one\nImage:[b]Question: q2 Answer: two\n"
+            "Image:[c]Question: q3 Answer:",
+        ),
+        (
+            INSTRUCT_CAPTION,
+            "User:[a]Describe the image briefly.<end_of_utterance>\nAssistant: one<end_of_utterance>\n"
+            "User:[b]Describe the image briefly.<end_of_utterance>\nAssistant: two<end_of_utterance>\n"
+            "User:[c]Describe the image briefly.<end_of_utterance>\nAssistant:",
+        ),
+        (
+            INSTRUCT_QUESTION,
+            "User:[a]q1<end_of_utterance>\nAssistant: one<end_of_utterance>\n"
+            "User:[b]q2<end_of_utterance>\nAssistant: two<end_of_utterance>\n"
+            "User:[c]q3<end_of_utterance>\nAssistant:",
+        ),
+    ],
+)
+def test_two_shots(template, expected):
+    shots = [Shot(A, "one", "q1"), Shot(B, "two", "q2")]
+    assert written(few_shot_prompt(template, shots, Shot(C, question="q3"))) == expected
+
+
+def test_a_text_only_shot_leaves_its_image_slot_out():
+    prompt = few_shot_prompt(CAPTION, [Shot(None, "one"), Shot(None, "two")], Shot(A))
+    assert prompt == ("Image:Caption: one\nImage:Caption: two\nImage:", A, "Caption:")
+
+
+def test_words_of_a_question_stay_words():
+    question = "Is {question} an <image>, </s> or <end_of_utterance>?"
+    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot(A, question=question))
+    assert prompt[2] == question
+    assert [item for item in prompt if isinstance(item, SpecialToken)] == [END_OF_UTTERANCE]
+
+
+def test_the_whole_prompt_is_stripped_and_nothing_within_it():
+    assert strip((" \n a ", A, "\n b \t\n")) == ("a ", A, "\n b")
+    assert strip(("  ", A, "  ")) == (A,)
+    assert strip((A, " ", B)) == (A, " ", B)
+    assert strip(("  ",)) == strip(()) == ()
+
+
+def test_a_query_with_an_answer_is_our_bug():
+    with pytest.raises(AssertionError, match="blue"):
+        few_shot_prompt(CAPTION, [], Shot(A, "blue"))
+
+
+ITEMS = st.lists(st.one_of(st.text(max_size=3), st.sampled_from([A, B, END_OF_UTTERANCE])), max_size=8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ITEMS)
+def test_merging_keeps_every_letter_and_leaves_no_two_texts_side_by_side(items):
+    merged = merge_texts(items)
+    assert written(merged) == written(items)
+    assert "" not in merged
+    assert not any(isinstance(a, str) and isinstance(b, str) for a, b in pairwise(merged))
+    assert merge_texts(merged) == merged
+
+
+# ---- own texts
+
+
+def asked(text: str, instruct: bool = False, **fields: str) -> str:
+    """What an own text shows of a query with image A."""
+    return written(few_shot_prompt(own_template(text, instruct), (), Shot(A, fields=fields)))
+
+
+def test_an_own_text_stands_as_it_is_and_images_before_it() -> None:
+    assert asked("What is this?") == "[a]What is this?"
+    assert asked("Photo: {image} Title:") == "Photo: [a] Title:"
+
+
+def test_an_own_text_is_the_users_turn_to_an_instruct_model() -> None:
+    assert asked("What is this?", instruct=True) == "User:[a]What is this?<end_of_utterance>\nAssistant:"
+
+
+def test_braces_name_columns_and_doubled_braces_are_braces() -> None:
+    assert asked("{name}, {{name}} and {{}}", name="Ada") == "[a]Ada, {name} and {}"
+
+
+def test_what_a_field_holds_is_not_read_again() -> None:
+    assert asked("Is {name} here?", name="{name} {image} {{ }") == "[a]Is {name} {image} {{ } here?"
+
+
+@pytest.mark.parametrize("text", ["a { b", "a } b", "{name", "{{name}"])
+def test_a_brace_on_its_own_is_told_with_its_mend(text: str) -> None:
+    with pytest.raises(IdeficsError, match=r"write \{\{ or \}\} for a brace"):
+        own_template(text, instruct=False)
+
+
+@pytest.mark.parametrize("text", ["{}", "{name!r}", "{name:>9}"])
+def test_braces_hold_a_name_and_nothing_more(text: str) -> None:
+    with pytest.raises(IdeficsError, match="more than a column's name"):
+        parse_text(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=12), st.booleans())
+def test_any_text_can_be_written_with_its_braces_doubled(text: str, instruct: bool) -> None:
+    doubled = text.replace("{", "{{").replace("}", "}}")
+    prompt = few_shot_prompt(own_template(doubled, instruct), (), Shot(A))
+    items = ("User:", A, text, END_OF_UTTERANCE, "\nAssistant:") if instruct else (A, text)
+    assert prompt == strip(merge_texts(items))
+
+
+# ---- images have places
+
+
+def test_all_images_stand_at_the_only_place_or_one_at_each() -> None:
+    assert written(few_shot_prompt(CAPTION, (), Shot((A, B)))) == "Image:[a][b]Caption:"
+    between = own_template("from {image} to {image}:", instruct=False)
+    assert written(few_shot_prompt(between, (), Shot((A, B)))) == "from [a] to [b]:"
+    assert written(few_shot_prompt(between, [Shot(None, "none")], Shot((A, B)))) == "from  to : none\nfrom [a] to [b]:"
+
+
+def test_images_without_a_place_are_a_bad_row() -> None:
+    options = PromptOptions("caption", text="from {image} to {image}:")
+    assert build_prompt(options, {}, (A, B, C), (), instruct=False) == RowError(
+        "row_invalid", "3 images for the 2 places that the prompt has"
+    )
+
+
+# ---- which template
+
+
+@pytest.mark.parametrize(
+    ("task", "instruct", "template"),
+    [
+        ("caption", False, CAPTION),
+        ("caption", True, INSTRUCT_CAPTION),
+        ("vqa", False, QUESTION_ANSWER),
+        ("vqa", True, INSTRUCT_QUESTION),
+    ],
+)
+def test_a_checkpoint_gets_the_template_that_it_was_published_with(task, instruct, template) -> None:
+    assert choose_template(PromptOptions(task), instruct) is template
+
+
+def test_a_template_can_be_named() -> None:
+    assert choose_template(PromptOptions("vqa", template="vizwiz"), instruct=False) is VIZWIZ
+    assert choose_template(PromptOptions("vqa", template="vqa"), instruct=True) is QUESTION_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (PromptOptions("vqa", template="haiku"), "'haiku': use one of caption, vqa, vizwiz"),
+        (PromptOptions("vqa", template="instruct-vqa"), "for instruct models, and this is none: use 'vqa'"),
+        (PromptOptions("vqa", template="caption"), "asks no question: use 'vqa'"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_told_with_its_mend(options: PromptOptions, said: str) -> None:
+    with pytest.raises(IdeficsError, match=said):
+        choose_template(options, instruct=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"template": "vqa", "text": "{question}"}, "exclude each other"),
+        ({"num_shots": -1}, "from 0 on"),
+        ({"bare": True, "num_shots": 2}, "--bare"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict, said: str) -> None:
+    with pytest.raises(IdeficsError, match=said):
+        PromptOptions("vqa", **options)
+
+
+def test_a_field_that_no_row_has_is_told_with_those_there_are() -> None:
+    options = PromptOptions("caption", text="{title}: {image}")
+    with pytest.raises(IdeficsError, match="field 'title', and the rows have id, name: name one of these"):
+        require_fields(options, ("id", "name"), instruct=False)
+    require_fields(options, ("id", "title"), instruct=False)
+
+
+# ---- shots
+
+
+POOL = (Shot(A, "one", "q1"), Shot(B, "two", "q2"), Shot(C, "three", "q3"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_shots_base_models_are_shown_two_without_images(task: str) -> None:
+    options = PromptOptions(task)
+    assert leading_shots(options, (), instruct=False) == TASKS[task].text_only_shots
+    of_the_pool = leading_shots(options, POOL, instruct=False)
+    assert of_the_pool == (Shot(None, "one", "q1"), Shot(None, "two", "q2"))
+
+
+def test_the_published_zero_shot_prompt_as_a_whole() -> None:
+    options = PromptOptions("vqa")
+    shots = leading_shots(options, (), instruct=False)
+    prompt = build_prompt(options, {"question": "What is it?"}, (A,), shots, instruct=False)
+    assert written(prompt) == (
+        f"{VQA_PREFIX}Image:Question: What color is the bus? Answer: red\n"
+        "Image:Question: How many people are there? Answer: 2\nImage:[a]Question: What is it? Answer:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "instruct"),
+    [
+        (PromptOptions("vqa"), True),
+        (PromptOptions("vqa", bare=True), False),
+        (PromptOptions("vqa", text="{question}"), False),
+    ],
+)
+def test_there_are_none_for_instruct_models_own_texts_and_the_bare(options: PromptOptions, instruct: bool) -> None:
+    assert leading_shots(options, POOL, instruct) == ()
+
+
+def test_shots_are_the_first_of_the_pool_with_their_images() -> None:
+    assert leading_shots(PromptOptions("vqa", num_shots=2), POOL, instruct=True) == POOL[:2]
+    with pytest.raises(IdeficsError, match="4 shots are asked for, and there are 3"):
+        leading_shots(PromptOptions("vqa", num_shots=4), POOL, instruct=False)
+
+
+def test_a_shot_that_lacks_a_field_of_an_own_text_is_told() -> None:
+    template = own_template("{mood}: {image}", instruct=False)
+    with pytest.raises(IdeficsError, match="a shot has no 'mood'"):
+        few_shot_prompt(template, [Shot(A, "one")], Shot(B, fields={"mood": "glad"}))
+
+
+def test_a_shot_shows_the_most_common_answer_and_the_first_caption() -> None:
+    assert shot_answer("vqa", ["red", "blue", "blue", "green"]) == "blue"
+    assert shot_answer("vqa", ["red", "blue"]) == "red"
+    assert shot_answer("caption", ["a bus", "a coach", "a coach"]) == "a bus"
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "there is nothing in the column 'question'"), (["Why?"], "list, not text,"), (True, "bool, not text,")],
+)
+def test_a_row_without_a_question_is_a_bad_row(value: object, said: str) -> None:
+    error = build_prompt(PromptOptions("vqa"), {"question": value}, (A,), (), instruct=False)
+    assert isinstance(error, RowError) and error.code == "row_invalid" and said in error.message
+
+
+def test_numbers_are_written_out() -> None:
+    options = PromptOptions("caption", text="{year} {share}")
+    assert build_prompt(options, {"year": 1999, "share": 0.5}, (A,), (), instruct=False) == (A, "1999 0.5")
+
+
+# ---- what ends a text
+
+
+def test_texts_end_where_the_published_evaluation_ends_them() -> None:
+    published = {
+        "caption": "Caption Description User Image task <end_of_utterance>",
+        "vqa": "Question User Image task What Who When Where Why How <end_of_utterance>",
+    }
+    for name, words in published.items():
+        assert TASKS[name].cut_words == (*words.split(), "\n", "\n\n")
+
+
+def test_every_template_has_one_place_for_images_and_knows_its_task() -> None:
+    for name, template in TEMPLATES.items():
+        assert template.fields.count("image") == 1, name
+        assert ("question" in template.fields) == ("caption" not in name), name
+
+
+def test_the_documentation_shows_every_template_and_stop_word() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for name, template in TEMPLATES.items():
+        answer = "{caption}" if "caption" in name else "{answer}"
+        shot = written(template.shot(Shot(ImageItem("IMG"), answer, "{question}"))).replace("[IMG]", "IMG")
+        row = next(row for row in rows if row.startswith(f"| `{name}` |"))
+        assert (name == "vizwiz" and "as `vqa`" in row) or shot.replace("\n", r"\n") in row
+        assert template.prefix.replace("\n", r"\n") in row
+    for name, task in TASKS.items():
+        assert any(row.startswith(f"| `{name}` | {', '.join(task.stop_words[:-1])}, `") for row in rows), name

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from idefics_cli.errors import InputError, RowError
+from idefics_cli.readers.csv import read_delimited
+from idefics_cli.readers.inputs import InputRow, ReadOptions, open_inputs
+
+
+def rows(path: Path, data: bytes, **options) -> list[InputRow]:
+    path.write_bytes(b"id,image\n" + data)
+    return list(open_inputs([str(path)], ReadOptions(**options)).rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"x", "line 3 has 1 fields, but there are 2 columns"),
+        (b"x,b.png,", "line 3 has 3 fields"),
+        (b'x,"b.png', "line 3 is not CSV"),
+        (b'x,"b.png"c', "line 3 is not CSV"),
+        (b"x,b\xff.png", "line 3 is not UTF-8"),
+        (b"x,b\r.png", "line 3 is not CSV"),
+        (b"x," + b"b" * 200_000, "line 3 is not CSV: field larger than field limit"),
+    ],
+)
+def test_a_bad_line_is_a_bad_row(tmp_path: Path, line: bytes, reason: str) -> None:
+    read = rows(tmp_path / "rows.csv", b"a,a.png\n" + line + b'\nc,"c ""1"".png"\n"d\n",d.png\n')
+    assert [row.id for row in read] == ["a", "#1", "c", "d\n"]
+    assert [row.error and row.error.code for row in read] == [None, "row_invalid", None, None]
+    assert reason in read[1].error.message
+
+
+def test_an_open_quote_costs_its_own_line_alone(tmp_path: Path) -> None:
+    """Even where the next quote would close it, and where none does for longer than a field may be."""
+    good = b"".join(b'%d,"%d.png"\n' % (i, i) for i in range(20_000))
+    read = rows(tmp_path / "rows.csv", b'a,"a.png\n' + good + b'z,"z.png\n')
+    assert [row.id for row in read] == ["#0", *map(str, range(20_000)), "#20001"]
+    assert [row.id for row in read if row.error] == ["#0", "#20001"]
+    plain = b"".join(b"%d,%d.png\n" % (i, i) for i in range(20_000))
+    read = rows(tmp_path / "rows.csv", b'a,"a.png\n' + plain)
+    assert [row.id for row in read if row.error] == ["#0"] and len(read) == 20_001
+
+
+@given(st.lists(st.text('a",\r\n ü', max_size=12), max_size=12))
+def test_no_line_is_lost_whatever_stands_in_it(pieces: list[str]) -> None:
+    lines = "\n".join(pieces).encode().split(b"\n")
+    read = list(read_delimited(iter(lines), ","))
+    numbers = [number for number, _ in read]
+    assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(1, len(lines) + 1))
+    covered = {number for number, fields in read if isinstance(fields, RowError)}
+    for number, fields in read:
+        if not isinstance(fields, RowError):
+            covered |= set(range(number, number + 1 + sum(field.count("\n") for field in fields)))
+    blank = {number for number, line in enumerate(lines, 1) if not line.strip(b"\r")}
+    assert covered | blank == set(range(1, len(lines) + 1))
+
+
+def test_byte_order_marks_blank_lines_and_unnamed_columns_are_borne(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf,image,n\r\n\r\n0,a.png,1\r\n")
+    (row,) = open_inputs([str(tmp_path / "rows.csv")], ReadOptions(keep="all")).rows
+    assert row.image == "a.png" and row.values == {"": "0", "n": "1"}
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b"a.png,What?\nb.png,Who?\n", "has no header"),
+        (b"image,n,n\na.png,1,2\n", "two columns named 'n'"),
+        (b'image,"n\na.png,1\n', "cannot be read"),
+        (b"image,\xff\na.png,1\n", "not UTF-8"),
+        ("image,n\na.png,1\n".encode("utf-16"), "not UTF-8"),
+        (b"image;n\na.png;1\n", "'image;n'"),
+    ],
+)
+def test_files_whose_header_is_of_no_use_are_refused(tmp_path: Path, header: bytes, reason: str) -> None:
+    (tmp_path / "rows.csv").write_bytes(header)
+    with pytest.raises(InputError) as caught:
+        open_inputs([str(tmp_path / "rows.csv")], ReadOptions(image_column="image"))
+    assert reason in str(caught.value)

@@ -1,0 +1,192 @@
+"""What `caption` and `vqa` ask the model: the prompts of a run with a fake model, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FakeCaptioner, prompts_of, rows_of, save_image
+from typer.testing import Result
+from written_manifests import write_manifest
+
+from idefics_cli.prompts.templates import TASKS
+
+CAPTION_SHOTS = "".join(f"Image:Caption: {shot.answer}\n" for shot in TASKS["caption"].text_only_shots)
+VQA_PREFIX = "Instruction: provide an answer to the question. Use the image to answer.\n"
+VQA_SHOTS = "".join(f"Image:Question: {shot.question} Answer: {shot.answer}\n" for shot in TASKS["vqa"].text_only_shots)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    rows = [
+        {"id": name, "image": f"{seed}.png", "question": f"What is {name}?", "place": f"{name} street", "year": seed}
+        for seed, name in ((1, "x"), (2, "y"))
+    ]
+    for seed in (1, 2):
+        save_image(tmp_path / f"{seed}.png", seed)
+    return write_manifest(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.fixture
+def prompts(run: Callable[..., Result]) -> Callable[..., list[str | None]]:
+    """`prompts(*arguments)`: what the rows of a command are asked."""
+
+    def invoke(*arguments: str | Path, captioner: FakeCaptioner | None = None) -> list[str | None]:
+        captioner = captioner or FakeCaptioner()
+        result = run(*arguments, captioner=captioner)
+        assert result.exit_code == 0, result.output
+        return prompts_of(captioner, rows_of(result.stdout))
+
+    return invoke
+
+
+Prompts = Callable[..., list[str | None]]
+
+
+# The published prompts
+
+
+def test_captions_are_asked_for_as_published(prompts: Prompts, manifest: Path) -> None:
+    assert prompts("caption", manifest) == [f"{CAPTION_SHOTS}Image:[{seed}]Caption:" for seed in (1, 2)]
+    instruct = prompts("caption", manifest, captioner=FakeCaptioner(is_instruct=True))
+    assert instruct[0] == "User:[1]Describe the image briefly.<end_of_utterance>\nAssistant:"
+
+
+def test_questions_are_asked_as_published(prompts: Prompts, manifest: Path) -> None:
+    asked = [f"Image:[{seed}]Question: What is {name}? Answer:" for seed, name in ((1, "x"), (2, "y"))]
+    assert prompts("vqa", manifest) == [VQA_PREFIX + VQA_SHOTS + query for query in asked]
+    assert prompts("vqa", manifest, "--bare") == [VQA_PREFIX + query for query in asked]
+    assert prompts("vqa", manifest, "--template", "vizwiz", "--bare")[0].startswith("Task: Answer the questions")
+    instruct = prompts("vqa", manifest, captioner=FakeCaptioner(is_instruct=True))
+    assert instruct == [
+        f"User:[{seed}]What is {name}?<end_of_utterance>\nAssistant:" for seed, name in ((1, "x"), (2, "y"))
+    ]
+
+
+def test_one_question_for_all_wins_over_the_manifests(prompts: Prompts, manifest: Path) -> None:
+    assert prompts("vqa", manifest, "-q", "Why?", "--bare")[1] == f"{VQA_PREFIX}Image:[2]Question: Why? Answer:"
+
+
+# Own prompts
+
+
+def test_an_own_prompt_has_fields_for_columns(prompts: Prompts, manifest: Path) -> None:
+    text = "In {place}, {year}: {image} {{really}} {question}"
+    expected = ["In x street, 1: [1] {really} What is x?", "In y street, 2: [2] {really} What is y?"]
+    assert prompts("vqa", manifest, "--prompt", text) == expected
+    assert prompts("caption", manifest, "--prompt", text) == expected
+
+
+def test_an_own_prompt_without_a_place_for_images_stands_behind_them(prompts: Prompts, manifest: Path) -> None:
+    assert prompts("caption", manifest, "--prompt", "A photo of") == ["[1]A photo of", "[2]A photo of"]
+    instruct = prompts("caption", manifest, "--prompt", "What?", captioner=FakeCaptioner(is_instruct=True))
+    assert instruct[0] == "User:[1]What?<end_of_utterance>\nAssistant:"
+
+
+def test_the_official_question_template_for_captions_takes_the_column(prompts: Prompts, manifest: Path) -> None:
+    assert prompts("caption", manifest, "--template", "vqa", "--bare")[0].endswith("Question: What is x? Answer:")
+
+
+def test_what_stands_in_a_field_is_never_a_template(prompts: Prompts, tmp_path: Path) -> None:
+    save_image(tmp_path / "1.png", 1)
+    question = "{image} {place} <image><end_of_utterance> http://a.example/b.png"
+    rows = write_manifest(tmp_path / "rows.jsonl", [{"image": "1.png", "question": question}])
+    assert prompts("vqa", rows, "--prompt", "{question}") == [f"[1]{question}"]
+
+
+def test_prompts_that_cannot_be_are_refused_before_the_model_is_loaded(
+    refused: Callable[..., str], manifest: Path, photos: Path
+) -> None:
+    assert "rows.jsonl has no column 'colour'" in refused("caption", manifest, "--prompt", "{colour} {image}")
+    assert "'image', 'question', 'place', 'year'" in refused("vqa", manifest, "--prompt", "{colour}")
+    no_columns = refused("caption", photos, "--prompt", "{colour} and {size}")
+    assert "is no manifest" in no_columns and "colour, size" in no_columns
+    assert "is no manifest" in refused("caption", photos, "--template", "vqa")
+    assert "is no manifest" in refused("vqa", photos, "-q", "Why?", "--prompt", "{place} {question}")
+    assert "{{ or }}" in refused("caption", photos, "--prompt", "a } brace")
+    assert "write {name}" in refused("caption", photos, "--prompt", "{image!r}")
+    assert "instruct-vqa" in refused("caption", photos, "--template", "nothing")
+    assert "asks no question" in refused("vqa", manifest, "--template", "caption")
+    assert "exclude each other" in refused("vqa", manifest, "--template", "vqa", "--prompt", "Why?")
+    assert "leave --shots" in refused("vqa", manifest, "--bare", "--shots", manifest)
+    assert "--shots FILE" in refused("vqa", manifest, "--num-shots", "2")
+    assert "--shots FILE" in refused("vqa", manifest, "--shot-selection", "similar")
+
+
+def test_a_template_for_the_other_kind_of_model_is_one_line(run: Callable[..., Result], photos: Path) -> None:
+    result = run("caption", photos, "--template", "instruct-caption")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1 and "for instruct models" in result.stderr
+
+
+# Questions of a manifest
+
+
+def test_questions_that_are_missing_everywhere(refused: Callable[..., str], photos: Path, manifest: Path) -> None:
+    said = refused("vqa", photos)
+    assert "is no manifest" in said and "-q QUESTION" in said and "'question'" in said
+    assert "has no column 'ask'" in refused("vqa", manifest, "--question-column", "ask")
+    assert "-q" in refused("vqa", photos, "-q", " ")
+    assert "-q QUESTION" in refused("vqa", "-", input=b"a.png\n")
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.parquet"])
+def test_rows_without_a_question_are_rows_with_an_error(run: Callable[..., Result], tmp_path: Path, name: str) -> None:
+    save_image(tmp_path / "1.png", 1)
+    questions: list[Any] = ["What?", None, " ", {"text": "What?"}, True, 7, ["What?"]]
+    rows = [{"id": str(k), "image": "1.png", "ask": question} for k, question in enumerate(questions)]
+    manifest = write_manifest(tmp_path / "rows.jsonl", rows)
+    result = run("vqa", manifest, "--question-column", "ask", "-o", tmp_path / name)
+    assert result.exit_code == 3, result.output
+    found = read_rows(tmp_path / name)
+    assert [row["question"] for row in found] == ["What?", None, None, None, None, "7", None]
+    assert [row["error"] is None for row in found] == [True, False, False, False, False, True, False]
+    bad = [row["error"] for row in found if row["error"]]
+    assert all(error.startswith("row_invalid: ") and "'ask'" in error for error in bad), bad
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        return rows_of(path.read_text())
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def test_rows_ask_about_several_images(prompts: Prompts, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        save_image(tmp_path / f"{seed}.png", seed)
+    manifest = write_manifest(tmp_path / "r.jsonl", [{"image": ["1.png", "2.png"], "question": "Which?"}])
+    assert prompts("vqa", manifest, "--bare") == [f"{VQA_PREFIX}Image:[1][2]Question: Which? Answer:"]
+    assert prompts("vqa", manifest, "--prompt", "{image} or {image}? {question}") == ["[1] or [2]? Which?"]
+
+
+def test_images_without_a_place_are_a_row_with_an_error(run: Callable[..., Result], manifest: Path) -> None:
+    result = run("caption", manifest, "--prompt", "{image} or {image}?")
+    assert result.exit_code == 3
+    assert rows_of(result.stdout)[0]["error"].startswith("row_invalid: 1 images for the 2 places")
+
+
+# What the model and the result are told
+
+
+def test_banned_words_reach_the_model_and_stop_words_cut(run: Callable[..., Result], manifest: Path) -> None:
+    captioner = FakeCaptioner(answer=lambda text: " red bus\nQuestion: What? Answer: no")
+    rows = rows_of(run("vqa", manifest, captioner=captioner).stdout)
+    assert captioner.decoding["banned_words"] == ("\n", "\n\n")
+    assert captioner.decoding["max_new_tokens"] == 15
+    assert [row["answer"] for row in rows] == ["red bus", "red bus"]
+    rows = rows_of(run("vqa", manifest, "--stop-words", "bus,no", captioner=captioner).stdout)
+    assert rows[0]["answer"] == "red"
+    rows = rows_of(run("vqa", manifest, "--stop-words", "", captioner=captioner).stdout)
+    assert rows[0]["answer"] == "red bus"
+
+
+def test_a_text_is_framed(run: Callable[..., Result], manifest: Path) -> None:
+    captioner = FakeCaptioner(answer=lambda text: " red bus ")
+    frame = "--prefix", "a ", "--suffix", "!", "--num-return-sequences", "2"
+    row = rows_of(run("caption", manifest, *frame, captioner=captioner).stdout)[0]
+    assert row["caption"] == "a red bus!"
+    assert [candidate["text"] for candidate in row["candidates"]] == ["a red bus  0!", "a red bus  1!"]

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idefics_cli.columns import json_text
+from idefics_cli.errors import OutputError
+from idefics_cli.writers import journal as journals
+from idefics_cli.writers.journal import Journal, checked, unchecked
+
+HEADER = {"settings": {"model": "demo"}}
+SUMMARY = {"rows": 2, "failed": {}}
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.just('", "crc32": "00000000"}\n')
+ROWS = st.lists(st.fixed_dictionaries({"id": TEXTS, "caption": TEXTS | st.none()}), max_size=5)
+
+
+def written(path: Path, *batches: list[dict[str, Any]], summary: dict[str, Any] | None = None) -> Path:
+    """A journal with these rows in it, closed."""
+    journal = Journal(path)
+    journal.begin(HEADER)
+    for batch in batches:
+        journal.append([json_text(row) for row in batch])
+    if summary is not None:
+        journal.end(summary)
+    journal.close()
+    return path
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    journal = Journal(path)
+    try:
+        return list(journal.rows())
+    finally:
+        journal.close()
+
+
+def refusal(path: Path) -> str:
+    """Why the rows of a journal cannot be had."""
+    with pytest.raises(OutputError) as caught:
+        rows_in(path)
+    return str(caught.value)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "f.jsonl.part"
+
+
+# ---- lines
+
+
+@given(st.dictionaries(TEXTS, TEXTS | st.integers() | st.none(), min_size=1))
+def test_a_line_gives_its_object_back_and_is_json(row: dict[str, Any]) -> None:
+    text = json_text(row)
+    line = checked(text)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    assert unchecked(line) == unchecked(line[:-1]) == text
+    assert json.loads(line).items() >= {key: value for key, value in row.items() if key != "crc32"}.items()
+
+
+@given(st.data())
+def test_a_line_with_another_byte_is_noticed(data: st.DataObject) -> None:
+    line = checked(b'{"id": "an image", "caption": "two dogs"}')[:-1]
+    place, byte = data.draw(st.integers(0, len(line) - 1)), data.draw(st.integers(0, 255))
+    changed = line[:place] + bytes([byte]) + line[place + 1 :]
+    assert unchecked(changed) is None or changed == line
+
+
+@pytest.mark.parametrize("line", [b"", b"\n", b"{}", b'{"id": 1}\n', b', "crc32": "00000000"}'])
+def test_lines_of_others_are_no_lines(line: bytes) -> None:
+    assert unchecked(line) is None
+
+
+# ---- written and read back
+
+
+@given(st.lists(ROWS, max_size=4), st.booleans())
+@settings(deadline=None)
+def test_rows_come_back_in_order_whenever_the_file_is_opened_again(batches: list, reopen: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "f.part"
+        journal = Journal(path)
+        assert journal.header is None
+        journal.begin(HEADER)
+        for batch in batches:
+            journal.append([json_text(row) for row in batch])
+            if reopen and batch:
+                journal.close()
+                journal = Journal(path)
+        assert list(journal.rows()) == [row for batch in batches for row in batch]
+        assert (journal.header, journal.summary) == (HEADER, None)
+        journal.close()
+
+
+def test_the_end_is_told(path: Path) -> None:
+    written(path, [{"id": "a"}, {"id": "b"}], summary=SUMMARY)
+    journal = Journal(path)
+    assert (journal.header, journal.summary) == (HEADER, SUMMARY)
+    assert [row["id"] for row in journal.rows()] == ["a", "b"]
+    journal.remove()
+    assert not path.exists()
+
+
+def test_each_batch_is_one_write_and_one_sync(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(path)
+    journal.begin(HEADER)
+    calls: list[str] = []
+    write, sync = os.write, os.fsync
+    monkeypatch.setattr(os, "write", lambda file, data: (calls.append("write"), write(file, data))[1])
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), sync(file)))
+    journal.append([json_text({"id": str(number)}) for number in range(500)])
+    assert calls == ["write", "fsync"]
+    journal.close()
+
+
+def test_lines_longer_than_a_block_are_found(path: Path) -> None:
+    long = {"id": "a", "caption": "x" * (3 * journals.BLOCK_BYTES)}
+    written(path, [long, long], summary=SUMMARY)
+    whole = path.read_bytes()
+    journal = Journal(path)
+    assert journal.summary == SUMMARY
+    journal.close()
+    last_row = whole.rstrip(b"\n").rfind(b"\n") + 1
+    path.write_bytes(whole[: last_row - 1])  # torn within the second long row
+    assert rows_in(path) == [long]
+
+
+# ---- torn and changed
+
+
+def test_a_torn_tail_is_cut_at_every_byte(path: Path) -> None:
+    rows = [{"id": "ä"}, {"id": "b\n"}]
+    whole = written(path, rows[:1], rows[1:], summary=SUMMARY).read_bytes()
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        num_lines = sum(end <= length for end in ends)
+        journal = Journal(path)
+        assert path.stat().st_size == ([0, *ends][num_lines])
+        assert list(journal.rows()) == rows[: max(0, num_lines - 1)]
+        assert (journal.header is None) == (num_lines == 0)
+        journal.close()
+
+
+def test_what_is_appended_behind_a_torn_tail_stands_on_a_line_of_its_own(path: Path) -> None:
+    written(path, [{"id": "a"}, {"id": "b"}])
+    path.write_bytes(path.read_bytes()[:-5])
+    journal = Journal(path)
+    journal.append([b'{"id": "c"}'])
+    assert [row["id"] for row in journal.rows()] == ["a", "c"]
+    journal.close()
+
+
+def test_a_changed_line_is_named_and_the_file_left_alone(path: Path) -> None:
+    written(path, [{"id": "a"}, {"id": "b"}], summary=SUMMARY)
+    changed = path.read_bytes().replace(b'"a"', b'"A"')
+    path.write_bytes(changed)
+    assert "f.jsonl.part was changed in line 2" in refusal(path)
+    assert path.read_bytes() == changed
+
+
+@pytest.mark.parametrize("content", [b"notes of mine", b"{}\n", b'{"id": "a"}\n', b"\n", b"\0" * 9])
+def test_a_file_of_somebody_else_is_refused_even_where_all_is_to_go(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    for discard in False, True:
+        with pytest.raises(OutputError, match="no file of this program"):
+            Journal(path, discard=discard)
+    assert path.read_bytes() == content
+
+
+def test_a_journal_is_discarded_only_when_the_next_one_begins(path: Path) -> None:
+    before = written(path, [{"id": "a"}]).read_bytes()
+    journal = Journal(path, discard=True)
+    assert (journal.header, list(journal.summary or ())) == (None, [])
+    journal.close()
+    assert path.read_bytes() == before
+    journal = Journal(path, discard=True)
+    journal.begin(HEADER)
+    assert list(journal.rows()) == []
+    journal.close()
+    assert not path.exists()
+
+
+def test_one_without_rows_leaves_nothing(path: Path) -> None:
+    Journal(path).close()
+    assert not path.exists()
+    written(path)
+    assert not path.exists()
+
+
+def test_closing_twice_is_closing_once(path: Path) -> None:
+    journal = Journal(path)
+    journal.close()
+    journal.close()
+
+
+# ---- locks and places
+
+
+def test_two_at_once(path: Path) -> None:
+    journal = Journal(path)
+    for discard in False, True:
+        with pytest.raises(OutputError, match="another run is writing"):
+            Journal(path, discard=discard)
+    journal.close()
+    Journal(path).close()
+
+
+def test_a_file_that_is_replaced_before_it_is_locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = journals.fcntl.flock
+
+    def replace(file: int, operation: int) -> None:
+        path.unlink()
+        path.touch()
+        lock(file, operation)
+
+    monkeypatch.setattr(journals.fcntl, "flock", replace)
+    with pytest.raises(OutputError, match="another run"):
+        Journal(path)
+
+
+def a_link(path: Path) -> None:
+    path.with_name("elsewhere").write_text("mine")
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [a_link, a_pipe, a_folder])
+def test_what_is_no_regular_file_is_refused(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    with pytest.raises(OutputError, match=r"f\.jsonl\.part"):
+        Journal(path)
+    elsewhere = path.with_name("elsewhere")
+    assert not elsewhere.exists() or elsewhere.read_text() == "mine"
+
+
+# ---- systems that refuse
+
+
+def failing(code: int) -> Callable[..., Any]:
+    def fail(*arguments: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1, 20])
+def test_a_full_disk_leaves_whole_rows(path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int) -> None:
+    journal = Journal(path)
+    journal.begin(HEADER)
+    journal.append([b'{"id": "a"}'])
+    before, write = path.read_bytes(), os.write
+
+    def write_until_full(file: int, data: bytes) -> int:
+        if len(data) <= kept_bytes or not kept_bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data[: len(data) - kept_bytes])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write_until_full)
+        with pytest.raises(OutputError, match=r"No space left on device; make room .* same command again"):
+            journal.append([b'{"id": "b"}'])
+    assert path.read_bytes() == before
+    journal.append([b'{"id": "c"}'])
+    assert [row["id"] for row in journal.rows()] == ["a", "c"]
+    journal.close()
+
+
+def test_rows_whose_sync_fails_are_not_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(path)
+    journal.begin(HEADER)
+    journal.append([b'{"id": "a"}'])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(errno.EIO))
+        with pytest.raises(OutputError, match="Input/output error"):
+            journal.append([b'{"id": "b"}'])
+    journal.close()
+    assert rows_in(path) == [{"id": "a"}]
+
+
+def test_a_signal_within_a_write_leaves_no_torn_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(path)
+    journal.begin(HEADER)
+    journal.append([b'{"id": "a"}'])
+    before, write = path.read_bytes(), os.write
+
+    def interrupted(file: int, data: bytes) -> int:
+        write(file, data[:4])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.append([b'{"id": "b"}'])
+    assert path.read_bytes() == before
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "said"),
+    [
+        ("open", errno.EACCES, "Permission denied; name an output that can be written"),
+        ("open", errno.EROFS, "Read-only file system"),
+        ("pread", errno.EIO, "cannot read .*Input/output error"),
+    ],
+)
+def test_a_system_that_refuses_is_one_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, said: str
+) -> None:
+    written(path, [{"id": "a"}])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(code))
+        with pytest.raises(OutputError, match=said):
+            Journal(path)
+    assert rows_in(path) == [{"id": "a"}]
+
+
+def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals.fcntl, "flock", failing(errno.ENOLCK))
+    with pytest.raises(OutputError, match=r"cannot lock .* another file system"):
+        Journal(path)

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from idefics_cli.columns import Column, json_text
+from idefics_cli.errors import OutputError
+from idefics_cli.writers.output_file import FileOutput, differences, merged
+
+SETTINGS = {"model": {"name": "demo"}, "inputs": [{"name": "a.csv"}], "work": {"prompts": {"text": None}}}
+COLUMNS = [Column("id", "text"), Column("caption", "text"), Column("error", "text")]
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+
+both = pytest.mark.parametrize("name", ["f.jsonl", "f.parquet"])
+
+
+def row(name: str, caption: str | None = None) -> dict[str, Any]:
+    return {"id": name, "caption": caption, "error": None if caption else "image_missing: gone"}
+
+
+OLD = [row("a", "one"), row("b"), row("c", "two"), row("d")]
+
+
+def append(output: FileOutput, rows: Sequence[dict[str, Any]]) -> None:
+    output.journal.append([json_text(each) for each in rows])
+
+
+def finish(path: Path, rows: Sequence[dict[str, Any]], *, amends: bool = False, overwrite: bool = False) -> None:
+    """One run from its beginning to its end."""
+    output = FileOutput(path, overwrite=overwrite)
+    output.begin(SETTINGS, amends=amends)
+    append(output, rows)
+    output.publish(COLUMNS, {"rows": len(OLD), "failed": {}})
+    output.close()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    output = FileOutput(path)
+    try:
+        return list(output.finished_rows())
+    finally:
+        output.close()
+
+
+# ---- from a journal to a file
+
+
+@both
+def test_a_run_in_two_parts(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    output = FileOutput(path)
+    assert (output.settings, output.is_finished, list(output.rows_so_far())) == (None, False, [])
+    output.begin(SETTINGS)
+    append(output, OLD[:1])
+    output.close()
+    assert not path.exists()
+    output = FileOutput(path)
+    assert (output.settings, output.is_finished, list(output.rows_so_far())) == (SETTINGS, False, OLD[:1])
+    output.begin(SETTINGS)
+    append(output, OLD[1:])
+    output.publish(COLUMNS, {"rows": 4, "failed": {"image_missing": 2}})
+    output.close()
+    output = FileOutput(path)
+    assert output.is_finished and output.settings == SETTINGS
+    assert (output.record["rows"], output.record["failed"]) == (4, {"image_missing": 2})
+    assert list(output.finished_rows()) == OLD
+    output.close()
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.tmp"))
+
+
+@both
+def test_failed_rows_are_replaced_and_the_others_stay(tmp_path: Path, name: str) -> None:
+    finish(tmp_path / name, OLD)
+    finish(tmp_path / name, [row("b", "new"), row("d")], amends=True)
+    assert rows_of(tmp_path / name) == [OLD[0], row("b", "new"), *OLD[2:]]
+
+
+@both
+def test_what_is_replaced_stays_until_the_end(tmp_path: Path, name: str) -> None:
+    finish(tmp_path / name, OLD)
+    before = (tmp_path / name).read_bytes()
+    output = FileOutput(tmp_path / name, overwrite=True)
+    assert output.record is None
+    output.begin({"model": {"name": "other"}})
+    append(output, OLD[:2])
+    assert (tmp_path / name).read_bytes() == before
+    output.publish(COLUMNS, {"rows": 2, "failed": {}})
+    output.close()
+    assert rows_of(tmp_path / name) == OLD[:2]
+
+
+@both
+@pytest.mark.parametrize("call", ["write", "before_rename"])
+def test_a_failure_at_the_end_leaves_the_journal_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: str
+) -> None:
+    output = FileOutput(tmp_path / name)
+    output.begin(SETTINGS)
+    append(output, OLD)
+
+    def full(target: Path, *arguments: Any) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(output.format), call, lambda self, *arguments: full(*arguments))
+        with pytest.raises(OutputError, match=r"cannot finish .*No space left on device; make room"):
+            output.publish(COLUMNS, {"rows": 4, "failed": {}})
+    output.close()
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.part"]
+    output = FileOutput(tmp_path / name)
+    assert output.journal.summary == {"rows": 4, "failed": {}}
+    output.publish(COLUMNS)
+    output.close()
+    assert rows_of(tmp_path / name) == OLD
+
+
+@given(st.lists(st.tuples(TEXTS, st.booleans()), unique_by=lambda pair: pair[0]))
+def test_merging_replaces_by_id_and_twice_is_once(rows: list[tuple[str, bool]]) -> None:
+    old = [json_text(row(name)) for name, _ in rows]
+    new = [json_text(row(name, "new")) for name, is_new in rows if is_new]
+    expected = [json_text(row(name, "new" if is_new else None)) for name, is_new in rows]
+    assert list(merged(iter(old), iter(new))) == expected
+    assert list(merged(iter(expected), iter(new))) == expected
+
+
+def test_a_row_that_was_done_again_and_is_not_there() -> None:
+    with pytest.raises(LookupError, match="not in the result"):
+        list(merged(iter([json_text(row("a"))]), iter([json_text(row("b"))])))
+
+
+# ---- settings
+
+
+def test_a_difference_is_named(tmp_path: Path) -> None:
+    finish(tmp_path / "f.jsonl", OLD)
+    output = FileOutput(tmp_path / "f.jsonl")
+    output.require_same(SETTINGS)
+    output.require_same({**SETTINGS, "not": "known then"})
+    other = {**SETTINGS, "model": {"name": "other"}, "inputs": [{"name": "b.csv"}]}
+    with pytest.raises(OutputError) as caught:
+        output.require_same(other)
+    assert "inputs 1 name was 'a.csv' and is now 'b.csv'; model name was 'demo' and is now 'other'" in str(caught.value)
+    output.close()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(TEXTS, JSON, max_size=4))
+def test_nothing_differs_from_itself(known: dict[str, Any]) -> None:
+    assert not list(differences(known, json.loads(json.dumps(known))))
+
+
+@given(st.dictionaries(TEXTS, JSON, min_size=1, max_size=4), st.data())
+def test_each_other_value_is_a_difference(known: dict[str, Any], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(known)))
+    (told,) = differences(known, {**known, name: ["something", "else", "altogether"]})
+    assert told.startswith(f"{name} was ")
+
+
+def test_long_values_are_cut() -> None:
+    (told,) = differences({"a": "x" * 500}, {"a": 1})
+    assert len(told) < 100 and "..." in told
+
+
+# ---- places
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_link_to_nothing(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def a_file_of_the_users(path: Path) -> None:
+    path.write_text('{"id": "mine"}\n')
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (a_folder, "is a folder: name a file in it"),
+        (a_link_to_nothing, "is a link that leads nowhere"),
+        (a_file_of_the_users, "not as a run of this program left it"),
+    ],
+)
+def test_places_that_cannot_be(tmp_path: Path, make: Any, said: str) -> None:
+    make(tmp_path / "f.jsonl")
+    with pytest.raises(OutputError, match=said):
+        FileOutput(tmp_path / "f.jsonl")
+    assert not (tmp_path / "f.jsonl.part").exists()
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"there is no folder .* make it first"):
+        FileOutput(tmp_path / "none" / "f.jsonl")
+
+
+@both
+def test_a_result_that_went_while_failed_rows_were_done_again(tmp_path: Path, name: str) -> None:
+    finish(tmp_path / name, OLD)
+    output = FileOutput(tmp_path / name)
+    output.begin(SETTINGS, amends=True)
+    append(output, [row("b", "new")])
+    output.close()
+    (tmp_path / name).unlink()
+    with pytest.raises(OutputError, match="it is not there any more as it was"):
+        FileOutput(tmp_path / name)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/f.jsonl", "gs://bucket/f.parquet", "https://a.example/f.jsonl"])
+def test_an_address_is_no_place(address: str) -> None:
+    with pytest.raises(OutputError, match="is an address: name a file on this machine"):
+        FileOutput(address)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [("f.jsonl", ".tmp"), ("f.jsonl", ".run"), ("f.jsonl", ".run.tmp"), ("f.parquet", ".tmp")],
+)
+def test_nothing_of_somebody_elses_is_written_over(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
+    own = tmp_path / f"{name}{beside}"
+    own.write_text("[" * 100_000)
+    with pytest.raises(OutputError, match=rf"{own.name} is no file of this program, and would be written over"):
+        FileOutput(tmp_path / name, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [own.name] and own.read_text() == "[" * 100_000
+
+
+@both
+def test_what_a_kill_left_of_the_final_file_is_written_over(tmp_path: Path, name: str) -> None:
+    output = FileOutput(tmp_path / name)
+    output.begin(SETTINGS)
+    append(output, OLD)
+    output.journal.end({"rows": len(OLD), "failed": {}})
+    output.close()
+    for beside in ".tmp", ".run.tmp":
+        (tmp_path / f"{name}{beside}").write_bytes(b"torn")
+    again = FileOutput(tmp_path / name)
+    again.publish(COLUMNS)
+    again.close()
+    assert rows_of(tmp_path / name) == OLD

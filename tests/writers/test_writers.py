@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idefics_cli.errors import OutputError
+from idefics_cli.writers import writers
+from idefics_cli.writers.journal import Journal
+from idefics_cli.writers.writers import JournalWriter, SidecarWriter, StreamClosed, StreamWriter, shared_stems
+
+HEADER = {"settings": {}}
+
+
+# ---- streams
+
+
+class Stream(io.BytesIO):
+    """Remembers how much was there at each flush."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushed: list[int] = []
+
+    def flush(self) -> None:
+        self.flushed.append(self.getvalue().count(b"\n"))
+
+
+def test_each_row_is_flushed_when_it_is_written() -> None:
+    stream = Stream()
+    writer = StreamWriter(stream)
+    for number in range(3):
+        writer.write({"id": str(number), "score": float("nan")})
+    writer.close()
+    assert stream.flushed == [1, 2, 3] and writer.num_safe == 3 and not stream.closed
+    assert json.loads(stream.getvalue().splitlines()[2]) == {"id": "2", "score": None}
+
+
+class Failing(io.BytesIO):
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def flush(self) -> None:
+        raise self.error
+
+
+def test_a_stream_that_nobody_reads_is_no_mistake_and_a_full_one_is() -> None:
+    with pytest.raises(StreamClosed):
+        StreamWriter(Failing(BrokenPipeError())).write({"id": "a"})
+    writer = StreamWriter(Failing(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OutputError, match="cannot write to stdout: No space left"):
+        writer.write({"id": "a"})
+    assert writer.num_safe == 0
+
+
+# ---- journals
+
+
+class FakeJournal:
+    """Takes batches while it `may_go_on`; `error` is raised in place of taking one."""
+
+    def __init__(self) -> None:
+        self.batches: list[Sequence[bytes]] = []
+        self.error: BaseException | None = None
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def append(self, texts: Sequence[bytes]) -> None:
+        assert self.may_go_on.wait(20)
+        if self.error is not None:
+            raise self.error
+        self.batches.append(texts)
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 7))
+@settings(deadline=None, max_examples=30)
+def test_rows_reach_the_journal_in_order_when_the_writer_closes(numbers: list[int], commit_rows: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "COMMIT_ROWS", commit_rows)
+        journal = Journal(Path(folder) / "f.part")
+        journal.begin(HEADER)
+        writer = JournalWriter(journal)
+        for number in numbers:
+            writer.write({"id": number})
+        writer.close()
+        assert writer.num_safe == len(numbers)
+        assert [row["id"] for row in journal.rows()] == numbers
+        journal.close()
+
+
+def test_rows_are_written_many_at_a_time_and_no_more_are_held_than_a_few_times_as_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writers, "COMMIT_ROWS", 10)
+    journal = FakeJournal()
+    journal.may_go_on.clear()
+    writer = JournalWriter(journal)
+    written = []
+
+    def write_many() -> None:
+        for number in range(200):
+            writer.write({"id": number})
+            written.append(number)
+
+    thread = threading.Thread(target=write_many)
+    thread.start()
+    thread.join(0.3)
+    assert 0 < len(written) <= 10 * 4 + 40 and writer.num_safe == 0  # those held, and those on their way
+    journal.may_go_on.set()
+    thread.join(20)
+    writer.close()
+    assert writer.num_safe == 200
+    assert [json.loads(text)["id"] for batch in journal.batches for text in batch] == list(range(200))
+    assert len(journal.batches) <= 200 // 10 + 1
+
+
+def test_a_row_alone_does_not_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "COMMIT_SECONDS", 0.01)
+    journal = FakeJournal()
+    came = threading.Event()
+    append = journal.append
+    journal.append = lambda texts: (append(texts), came.set())  # type: ignore[method-assign,assignment]
+    writer = JournalWriter(journal)
+    writer.write({"id": "a"})
+    assert came.wait(20), "the row waits for others"
+    writer.close()
+
+
+@pytest.mark.parametrize("error", [OutputError("no room"), KeyboardInterrupt(), ValueError("a bug")])
+def test_what_goes_wrong_in_the_thread_is_raised_once_where_rows_come_from(error: BaseException) -> None:
+    journal = FakeJournal()
+    journal.error = error
+    writer = JournalWriter(journal)
+    writer.write({"id": "a"})
+    with pytest.raises(type(error)):
+        writer.close()
+    assert writer.num_safe == 0 and not journal.batches
+    writer.close()
+
+
+def test_a_stop_does_not_take_the_journal_from_under_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = FakeJournal()
+    journal.may_go_on.clear()
+    writer = JournalWriter(journal)
+    writer.write({"id": "a"})
+    join, times = writer._thread.join, iter([1, 2])
+
+    def interrupted() -> None:
+        if next(times) == 1:
+            raise KeyboardInterrupt
+        journal.may_go_on.set()
+        join()
+
+    monkeypatch.setattr(writer._thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    assert writer.num_safe == 1
+
+
+def test_a_writer_whose_thread_has_failed_takes_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "COMMIT_ROWS", 1)
+    journal = FakeJournal()
+    journal.error = OutputError("no room")
+    writer = JournalWriter(journal)
+    with pytest.raises(OutputError, match="no room"):
+        for _ in range(1_000):
+            writer.write({"id": "a"})
+
+
+# ---- texts beside images
+
+
+NAMES = st.lists(
+    st.from_regex(r"(a|b|a\.png|\.a)\.(png|jpg|PNG|webp|txt)", fullmatch=True), min_size=1, max_size=8, unique=True
+)
+
+
+@given(NAMES)
+@settings(deadline=None)
+def test_no_two_images_share_a_text(names: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        images = [Path(folder) / name for name in names if not name.endswith(".txt")]
+        for image in images:
+            image.touch()
+        writer = SidecarWriter(overwrite=False)
+        for row, image in enumerate(images):
+            writer.write(image, image.name, row)
+        texts = {image: writer.target(image) for image in images}
+        assert len(set(texts.values())) == len(images)
+        assert all(path.read_text() == f"{image.name}\n" for image, path in texts.items())
+        assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+def test_a_stem_alone_is_the_name_and_else_the_whole_name_is(tmp_path: Path) -> None:
+    for name in "a.png", "b.png", "b.jpg", "notes.md":
+        (tmp_path / name).touch()
+    assert shared_stems(tmp_path) == {"b"}
+    writer = SidecarWriter(overwrite=False)
+    targets = [writer.target(tmp_path / name).name for name in ("a.png", "b.png", "b.jpg")]
+    assert targets == ["a.txt", "b.png.txt", "b.jpg.txt"]
+
+
+def test_a_text_of_somebody_else_goes_only_when_it_may(tmp_path: Path) -> None:
+    image, text = tmp_path / "a.png", tmp_path / "a.txt"
+    text.write_text("mine\n")
+    with pytest.raises(OutputError, match=r"a\.txt holds another text: .* --overwrite"):
+        SidecarWriter(overwrite=False).write(image, "a dog", 0)
+    assert text.read_text() == "mine\n"
+    SidecarWriter(overwrite=True).write(image, "a dog", 0)
+    SidecarWriter(overwrite=False).write(image, "a dog", 0)
+    assert text.read_text() == "a dog\n"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_text_of_another_row_of_the_run_never_goes(tmp_path: Path, overwrite: bool) -> None:
+    writer = SidecarWriter(overwrite)
+    for row, text in enumerate(("a dog", "a dog", "two dogs", "two dogs")):
+        writer.write(tmp_path / f"{text}.png", text, row)
+    with pytest.raises(OutputError, match=r"rows 1 and 5 show one image .*a dog\.txt holds one: leave --sidecar out"):
+        writer.write(tmp_path / "a dog.png", "a cat", 4)
+    assert (tmp_path / "a dog.txt").read_text() == "a dog\n"
+
+
+def test_an_image_is_the_same_however_its_folder_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p" / "q").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("p")
+    monkeypatch.chdir(tmp_path)
+    for folder in "p", "p/q/..", "./p", "link", str(tmp_path / "p"):
+        writer = SidecarWriter(overwrite=True)
+        writer.write(Path("p/a.png"), "a dog", 0)
+        with pytest.raises(OutputError, match="rows 1 and 2 show one image"):
+            writer.write(Path(folder, "a.png"), "a cat", 1)
+
+
+def test_a_folder_that_has_gone_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot write a text beside .*a\.png: No such file or directory"):
+        SidecarWriter(overwrite=False).write(tmp_path / "none" / "a.png", "a dog", 0)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, data: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(
+        OutputError, match=r"cannot write a text beside .*a\.png: Read-only file system; leave --sidecar out"
+    ):
+        SidecarWriter(overwrite=False).write(tmp_path / "a.png", "a dog", 0)
+
+
+def test_many_folders_are_not_all_kept_in_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "FOLDERS_KEPT", 2)
+    writer = SidecarWriter(overwrite=False)
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        writer.write(tmp_path / str(number) / "a.png", "a dog", 0)
+        assert len(writer._folders) <= 2
