@@ -31,11 +31,11 @@ from idefics_cli.errors import RowError
 from idefics_cli.images.decode import ImageLimits
 from idefics_cli.pipeline.prefetch import PromptSource, RunStats
 from idefics_cli.pipeline.run import Loader, Run, RunOptions
-from idefics_cli.pipeline.task import Work
+from idefics_cli.pipeline.task import Task
 from idefics_cli.prompts.templates import PromptOptions, SpecialToken
 from idefics_cli.rows import ReadOptions
-from idefics_cli.tasks.caption_vqa import Asking, AskOptions
-from idefics_cli.tasks.embed import EmbeddingWork
+from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
+from idefics_cli.tasks.embed import Embed
 from idefics_cli.writers.embeddings_file import VISION
 
 if TYPE_CHECKING:
@@ -107,12 +107,12 @@ class EchoLatents:
     error: RowError | None = None
 
 
-class EchoAsking(Asking):
+class EchoCaption(CaptionVqa):
     def check(self, request: ModelRequest) -> None:
         """There are no weights to compare."""
 
 
-class EchoEmbedding(EmbeddingWork):
+class EchoEmbedding(Embed):
     settings = {"embeds": True, VISION: EchoModel.fingerprint}  # noqa: RUF012
 
 
@@ -197,10 +197,10 @@ class Watch:
             raise KeyboardInterrupt
 
 
-def make_work(kind: str, embeddings: str | None) -> Work:
+def make_work(kind: str, embeddings: str | None) -> Task:
     if kind == "embed":
         return EchoEmbedding(ModelRequest("echo"))
-    return EchoAsking(AskOptions(PromptOptions("caption"), DecodingOptions(), embeddings=embeddings))
+    return EchoCaption(CaptionVqaOptions(PromptOptions("caption"), DecodingOptions(), embeddings=embeddings))
 
 
 def run_once(
@@ -217,12 +217,12 @@ def run_once(
         workers=2,
     )
     before = resident_bytes() or 0
-    work = make_work(kind, embeddings)
+    task = make_work(kind, embeddings)
     stats = RunStats()
     watch = Watch(stats, stop_at)
     loader = Loader(check=lambda request: "echo", load=lambda request, batch_size: EchoModel())
     try:
-        Run(options, work, loader, stats, watch).run(stdout=None)
+        Run(options, task, loader, stats, watch).run(stdout=None)
     except KeyboardInterrupt:
         if stop_at is None:
             raise

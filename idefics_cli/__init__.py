@@ -9,19 +9,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.result import Candidate, Result
 
 if TYPE_CHECKING:
-    from idefics_cli.idefics import Candidate, Idefics, Result
+    from idefics_cli.idefics import Idefics
 
 __version__ = "0.1.0"
 __all__ = ["Candidate", "Idefics", "IdeficsError", "Result", "RowError", "__version__"]
 
-_LAZY = frozenset({"Candidate", "Idefics", "Result"})
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name != "Idefics":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from idefics_cli import idefics
+    from idefics_cli.idefics import Idefics
 
-    return getattr(idefics, name)
+    return Idefics
+
+
+def __dir__() -> list[str]:
+    return __all__

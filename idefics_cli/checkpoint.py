@@ -392,7 +392,7 @@ def load_network(
     import torch
     from transformers import GenerationConfig
 
-    from idefics_cli.engine.memory_budget import naming_memory_errors
+    from idefics_cli.model.memory_errors import naming_memory_errors
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
     expected = _expected_shapes(checkpoint, config)
@@ -430,7 +430,7 @@ def load_network(
 def _moved(model: IdeficsForVisionText2Text, device: torch.device) -> IdeficsForVisionText2Text:
     import torch
 
-    from idefics_cli.engine.memory_budget import naming_memory_errors
+    from idefics_cli.model.memory_errors import naming_memory_errors
 
     try:
         with naming_memory_errors():

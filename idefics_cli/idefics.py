@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -49,9 +48,10 @@ from idefics_cli.prompts.choices import (
     split_answers,
     with_answer,
 )
-from idefics_cli.prompts.postprocess import Finish
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
 from idefics_cli.prompts.tokenize import EncodedChoices, EncodedImage, EncodedPrompt, PromptEncoder
+from idefics_cli.result import Candidate, Embedding, Result
 from idefics_cli.validation import model_name, several_images, whole_number
 
 if TYPE_CHECKING:
@@ -60,48 +60,6 @@ if TYPE_CHECKING:
 
 ImageSource = str | os.PathLike | bytes | Image.Image
 PreparedImage = torch.Tensor | EncodedImage | RowError
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One of a prompt's texts. `score` is the sum of its tokens' log-probabilities, the end's among them, over
-    length ** length_penalty; `token_ids` leave the closing end token out, and `tokens` counts them."""
-
-    text: str
-    score: float
-    tokens: int
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one prompt: the best candidate's fields and all candidates, best first; or an `error`, no text."""
-
-    text: str | None = None
-    score: float | None = None
-    tokens: int | None = None
-    token_ids: tuple[int, ...] | None = None
-    candidates: tuple[Candidate, ...] = ()
-    error: RowError | None = None
-
-    @classmethod
-    def of(cls, candidates: Sequence[Candidate]) -> Result:
-        best = candidates[0]
-        return cls(best.text, best.score, best.tokens, best.token_ids, tuple(candidates))
-
-    def finished(self, finish: Finish) -> Result:
-        """The same with every text as `finish` leaves it; scores and tokens are still those of all that was decoded."""
-        if self.text is None:
-            return self
-        return self.of([replace(each, text=finish(each.text)) for each in self.candidates])
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """An image's latents (seq, dim), or why there are none."""
-
-    latents: torch.Tensor | None
-    error: RowError | None = None
 
 
 class Idefics:
@@ -198,8 +156,8 @@ class Idefics:
             for image, fields in asked
         )
         decoding = {"max_new_tokens": about.max_new_tokens, **decoding}
-        finish = Finish(about.cut_words)
-        return [result.finished(finish) for result in self._results(built, about.banned_words, decoding)]
+        postprocess = PostProcess(about.cut_words)
+        return [result.finished(postprocess) for result in self._results(built, about.banned_words, decoding)]
 
     def generate(self, prompts: Iterable[Prompt | Sequence], **decoding: object) -> list[Result]:
         """Continue each prompt, a sequence of texts and images that stands verbatim behind `<s>`.

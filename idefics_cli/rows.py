@@ -99,13 +99,13 @@ class Source(Protocol):
 
     `size` is the number of rows, None while it is not known; it is known once `entries` or `names` have come to their
     end. `distinct` says that no two rows can have one id. `listed` says that all ids are at hand without reading,
-    `awaited` that a row may come only when somebody sends it.
+    `is_streaming` that a row may come only when somebody sends it.
     """
 
     size: int | None
     distinct: bool
     listed: bool
-    awaited: bool
+    is_streaming: bool
     identity: Mapping[str, Any]
     kept: Mapping[str, Any]
 

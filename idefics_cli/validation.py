@@ -1,16 +1,35 @@
-"""What a caller of the Python API has given, or an IdeficsError that says what was meant to be there.
+"""What a caller has given, or an IdeficsError that says what was expected; and how an option describes itself.
 
-Shapes of arguments only: what an image, a question or a model is, others know.
+Shapes of arguments only: what an image, a question or a model is, others know. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from idefics_cli.errors import IdeficsError
+
+
+@dataclass(frozen=True)
+class Help:
+    """How the command line shows a field of options: `num_beams: Annotated[int, Help("Beams", min=1)] = 3`.
+
+    A field without it is not shown: the program sets it. `flags` are its names where they are not the field's own,
+    `default` is what help shows in place of the default (False: nothing), `parse` makes the value of the text typed.
+    """
+
+    text: str
+    metavar: str | None = None
+    min: float | None = None
+    max: float | None = None
+    flags: tuple[str, ...] = ()
+    default: str | bool = True
+    parse: Callable[[str], Any] | None = None
+    envvar: str | None = None
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

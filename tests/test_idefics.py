@@ -17,7 +17,7 @@ from tiny_models import save_checkpoint
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.engine.engine import Stream
 from idefics_cli.engine.prompt_source import IterableSource
-from idefics_cli.prompts.postprocess import Finish
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import END_OF_UTTERANCE
 from idefics_cli.prompts.tokenize import EncodedImage, EncodedPrompt, collate
 
@@ -146,11 +146,11 @@ def test_captions_are_asked_for_as_the_checkpoint_was_published(
 
 def test_texts_of_captions_and_answers_end_at_the_first_stop_word() -> None:
     long = Candidate("red\nImage: more", -1.0, 4, (1, 2, 3, 4))
-    finished = Result.of([long, replace(long, text="blue")]).finished(Finish(("Image", "\n")))
+    finished = Result.of([long, replace(long, text="blue")]).finished(PostProcess(("Image", "\n")))
     assert finished.text == "red" and [each.text for each in finished.candidates] == ["red", "blue"]
     assert finished.token_ids == long.token_ids and finished.score == -1.0
     failed = Result(error=RowError("image_missing", "no such file"))
-    assert failed.finished(Finish()) == failed
+    assert failed.finished(PostProcess()) == failed
 
 
 def test_captions_from_paths_images_and_pixels_are_one(base: Idefics, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.evaluation.score import ScoreOptions
     from idefics_cli.pipeline.run import RunOptions
-    from idefics_cli.pipeline.task import Model, Work
+    from idefics_cli.pipeline.task import Model, Task
 
 app = typer.Typer(
     add_completion=False,
@@ -132,12 +132,12 @@ def generate(
     is a list of `{"role", "content"}` messages, as transformers' chat templates take them.
     """
     with exit_codes(debug):
-        from idefics_cli.tasks.generate import MAX_NEW_TOKENS, GenerateOptions, Generating
+        from idefics_cli.tasks.generate import MAX_NEW_TOKENS, Generate, GenerateOptions
 
         decoded = decoding.decoding(MAX_NEW_TOKENS)
-        work = Generating(GenerateOptions(decoded, prompt_column, embeddings, text.finish(task=None)))
-        options = run.options(work, decoding.rows_per_batch)
-    _run(options, work, debug)
+        task = Generate(GenerateOptions(decoded, prompt_column, embeddings, text.postprocess(task=None)))
+        options = run.options(task, decoding.rows_per_batch)
+    _run(options, task, debug)
 
 
 @app.command()
@@ -148,15 +148,15 @@ def embed(run: RunFlags, batch_size: BatchSizeFlag = "auto", debug: DebugFlag = 
     `caption`, `vqa` and `generate` take it with --embeddings in place of the images.
     """
     with exit_codes(debug):
-        from idefics_cli.tasks.embed import EmbeddingWork
+        from idefics_cli.tasks.embed import Embed
 
-        work = EmbeddingWork(run.model.request)
-        options = run.options(work, rows_per_batch(batch_size))
+        task = Embed(run.model.request)
+        options = run.options(task, rows_per_batch(batch_size))
         if not options.output.endswith(".parquet"):
             raise typer.BadParameter("latents go into Parquet: add -o E.parquet", param_hint="--output")
         if options.sidecar:
             raise typer.BadParameter("there are no texts to write: leave it out", param_hint="--sidecar")
-    _run(options, work, debug)
+    _run(options, task, debug)
 
 
 @app.command()
@@ -234,16 +234,16 @@ def info(
 def _ask(run: RunFlags, ask: AskFlags, questions: QuestionFlags | None, debug: bool) -> None:
     """Answers where there are questions, else captions."""
     with exit_codes(debug):
-        from idefics_cli.tasks.caption_vqa import Asking
+        from idefics_cli.tasks.caption_vqa import CaptionVqa
 
-        task = "caption" if questions is None else "vqa"
-        work = Asking(ask.options(task, questions, run.inputs.image_column))
-        options = run.options(work, ask.decoding.rows_per_batch, ask.scores.answers_column)
-        scoring = ask.scores.scoring(run.output, task)
-    _run(options, work, debug, scoring)
+        command = "caption" if questions is None else "vqa"
+        task = CaptionVqa(ask.options(command, questions, run.inputs.image_column))
+        options = run.options(task, ask.decoding.rows_per_batch, ask.scores.answers_column)
+        scoring = ask.scores.scoring(run.output, command)
+    _run(options, task, debug, scoring)
 
 
-def _run(options: RunOptions, work: Work, debug: bool, scoring: ScoreOptions | None = None) -> None:
+def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | None = None) -> None:
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Ending, Loader, Run
 
@@ -253,7 +253,7 @@ def _run(options: RunOptions, work: Work, debug: bool, scoring: ScoreOptions | N
     ) as signals:
         with Progress(stats, signals) as progress:
             stdin = getattr(sys.stdin, "buffer", None)
-            run = Run(options, work, Loader(check_model, load_model), stats, progress, stdin)
+            run = Run(options, task, Loader(check_model, load_model), stats, progress, stdin)
             ending = run.run(progress.stdout())
         if ending is Ending.FINISHED_BEFORE:
             say_finished(stats, options.output)

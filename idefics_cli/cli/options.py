@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.images.decode import ImageLimits
     from idefics_cli.pipeline.run import RunOptions
-    from idefics_cli.pipeline.task import Work
+    from idefics_cli.pipeline.task import Task
     from idefics_cli.rows import ReadOptions
 
 MAX_WORKERS = 8
@@ -245,21 +245,21 @@ class RunFlags:
     images: ImageFlags
     model: ModelFlags
 
-    def options(self, work: Work, batch_size: int | None, answers_column: str | None = None) -> RunOptions:
+    def options(self, task: Task, batch_size: int | None, answers_column: str | None = None) -> RunOptions:
         """All that a run is told. Raises typer.BadParameter or IdeficsError for what contradicts itself."""
         from idefics_cli.pipeline.run import RunOptions
 
         self.output.check()
-        if self.output.sidecar and work.rows_each > 1:
+        if self.output.sidecar and task.rows_each > 1:
             raise typer.BadParameter(
-                f"an image gets {work.rows_each} answers and has one file: ask one question, or leave it out",
+                f"an image gets {task.rows_each} answers and has one file: ask one question, or leave it out",
                 param_hint="--sidecar",
             )
         return RunOptions(
             inputs=tuple(self.inputs.inputs),
             output=self.output.output,
             request=self.model.request,
-            reading=self.inputs.reading(work.columns, work.needs_image, answers_column),
+            reading=self.inputs.reading(task.columns, task.needs_image, answers_column),
             limits=self.images.limits,
             decode_timeout=self.images.decode_timeout,
             workers=self.images.num_workers,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from idefics_cli.engine.options import DecodingOptions
     from idefics_cli.evaluation.score import ScoreOptions
     from idefics_cli.prompts.choices import ChoiceOptions
-    from idefics_cli.prompts.postprocess import Finish
-    from idefics_cli.tasks.caption_vqa import AskOptions
+    from idefics_cli.prompts.postprocess import PostProcess
+    from idefics_cli.tasks.caption_vqa import CaptionVqaOptions
 
 DEFAULT_SHOTS = 4
 
@@ -101,9 +101,9 @@ class TextFlags:
         ),
     ] = None
 
-    def finish(self, task: str | None) -> Finish:
+    def postprocess(self, task: str | None) -> PostProcess:
         """Texts end where the task's published protocol ends them, or at the caller's own words."""
-        from idefics_cli.prompts.postprocess import Finish
+        from idefics_cli.prompts.postprocess import PostProcess
         from idefics_cli.prompts.templates import TASKS
         from idefics_cli.storage.filenames import is_utf8
 
@@ -112,9 +112,9 @@ class TextFlags:
                 raise typer.BadParameter("it is no UTF-8, which texts are written in", param_hint=name)
         words = parse_words(self.stop_words)
         if task is None:
-            return Finish(words or (), self.prefix, self.suffix)
+            return PostProcess(words or (), self.prefix, self.suffix)
         cut_words = TASKS[task].cut_words if words is None else (*words, *TASKS[task].banned_words)
-        return Finish(cut_words, self.prefix, self.suffix)
+        return PostProcess(cut_words, self.prefix, self.suffix)
 
 
 @dataclass(frozen=True)
@@ -259,17 +259,19 @@ class AskFlags:
     decoding: DecodingFlags
     embeddings: EmbeddingsFlag = None
 
-    def options(self, task: str, questions: QuestionFlags | None = None, image_column: str | None = None) -> AskOptions:
+    def options(
+        self, task: str, questions: QuestionFlags | None = None, image_column: str | None = None
+    ) -> CaptionVqaOptions:
         """`image_column` is the inputs' own. Raises typer.BadParameter or IdeficsError for what contradicts itself."""
         from idefics_cli.prompts.templates import TASKS, PromptOptions
-        from idefics_cli.tasks.caption_vqa import AskOptions
+        from idefics_cli.tasks.caption_vqa import CaptionVqaOptions
         from idefics_cli.tasks.few_shot import ShotOptions
 
         prompts, number, choices = self.prompts, self.prompts.number_of_shots, self.choices.options()
         if choices is not None:
             self._require_nothing_written()
         file, selection, seed = prompts.shots, prompts.shot_selection, prompts.seed
-        options = AskOptions(
+        options = CaptionVqaOptions(
             prompts=PromptOptions(task, prompts.template, prompts.prompt, number, prompts.bare),
             decoding=self.decoding.decoding(TASKS[task].max_new_tokens),
             questions=() if questions is None else questions.asked,
@@ -277,7 +279,7 @@ class AskFlags:
             shots=None if file is None else ShotOptions(file, number, selection, seed, image_column),
             choices=choices,
             embeddings=self.embeddings,
-            finish=self.text.finish(task if choices is None else None),
+            postprocess=self.text.postprocess(task if choices is None else None),
         )
         if not options.shows_questions:
             raise typer.BadParameter(

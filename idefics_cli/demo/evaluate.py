@@ -28,7 +28,7 @@ SHOTS_APART = 10_000_000  # shots are unseen too, and never one of the scenes th
 
 
 @dataclass(frozen=True)
-class Task:
+class DemoPrompt:
     """One prompt and the text that is right."""
 
     kind: str
@@ -36,20 +36,20 @@ class Task:
     expected: str
 
 
-def caption_tasks(scenes: Iterable[Scene], num_shots: int = 0, bare: bool = False) -> Iterator[Task]:
+def caption_tasks(scenes: Iterable[Scene], num_shots: int = 0, bare: bool = False) -> Iterator[DemoPrompt]:
     options = PromptOptions("caption", num_shots=num_shots, bare=bare)
     for drawn in scenes:
         pool = [Shot(shot.image, shot.caption) for shot in shots_for(drawn, num_shots)]
-        yield Task("caption", prompt_of(options, drawn, {}, pool), drawn.caption)
+        yield DemoPrompt("caption", prompt_of(options, drawn, {}, pool), drawn.caption)
 
 
-def question_tasks(scenes: Iterable[Scene], num_shots: int = 0, bare: bool = False) -> Iterator[Task]:
+def question_tasks(scenes: Iterable[Scene], num_shots: int = 0, bare: bool = False) -> Iterator[DemoPrompt]:
     options = PromptOptions("vqa", num_shots=num_shots, bare=bare)
     for drawn in scenes:
         for number, (question, answer) in enumerate(drawn.questions):
             asked = [(shot, *shot.questions[number % len(shot.questions)]) for shot in shots_for(drawn, num_shots)]
             pool = [Shot(shot.image, said, shot_question) for shot, shot_question, said in asked]
-            yield Task(question_kind(question), prompt_of(options, drawn, {"question": question}, pool), answer)
+            yield DemoPrompt(question_kind(question), prompt_of(options, drawn, {"question": question}, pool), answer)
 
 
 def prompt_of(options: PromptOptions, drawn: Scene, fields: dict[str, str], pool: Sequence[Shot]) -> Prompt:
@@ -68,7 +68,7 @@ def question_kind(question: str) -> str:
     return "left or right" if " on the far " in question else " ".join(question.split()[:2]).lower()
 
 
-def run(model: Idefics, tasks: Sequence[Task], num_beams: int, label: str) -> Counter:
+def run(model: Idefics, tasks: Sequence[DemoPrompt], num_beams: int, label: str) -> Counter:
     """Counts of (kind, right)."""
     counts: Counter = Counter()
     window = 8 * model.batch_size

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from idefics_cli.engine.memory_budget import Limit, naming_memory_errors
+from idefics_cli.engine.memory_budget import Limit
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
 from idefics_cli.errors import RowError
+from idefics_cli.model.memory_errors import naming_memory_errors
 
 if TYPE_CHECKING:
     from idefics_cli.engine.engine import Engine

@@ -24,7 +24,7 @@ from idefics_cli.engine.kv_cache import (
     SharedPrefix,
     project_images,
 )
-from idefics_cli.engine.memory_budget import Limit, image_seq_len, naming_memory_errors
+from idefics_cli.engine.memory_budget import Limit, image_seq_len
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start, shared_length
 from idefics_cli.engine.prompt_source import HasImages, IterableSource, Prompt, PromptSource
@@ -32,6 +32,7 @@ from idefics_cli.engine.reference import Hypothesis, Vocabulary, until_end
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
 from idefics_cli.engine.varlen import RaggedRows
 from idefics_cli.errors import RowError
+from idefics_cli.model.memory_errors import naming_memory_errors
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from idefics_cli.engine.engine import WINDOWS_AHEAD, Engine
 from idefics_cli.engine.kv_cache import PrefillMemory, RowImages, attend_part, merge_parts
-from idefics_cli.engine.memory_budget import Limit, naming_memory_errors
+from idefics_cli.engine.memory_budget import Limit
 from idefics_cli.engine.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
 from idefics_cli.engine.prompt_source import Prompt, PromptSource
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
 from idefics_cli.engine.varlen import RaggedRows
 from idefics_cli.errors import RowError
 from idefics_cli.model.kv_interface import image_visibility
+from idefics_cli.model.memory_errors import naming_memory_errors
 
 if TYPE_CHECKING:
     from idefics_cli.engine.reference import Vocabulary

@@ -6,8 +6,6 @@ Bytes from the network's shapes alone: no prompts, and nothing is allocated.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,25 +16,6 @@ from idefics_cli.model.modeling import IdeficsForVisionText2Text
 SLOTS_ASSUMED = 512
 MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 PATIENCE = 16  # times as many as are wanted at a time end well before more are tried again
-# How errors say so that are no torch.OutOfMemoryError: on the CPU (POSIX, Windows), on MPS, in CUDA's libraries.
-NO_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "MPS backend out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-
-
-@contextmanager
-def naming_memory_errors() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError, as torch's allocator on CUDA does by itself, wherever memory has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or not any(told in str(error) for told in NO_MEMORY):
-            raise
-        raise torch.OutOfMemoryError(str(error)) from None
 
 
 @dataclass

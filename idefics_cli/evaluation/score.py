@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from idefics_cli.errors import InputError
 from idefics_cli.evaluation.metrics import cider, exact_match, require_cider, vqa_accuracy
+from idefics_cli.readers.references import references_of
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 AUTOMATIC_METRIC = {"answer": "vqa", "caption": "cider", "text": "exact"}
 TEXT_COLUMNS = tuple(AUTOMATIC_METRIC)
-STRUCT_FIELDS = ("answer", "caption", "text")  # where a reference that is a struct keeps its words
 METRICS = {
     "vqa": ("vqa_accuracy", "exact_match"),
     "cider": ("cider", "exact_match"),
@@ -211,30 +211,6 @@ class Scorer:
             for (tallies, _, _), value in zip(captions, values, strict=True):
                 for tally in tallies:
                     tally.add("cider", value)
-
-
-def references_of(value: Any, place: str = "this row") -> list[str]:
-    """The references in a cell: a text, a list of texts, the datasets library's structs (a list of them, or one that
-    holds lists). Nothing, or nothing but nulls, is no references."""
-    if isinstance(value, Mapping):
-        return references_of(_words(value, place), place)
-    if not isinstance(value, (list, tuple)):
-        value = [value]
-    words = (_words(item, place) if isinstance(item, Mapping) else item for item in value)
-    return [_text(word, place) for word in words if word is not None]
-
-
-def _words(struct: Mapping[str, Any], place: str) -> Any:
-    for name in STRUCT_FIELDS:
-        if name in struct:
-            return struct[name]
-    raise InputError(f"{place}: a reference with the fields {_listed(struct)}: it needs {' or '.join(STRUCT_FIELDS)}")
-
-
-def _text(value: Any, place: str) -> str:
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise InputError(f"{place}: a reference is {type(value).__name__}, not text: name another --answers-column")
 
 
 def _group_names(keys: Iterable[str]) -> Mapping[str, str]:

@@ -48,7 +48,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Task:
+class DecodeTask:
     """What a decoder process does all its life. `decode` is a function that can be imported by its name."""
 
     processor: ImageProcessor
@@ -60,7 +60,7 @@ class Task:
         return json.dumps([asdict(self.processor), asdict(self.limits), name])
 
     @classmethod
-    def from_json(cls, text: str) -> Task:
+    def from_json(cls, text: str) -> DecodeTask:
         processor, limits, name = json.loads(text)
         return cls(ImageProcessor(**processor), ImageLimits(**limits), pkgutil.resolve_name(name))
 
@@ -79,7 +79,7 @@ class Task:
 def main(socket_number: int, task: str) -> None:
     """Serve on an inherited socket. The parent listens to standard error until it hears that this process has begun."""
     _end_with_parent()
-    given = Task.from_json(task)
+    given = DecodeTask.from_json(task)
     _limit(given.limits)
     with open(socket_number, "rb", closefd=False) as requests, open(socket_number, "wb", closefd=False) as answers:
         _send(answers, Kind.READY)

@@ -29,7 +29,7 @@ import numpy as np
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, RowError
 from idefics_cli.images.decode import ImageLimits, path_of
 from idefics_cli.images.preprocess import ImageProcessor
-from idefics_cli.images.worker import HEADER, PATH_CODING, Decode, Kind, Task
+from idefics_cli.images.worker import HEADER, PATH_CODING, Decode, DecodeTask, Kind
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class WorkerPool:
     ) -> None:
         assert workers > 0 and timeout > 0, f"{workers} workers, {timeout} s for an image"
         self._processor, self._limits, self._timeout = processor, limits, timeout
-        self._children = _Children(Task(processor, limits, decode).to_json(), workers)
+        self._children = _Children(DecodeTask(processor, limits, decode).to_json(), workers)
 
     def __enter__(self) -> WorkerPool:
         return self

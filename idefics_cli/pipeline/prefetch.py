@@ -16,19 +16,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from idefics_cli.errors import RowError
+from idefics_cli.result import Outcome, Result, error_of
 from idefics_cli.rows import InputRow
-
-if TYPE_CHECKING:
-    from idefics_cli.idefics import Result
 
 PATIENCE = 0.2  # seconds that an idle model waits for a fuller batch
 IDS_PER_CODE = 3
 
 Prepared = Any  # what the model takes for one row
-Outcome: TypeAlias = "Result | RowError"
 
 
 class PromptSource(Protocol):
@@ -147,10 +144,6 @@ def run_rows(
     except _EnoughErrors:
         return
     flow.require_all_written()
-
-
-def error_of(outcome: Outcome) -> RowError | None:
-    return outcome if isinstance(outcome, RowError) else outcome.error
 
 
 class _EnoughErrors(Exception):

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from idefics_cli import __version__
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.errors import InputError, OutputError
-from idefics_cli.evaluation.score import references_of
-from idefics_cli.pipeline.prefetch import FlowOptions, Outcome, RunStats, Stages, run_rows
-from idefics_cli.pipeline.task import Model, Observer, Steps, Work
+from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Stages, run_rows
+from idefics_cli.pipeline.task import Model, Observer, Steps, Task
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
+from idefics_cli.readers.references import references_of
+from idefics_cli.result import Outcome
 from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.writers.output_file import FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
@@ -46,7 +47,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """All that a run is told besides its work. `batch_size` None: as many as memory holds.
+    """All that a run is told besides its task. `batch_size` None: as many as memory holds.
 
     `answers_column` is that of the references which somebody means to score the result against.
     """
@@ -79,18 +80,18 @@ class Run:
     def __init__(
         self,
         options: RunOptions,
-        work: Work,
+        task: Task,
         loader: Loader,
         stats: RunStats,
         observer: Observer,
         stdin: BinaryIO | None = None,
     ) -> None:
-        self.options, self.work, self.loader, self.stats, self.observer = options, work, loader, stats, observer
-        _require_manifests(options, work)
-        _require_output_of_its_own(options, work)
+        self.options, self.task, self.loader, self.stats, self.observer = options, task, loader, stats, observer
+        _require_manifests(options, task)
+        _require_output_of_its_own(options, task)
         self.inputs = open_inputs(options.inputs, options.reading, stdin)
-        self.form = work.form(self.inputs.kept)
-        assert not options.sidecar or work.rows_each == 1, work.rows_each
+        self.form = task.form(self.inputs.kept)
+        assert not options.sidecar or task.rows_each == 1, task.rows_each
         self.sidecars = SidecarWriter(options.overwrite) if options.sidecar else None
         self.model: Model | None = None
         self._done_of_first: list[str] = []  # ids that an earlier run has done of the first row that is left
@@ -140,7 +141,7 @@ class Run:
         return Ending.FINISHED_BEFORE
 
     def _take_over(self, output: FileOutput, summary: Mapping[str, Any]) -> None:
-        if self.inputs.awaited or self.sidecars is not None:
+        if self.inputs.is_streaming or self.sidecars is not None:
             self._go_through_finished(output)
         self.stats.rows = self.stats.resumed = self.stats.safe = summary["rows"]
         self.stats.failed = Counter(summary["failed"])
@@ -214,14 +215,14 @@ class Run:
             "image_root": reading.image_root,
             "images": {"draft": options.limits.draft},
             "model": model if weights is None else {**model, "weights": weights},
-            "command": self.work.command,
-            "work": self.work.settings,
+            "command": self.task.command,
+            "task": self.task.settings,
         }
 
     # ---- rows
 
     def _rows(self) -> Iterator[InputRow]:
-        return self.work.spread(self.inputs.rows, self._done_of_first)
+        return self.task.expand(self.inputs.rows, self._done_of_first)
 
     def _pass_over_done(self, output: FileOutput) -> None:
         """Pass over what an earlier run has done, which may have had no --sidecar."""
@@ -240,15 +241,15 @@ class Run:
 
     def _rows_done(self, output: FileOutput) -> Iterator[str]:
         """The ids of the input's rows that an earlier run has done."""
-        return self.work.gathered(self._recount(output.rows_so_far()), self._done_of_first)
+        return self.task.collapse(self._recount(output.rows_so_far()), self._done_of_first)
 
     @property
     def _total(self) -> int | None:
-        return None if self.inputs.total is None else self.inputs.total * self.work.rows_each
+        return None if self.inputs.total is None else self.inputs.total * self.task.rows_each
 
     def _load(self) -> Model:
         if self.model is None:
-            self.work.check(self.options.request)
+            self.task.check(self.options.request)
             self.loader.check(self.options.request)
             self._check_next_row()
             self.model = self.loader.load(self.options.request, self.options.batch_size)
@@ -256,7 +257,7 @@ class Run:
 
     def _check_next_row(self) -> None:
         """What is wrong with all rows shows in the first of them, and should before a model is loaded."""
-        row = None if self.inputs.awaited else self.inputs.peek()
+        row = None if self.inputs.is_streaming else self.inputs.peek()
         if row is None or row.error is not None:
             return
         if self.sidecars is not None:
@@ -265,13 +266,13 @@ class Run:
             references_of(row.values.get(self.options.answers_column), f"row {row.index + 1}")
 
     def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter]) -> None:
-        """A mistake that shows as the work begins leaves no output behind."""
+        """A mistake that shows as the task begins leaves no output behind."""
         options, model = self.options, self._load()
-        rows_at_once = 1 if self.inputs.awaited else ROWS_AT_ONCE
+        rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
         flow = FlowOptions(model.batch_size, options.workers, options.max_errors, rows_at_once=rows_at_once)
         self.observer.on_start(self._total)
         with model.image_workers(options.limits, options.workers, options.decode_timeout) as images:
-            steps = self.work.begin(model, images, self.inputs.resolve, self.observer)
+            steps = self.task.begin(model, images, self.inputs.resolve, self.observer)
             self._write_rows(rows, steps, flow, open_writer())
 
     def _write_rows(self, rows: Iterator[InputRow], steps: Steps, flow: FlowOptions, writer: RowWriter) -> None:
@@ -299,14 +300,14 @@ def _own_file(row: InputRow) -> Path:
     return row.sources[0]
 
 
-def _require_manifests(options: RunOptions, work: Work) -> None:
+def _require_manifests(options: RunOptions, task: Task) -> None:
     """Files, folders and paths bring no columns."""
     without = [name for name in options.inputs if not is_manifest(name)]
-    if work.needs_manifest and without:
-        raise InputError(f"{without[0]} is no manifest: {work.needs_manifest}")
+    if task.needs_manifest and without:
+        raise InputError(f"{without[0]} is no manifest: {task.needs_manifest}")
     reading = options.reading
     named = {
-        "--image-column": reading.image_column if not any(map(is_manifest, work.files)) else None,
+        "--image-column": reading.image_column if not any(map(is_manifest, task.files)) else None,
         "--id-column": reading.id_column,
         "--keep or --answers-column": reading.keep,
         "--image-root": reading.image_root if STDIN not in options.inputs else None,
@@ -316,9 +317,9 @@ def _require_manifests(options: RunOptions, work: Work) -> None:
         raise InputError(f"{without[0]} is no manifest, which {useless} speaks of: leave it out, or name one")
 
 
-def _require_output_of_its_own(options: RunOptions, work: Work) -> None:
+def _require_output_of_its_own(options: RunOptions, task: Task) -> None:
     """Nothing that the run reads may go, not even where all may that is there."""
-    if any(_are_one_file(options.output, name) for name in (*options.inputs, *work.files)):
+    if any(_are_one_file(options.output, name) for name in (*options.inputs, *task.files)):
         raise OutputError(f"{options.output} is what this run reads: name another output")
 
 

@@ -1,6 +1,6 @@
 """What a run does with its rows, as seen from the run: captions, answers and whatever else has rows and a model.
 
-Interfaces only, and what all that implement them share. `run.py` drives a `Work`; `asking.py` and its neighbours are
+Interfaces only, and what all that implement them share. `run.py` drives a `Task`; `asking.py` and its neighbours are
 works.
 """
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.prefetch import Outcome, Prepared, PromptSource
+from idefics_cli.pipeline.prefetch import Prepared, PromptSource
+from idefics_cli.result import Outcome
 from idefics_cli.rows import ImageSource, InputRow
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.columns import Column
-    from idefics_cli.idefics import Result
     from idefics_cli.images.decode import ImageLimits
     from idefics_cli.prompts.templates import Prompt
     from idefics_cli.prompts.tokenize import EncodedImage, EncodedPrompt
+    from idefics_cli.result import Result
 
 
 class ImageOpener(Protocol):
@@ -109,13 +110,13 @@ class Steps:
     decode: Callable[[PromptSource], Iterator[tuple[int, Outcome]]]
 
 
-class Work(Protocol):
+class Task(Protocol):
     """What is done with each row.
 
     `command` is what users call it: no run goes on with what another command has made. `columns` are those that a
     manifest must have, `needs_manifest` what else to give where an input is none (None: no need), `needs_image` whether
     each row has an image of its own, `files` what is read besides the inputs. One row of the input becomes `rows_each`
-    of the result: `spread` makes them, without those that are `done` of the first; `gathered` goes back from the ids of
+    of the result: `expand` makes them, without those that are `done` of the first; `collapse` goes back from the ids of
     the result to those of the input, and leaves the ids of a row that is not complete in `left`. `settings` decide the
     texts: a run goes on only where they are the same. `check` raises what can be known to be wrong before a model is
     loaded.
@@ -135,14 +136,14 @@ class Work(Protocol):
 
     def form(self, kept: Mapping[str, Any]) -> Form: ...
 
-    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]: ...
+    def expand(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]: ...
 
-    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]: ...
+    def collapse(self, ids: Iterator[str], left: list[str]) -> Iterator[str]: ...
 
     def begin(self, model: Model, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps: ...
 
 
-class RowByRow:
+class OneRowEach:
     """What works share in which each row of the input is one of the result, and nothing but rows can be wrong."""
 
     rows_each = 1
@@ -151,11 +152,11 @@ class RowByRow:
     def check(self, request: ModelRequest) -> None:
         """All that can be wrong is wrong with rows."""
 
-    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
+    def expand(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
         assert not done, done
         return rows
 
-    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
+    def collapse(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
         return ids
 
 

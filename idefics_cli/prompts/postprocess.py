@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finish:
+class PostProcess:
     """How a decoded text becomes the written one: cut at the first of `cut_words`, then framed."""
 
     cut_words: tuple[str, ...] = ()

@@ -129,7 +129,7 @@ QUESTION_ANSWER = Template(
     ("\n",),
 )
 VIZWIZ = Template(
-    "Task: Answer the questions based on the image when possible, otherwise say unanswerable.\n",
+    "PublishedTask: Answer the questions based on the image when possible, otherwise say unanswerable.\n",
     ("Image:{image}Question: {question} Answer:",),
     ("\n",),
 )
@@ -168,7 +168,7 @@ def own_template(text: str, instruct: bool) -> Template:
 
 
 @dataclass(frozen=True)
-class Task:
+class PublishedTask:
     """What is asked of the model, as it was published.
 
     The text ends at the first of `stop_words`, and at a line's end. `banned_words` are never decoded. Without shots,
@@ -189,7 +189,7 @@ class Task:
 
 
 TASKS = {
-    "caption": Task(
+    "caption": PublishedTask(
         "caption",
         "instruct-caption",
         ("Caption", "Description", "User", "Image", "task", END_OF_UTTERANCE.name),
@@ -199,7 +199,7 @@ TASKS = {
             Shot(None, "two dogs playing with a ball in the grass"),
         ),
     ),
-    "vqa": Task(
+    "vqa": PublishedTask(
         "vqa",
         "instruct-vqa",
         ("Question", "User", "Image", "task", "What", "Who", "When", "Where", "Why", "How", END_OF_UTTERANCE.name),

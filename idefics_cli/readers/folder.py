@@ -32,7 +32,7 @@ class FileListing:
 
     distinct = True
     listed = True
-    awaited = False
+    is_streaming = False
     kept: Mapping[str, Any] = NO_VALUES
 
     def __init__(self, kind: str, name: str, names: Sequence[str], entry: Callable[[int, str], Entry]) -> None:

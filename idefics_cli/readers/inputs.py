@@ -86,7 +86,7 @@ def _open_remote(address: str, among_others: bool, options: ReadOptions) -> Sour
 class Inputs:
     """The rows of one run, which come once, and what is known of them beforehand.
 
-    `rows` gives them; `total` is how many will come, where that is known; `awaited`: some may be long in coming.
+    `rows` gives them; `total` is how many will come, where that is known; `is_streaming`: some may be long in coming.
     `identity` says what the inputs are: equal as long as they are unchanged. `kept` are the columns that are passed
     through, in order, with their Arrow types (None where rows may differ).
     """
@@ -100,7 +100,7 @@ class Inputs:
         self._starts = [0]  # the index of the first row of each source that has been reached
         self._passed = 0
         self._seen = self._ids_to_remember()
-        self.awaited = any(source.awaited for source in sources)
+        self.is_streaming = any(source.is_streaming for source in sources)
         self.total = self._count()
         self.identity = [dict(source.identity) for source in sources]
         self.kept = _merged([source.kept for source in sources])

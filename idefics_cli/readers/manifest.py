@@ -145,7 +145,7 @@ class Manifest:
     """The rows of one manifest."""
 
     listed = False
-    awaited = False
+    is_streaming = False
 
     def __init__(self, file: InputFile, table: Table, layout: Layout, prefix: str, image_root: str | None) -> None:
         self.distinct = layout.id is None

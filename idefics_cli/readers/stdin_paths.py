@@ -23,7 +23,7 @@ class PathList:
     size: int | None = None
     distinct = False
     listed = False
-    awaited = True
+    is_streaming = True
     identity: Mapping[str, Any] = {"kind": "stdin"}
     kept: Mapping[str, Any] = NO_VALUES
 

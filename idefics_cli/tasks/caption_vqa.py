@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.prefetch import Outcome, PromptSource
+from idefics_cli.pipeline.prefetch import PromptSource
 from idefics_cli.pipeline.task import ImageOpener, Model, Observer, Once, Resolve, Steps, open_images
 from idefics_cli.prompts.choices import ChoiceOptions
-from idefics_cli.prompts.postprocess import Finish
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import (
     IMAGE_FIELD,
     TASKS,
@@ -26,6 +26,7 @@ from idefics_cli.prompts.templates import (
     field_text,
     leading_shots,
 )
+from idefics_cli.result import Outcome
 from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import StoredLatents, stored_latents
 from idefics_cli.tasks.few_shot import ShotOptions, chosen_for_all, open_shots, opened, read_shots, without_furthest
@@ -41,10 +42,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AskOptions:
+class CaptionVqaOptions:
     """`questions` are asked about every row; without them each row has its own in `question_column`.
 
-    `finish` makes the written text of the decoded one. With a file of `embeddings` no row's image is looked at.
+    `postprocess` makes the written text of the decoded one. With a file of `embeddings` no row's image is looked at.
     """
 
     prompts: PromptOptions
@@ -54,7 +55,7 @@ class AskOptions:
     shots: ShotOptions | None = None
     choices: ChoiceOptions | None = None
     embeddings: str | None = None
-    finish: Finish = field(default_factory=Finish)
+    postprocess: PostProcess = field(default_factory=PostProcess)
 
     @property
     def asks(self) -> bool:
@@ -117,10 +118,10 @@ class AskOptions:
         return question if isinstance(question, RowError) else {**row.values, QUESTION: question}
 
 
-class Asking:
+class CaptionVqa:
     """The work of `caption` and `vqa`. Raises InputError for shots and embeddings that cannot be read."""
 
-    def __init__(self, options: AskOptions) -> None:
+    def __init__(self, options: CaptionVqaOptions) -> None:
         self.options = options
         self.embeddings = stored_latents(options.embeddings)
         self.command = options.prompts.task
@@ -150,17 +151,17 @@ class Asking:
         options = self.options
         return ResultForm(
             "answer" if options.asks else "caption",
-            options.finish,
+            options.postprocess,
             question_of=options.shown_question_of if options.asks else None,
             candidates=options.decoding.num_return_sequences > 1 or options.choices is not None,
             kept=kept,
         )
 
-    def spread(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
+    def expand(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
         questions = self.options.questions
         return with_questions(rows, questions, done) if questions else rows
 
-    def gathered(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
+    def collapse(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
         return rows_asked(ids, self.rows_each, left)
 
     def begin(self, model: Model, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps:
@@ -223,7 +224,7 @@ class Preparation:
     `on_shots_dropped` is told the id of a row that is too long for all the shots.
     """
 
-    options: AskOptions
+    options: CaptionVqaOptions
     model: Model
     images: ImageOpener
     embeddings: StoredLatents | None

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from idefics_cli.columns import Column
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.prefetch import error_of
-from idefics_cli.pipeline.task import ImageOpener, Model, Observer, Resolve, RowByRow, Steps, open_images
+from idefics_cli.pipeline.task import ImageOpener, Model, Observer, OneRowEach, Resolve, Steps, open_images
+from idefics_cli.result import error_of
 from idefics_cli.rows import InputRow
 from idefics_cli.tasks.result_rows import kept_values, shown_names
 from idefics_cli.writers.embeddings_file import ERROR, ID, LATENTS, VISION, EmbeddingFile, latents_value
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.idefics import Embedding
     from idefics_cli.pipeline.prefetch import PromptSource
     from idefics_cli.prompts.tokenize import EncodedImage
+    from idefics_cli.result import Embedding
 
 
 class Embedder(Protocol):
@@ -67,7 +67,7 @@ class EmbeddingForm:
         return own | kept_values(row, self.kept_names)
 
 
-class EmbeddingWork(RowByRow):
+class Embed(OneRowEach):
     """The work of `embed`. A run goes on only with a model that sees images alike."""
 
     command = "embed"

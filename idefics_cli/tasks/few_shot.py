@@ -12,10 +12,10 @@ from itertools import islice
 from typing import Any, Literal
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.evaluation.score import references_of
 from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
 from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.manifest import is_manifest
+from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions
 
 ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.task import ImageOpener, Model, Observer, Resolve, RowByRow, Steps
+from idefics_cli.pipeline.task import ImageOpener, Model, Observer, OneRowEach, Resolve, Steps
 from idefics_cli.prompts.interleaved import ImageItem, interleaved_prompt
-from idefics_cli.prompts.postprocess import Finish
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import END_OF_UTTERANCE
 from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import StoredLatents, stored_latents
@@ -34,10 +34,10 @@ class GenerateOptions:
     decoding: DecodingOptions
     prompt_column: str = PROMPT
     embeddings: str | None = None
-    finish: Finish = field(default_factory=Finish)
+    postprocess: PostProcess = field(default_factory=PostProcess)
 
 
-class Generating(RowByRow):
+class Generate(OneRowEach):
     """The work of `generate`. Raises InputError for embeddings that are none."""
 
     command = "generate"
@@ -60,7 +60,7 @@ class Generating(RowByRow):
 
     def form(self, kept: Mapping[str, Any]) -> ResultForm:
         options = self.options
-        return ResultForm("text", options.finish, candidates=options.decoding.num_return_sequences > 1, kept=kept)
+        return ResultForm("text", options.postprocess, candidates=options.decoding.num_return_sequences > 1, kept=kept)
 
     def begin(self, model: Model, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps:
         decoding = asdict(self.options.decoding)

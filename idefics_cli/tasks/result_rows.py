@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from idefics_cli.columns import Column, finite
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.pipeline.prefetch import Outcome, error_of
+from idefics_cli.result import Outcome, error_of
 from idefics_cli.rows import InputRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from idefics_cli.idefics import Result
-    from idefics_cli.prompts.postprocess import Finish
+    from idefics_cli.prompts.postprocess import PostProcess
+    from idefics_cli.result import Result
 
 
 @dataclass(frozen=True)
 class ResultForm:
     """The columns of a command's rows, those that are passed through from the manifest at the end.
 
-    `text_column` is where the text stands, as `finish` leaves it; a question is shown where `question_of` finds one.
+    `text_column` is where the text stands, as `postprocess` leaves it; `question_of` finds the question to show.
     """
 
     text_column: Literal["caption", "answer", "text"]
-    finish: Finish
+    postprocess: PostProcess
     question_of: Callable[[InputRow], Any] | None = None
     candidates: bool = False
     kept: Mapping[str, pa.DataType | None] = field(default_factory=dict)
@@ -55,12 +55,12 @@ class ResultForm:
         columns: dict[str, Any] = {"id": row.id, "image": row.image}
         if self.question_of:
             columns["question"] = self.question_of(row)
-        columns[self.text_column] = self.finish(result.text) if result else None
+        columns[self.text_column] = self.postprocess(result.text) if result else None
         columns["score"] = finite(result.score) if result else None
         columns["tokens"] = result.tokens if result else None
         columns["error"] = str(error) if error else None
         if self.candidates:
-            columns["candidates"] = candidate_rows(result, self.finish) if result else None
+            columns["candidates"] = candidate_rows(result, self.postprocess) if result else None
         return columns | kept_values(row, self.kept_names)
 
 
@@ -77,6 +77,6 @@ def kept_values(row: InputRow, names: Mapping[str, str]) -> dict[str, Any]:
     return {shown_as: row.values.get(name) for name, shown_as in names.items()}
 
 
-def candidate_rows(result: Result, finish: Finish) -> list[dict[str, Any]]:
+def candidate_rows(result: Result, postprocess: PostProcess) -> list[dict[str, Any]]:
     """Best first."""
-    return [{"text": finish(c.text), "score": finite(c.score), "tokens": c.tokens} for c in result.candidates]
+    return [{"text": postprocess(c.text), "score": finite(c.score), "tokens": c.tokens} for c in result.candidates]

@@ -126,8 +126,8 @@ class EmbeddingFile:
 
     def _recorded_fingerprint(self) -> str:
         run = Parquet().run_of(self.path)
-        work = run[SETTINGS].get("work") if run else None
-        fingerprint = work.get(VISION) if isinstance(work, dict) else None
+        task = run[SETTINGS].get("task") if run else None
+        fingerprint = task.get(VISION) if isinstance(task, dict) else None
         if not isinstance(fingerprint, str):
             raise InputError(f"{self.name} was not written by `idefics embed`: make it with that")
         return fingerprint

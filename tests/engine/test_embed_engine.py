@@ -19,7 +19,7 @@ from idefics_cli.model.vision import IdeficsVisionTransformer
 from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Ending, Loader, Run, RunOptions
 from idefics_cli.rows import ReadOptions
-from idefics_cli.tasks.embed import EmbeddingWork
+from idefics_cli.tasks.embed import Embed
 from idefics_cli.writers.embeddings_file import EmbeddingFile
 
 
@@ -67,7 +67,7 @@ def embed(folder: Path, model: Idefics, photos: Path, output: Path, rows: int = 
     )
     stats = RunStats()
     loader = Loader(weights_digest, lambda request, batch_size: model)
-    return Run(options, EmbeddingWork(request), loader, stats, Watcher(rows)).run(None), stats
+    return Run(options, Embed(request), loader, stats, Watcher(rows)).run(None), stats
 
 
 def test_every_image_is_there_by_its_id_and_the_broken_one_with_its_reason(

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idefics_cli.engine.memory_budget import PATIENCE, Limit, naming_memory_errors
+from idefics_cli.engine.memory_budget import PATIENCE, Limit
+from idefics_cli.model.memory_errors import naming_memory_errors
 
 
 @pytest.mark.parametrize("text", ["MPS backend out of memory (MPS allocated: 9 GB)", None])

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from idefics_cli.errors import IdeficsError, InputError
 from idefics_cli.evaluation.metrics import cider
-from idefics_cli.evaluation.score import ScoreOptions, Scorer, references_of, score_results, score_table
+from idefics_cli.evaluation.score import ScoreOptions, Scorer, score_results, score_table
+from idefics_cli.readers.references import references_of
 
 ROWS = [
     {"id": "a", "answer": "red", "error": None, "answers": ["red"] * 10, "kind": "color"},

@@ -19,7 +19,7 @@ from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Loader, Run, RunOptions
 from idefics_cli.prompts.templates import PromptOptions
 from idefics_cli.rows import ReadOptions
-from idefics_cli.tasks.caption_vqa import Asking, AskOptions
+from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
 from idefics_cli.writers.journal import HEADER_START, Journal
 
 ROWS = 7
@@ -43,7 +43,7 @@ def run(bench: Bench) -> str | None:
         (str(bench.images),), str(bench.output), request, ReadOptions(), ImageLimits(), decode_timeout=5.0, workers=1
     )
     loader: Any = Loader(lambda request: "fake", lambda request, batch_size: FakeCaptioner())
-    work = Asking(AskOptions(PromptOptions("caption"), DecodingOptions()))
+    work = CaptionVqa(CaptionVqaOptions(PromptOptions("caption"), DecodingOptions()))
     try:
         Run(options, work, loader, RunStats(), Observer()).run(None)
     except OutputError as error:

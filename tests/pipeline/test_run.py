@@ -18,8 +18,8 @@ from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Ending, Loader, Run, RunOptions
 from idefics_cli.prompts.templates import PromptOptions
 from idefics_cli.rows import ReadOptions
-from idefics_cli.tasks.caption_vqa import Asking, AskOptions
-from idefics_cli.tasks.embed import EmbeddingWork
+from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
+from idefics_cli.tasks.embed import Embed
 from idefics_cli.tasks.few_shot import ShotOptions
 
 
@@ -67,9 +67,11 @@ class Bench:
         **changes: Any,
     ) -> Ending:
         self.stats, self.observer, self.calls = RunStats(), Observer(), []
-        work = Asking(AskOptions(PromptOptions("vqa" if questions else "caption"), DecodingOptions(), questions))
+        task = CaptionVqa(
+            CaptionVqaOptions(PromptOptions("vqa" if questions else "caption"), DecodingOptions(), questions)
+        )
         options = replace(self.options, **changes)
-        return Run(options, work, Loader(self.check, self.load), self.stats, self.observer, stdin).run(stdout)
+        return Run(options, task, Loader(self.check, self.load), self.stats, self.observer, stdin).run(stdout)
 
     def refuses(self, kind: type[IdeficsError], **changes: Any) -> str:
         with pytest.raises(kind) as caught:
@@ -272,28 +274,28 @@ def test_shots_may_have_their_images_in_the_inputs_column(bench: Bench, photos: 
     shots.write_text(json.dumps({"before": "a.jpg", "after": "b.png", "caption": "a cat"}) + "\n")
     for column in "before", "after":
         options = ShotOptions(str(shots), 1, image_column=column)
-        work = Asking(AskOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=options))
+        task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=options))
         output = str(bench.output.with_name(f"{column}.jsonl"))
         reading = ReadOptions(image_column=column)
         options = replace(bench.options, inputs=(str(photos / "a.jpg"),), output=output, reading=reading)
-        run = Run(options, work, Loader(bench.check, bench.load), RunStats(), bench.observer)
+        run = Run(options, task, Loader(bench.check, bench.load), RunStats(), bench.observer)
         assert run.run(None) is Ending.RAN
 
 
 def test_images_need_a_question_from_somewhere(bench: Bench) -> None:
-    work = Asking(AskOptions(PromptOptions("vqa"), DecodingOptions()))
+    task = CaptionVqa(CaptionVqaOptions(PromptOptions("vqa"), DecodingOptions()))
     with pytest.raises(InputError, match="is no manifest: ask with -q QUESTION"):
-        Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+        Run(bench.options, task, Loader(bench.check, bench.load), bench.stats, bench.observer)
 
 
 def test_files_have_one_image_each(bench: Bench) -> None:
     """A prompt with places for more would make an error of every row."""
     for text in "{image}{image}", "{image} or {{{image}}}":
-        work = Asking(AskOptions(PromptOptions("caption", text=text), DecodingOptions()))
+        task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption", text=text), DecodingOptions()))
         with pytest.raises(InputError, match=r"is no manifest: name one with a list of 2 images in each row"):
-            Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
-    work = Asking(AskOptions(PromptOptions("caption", text="{image} or {{image}}"), DecodingOptions()))
-    Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+            Run(bench.options, task, Loader(bench.check, bench.load), bench.stats, bench.observer)
+    task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption", text="{image} or {{image}}"), DecodingOptions()))
+    Run(bench.options, task, Loader(bench.check, bench.load), bench.stats, bench.observer)
 
 
 @pytest.mark.parametrize(
@@ -325,14 +327,14 @@ def test_what_a_run_reads_is_never_its_output(bench: Bench, tmp_path: Path, phot
     changes = {"output": str(link), "overwrite": overwrite}
     assert "name another output" in bench.refuses(OutputError, inputs=(str(shots),), **changes)
     one = ShotOptions(str(shots), 1)
-    work = Asking(AskOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=one))
+    task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=one))
     with pytest.raises(OutputError, match="is what this run reads: name another output"):
-        Run(replace(bench.options, **changes), work, Loader(bench.check, bench.load), bench.stats, bench.observer)
+        Run(replace(bench.options, **changes), task, Loader(bench.check, bench.load), bench.stats, bench.observer)
     assert "a cat" in shots.read_text()
 
 
 def test_what_another_command_has_made_is_not_taken_over(bench: Bench) -> None:
     bench.run()
-    work = EmbeddingWork(replace(bench.options.request, model="demo"))
+    task = Embed(replace(bench.options.request, model="demo"))
     with pytest.raises(OutputError, match="command was 'caption' and is now 'embed'"):
-        Run(bench.options, work, Loader(bench.check, bench.load), bench.stats, bench.observer).run(None)
+        Run(bench.options, task, Loader(bench.check, bench.load), bench.stats, bench.observer).run(None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idefics_cli.prompts.postprocess import Finish, cut_at_stop_word
+from idefics_cli.prompts.postprocess import PostProcess, cut_at_stop_word
 from idefics_cli.prompts.templates import TASKS
 
 WORDS = TASKS["vqa"].cut_words
@@ -49,6 +49,6 @@ def test_the_cut_is_that_of_a_regular_expression(text: str) -> None:
 
 
 def test_prefix_and_suffix_frame_what_is_left() -> None:
-    assert Finish(("Image",), "a photo of ", ".")("two dogs Image: x") == "a photo of two dogs."
-    assert Finish(("Image",), "[", "]")("Image") == "[]"
-    assert Finish()(" red ") == "red"
+    assert PostProcess(("Image",), "a photo of ", ".")("two dogs Image: x") == "a photo of two dogs."
+    assert PostProcess(("Image",), "[", "]")("Image") == "[]"
+    assert PostProcess()(" red ") == "red"

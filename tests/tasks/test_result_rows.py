@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.prompts.postprocess import Finish
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.rows import InputRow
 from idefics_cli.tasks.result_rows import ResultForm, shown_names
 
 ROW = InputRow(0, "a", "a.png", (), {"question": "What?", "width": 5, "caption": "old"})
 RESULT = FakeResult("two dogs. More", -0.5, 3, (FakeCandidate("two dogs. More", -0.5, 3), FakeCandidate("x", -2.0, 1)))
-FINISH = Finish((".",), "<", ">")
+FINISH = PostProcess((".",), "<", ">")
 
 
 def test_a_captioned_row() -> None:

@@ -37,7 +37,7 @@ def embedded(number: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 def write(path: Path, rows: Sequence[dict[str, Any]], fingerprint: str = "abc") -> Path:
     texts = [json_text(row) for row in rows]
-    run = {"settings": {"work": {"vision": fingerprint}}, "rows": len(rows), "failed": {}}
+    run = {"settings": {"task": {"vision": fingerprint}}, "rows": len(rows), "failed": {}}
     Parquet().write(path, Rows(lambda: iter(texts)), COLUMNS, run)
     return path
 
@@ -137,7 +137,7 @@ def test_another_models_file_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "latents": [[1.0]]}), tmp_path / "other.parquet")
     (tmp_path / "text.parquet").write_text("no Parquet")
-    run = {"settings": {"work": {"vision": "abc"}}, "rows": 1, "failed": {}}
+    run = {"settings": {"task": {"vision": "abc"}}, "rows": 1, "failed": {}}
     columns = [Column("id", "text"), Column("latents", "text")]
     Parquet().write(tmp_path / "typed.parquet", Rows(lambda: iter([b'{"id": "a", "latents": "b"}'])), columns, run)
     for name in ("other.parquet", "text.parquet", "typed.parquet", "gone.parquet"):

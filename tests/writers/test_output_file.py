@@ -15,7 +15,7 @@ from idefics_cli.columns import Column, json_text
 from idefics_cli.errors import OutputError
 from idefics_cli.writers.output_file import FileOutput, differences, merged
 
-SETTINGS = {"model": {"name": "demo"}, "inputs": [{"name": "a.csv"}], "work": {"prompts": {"text": None}}}
+SETTINGS = {"model": {"name": "demo"}, "inputs": [{"name": "a.csv"}], "task": {"prompts": {"text": None}}}
 COLUMNS = [Column("id", "text"), Column("caption", "text"), Column("error", "text")]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 

@@ -1,0 +1,28 @@
+"""Out of memory by one name: torch.OutOfMemoryError, whichever allocator or library has run out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# How errors say so that are no torch.OutOfMemoryError: on the CPU (POSIX, Windows), on MPS, in CUDA's libraries.
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+@contextmanager
+def naming_memory_errors() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError, as torch's allocator on CUDA does by itself, wherever memory has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not any(told in str(error) for told in NO_MEMORY):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None
