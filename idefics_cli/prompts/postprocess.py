@@ -4,18 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
+
+from idefics_cli.errors import IdeficsError
+from idefics_cli.storage.filenames import is_utf8
+from idefics_cli.validation import Help
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 @dataclass(frozen=True)
 class PostProcess:
-    """How a decoded text becomes the written one: cut at the first of `cut_words`, then framed."""
+    """How a decoded text becomes the written one: cut at the first of `cut_words`, then framed.
 
-    cut_words: tuple[str, ...] = ()
-    prefix: str = ""
-    suffix: str = ""
+    `cut_words` None: those of the task's published protocol, where there is one.
+    """
+
+    cut_words: Annotated[
+        tuple[str, ...] | None,
+        Help(
+            "Cut each text at the first of these words; '' for none",
+            metavar="A,B",
+            flags=("--stop-words",),
+            default="those of the published protocol",
+            parse=parse_words,
+        ),
+    ] = None
+    prefix: Annotated[str, Help("Prepended to each output", metavar="TEXT", default=False)] = ""
+    suffix: Annotated[str, Help("Appended to each output", metavar="TEXT", default=False)] = ""
+
+    def __post_init__(self) -> None:
+        for name, text in (("--prefix", self.prefix), ("--suffix", self.suffix)):
+            if not is_utf8(text):
+                raise IdeficsError(f"{name} is not valid UTF-8: write it in UTF-8")
 
     def __call__(self, text: str) -> str:
-        return f"{self.prefix}{cut_at_stop_word(text, self.cut_words)}{self.suffix}"
+        return f"{self.prefix}{cut_at_stop_word(text, self.cut_words or ())}{self.suffix}"
 
 
 def cut_at_stop_word(text: str, stop_words: Iterable[str]) -> str:
