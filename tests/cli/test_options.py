@@ -81,7 +81,8 @@ def test_fields_are_shown_one_by_one() -> None:
     }
     shown = {name: each.annotation.__metadata__[0] for name, each in parameters.items()}
     assert (shown["size"].help, shown["size"].min, shown["size"].metavar) == ("How many.", 1, "N")
-    assert [shown[name].default for name in ("words", "plain", "no_deep", "early")] == [
+    flags = [shown[name].default for name in ("words", "plain", "no_deep", "early")]
+    assert flags == ["-w", "--plain", "--no-deep", ...]
         "-w",
         "--plain",
         "--no-deep",
