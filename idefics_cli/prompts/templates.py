@@ -92,9 +92,7 @@ class Template:
     def _image_groups(self, images: Prompt) -> list[Prompt]:
         marks = self.fields.count(IMAGE_FIELD)
         assert self.takes(len(images)), f"{len(images)} images for {marks} places"
-        if marks == 1:
-            return [images]
-        return [(image,) for image in images] or [()] * marks
+        return [images] if marks == 1 else [(image,) for image in images] or [()] * marks
 
 
 def _filled(name: str | None, shot: Shot, images: Iterator[Prompt]) -> Prompt:
@@ -185,10 +183,7 @@ TASKS = {
         "instruct-vqa",
         ("Question", "User", "Image", "task", "What", "Who", "When", "Where", "Why", "How", END_OF_UTTERANCE.name),
         15,
-        (
-            Shot(None, "red", "What color is the bus?"),
-            Shot(None, "2", "How many people are there?"),
-        ),
+        (Shot(None, "red", "What color is the bus?"), Shot(None, "2", "How many people are there?")),
     ),
 }
 
@@ -236,17 +231,6 @@ def choose_template(options: PromptOptions, instruct: bool) -> Template:
     return template
 
 
-def require_fields(options: PromptOptions, columns: Iterable[str], instruct: bool) -> None:
-    """Raises IdeficsError, naming the columns, for a field that no row will have."""
-    columns = tuple(columns)
-    for name in choose_template(options, instruct).fields:
-        if name != IMAGE_FIELD and name not in columns:
-            raise IdeficsError(
-                f"the prompt has a field {name!r}, and the rows have {listed(columns)}: name one of these, or write "
-                "{{ and }} for braces"
-            )
-
-
 def leading_shots(options: PromptOptions, pool: Sequence[Shot], instruct: bool) -> tuple[Shot, ...]:
     """The shots before every query where all rows share them: the first `num_shots` of the pool.
 
@@ -270,11 +254,17 @@ def build_prompt(
     """The prompt of a row with these `fields` and `images`, after `shots` in their order.
 
     A field that is empty or not text, or images without a place, are a RowError. Raises IdeficsError as
-    `choose_template` and `require_fields` do.
+    `choose_template` does, and for a field that no row has.
     """
     template = choose_template(options, instruct)
-    require_fields(options, fields, instruct)
-    texts = {name: field_text(name, fields[name]) for name in template.fields if name != IMAGE_FIELD}
+    names = [name for name in template.fields if name != IMAGE_FIELD]
+    missing = next((name for name in names if name not in fields), None)
+    if missing is not None:
+        raise IdeficsError(
+            f"the prompt has a field {missing!r}, and the rows have {listed(fields)}: name one of these, or write "
+            "{{ and }} for braces"
+        )
+    texts = {name: field_text(name, fields[name]) for name in names}
     error = next((text for text in texts.values() if isinstance(text, RowError)), None)
     if error is not None:
         return error
