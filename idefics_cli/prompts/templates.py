@@ -134,15 +134,6 @@ TEMPLATES = {
 }
 
 
-def own_template(text: str, instruct: bool) -> Template:
-    """A user's own text as a template; without an `{image}` in it, the images stand before it.
-
-    Raises IdeficsError for stray braces.
-    """
-    names = [name for _, name in parse_text(text)]
-    return Template(text if IMAGE_FIELD in names else f"{{{IMAGE_FIELD}}}{text}", instruct)
-
-
 # ---- tasks and their options
 
 
@@ -154,8 +145,6 @@ class PublishedTask:
     base models are shown `text_only_shots`, written for this project, unless there is a pool to take them from.
     """
 
-    base_template: str
-    instruct_template: str
     stop_words: tuple[str, ...]
     max_new_tokens: int
     text_only_shots: tuple[Shot, ...]
@@ -169,8 +158,6 @@ class PublishedTask:
 
 TASKS = {
     "caption": PublishedTask(
-        "caption",
-        "instruct-caption",
         ("Caption", "Description", "User", "Image", "task", END_OF_UTTERANCE.name),
         30,
         (
@@ -179,8 +166,6 @@ TASKS = {
         ),
     ),
     "vqa": PublishedTask(
-        "vqa",
-        "instruct-vqa",
         ("Question", "User", "Image", "task", "What", "Who", "When", "Where", "Why", "How", END_OF_UTTERANCE.name),
         15,
         (Shot(None, "red", "What color is the bus?"), Shot(None, "2", "How many people are there?")),
@@ -214,20 +199,22 @@ class PromptOptions:
 
 @functools.lru_cache
 def choose_template(options: PromptOptions, instruct: bool) -> Template:
-    """Raises IdeficsError for a template that is unknown, or is not for this task or this kind of model."""
-    task = TASKS[options.task]
+    """The user's own text, the template that was named, or the official one for the task and the kind of model.
+
+    Without an `{image}` in an own text, the images stand before it. Raises IdeficsError for stray braces, and for a
+    template that is unknown, or is not for this task or this kind of model.
+    """
     if options.text is not None:
-        return own_template(options.text, instruct)
-    name = options.template or (task.instruct_template if instruct else task.base_template)
+        own = Template(options.text, instruct)
+        return own if IMAGE_FIELD in own.fields else Template(f"{{{IMAGE_FIELD}}}{options.text}", instruct)
+    name = options.template or ("instruct-" if instruct else "") + options.task
     if name not in TEMPLATES:
         raise IdeficsError(f"unknown template {name!r}: use one of {listed(TEMPLATES)}, or --prompt TEXT")
     template = TEMPLATES[name]
     if template.instruct and not instruct:
-        raise IdeficsError(
-            f"the template {name!r} needs an instruct model, this is a base model: use {task.base_template!r}"
-        )
+        raise IdeficsError(f"the template {name!r} is for instruct models, this is a base model: use {options.task!r}")
     if options.task == "vqa" and "question" not in template.fields:
-        raise IdeficsError(f"the template {name!r} asks no question: use {task.base_template!r}")
+        raise IdeficsError(f"the template {name!r} asks no question: use {options.task!r}")
     return template
 
 

@@ -22,12 +22,12 @@ from idefics_cli.prompts.templates import (
     PromptOptions,
     Shot,
     SpecialToken,
+    Template,
     build_prompt,
     choose_template,
     few_shot_prompt,
     leading_shots,
     merge_texts,
-    own_template,
     parse_text,
     shot_answer,
     strip,
@@ -158,6 +158,10 @@ def test_merging_keeps_every_letter_and_leaves_no_two_texts_side_by_side(items):
 
 
 # ---- own texts
+
+
+def own_template(text: str, instruct: bool) -> Template:
+    return choose_template(PromptOptions("caption", text=text), instruct)
 
 
 def asked(text: str, instruct: bool = False, **fields: str) -> str:
