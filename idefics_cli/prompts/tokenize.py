@@ -1,19 +1,16 @@
-"""Prompt -> token ids and image mask, rows -> a batch. Knows text and where images stand in it, no model.
+"""Prompt -> token ids, and generated ids -> text. Knows text and where images stand in it, no model.
 
-The tensors are those of transformers' IDEFICS processor, without its traps: a text is never an address that is fetched,
+The ids are those of transformers' IDEFICS processor, without its traps: a text is never an address that is fetched,
 never loses its spaces, and never turns into a special token, whatever words it holds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from tokenizers import AddedToken, Tokenizer
 
 from idefics_cli.errors import CheckpointError, IdeficsError
@@ -168,117 +165,3 @@ def _with_image_tokens(prompt: Prompt) -> Iterator[str | SpecialToken]:
         else:
             yield item
         after_image = is_image
-
-
-# ---- batches
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One row: token ids, and the pixels (3, S, S) of each of its images in order, or its latents (seq, dim).
-
-    `image_keys` are the images' `content_key`s: computed here, in whatever thread makes the prompt, unless whoever
-    makes many prompts with the same shots has them already.
-    """
-
-    input_ids: list[int]
-    pixels: tuple[torch.Tensor, ...] = ()
-    image_keys: tuple[bytes, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.image_keys:
-            object.__setattr__(self, "image_keys", tuple(map(content_key, self.pixels)))
-        assert len(self.image_keys) == len(self.pixels), (len(self.image_keys), len(self.pixels))
-
-
-@dataclass(frozen=True)
-class EncodedChoices(EncodedPrompt):
-    """A prompt and the answers to choose from: their texts, and the token ids of each behind `input_ids`.
-
-    `input_ids` are what all of them have in common, which may be a little less than the prompt.
-    """
-
-    choices: tuple[str, ...] = ()
-    choice_ids: tuple[tuple[int, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        assert len(self.choices) == len(self.choice_ids) > 0, (self.choices, self.choice_ids)
-        assert all(self.choice_ids), self.choice_ids
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """One image without a prompt, to be embedded: its pixels (3, S, S), and its `content_key`."""
-
-    pixels: tuple[torch.Tensor]
-    image_keys: tuple[bytes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        (pixels,) = self.pixels
-        object.__setattr__(self, "image_keys", (content_key(pixels),))
-
-
-def content_key(pixels: torch.Tensor) -> bytes:
-    """Equal for equal pixels, or latents."""
-    data = pixels.contiguous().cpu().numpy()
-    return hashlib.blake2b(data, digest_size=16, salt=str(data.shape[-1]).encode()).digest()
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """A batch, padded on the left. `images` is the most images in any row, at least 1; absent ones are all zero."""
-
-    input_ids: torch.Tensor  # (rows, tokens) int64
-    attention_mask: torch.Tensor  # (rows, tokens) int64, 0 on padding
-    pixel_values: torch.Tensor  # (rows, images, 3, S, S) float32
-    image_attention_mask: torch.Tensor  # (rows, tokens, images) int64, 1 where the token sees the image
-
-
-def collate(encoded: Sequence[EncodedPrompt], encoder: PromptEncoder, image_size: int) -> ModelInputs:
-    """Rows -> one batch. `image_size` is S, needed where no row holds an image."""
-    assert encoded, "a batch has at least one row"
-    for row in encoded:
-        num_image_tokens = row.input_ids.count(encoder.image_token_id)
-        assert num_image_tokens == len(row.pixels), f"{num_image_tokens} image tokens for {len(row.pixels)} images"
-    input_ids, attention_mask = _pad_left([row.input_ids for row in encoded], encoder.pad_token_id)
-    num_images = max(1, *(len(row.pixels) for row in encoded))
-    pixel_values = torch.zeros(len(encoded), num_images, 3, image_size, image_size)
-    for images, row in zip(pixel_values, encoded, strict=True):
-        for image, pixels in zip(images, row.pixels, strict=False):
-            image.copy_(pixels)
-    mask = image_attention_mask(input_ids, num_images, encoder.image_token_id, encoder.eos_token_id)
-    return ModelInputs(input_ids, attention_mask, pixel_values, mask)
-
-
-def _pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both (rows, tokens) int64."""
-    num_tokens = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad_token_id] * (num_tokens - len(row)) + row for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    attention_mask = torch.arange(num_tokens) >= num_tokens - lengths[:, None]  # (rows, tokens)
-    return input_ids, attention_mask.long()
-
-
-def image_attention_mask(
-    input_ids: torch.Tensor, num_images: int, image_token_id: int, eos_token_id: int
-) -> torch.Tensor:
-    """Which image each token sees: (rows, tokens) ids -> (rows, tokens, num_images) int64, at most one 1 per token.
-
-    That is the last image at or before the token. None before the first image; none behind a `</s>` (which still sees
-    it itself) until the next image.
-    """
-    is_image = input_ids == image_token_id
-    last_image = _last_position(is_image)  # (rows, tokens)
-    last_end = _last_position(input_ids == eos_token_id).roll(1, dims=1)
-    last_end[:, :1] = -1
-    image_index = is_image.cumsum(dim=1) - 1
-    sees = (last_image >= 0) & (last_image >= last_end)
-    mask = (image_index[..., None] == torch.arange(num_images, device=input_ids.device)) & sees[..., None]
-    return mask.long()  # (rows, tokens, num_images)
-
-
-def _last_position(found: torch.Tensor) -> torch.Tensor:
-    """For each token the position of the last True at or before it, or -1."""
-    positions = torch.arange(found.shape[1], device=found.device).expand_as(found)
-    return positions.masked_fill(~found, -1).cummax(dim=1).values if found.shape[1] else positions
