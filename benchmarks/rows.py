@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 from idefics_cli.bench.memory import resident_bytes, resident_peak
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.prompt_source import PromptSource
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.prefetch import PromptSource, RunStats
+from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Loader, Run, RunOptions
 from idefics_cli.pipeline.task import Task
 from idefics_cli.prompts.templates import PromptOptions, SpecialToken
