@@ -39,7 +39,7 @@ class InputRow:
     None for bare bytes; of several images, a JSON list of these. `sources` are the row's images in order, usually
     one. `values` are the columns that were asked for, empty for plain files; a column that this row lacks is None.
     A row that is already known to be bad carries its `error`; `asked` is what the run asks about it, where all rows are
-    asked the same.
+    asked the same; `earlier` is its result from an earlier run, where that is to be kept.
     """
 
     index: int
@@ -49,6 +49,7 @@ class InputRow:
     values: Mapping[str, Any]
     error: RowError | None = None
     asked: str | None = None
+    earlier: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class ReadOptions:
     shard: tuple[int, int] | None = None
     needs_image: bool = True
     needs_id: bool = True
+    reads_passthrough: bool = True
 
     def __post_init__(self) -> None:
         assert self.limit is None or self.limit > 0, f"limit {self.limit}"

@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from idefics_cli.bench.subjects import BenchOptions
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.evaluation.score import ScoreOptions
+    from idefics_cli.idefics import Idefics
     from idefics_cli.pipeline.run import RunOptions
-    from idefics_cli.pipeline.task import Model, Task
+    from idefics_cli.pipeline.task import Task
 
 app = typer.Typer(
     add_completion=False,
@@ -68,7 +69,7 @@ def check_model(request: ModelRequest) -> str | None:
     return weights_digest(request)
 
 
-def load_model(request: ModelRequest, batch_size: int | None) -> Model:
+def load_model(request: ModelRequest, batch_size: int | None) -> Idefics:
     """Read the weights. Tests put a fake in place of this and of `check_model`."""
     from idefics_cli.idefics import Idefics
 
@@ -245,7 +246,7 @@ def _ask(run: RunFlags, ask: AskFlags, questions: QuestionFlags | None, debug: b
 
 def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | None = None) -> None:
     from idefics_cli.pipeline.prefetch import RunStats
-    from idefics_cli.pipeline.run import Ending, Loader, Run
+    from idefics_cli.pipeline.run import Run
 
     stats = RunStats()
     with exit_codes(
@@ -253,15 +254,15 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
     ) as signals:
         with Progress(stats, signals) as progress:
             stdin = getattr(sys.stdin, "buffer", None)
-            run = Run(options, task, Loader(check_model, load_model), stats, progress, stdin)
-            ending = run.run(progress.stdout())
-        if ending is Ending.FINISHED_BEFORE:
-            say_finished(stats, options.output)
-        else:
+            run = Run(options, task, check_model, load_model, stats, progress, stdin)
+            had_work = run.run(progress.stdout())
+        if had_work:
             say_summary(stats, options.output, made="latents" if run.form.text_column is None else "a text")
+        else:
+            say_finished(stats, options.output)
     if scoring is not None and not stats.stopped_early:
         with exit_codes(debug):
-            shown_as = run.form.kept_names[scoring.answers_column]
+            shown_as = run.passthrough.names[scoring.answers_column]
             _print_scores(options.output, replace(scoring, answers_column=shown_as))
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)

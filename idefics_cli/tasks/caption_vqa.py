@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.prefetch import PromptSource
-from idefics_cli.pipeline.task import ImageOpener, Model, Observer, Once, Resolve, Steps, open_images
+from idefics_cli.pipeline.prefetch import Steps
+from idefics_cli.pipeline.task import Observer, Task, open_images, say_once
 from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import (
@@ -30,13 +30,16 @@ from idefics_cli.result import Outcome
 from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import StoredLatents, stored_latents
 from idefics_cli.tasks.few_shot import ShotOptions, chosen_for_all, open_shots, opened, read_shots, without_furthest
-from idefics_cli.tasks.questions import QUESTION, input_id, rows_asked, with_questions
+from idefics_cli.tasks.questions import QUESTION, input_id, with_questions
 from idefics_cli.tasks.result_rows import ResultForm
 from idefics_cli.tasks.similar_shots import SimilarShots
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.engine.options import DecodingOptions
+    from idefics_cli.engine.prompt_source import PromptSource
+    from idefics_cli.idefics import Idefics
+    from idefics_cli.images.worker_pool import WorkerPool
     from idefics_cli.prompts.tokenize import EncodedPrompt
     from idefics_cli.readers.inputs import Inputs
 
@@ -118,7 +121,7 @@ class CaptionVqaOptions:
         return question if isinstance(question, RowError) else {**row.values, QUESTION: question}
 
 
-class CaptionVqa:
+class CaptionVqa(Task):
     """The work of `caption` and `vqa`. Raises InputError for shots and embeddings that cannot be read."""
 
     def __init__(self, options: CaptionVqaOptions) -> None:
@@ -147,24 +150,20 @@ class CaptionVqa:
             self.embeddings.check(request)
         assert len(self._pool) >= self.options.prompts.num_shots, self.options
 
-    def form(self, kept: Mapping[str, Any]) -> ResultForm:
+    @property
+    def form(self) -> ResultForm:
         options = self.options
         return ResultForm(
             "answer" if options.asks else "caption",
             options.postprocess,
             question_of=options.shown_question_of if options.asks else None,
             candidates=options.decoding.num_return_sequences > 1 or options.choices is not None,
-            kept=kept,
         )
 
-    def expand(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
-        questions = self.options.questions
-        return with_questions(rows, questions, done) if questions else rows
+    def expand(self, rows: Iterator[InputRow]) -> Iterator[InputRow]:
+        return with_questions(rows, self.options.questions) if self.options.questions else rows
 
-    def collapse(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
-        return rows_asked(ids, self.rows_each, left)
-
-    def begin(self, model: Model, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps:
+    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         options = self.options
         pool = self._pool
         if self.embeddings is not None:
@@ -176,7 +175,7 @@ class CaptionVqa:
             images,
             self.embeddings,
             () if is_similar else self._leading_shots(pool, model, images),
-            on_shots_dropped=Once(observer, "{} is too long for all shots: of such rows the first ones are left out"),
+            on_shots_dropped=say_once(observer, "{} is too long for all shots: such rows lose the first ones"),
         )
         if not is_similar:
             return Steps(prepare, self._decode(model))
@@ -186,7 +185,7 @@ class CaptionVqa:
         selection = Selection(prepare, similar)
         return Steps(selection.prepare, lambda source: self._decode(model)(Selected(source, selection)))
 
-    def _decode(self, model: Model) -> Callable[[PromptSource], Iterator[tuple[int, Outcome]]]:
+    def _decode(self, model: Idefics) -> Callable[[PromptSource], Iterator[tuple[int, Outcome]]]:
         options = self.options
         if options.choices is not None:
             norm = options.choices.norm
@@ -202,7 +201,7 @@ class CaptionVqa:
         assert self.shots is not None, options
         return read_shots(options.shots, self.shots, options.prompts.task, options.fields)
 
-    def _leading_shots(self, pool: list[Shot], model: Model, images: ImageOpener) -> Sequence[Shot]:
+    def _leading_shots(self, pool: list[Shot], model: Idefics, images: WorkerPool) -> Sequence[Shot]:
         """Those that stand before every row. Of shots that are shown as texts only no image is opened."""
         options = self.options
         if options.shots is not None:
@@ -212,7 +211,7 @@ class CaptionVqa:
         return leading_shots(options.prompts, pool, model.is_instruct)
 
 
-def known_images(model: Model, images: ImageOpener) -> Callable[[Any], Any | RowError]:
+def known_images(model: Idefics, images: WorkerPool) -> Callable[[Any], Any | RowError]:
     """Opens images that stand in many prompts: what tells them from others is found once."""
     return lambda source: model.encode_image(images.prepare(source))
 
@@ -225,8 +224,8 @@ class Preparation:
     """
 
     options: CaptionVqaOptions
-    model: Model
-    images: ImageOpener
+    model: Idefics
+    images: WorkerPool
     embeddings: StoredLatents | None
     shots: Sequence[Shot]
     on_shots_dropped: Callable[[str], None]

@@ -6,74 +6,46 @@ Rows in, images out; what latents are in a file is the business of `data/embeddi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from idefics_cli.columns import Column
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.task import ImageOpener, Model, Observer, OneRowEach, Resolve, Steps, open_images
+from idefics_cli.pipeline.prefetch import Steps
+from idefics_cli.pipeline.task import Observer, Task, open_images
 from idefics_cli.result import error_of
 from idefics_cli.rows import InputRow
-from idefics_cli.tasks.result_rows import kept_values, shown_names
 from idefics_cli.writers.embeddings_file import ERROR, ID, LATENTS, VISION, EmbeddingFile, latents_value
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.pipeline.prefetch import PromptSource
+    from idefics_cli.idefics import Idefics
+    from idefics_cli.images.worker_pool import WorkerPool
     from idefics_cli.prompts.tokenize import EncodedImage
     from idefics_cli.result import Embedding
 
 
-class Embedder(Protocol):
-    """What `Idefics` is to this work. `encode_image` may be called from several threads at once."""
-
-    def encode_image(self, image: Any) -> EncodedImage | RowError: ...
-
-    def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]: ...
-
-
-@dataclass(frozen=True)
 class EmbeddingForm:
-    """The columns of an embedded row: no text, the image's latents."""
+    """The columns of an embedded row: not a text, but the image's latents."""
 
-    kept: Mapping[str, pa.DataType | None] = field(default_factory=dict)
-    kept_names: Mapping[str, str] = field(init=False)
-    text_column: str | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        names = shown_names(self.kept, [column.name for column in self.own_columns])
-        object.__setattr__(self, "kept_names", names)
-
-    @property
-    def own_columns(self) -> list[Column]:
-        return [Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text")]
-
-    @property
-    def columns(self) -> list[Column]:
-        return self.own_columns + [Column(self.kept_names[name], of) for name, of in self.kept.items()]
+    text_column = None
+    columns = (Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text"))
 
     def row(self, row: InputRow, outcome: Embedding | RowError) -> dict[str, Any]:
         """A failed row has no latents."""
         error = error_of(outcome)
-        own = {
-            ID: row.id,
-            "image": row.image,
-            LATENTS: None if error else latents_value(outcome.latents),
-            ERROR: str(error) if error else None,
-        }
-        return own | kept_values(row, self.kept_names)
+        latents = None if error else latents_value(outcome.latents)
+        return {ID: row.id, "image": row.image, LATENTS: latents, ERROR: str(error) if error else None}
 
 
-class Embed(OneRowEach):
+class Embed(Task):
     """The work of `embed`. A run goes on only with a model that sees images alike."""
 
     command = "embed"
     columns = ()
     needs_manifest = None
     needs_image = True
+    form = EmbeddingForm()
 
     def __init__(self, request: ModelRequest) -> None:
         self._request = request
@@ -87,17 +59,14 @@ class Embed(OneRowEach):
         self._fingerprint = self._fingerprint or known_vision_fingerprint(self._request)
         return {"embeds": True} | ({VISION: self._fingerprint} if self._fingerprint else {})
 
-    def form(self, kept: Mapping[str, Any]) -> EmbeddingForm:
-        return EmbeddingForm(kept)
-
-    def begin(self, model: Embedder, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps:
+    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         def prepare(row: InputRow) -> EncodedImage | RowError:
             return encoded_image(row, images, model)
 
         return Steps(prepare, model.embed_stream)
 
 
-def encoded_image(row: InputRow, images: ImageOpener, model: Embedder) -> EncodedImage | RowError:
+def encoded_image(row: InputRow, images: WorkerPool, model: Idefics) -> EncodedImage | RowError:
     """The row's one image as the model takes it, or why there is none. Safe in many threads."""
     opened = open_images(row, images)
     if isinstance(opened, RowError):
@@ -129,7 +98,7 @@ class StoredLatents:
             self._file.require_model(fingerprint, self._file.shape)
             self._is_checked = True
 
-    def begin(self, model: Model) -> None:
+    def begin(self, model: Idefics) -> None:
         fingerprint = self._file.fingerprint if self._is_checked else model.fingerprint
         self._file.require_model(fingerprint, model.latents_shape)
 

@@ -5,22 +5,25 @@ Rows in, prompts out, as `asking.py` does it. What a cell may hold is the busine
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.task import ImageOpener, Model, Observer, OneRowEach, Resolve, Steps
+from idefics_cli.pipeline.prefetch import Steps
+from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.prompts.interleaved import ImageItem, interleaved_prompt
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import END_OF_UTTERANCE
-from idefics_cli.rows import InputRow
+from idefics_cli.rows import ImageSource, InputRow
 from idefics_cli.tasks.embed import StoredLatents, stored_latents
 from idefics_cli.tasks.result_rows import ResultForm
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.engine.options import DecodingOptions
+    from idefics_cli.idefics import Idefics
+    from idefics_cli.images.worker_pool import WorkerPool
     from idefics_cli.prompts.tokenize import EncodedPrompt
 
 PROMPT = "prompt"
@@ -37,7 +40,7 @@ class GenerateOptions:
     postprocess: PostProcess = field(default_factory=PostProcess)
 
 
-class Generate(OneRowEach):
+class Generate(Task):
     """The work of `generate`. Raises InputError for embeddings that are none."""
 
     command = "generate"
@@ -58,11 +61,12 @@ class Generate(OneRowEach):
         if self.embeddings is not None:
             self.embeddings.check(request)
 
-    def form(self, kept: Mapping[str, Any]) -> ResultForm:
+    @property
+    def form(self) -> ResultForm:
         options = self.options
-        return ResultForm("text", options.postprocess, candidates=options.decoding.num_return_sequences > 1, kept=kept)
+        return ResultForm("text", options.postprocess, candidates=options.decoding.num_return_sequences > 1)
 
-    def begin(self, model: Model, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps:
+    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         decoding = asdict(self.options.decoding)
         if self.embeddings is not None:
             self.embeddings.begin(model)
@@ -75,10 +79,10 @@ class PromptOpening:
     """A row -> its prompt with the images opened, or why there is none. Safe in many threads."""
 
     options: GenerateOptions
-    model: Model
-    images: ImageOpener
+    model: Idefics
+    images: WorkerPool
     embeddings: StoredLatents | None
-    resolve: Resolve
+    resolve: Callable[[object, int], ImageSource | RowError]
 
     def __call__(self, row: InputRow) -> EncodedPrompt | RowError:
         prompt = interleaved_prompt(row.values.get(self.options.prompt_column))
