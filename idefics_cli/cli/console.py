@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
 
 import typer
 
-from idefics_cli.errors import IdeficsError, one_line
+from idefics_cli.errors import IdeficsError, StreamClosed, one_line
+from idefics_cli.pipeline.task import Observer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,8 +84,6 @@ def exit_codes(debug: bool, safe_rows: Callable[[str], str] = lambda condition: 
 
     `safe_rows` says where the finished rows are and, with a condition, how the run continues.
     """
-    from idefics_cli.writers.writers import StreamClosed
-
     _quiet_libraries(debug)
     with Signals() as signals:
         try:
@@ -212,7 +211,7 @@ class StdoutAboveBar:
         self._bar.refresh()
 
 
-class Progress:
+class Progress(Observer):
     """A bar that follows a run, on a terminal only."""
 
     def __init__(self, stats: RunStats, signals: Signals) -> None:

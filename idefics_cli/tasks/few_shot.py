@@ -88,11 +88,8 @@ def make_shot(values: Mapping[str, Any], images: tuple[Any, ...], task: str, fie
     return Shot(images or None, shot_answer(task, references), texts.get("question", ""), texts)
 
 
-def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> list[Shot]:
-    """The same shots for every row, so that what they cost is paid once; where 0 are asked for, those that can be shown
-    as texts only."""
-    assert options.selection != "similar" or not options.number, options
-    number = options.number or min(TEXT_ONLY_SHOTS, len(pool))
-    if options.selection == "random":
-        return random.Random(options.seed).sample(list(pool), number)
-    return list(pool[:number])
+def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> Sequence[Shot]:
+    """The same shots for every row, so that what they cost is paid once; of 0 those that are shown as texts only."""
+    if options.selection != "random":
+        return pool
+    return random.Random(options.seed).sample(list(pool), options.number or min(TEXT_ONLY_SHOTS, len(pool)))
