@@ -32,6 +32,11 @@ class Help:
     envvar: str | None = None
 
 
+def option_name(field: str, about: Help) -> str:
+    """What users type for the field."""
+    return about.flags[-1] if about.flags else f"--{field.replace('_', '-')}"
+
+
 def whole_number(name: str, value: Any, least: int) -> int:
     """Of any type of whole numbers, such as numpy's; truth values are none."""
     try:
@@ -39,14 +44,14 @@ def whole_number(name: str, value: Any, least: int) -> int:
     except TypeError:
         number = None
     if number is None or number < least:
-        raise IdeficsError(f"{name} is {value!r}: use a whole number from {least} on")
+        raise IdeficsError(f"invalid {name} {value!r}: expected a whole number of at least {least}")
     return number
 
 
 def model_name(model: Any) -> str:
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else model
     if not isinstance(name, str):
-        raise IdeficsError(f"a model is no {type(model).__name__}: give a hub id, a local folder or 'demo', as text")
+        raise IdeficsError(f"invalid model of type {type(model).__name__}: expected a hub id, a folder or 'demo'")
     return name
 
 

@@ -278,7 +278,7 @@ def test_device_and_dtype_may_be_torchs() -> None:
         *(({"batch_size": size}, f"batch_size is {size!r}") for size in (0, -1, "auto", 1.5, True)),
         ({"device": 0}, "unknown device '0'"),
         ({"dtype": torch.float64}, "unknown dtype 'torch.float64'"),
-        *(({"model": name}, "a model is no") for name in (None, b"demo", 3)),
+        *(({"model": name}, "invalid model of type") for name in (None, b"demo", 3)),
     ],
 )
 def test_what_no_model_is_loaded_with_is_told(options: dict[str, Any], said: str) -> None:

@@ -24,14 +24,7 @@ from idefics_cli.errors import IdeficsError
 from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.prompts.templates import (
-    CAPTION,
-    INSTRUCT_CAPTION,
-    INSTRUCT_QUESTION,
-    QUESTION_ANSWER,
-    Shot,
-    few_shot_prompt,
-)
+from idefics_cli.prompts.templates import PromptOptions, Shot, choose_template, few_shot_prompt
 from idefics_cli.prompts.tokenize import PromptEncoder
 
 FIRST_CALL = 0  # the draw of prompts for the first call; those of timed runs follow
@@ -167,9 +160,8 @@ class ScenePrompts:
 
     def __init__(self, encoder: PromptEncoder, images: ImageProcessor, options: BenchOptions):
         self.encoder, self._images, self._options = encoder, images, options
-        templates = ((CAPTION, QUESTION_ANSWER), (INSTRUCT_CAPTION, INSTRUCT_QUESTION))[encoder.is_instruct]
         self._asks = options.questions_per_image > 1
-        self._template = templates[self._asks]
+        self._template = choose_template(PromptOptions("vqa" if self._asks else "caption"), encoder.is_instruct)
         first = EVALUATION_SEEDS + SHOTS_APART + options.seed
         drawn = [scene(first + number) for number in range(options.shots)]
         self._shots = [self._shot(each, images.pixels(each.image), number) for number, each in enumerate(drawn)]

@@ -53,7 +53,7 @@ OPTIONS = BenchOptions(
     decoding=DecodingOptions(num_beams=2, max_new_tokens=4),
     repeats=1,
 )
-VARIED = replace(OPTIONS, decoding=DecodingOptions(num_beams=3, max_new_tokens=24), fixed_length=False)
+VARIED = replace(OPTIONS, decoding=DecodingOptions(num_beams=3, max_new_tokens=24), length="varied")
 counts_memory = pytest.mark.skipif(not reset_resident_peak(), reason="the kernel does not count memory here")
 
 

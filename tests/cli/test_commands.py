@@ -93,7 +93,7 @@ def test_a_run_goes_on_in_the_middle_of_a_rows_questions(
     for stop in range(2, 5):
         result = run(*command, captioner=FakeCaptioner(batch_size, before_call=stopping_at(stop)))
         if part.exists():
-            assert result.exit_code == 130 and "The same command goes on from there" in result.stderr
+            assert result.exit_code == 130 and "The same command continues from there" in result.stderr
             seen.add(len(part.read_bytes().splitlines()) - 1)
     assert any(number % 3 for number in seen), f"no run was stopped within a row's questions: {seen}"
     assert run(*command).exit_code == 3

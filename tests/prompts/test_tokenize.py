@@ -23,7 +23,7 @@ from idefics_cli.errors import CheckpointError, IdeficsError
 from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.model.kv_interface import image_attention_mask
-from idefics_cli.prompts.postprocess import cut_at_stop_word
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import INSTRUCT_CAPTION, TASKS, Shot, SpecialToken, few_shot_prompt
 from idefics_cli.prompts.tokenize import PromptEncoder
 
@@ -228,7 +228,7 @@ def test_a_text_ends_where_a_line_ends_though_no_blank_is_before_it(real_llama: 
     encoder = PromptEncoder(real_llama.tokenizer(legacy=True))
     written = [*encoder.encode(("red",))[1:], 13, *encoder.encode(("Image:",))[1:]]
     assert encoder.decode(written).startswith("red\n")
-    assert cut_at_stop_word(encoder.decode(written), TASKS["vqa"].cut_words) == "red"
+    assert PostProcess(TASKS["vqa"].cut_words)(encoder.decode(written)) == "red"
 
 
 # ---- the image mask

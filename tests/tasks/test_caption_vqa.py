@@ -102,9 +102,9 @@ def test_prompts_that_cannot_be_are_refused_before_the_model_is_loaded(
     assert "rows.jsonl has no column 'colour'" in refused("caption", manifest, "--prompt", "{colour} {image}")
     assert "'image', 'question', 'place', 'year'" in refused("vqa", manifest, "--prompt", "{colour}")
     no_columns = refused("caption", photos, "--prompt", "{colour} and {size}")
-    assert "is no manifest" in no_columns and "colour, size" in no_columns
-    assert "is no manifest" in refused("caption", photos, "--template", "vqa")
-    assert "is no manifest" in refused("vqa", photos, "-q", "Why?", "--prompt", "{place} {question}")
+    assert "is not a manifest" in no_columns and "colour, size" in no_columns
+    assert "is not a manifest" in refused("caption", photos, "--template", "vqa")
+    assert "is not a manifest" in refused("vqa", photos, "-q", "Why?", "--prompt", "{place} {question}")
     assert "{{ or }}" in refused("caption", photos, "--prompt", "a } brace")
     assert "write {name}" in refused("caption", photos, "--prompt", "{image!r}")
     assert "instruct-vqa" in refused("caption", photos, "--template", "nothing")
@@ -126,7 +126,7 @@ def test_a_template_for_the_other_kind_of_model_is_one_line(run: Callable[..., R
 
 def test_questions_that_are_missing_everywhere(refused: Callable[..., str], photos: Path, manifest: Path) -> None:
     said = refused("vqa", photos)
-    assert "is no manifest" in said and "-q QUESTION" in said and "'question'" in said
+    assert "is not a manifest" in said and "-q QUESTION" in said and "'question'" in said
     assert "has no column 'ask'" in refused("vqa", manifest, "--question-column", "ask")
     assert "-q" in refused("vqa", photos, "-q", " ")
     assert "-q QUESTION" in refused("vqa", "-", input=b"a.png\n")

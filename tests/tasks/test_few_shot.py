@@ -188,8 +188,8 @@ def test_files_that_hold_no_shots_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr("idefics_cli.cli.app.check_model", lambda request: None)
     vqa = "vqa", manifest, "-o", tmp_path / "f.jsonl", "--shots"
     assert "No such file" in refused(*vqa, tmp_path / "none.jsonl")
-    assert "is no manifest: name one" in refused(*vqa, save_image(tmp_path / "a.png"), "--num-shots", "1")
-    assert "--shots - is no manifest: name one" in refused(*vqa, "-")
+    assert "is not a manifest: name one" in refused(*vqa, save_image(tmp_path / "a.png"), "--num-shots", "1")
+    assert "--shots - is not a manifest: name one" in refused(*vqa, "-")
     assert "holds 3 shots: lower --num-shots 4" in refused(*vqa, shots(3))
     assert "holds 3 shots: lower --num-shots 4" in refused(*vqa, shots(3), "--shot-selection", "random")
     said = refused(*vqa, shots(question=lambda k: "Q?", reply=lambda k: "a"))

@@ -181,7 +181,7 @@ def test_rows_of_a_result(run: Callable[..., Result], tmp_path: Path) -> None:
 
 
 def test_inputs_without_prompts_are_refused(refused: Callable[..., str], photos: Path, tmp_path: Path) -> None:
-    assert "is no manifest" in refused("generate", photos)
+    assert "is not a manifest" in refused("generate", photos)
     manifest = write_manifest(tmp_path / "rows.jsonl", [{"text": "Once"}])
     assert "no column 'prompt'" in refused("generate", manifest)
     assert "no column 'ask'" in refused("generate", manifest, "--prompt-column", "ask")

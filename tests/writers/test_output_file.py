@@ -237,7 +237,7 @@ def test_an_address_is_no_place(address: str) -> None:
 def test_nothing_of_somebody_elses_is_written_over(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
     own = tmp_path / f"{name}{beside}"
     own.write_text("[" * 100_000)
-    with pytest.raises(OutputError, match=rf"{own.name} is no file of this program, and would be written over"):
+    with pytest.raises(OutputError, match=rf"{own.name} is not a file of this program, and would be written over"):
         FileOutput(tmp_path / name, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [own.name] and own.read_text() == "[" * 100_000
 
