@@ -266,7 +266,7 @@ class Training:
         return state["stage"], state
 
     def _begin(self) -> int:
-        """How many stages are done before a new run: none, or all but the last of the checkpoint that it starts from."""
+        """How many stages a new run skips: none, or all but the last if it starts from a checkpoint."""
         if self.start is None:
             return 0
         self.pupil.model.load_state_dict(load_file(self.start / "model.safetensors", device=self.device))
