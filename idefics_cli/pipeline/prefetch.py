@@ -16,8 +16,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from idefics_cli.engine.prompt_source import PromptSource
 from idefics_cli.errors import RowError
 from idefics_cli.result import Outcome, Result, error_of
 from idefics_cli.rows import InputRow
@@ -26,12 +27,6 @@ PATIENCE = 0.2  # seconds that an idle model waits for a fuller batch
 IDS_PER_CODE = 3
 
 Prepared = Any  # what the model takes for one row
-
-
-class PromptSource(Protocol):
-    """What a model takes its prompts from: those that are ready; with `wait` at least one, or none at the end."""
-
-    def take(self, most: int, wait: bool) -> list[Prepared]: ...
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from idefics_cli.engine.prompt_source import PromptSource
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.prefetch import PromptSource
 from idefics_cli.pipeline.task import ImageOpener, Model, Observer, Once, Resolve, Steps, open_images
 from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.prompts.postprocess import PostProcess
@@ -37,7 +37,7 @@ from idefics_cli.tasks.similar_shots import SimilarShots
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.engine.options import DecodingOptions
-    from idefics_cli.prompts.tokenize import EncodedPrompt
+    from idefics_cli.engine.prompt_source import EncodedPrompt
     from idefics_cli.readers.inputs import Inputs
 
 

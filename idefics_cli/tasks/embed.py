@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.pipeline.prefetch import PromptSource
-    from idefics_cli.prompts.tokenize import EncodedImage
+    from idefics_cli.engine.prompt_source import EncodedImage, PromptSource
     from idefics_cli.result import Embedding
 
 

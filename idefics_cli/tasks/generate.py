@@ -21,7 +21,7 @@ from idefics_cli.tasks.result_rows import ResultForm
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.engine.options import DecodingOptions
-    from idefics_cli.prompts.tokenize import EncodedPrompt
+    from idefics_cli.engine.prompt_source import EncodedPrompt
 
 PROMPT = "prompt"
 MAX_NEW_TOKENS = 100
