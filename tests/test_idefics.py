@@ -251,8 +251,8 @@ def test_a_question_that_asks_nothing_is_an_error_among_others(base: Idefics, qu
     ("given", "said"),
     [
         (np.zeros((4, 4, 3), np.uint8), "PIL.Image.fromarray()"),
-        (io.BytesIO(b"a"), "what its read() gives"),
-        (Image.new("RGB", (0, 5)), "0 x 5 pixels are no image"),
+        (io.BytesIO(b"a"), "use its read()"),
+        (Image.new("RGB", (0, 5)), "the image is empty: 0 x 5 pixels"),
         (None, "not NoneType"),
     ],
 )

@@ -25,7 +25,8 @@ WORDS = (
     "(?:is|are) no ",
 )
 FORBIDDEN = re.compile(rf"\b(?:{'|'.join(WORDS)})", re.IGNORECASE)
-COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 MODULES = sorted((ROOT / "idefics_cli").rglob("*.py"))
 
 
@@ -55,9 +56,24 @@ def test_help(command: str) -> None:
     assert result.exit_code == 0 and not found(result.stdout)
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize("page", PAGES)
 def test_pages(page: str) -> None:
     assert not found((ROOT / page).read_text(encoding="utf-8"))
+
+
+def test_help_and_pages_name_the_same_options() -> None:
+    options = {
+        name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in COMMANDS.items()
+    }
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"(?<![\w-])--?[a-z0][a-z-]*", pages))
+    assert not {flag for flag in named if flag.startswith("--")} - set().union(*options.values())
+    for command in "caption", "vqa", "generate", "embed", "info":
+        for parameter in COMMANDS[command].params:
+            assert (
+                parameter.name == "debug" or named.intersection(parameter.opts) or not parameter.opts[0].startswith("-")
+            )
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from idefics_cli.cli.console import exit_codes
-from idefics_cli.validation import Help, option_name
+from idefics_cli.validation import Help, help_of, option_name
 
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
 METAVARS = {int: "N", float: "X"}
@@ -67,9 +67,8 @@ def _options(options: type) -> Iterator[Option]:
     for field in fields(options):
         if is_dataclass(hints[field.name]):
             yield from _options(hints[field.name])
-        for about in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(about, Help):
-                yield Option(field.name, hints[field.name].__origin__, field.default, about)
+        elif (about := help_of(hints[field.name])) is not None:
+            yield Option(field.name, hints[field.name].__origin__, field.default, about)
 
 
 def _made(options: type, typed: Mapping[str, Any], own: Mapping[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.validation import by_option
 from idefics_cli.writers.formats import Passthrough
 from idefics_cli.writers.output_file import FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
@@ -33,6 +34,10 @@ from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter,
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
 
+DECISIVE = (  # options that decide the rows, besides the task's own
+    *("--model", "--revision", "--dtype", "--draft"),
+    *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root"),
+)
 ROWS_AT_ONCE = 16  # read from files: one by one, threads would hand each other the interpreter for every row
 
 
@@ -137,20 +142,13 @@ class Run:
 
     def _settings(self, weights: str | None) -> dict[str, Any]:
         """What decides the rows: a run resumes only where all of it is the same. `weights` None: not known yet."""
-        options, reading = self.options, self.options.reading
-        model = {"model": options.request.model, "revision": options.request.revision, "dtype": options.request.dtype}
+        options = by_option(self.options)
         return {
             "version": __version__,
             "inputs": list(self.inputs.identity),
-            "rows": {"limit": reading.limit, "shard": reading.shard, "no_recursive": not reading.recursive},
-            "columns": {
-                "image_column": reading.image_column,
-                "id_column": reading.id_column,
-                "keep": list(self.passthrough.names),
-            },
-            "image_root": reading.image_root,
-            "images": {"draft": options.images.draft},
-            "model": model if weights is None else {**model, "weights": weights},
+            **{name: options[name] for name in DECISIVE},
+            "--keep": list(self.passthrough.names),
+            "model": {} if weights is None else {"weights": weights},
             "command": self.task.command,
             "task": self.task.settings,
         }

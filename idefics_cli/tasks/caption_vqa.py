@@ -23,6 +23,7 @@ from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
 from idefics_cli.tasks.questions import input_id, with_questions
 from idefics_cli.tasks.result_rows import ResultForm
 from idefics_cli.tasks.similar_shots import SimilarShots
+from idefics_cli.validation import by_option
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
@@ -62,7 +63,7 @@ class CaptionVqa(Task):
     def settings(self) -> dict[str, Any]:
         shots = None if self._shots_file is None else list(self._shots_file.identity)
         stored = None if self.embeddings is None else self.embeddings.identity
-        return {**asdict(self.options), "shots_file": shots, "embeddings_file": stored}
+        return {**by_option(self.options), "shots_file": shots, "embeddings_file": stored}
 
     def check(self, request: ModelRequest) -> None:
         """Raises InputError for a bad shot, and for another model's embeddings."""

@@ -18,6 +18,7 @@ from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import stored_latents
 from idefics_cli.tasks.options import GenerateOptions
 from idefics_cli.tasks.result_rows import ResultForm
+from idefics_cli.validation import by_option
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
@@ -41,7 +42,7 @@ class Generate(Task):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**asdict(self.options), "embeddings_file": self.embeddings.identity if self.embeddings else None}
+        return {**by_option(self.options), "embeddings_file": self.embeddings.identity if self.embeddings else None}
 
     def check(self, request: ModelRequest) -> None:
         if self.embeddings is not None:
