@@ -77,7 +77,7 @@ class EchoModel:
     def prepare(self, source: Any) -> bytes:
         return source[:40] if isinstance(source, bytes) else os.fsencode(source)
 
-    def encode(self, prompt: Sequence[Any], max_new_tokens: int) -> str:
+    def encode(self, prompt: Sequence[Any], max_new_tokens: int, start: Sequence[Any] = ()) -> str:
         image = next(item for item in prompt if not isinstance(item, str | SpecialToken))
         return image.hex() if isinstance(image, bytes) else f"{float(image[0, 0])}"
 

@@ -137,7 +137,7 @@ class Bench:
             if isinstance(found, RowError):
                 raise IdeficsError(f"an image has no latents ({found}): use another --device or --dtype")
         self.engine.latents.clear()
-        return [EncodedPrompt(each.input_ids, tuple(latents[key] for key in each.image_keys)) for each in prompts]
+        return [replace(each, pixels=tuple(latents[key] for key in each.image_keys), image_keys=()) for each in prompts]
 
     def run_theirs(
         self,

@@ -248,7 +248,8 @@ class RandomPrompts:
         least, most = self.OWN_WORDS
         own = self._ids(int(torch.randint(least, most + 1, (), generator=generator)), generator)
         input_ids = [*self._start, *self._opening, *self._around_image, *own, *self._closing]
-        return EncodedPrompt(input_ids, (*self._shots, image))
+        shared_len = len(self._start) if self._shots else 0
+        return EncodedPrompt(input_ids, (*self._shots, image), shared_len=shared_len)
 
     def _ids(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(*self._words, (count,), generator=generator).tolist()

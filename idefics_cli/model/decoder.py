@@ -2,7 +2,7 @@
 
 A LLaMA decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with Flamingo's gated cross-attention layers
 (Alayrac et al. 2022, section 3.1.2) between its blocks. Layers project and rotate; what a query may see, and where
-keys and values are kept, is the memory's affair (`model/memory.py`).
+keys and values are kept, is up to the memory (`kv_interface.py`).
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ class IdeficsAttention(nn.Module):
         if self.is_cross_attention:
             query = self._split_heads(self.q_proj(hidden_states))
             query = self.q_layer_norm(query) if self.qk_layer_norms else query
-            output, weights = memory.attend_image(self, query, image_hidden_states)
+            projected = (None, None) if image_hidden_states is None else self.project_image(image_hidden_states)
+            output, weights = memory.attend_image(self, query, *projected)
         else:
             projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
             query, key, value = map(self._split_heads, projected)

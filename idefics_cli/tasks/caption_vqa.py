@@ -25,6 +25,7 @@ from idefics_cli.prompts.templates import (
     choose_template,
     field_text,
     leading_shots,
+    shared_start,
 )
 from idefics_cli.result import Outcome
 from idefics_cli.rows import InputRow
@@ -231,6 +232,11 @@ class Preparation:
     shots: Sequence[Shot]
     on_shots_dropped: Callable[[str], None]
 
+    @cached_property
+    def start(self) -> Prompt:
+        """What the rows' prompts have in common."""
+        return shared_start(choose_template(self.options.prompts, self.model.is_instruct), self.shots)
+
     def __call__(self, row: InputRow) -> EncodedPrompt | RowError:
         images = self.opened(row)
         return images if isinstance(images, RowError) else self.encoded(row, images, self.shots)
@@ -260,8 +266,8 @@ class Preparation:
 
     def _encoded(self, row: InputRow, prompt: Prompt) -> EncodedPrompt | RowError:
         if self.options.choices is None:
-            return self.model.encode(prompt, self.options.decoding.max_new_tokens)
-        return self.model.encode_choices(prompt, self.options.choices.of(row.values))
+            return self.model.encode(prompt, self.options.decoding.max_new_tokens, self.start)
+        return self.model.encode_choices(prompt, self.options.choices.of(row.values), self.start)
 
 
 # ---- shots that differ from row to row
