@@ -289,8 +289,14 @@ def field_text(name: str, value: Any) -> str | RowError:
 def few_shot_prompt(template: Template, shots: Sequence[Shot], query: Shot) -> Prompt:
     """Prefix, `shots` in their order, then `query` (a shot without an answer); no white space at either end."""
     assert not query.answer, f"the query is not to hold its answer: {query.answer!r}"
+    return strip(merge_texts((*shared_start(template, shots), *template.query(query))))
+
+
+def shared_start(template: Template, shots: Sequence[Shot]) -> Prompt:
+    """Prefix and `shots`: what all prompts with these shots begin with."""
     examples = (item for shot in shots for item in template.shot(shot))
-    return strip(merge_texts((template.prefix, *examples, *template.query(query))))
+    first, *rest = merge_texts((template.prefix, *examples)) or ("",)
+    return merge_texts((first.lstrip() if isinstance(first, str) else first, *rest))
 
 
 def shot_answer(task: str, references: Sequence[str]) -> str:
