@@ -86,8 +86,7 @@ def _require(condition: object, message: str) -> None:
 
 def check_model_request(request: ModelRequest) -> None:
     """Raise what is wrong with dtype, device or a local folder. Reaches no network and reads no weight."""
-    resolve_dtype_name(request.dtype)
-    resolve_device(request.device)
+    resolve_dtype(request.dtype, resolve_device(request.device))
     folder = local_folder(request.model)
     if folder is not None:
         inspect_folder(folder, request.allow_pickle)
@@ -163,12 +162,6 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     return next((name for name, full in DTYPES.items() if str(dtype) == f"torch.{full}"), str(dtype))
 
 
-def resolve_dtype_name(dtype: str) -> str:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise IdeficsError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
-    return dtype
-
-
 def resolve_device(device: str) -> torch.device:
     """`auto` is CUDA where there is a device, else the CPU. Raises DeviceError for one that this machine lacks."""
     import torch
@@ -192,8 +185,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 on CUDA devices that have it, float16 on others; float32 elsewhere."""
     import torch
 
-    if resolve_dtype_name(dtype) != "auto":
+    if dtype in DTYPES:
         return getattr(torch, DTYPES[dtype])
+    if dtype != "auto":
+        raise IdeficsError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     if device.type != "cuda":
         return torch.float32
     with torch.cuda.device(device):
