@@ -41,7 +41,7 @@ from idefics_cli.engine.prompt_source import (
     PromptSource,
 )
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
-from idefics_cli.images.decode import DEFAULT_LIMITS, ImageLimits
+from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.model.kv_interface import image_seq_len
@@ -58,6 +58,7 @@ from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
 from idefics_cli.prompts.tokenize import PromptEncoder
 from idefics_cli.result import Candidate, Embedding, Result
+from idefics_cli.rows import ImageOptions
 from idefics_cli.validation import model_name, several_images, whole_number
 
 if TYPE_CHECKING:
@@ -126,13 +127,13 @@ class Idefics:
         """Equal for models whose latents can stand for each other: see `vision_fingerprint`."""
         return vision_fingerprint(self.checkpoint)
 
-    def image_workers(self, limits: ImageLimits, workers: int, timeout: float) -> WorkerPool:
-        """`prepare_image` in processes of their own, which a broken image may take down; `timeout` is in seconds."""
-        return WorkerPool(self.images, limits, workers, timeout)
+    def image_workers(self, options: ImageOptions) -> WorkerPool:
+        """`prepare_image` in worker processes, so that a broken image cannot take this one down."""
+        return WorkerPool(self.images, options)
 
-    def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor | RowError:
+    def prepare_image(self, source: ImageSource, options: ImageOptions = DEFAULT_OPTIONS) -> torch.Tensor | RowError:
         """Pixels (3, side, side) of a path, bytes or PIL image, or why there are none."""
-        return self.images.prepare(source, limits)
+        return self.images.prepare(source, options)
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
         """Describe each image with the published prompt of the base or the instruct model, its texts cut likewise."""

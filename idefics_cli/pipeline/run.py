@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from idefics_cli import __version__
 from idefics_cli.checkpoint import ModelRequest
@@ -25,12 +25,9 @@ from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.result import Outcome
-from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.rows import ImageOptions, InputRow, ReadOptions
 from idefics_cli.writers.output_file import FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
-
-if TYPE_CHECKING:
-    from idefics_cli.images.decode import ImageLimits
 
 STDIN = STDOUT = "-"
 ROWS_AT_ONCE = 16  # read from files: one by one, threads hand each other the interpreter for every row
@@ -56,9 +53,7 @@ class RunOptions:
     output: str
     request: ModelRequest
     reading: ReadOptions
-    limits: ImageLimits
-    decode_timeout: float
-    workers: int
+    images: ImageOptions
     batch_size: int | None = None
     max_errors: int | None = None
     overwrite: bool = False
@@ -213,7 +208,7 @@ class Run:
             "rows": {"limit": reading.limit, "shard": reading.shard, "recursive": reading.recursive},
             "columns": {"image": reading.image_column, "id": reading.id_column, "kept": list(self.form.kept)},
             "image_root": reading.image_root,
-            "images": {"draft": options.limits.draft},
+            "images": {"draft": options.images.draft},
             "model": model if weights is None else {**model, "weights": weights},
             "command": self.task.command,
             "task": self.task.settings,
@@ -269,9 +264,9 @@ class Run:
         """A mistake that shows as the task begins leaves no output behind."""
         options, model = self.options, self._load()
         rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
-        flow = FlowOptions(model.batch_size, options.workers, options.max_errors, rows_at_once=rows_at_once)
+        flow = FlowOptions(model.batch_size, options.images.num_workers, options.max_errors, rows_at_once=rows_at_once)
         self.observer.on_start(self._total)
-        with model.image_workers(options.limits, options.workers, options.decode_timeout) as images:
+        with model.image_workers(options.images) as images:
             steps = self.task.begin(model, images, self.inputs.resolve, self.observer)
             self._write_rows(rows, steps, flow, open_writer())
 

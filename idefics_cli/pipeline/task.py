@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.columns import Column
-    from idefics_cli.images.decode import ImageLimits
     from idefics_cli.prompts.templates import Prompt
     from idefics_cli.result import Result
+    from idefics_cli.rows import ImageOptions
 
 
 class ImageOpener(Protocol):
@@ -44,9 +44,7 @@ class Model(Protocol):
     is_instruct: bool
     fingerprint: str  # equal for models that see images alike
 
-    def image_workers(
-        self, limits: ImageLimits, workers: int, timeout: float
-    ) -> AbstractContextManager[ImageOpener]: ...
+    def image_workers(self, options: ImageOptions) -> AbstractContextManager[ImageOpener]: ...
 
     def encode(self, prompt: Prompt, max_new_tokens: int) -> EncodedPrompt | RowError: ...
 
