@@ -32,6 +32,11 @@ class Help:
     envvar: str | None = None
 
 
+def option_name(field: str, about: Help) -> str:
+    """What users type for the field."""
+    return about.flags[-1] if about.flags else f"--{field.replace('_', '-')}"
+
+
 def whole_number(name: str, value: Any, least: int) -> int:
     """Of any type of whole numbers, such as numpy's; truth values are none."""
     try:

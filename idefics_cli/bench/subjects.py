@@ -7,7 +7,7 @@ random weights. This module runs nothing.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsRotaryEmbedding, IdeficsVisionEmbeddings
 
-from idefics_cli.checkpoint import ModelRequest, find_checkpoint, load_config, load_network, load_tokenizer
+from idefics_cli.bench.options import BenchOptions
+from idefics_cli.checkpoint import find_checkpoint, load_config, load_network, load_tokenizer
 from idefics_cli.demo.scene import EVALUATION_SEEDS, Scene, scene
-from idefics_cli.engine.options import DecodingOptions, Vocabulary
+from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.errors import IdeficsError
 from idefics_cli.idefics import vocabulary_of
@@ -36,47 +37,6 @@ from idefics_cli.prompts.tokenize import PromptEncoder
 
 FIRST_CALL = 0  # the draw of prompts that the first call gets; timed ones follow
 SHOTS_APART = 10_000_000  # shots are none of the scenes they stand before
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """One benchmark. `random` names a size and leaves the request's model out; `threads` None is torch's own choice.
-
-    `fixed_length`: no text ends before `decoding.max_new_tokens`. `rows` None is one batch. `embeddings`: ours gets the
-    images' latents in their place, as `--embeddings` does.
-    """
-
-    request: ModelRequest
-    random: str | None = None
-    rows: int | None = None
-    shots: int = 0
-    questions_per_image: int = 1
-    batch_size: int = 8
-    decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    fixed_length: bool = True
-    embeddings: bool = False
-    repeats: int = 3
-    threads: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.random is not None and self.random not in SIZES:
-            raise IdeficsError(f"no random model is called {self.random!r}: use {', '.join(SIZES)}")
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows or self.batch_size
-
-    @property
-    def num_images(self) -> int:
-        """Images asked about, shots not counted."""
-        return -(-self.num_rows // self.questions_per_image)
-
-    @property
-    def texts(self) -> DecodingOptions:
-        """How texts are decoded, their fixed length included."""
-        least = self.decoding.max_new_tokens if self.fixed_length else self.decoding.min_new_tokens
-        return DecodingOptions(**{**asdict(self.decoding), "min_new_tokens": least})
 
 
 # ---- models with random weights

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
 
 import typer
@@ -177,6 +177,19 @@ def say_error(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     say(message, label="Error: ")
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """On stdout: a table on a terminal, else a line each."""
+    from rich.table import Table
+
+    if not is_terminal(sys.stdout):
+        print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
+        return
+    table = Table(show_header=False)
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    console(sys.stdout).print(table)
 
 
 def _printable(text: str) -> str:

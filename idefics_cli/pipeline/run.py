@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,17 +19,17 @@ from typing import Any, BinaryIO
 from idefics_cli import __version__
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.errors import InputError, OutputError
+from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions
 from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Stages, run_rows
 from idefics_cli.pipeline.task import Model, Observer, Steps, Task
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.result import Outcome
-from idefics_cli.rows import ImageOptions, InputRow, ReadOptions
+from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.writers.output_file import FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 
-STDIN = STDOUT = "-"
 ROWS_AT_ONCE = 16  # read from files: one by one, threads hand each other the interpreter for every row
 
 
@@ -40,26 +40,6 @@ class Loader:
 
     check: Callable[[ModelRequest], str | None]
     load: Callable[[ModelRequest, int | None], Model]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """All that a run is told besides its task. `batch_size` None: as many as memory holds.
-
-    `answers_column` is that of the references which somebody means to score the result against.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    request: ModelRequest
-    reading: ReadOptions
-    images: ImageOptions
-    batch_size: int | None = None
-    max_errors: int | None = None
-    overwrite: bool = False
-    retry_errors: bool = False
-    sidecar: bool = False
-    answers_column: str | None = None
 
 
 class Ending(Enum):
@@ -81,12 +61,12 @@ class Run:
         observer: Observer,
         stdin: BinaryIO | None = None,
     ) -> None:
+        options = replace(options, reading=_reading(options, task))
         self.options, self.task, self.loader, self.stats, self.observer = options, task, loader, stats, observer
         _require_manifests(options, task)
         _require_output_of_its_own(options, task)
         self.inputs = open_inputs(options.inputs, options.reading, stdin)
         self.form = task.form(self.inputs.kept)
-        assert not options.sidecar or task.rows_each == 1, task.rows_each
         self.sidecars = SidecarWriter(options.overwrite) if options.sidecar else None
         self.model: Model | None = None
         self._done_of_first: list[str] = []  # ids that an earlier run has done of the first row that is left
@@ -295,6 +275,15 @@ def _own_file(row: InputRow) -> Path:
     return row.sources[0]
 
 
+def _reading(options: RunOptions, task: Task) -> ReadOptions:
+    """With the columns that the task reads, and that of the answers kept."""
+    needs_image = options.reading.needs_image and task.needs_image
+    reading = replace(options.reading, columns=task.columns, needs_image=needs_image)
+    if options.answers_column is None or reading.keep == "all":
+        return reading
+    return replace(reading, keep=tuple(dict.fromkeys((*reading.keep, options.answers_column))))
+
+
 def _require_manifests(options: RunOptions, task: Task) -> None:
     """Files, folders and paths bring no columns."""
     without = [name for name in options.inputs if not is_manifest(name)]
@@ -313,7 +302,11 @@ def _require_manifests(options: RunOptions, task: Task) -> None:
 
 
 def _require_output_of_its_own(options: RunOptions, task: Task) -> None:
-    """Nothing that the run reads may go, not even where all may that is there."""
+    """Nothing that the run reads may be replaced, not even with --overwrite, and no text by another of its image."""
+    if options.sidecar and task.rows_each > 1:
+        raise OutputError(
+            f"--sidecar writes one text per image, not {task.rows_each}: ask one question, or leave it out"
+        )
     if any(_are_one_file(options.output, name) for name in (*options.inputs, *task.files)):
         raise OutputError(f"{options.output} is what this run reads: name another output")
 

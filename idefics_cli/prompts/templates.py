@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 from idefics_cli.errors import IdeficsError, RowError, listed
+from idefics_cli.validation import Help
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,24 @@ class PromptOptions:
     """
 
     task: str
-    template: str | None = None
-    text: str | None = None
+    template: Annotated[
+        str | None,
+        Help(
+            "Official prompt: caption, vqa, vizwiz, instruct-caption, instruct-vqa",
+            metavar="NAME",
+            default="the model's own",
+        ),
+    ] = None
+    text: Annotated[
+        str | None,
+        Help(
+            "Prompt instead of the official one: {image} stands for the images, {name} for a column",
+            metavar="TEXT",
+            flags=("--prompt",),
+        ),
+    ] = None
     num_shots: int = 0
-    bare: bool = False
+    bare: Annotated[bool, Help("No examples at all, not even the two of the published zero-shot prompts")] = False
 
     def __post_init__(self) -> None:
         assert self.task in TASKS, f"unknown task {self.task!r}"

@@ -6,10 +6,10 @@ Shots come from any manifest, in its order. This module knows no network; simila
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
@@ -17,25 +17,9 @@ from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.tasks.options import ShotOptions
 
 ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}
-Selection = Literal["first", "random", "similar"]
-
-
-@dataclass(frozen=True)
-class ShotOptions:
-    """A manifest of worked examples, and which of them are shown.
-
-    `similar` shows each row the images nearest to its own, the nearest last (RICES: Yang et al. 2022, section 3.2;
-    Alayrac et al. 2022, appendix A.2); the others show all rows the same. `seed` decides what is random. Of 0 shots
-    none is shown with its images. `image_column` is what the run's inputs have theirs in, None: not said.
-    """
-
-    file: str
-    number: int
-    selection: Selection = "first"
-    seed: int = 0
-    image_column: str | None = None
 
 
 def open_shots(options: ShotOptions) -> Inputs:
@@ -112,9 +96,3 @@ def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> list[Shot]:
     if options.selection == "random":
         return random.Random(options.seed).sample(list(pool), number)
     return list(pool[:number])
-
-
-def without_furthest(shots: Sequence[Shot]) -> Iterator[Sequence[Shot]]:
-    """All shots, then without the first, and so on down to none."""
-    for first in range(len(shots) + 1):
-        yield shots[first:]

@@ -8,8 +8,6 @@ from dataclasses import replace
 from idefics_cli.errors import InputError
 from idefics_cli.rows import InputRow
 
-QUESTION = "question"
-
 
 def with_questions(rows: Iterable[InputRow], questions: Sequence[str], done: Sequence[str] = ()) -> Iterator[InputRow]:
     """Each row once for every question. Of several, the k-th makes the id `ID#k`, so that all ids stay apart.

@@ -184,7 +184,7 @@ def test_fixed_texts_are_as_long_as_they_may_be(bench: Bench) -> None:
 
 def test_varied_texts_end_at_different_steps() -> None:
     decoding = DecodingOptions(num_beams=2, max_new_tokens=24)
-    options = replace(OPTIONS, rows=12, batch_size=12, decoding=decoding, fixed_length=False)
+    options = replace(OPTIONS, rows=12, batch_size=12, decoding=decoding, length="varied")
     bench = Bench(random_subject(options, CPU, FP32), options, PlainEngine)
     lengths = {len(token_ids) for token_ids, _ in bench.run_theirs(bench.subject.prompts.draw(1)).texts}
     assert len(lengths) > 2 and min(lengths) < 24
@@ -201,7 +201,7 @@ def test_scores_are_those_of_generate_and_of_one_forward_pass(bench: Bench) -> N
 
 
 def test_a_text_that_ended_is_scored_with_its_end() -> None:
-    options = replace(OPTIONS, decoding=DecodingOptions(num_beams=3, max_new_tokens=24), fixed_length=False)
+    options = replace(OPTIONS, decoding=DecodingOptions(num_beams=3, max_new_tokens=24), length="varied")
     bench = Bench(random_subject(options, CPU, FP32), options, PlainEngine)
     prompts = bench.subject.prompts.draw(1)
     texts = bench.run_theirs(prompts, with_scores=True).texts
