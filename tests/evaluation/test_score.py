@@ -70,6 +70,7 @@ def test_an_empty_text_beside_an_empty_reference_is_right_but_an_error_never_is(
 
 
 @given(st.lists(JSON_VALUES, min_size=1, max_size=6))
+@example(["café", None])
 @example([1, "1", '"1"', None, "(none)", "null", True, "true", 1.0, "é", [1], "[1]"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_different_values_are_different_groups(tmp_path, values):
@@ -77,12 +78,10 @@ def test_different_values_are_different_groups(tmp_path, values):
     groups = score_results(save(tmp_path / "r.jsonl", rows), ScoreOptions(by="kind")).groups
     assert len(groups) == len({json.dumps(value) for value in values})
     assert sum(group.rows for group in groups.values()) == len(values)
-
-
-def test_groups_of_texts_are_called_by_them(tmp_path):
-    rows = [{"answer": "a", "answers": ["a"], "kind": value} for value in ("café", "1", None, [2])]
-    groups = score_results(save(tmp_path / "r.jsonl", rows), ScoreOptions(by="kind")).groups
-    assert list(groups) == ["(none)", "1", "[2]", "café"]
+    if all(value is None or isinstance(value, str) for value in values) and "(none)" not in values:
+        assert set(groups) == {"(none)" if value is None else value for value in values}, (
+            "texts are called by themselves"
+        )
 
 
 def test_captions_get_cider_and_groups_share_the_corpus(tmp_path):
@@ -194,13 +193,8 @@ def test_the_table_shows_hundredths_and_what_was_left_out(tmp_path):
     console = Console(file=io.StringIO(), width=100)
     console.print(score_table(scores))
     shown = console.file.getvalue()
-    lines = {
-        words[0]: words[1:]
-        for words in ([w for w in line.split() if w.isalnum() or "." in w] for line in shown.splitlines())
-        if words
-    }
-    assert lines["color"] == ["2", "0", "80.00", "50.00"]
-    assert lines["all"] == ["5", "1", "72.00", "40.00"]
+    lines = [[word for word in line.split() if word.isalnum() or "." in word] for line in shown.splitlines()]
+    assert ["color", "2", "0", "80.00", "50.00"] in lines and ["all", "5", "1", "72.00", "40.00"] in lines
     assert "[b]other" in shown
     assert "1 rows without references" in shown and "1 rows have one reference" in shown
 

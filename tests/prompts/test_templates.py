@@ -65,13 +65,6 @@ def test_two_shots_and_a_question() -> None:
     )
 
 
-def test_words_of_a_question_stay_words():
-    question = "Is {question} an <image>, </s> or <end_of_utterance>?"
-    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot(A, question=question))
-    assert prompt[2] == question
-    assert [item for item in prompt if isinstance(item, SpecialToken)] == [END_OF_UTTERANCE]
-
-
 def test_the_whole_prompt_is_stripped_and_nothing_within_it():
     assert strip((" \n a ", A, "\n b \t\n")) == ("a ", A, "\n b")
     assert strip(("  ", A, "  ")) == (A,)
@@ -253,17 +246,12 @@ def test_texts_end_where_the_published_evaluation_ends_them() -> None:
         assert TASKS[name].cut_words == (*words.split(), "\n", "\n\n")
 
 
-def test_every_template_has_one_place_for_images_and_knows_its_task() -> None:
-    for name, template in TEMPLATES.items():
-        assert template.fields.count("image") == 1, name
-        assert ("question" in template.fields) == ("caption" not in name), name
-
-
 def test_the_documentation_shows_every_template_and_stop_word() -> None:
     page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     for name, template in TEMPLATES.items():
-        answer = "{caption}" if "caption" in name else "{answer}"
+        fields, answer = (("image",), "{caption}") if "caption" in name else (("image", "question"), "{answer}")
+        assert template.fields == fields
         shot = written(template.shot(Shot(ImageItem("IMG"), answer, "{question}"))).replace("[IMG]", "IMG")
         row = next(row for row in rows if row.startswith(f"| `{name}` |"))
         assert (name == "vizwiz" and "as `vqa`" in row) or shot.replace("\n", r"\n") in row

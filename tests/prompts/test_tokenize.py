@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -41,34 +41,23 @@ def encoder_of(kind: str) -> PromptEncoder:
 # ---- special tokens
 
 
-def test_ids_come_from_the_tokenizer():
-    encoder = encoder_of("llama")
-    assert encoder.is_instruct
+def test_ids_come_from_the_tokenizer() -> None:
+    encoder, base = encoder_of("llama"), encoder_of("base")
+    assert encoder.is_instruct and not base.is_instruct
     assert encoder.end_token_ids == (encoder.eos_token_id, encoder.image_token_id + 1)
+    assert base.end_token_ids == (base.eos_token_id,)
     assert encoder.banned_token_ids == (encoder.image_token_id, encoder.fake_token_id)
     assert encoder.pad_token_id == 0
+    without_padding = llama_tokenizer(legacy=False)
+    without_padding.pad_token = None
+    assert PromptEncoder(without_padding).pad_token_id == without_padding.unk_token_id
 
 
-def test_a_base_tokenizer_ends_texts_with_one_token_only():
-    encoder = encoder_of("base")
-    assert not encoder.is_instruct
-    assert encoder.end_token_ids == (encoder.eos_token_id,)
-    with pytest.raises(IdeficsError, match="end_of_utterance"):
-        encoder.encode(few_shot_prompt(INSTRUCT_CAPTION, (), Shot(IMAGE)))
-
-
-def test_a_tokenizer_without_image_tokens_is_refused():
+def test_a_special_token_that_is_missing_or_has_no_image_is_refused() -> None:
     with pytest.raises(CheckpointError, match="<image>"):
         PromptEncoder(llama_tokenizer(legacy=False, added=()))
-
-
-def test_a_tokenizer_without_padding_pads_with_what_it_has():
-    tokenizer = llama_tokenizer(legacy=False)
-    tokenizer.pad_token = None
-    assert PromptEncoder(tokenizer).pad_token_id == tokenizer.unk_token_id
-
-
-def test_image_tokens_stand_only_where_an_image_is():
+    with pytest.raises(IdeficsError, match="end_of_utterance"):
+        encoder_of("base").encode(few_shot_prompt(INSTRUCT_CAPTION, (), Shot(IMAGE)))
     with pytest.raises(IdeficsError, match="image"):
         encoder_of("llama").encode((SpecialToken("<image>"),))
 
@@ -176,20 +165,11 @@ def test_one_encoder_for_many_threads():
     encoder = encoder_of("llama")
     prompts = [(f"image {n} of", IMAGE, "a cat") for n in range(50)]
     expected = [encoder.encode(prompt) for prompt in prompts]
-    found: dict[int, list] = {}
-
-    def work(number: int) -> None:
-        found[number] = [encoder.encode(prompt) for prompt in prompts]
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(found[number] == expected for number in range(8))
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(encoder.encode, prompts * 8)) == expected * 8
 
 
-# ---- what is not to be written
+# ---- what is never written
 
 
 @pytest.mark.parametrize("legacy", [True, False])
