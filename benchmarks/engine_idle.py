@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.image_decoding import find_images
-from idefics_cli.bench.subjects import SIZES, BenchOptions, random_subject
+from idefics_cli.bench.options import SIZES, BenchOptions
+from idefics_cli.bench.subjects import random_subject
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
@@ -28,7 +29,7 @@ from idefics_cli.errors import RowError
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.model.packed_linear import pack_linears
-from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Stages, run_rows
+from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Steps, run_rows
 from idefics_cli.rows import ImageOptions, InputRow
 
 
@@ -77,14 +78,13 @@ def run_once(
     paths: Sequence[Path], engine: Engine, decoders: WorkerPool, input_ids: Sequence[int], options: WaitOptions
 ) -> dict[str, float]:
     stats = RunStats()
-    stages = Stages(
+    steps = Steps(
         partial(prepare, decoders=decoders, input_ids=input_ids),
         lambda source: ((number, Captioned()) for number, _ in engine.stream(source, options.decoding)),
-        lambda row, outcome: None,
     )
     waited: list[float] = []  # by the time that each row was out
     flow = FlowOptions(options.batch_size, options.workers)
-    run_rows(rows_of(paths), stages, flow, stats, lambda: waited.append(stats.seconds_waited))
+    run_rows(rows_of(paths), steps, lambda row, outcome: None, flow, stats, lambda: waited.append(stats.seconds_waited))
     assert not stats.num_failed, f"{stats.num_failed} photographs could not be read"
     return {
         "rows": stats.rows,

@@ -55,6 +55,10 @@ class DeviceError(IdeficsError):
     """The device or the dtype that was asked for is not to be had here."""
 
 
+class StreamClosed(Exception):
+    """Whatever reads stdout has had enough (`| head`): not a mistake, and nothing is left to do."""
+
+
 @dataclass(frozen=True)
 class RowError:
     """Why a row has no text. `str()` gives the `error` column: `code: message`, one line."""

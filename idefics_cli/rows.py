@@ -43,7 +43,7 @@ class InputRow:
     None for bare bytes; of several images, a JSON list of these. `sources` are the row's images in order, usually
     one. `values` are the columns that were asked for, empty for plain files; a column that this row lacks is None.
     A row that is already known to be bad carries its `error`; `asked` is what the run asks about it, where all rows are
-    asked the same.
+    asked the same; `earlier` is its result from an earlier run, where that is to be kept.
     """
 
     index: int
@@ -53,6 +53,7 @@ class InputRow:
     values: Mapping[str, Any]
     error: RowError | None = None
     asked: str | None = None
+    earlier: Mapping[str, Any] | None = None
 
 
 def parse_keep(text: str) -> tuple[str, ...] | Literal["all"]:
@@ -112,6 +113,7 @@ class ReadOptions:
     ] = None
     needs_image: bool = True
     needs_id: bool = True
+    reads_passthrough: bool = True
 
     def __post_init__(self) -> None:
         assert self.limit is None or self.limit > 0, f"limit {self.limit}"

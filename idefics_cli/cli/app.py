@@ -206,7 +206,7 @@ def _ask(run: RunOptions, options: CaptionVqaOptions, debug: bool) -> None:
 
 def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | None = None) -> None:
     from idefics_cli.pipeline.prefetch import RunStats
-    from idefics_cli.pipeline.run import Ending, Loader, Run
+    from idefics_cli.pipeline.run import Run
 
     stats = RunStats()
     with exit_codes(
@@ -214,15 +214,15 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
     ) as signals:
         with Progress(stats, signals) as progress:
             stdin = getattr(sys.stdin, "buffer", None)
-            run = Run(options, task, Loader(check_model, load_model), stats, progress, stdin)
-            ending = run.run(progress.stdout())
-        if ending is Ending.FINISHED_BEFORE:
-            say_finished(stats, options.output)
-        else:
+            run = Run(options, task, check_model, load_model, stats, progress, stdin)
+            had_work = run.run(progress.stdout())
+        if had_work:
             say_summary(stats, options.output, made="latents" if run.form.text_column is None else "a text")
+        else:
+            say_finished(stats, options.output)
     if scoring is not None and not stats.stopped_early:
         with exit_codes(debug):
-            shown_as = run.form.kept_names[scoring.answers_column]
+            shown_as = run.passthrough.names[scoring.answers_column]
             _print_scores(options.output, replace(scoring, answers_column=shown_as))
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from idefics_cli.cli.console import exit_codes
-from idefics_cli.validation import Help, option_name
+from idefics_cli.validation import Help, help_of, option_name
 
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
 METAVARS = {int: "N", float: "X"}
@@ -28,7 +29,7 @@ def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Cal
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
+        hints = _hints(command)
         parameters = inspect.signature(command).parameters.values()
 
         def flat(**typed: Any) -> None:
@@ -55,20 +56,24 @@ def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Cal
     return decorated
 
 
+@cache
+def _hints(annotated: Any) -> dict[str, Any]:
+    return get_type_hints(annotated, include_extras=True)
+
+
 def _options(options: type) -> Iterator[Option]:
     """Those of the fields that have a `Help`, and of the fields of a field that is a dataclass."""
-    hints = get_type_hints(options, include_extras=True)
+    hints = _hints(options)
     for field in fields(options):
         if is_dataclass(hints[field.name]):
             yield from _options(hints[field.name])
-        for about in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(about, Help):
-                yield Option(field.name, hints[field.name].__origin__, field.default, about)
+        elif (about := help_of(hints[field.name])) is not None:
+            yield Option(field.name, hints[field.name].__origin__, field.default, about)
 
 
 def _made(options: type, typed: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
     """The dataclass. A field that is not shown has the command's own value, or its default."""
-    hints = get_type_hints(options, include_extras=True)
+    hints = _hints(options)
     given = {name: value for name, value in own.items() if name in hints}
     for option in _options(options):
         if option.field in hints and typed.get(option.parameter_name) is not None:

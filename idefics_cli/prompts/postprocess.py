@@ -19,7 +19,6 @@ class PostProcess:
     """How a decoded text becomes the written one: stripped, cut at the first of `cut_words`, then framed.
 
     The words are compared as the M4 evaluation does: letter by letter, capitals included, inside a longer word too.
-
     `cut_words` None: those of the task's published protocol, where there is one.
     """
 

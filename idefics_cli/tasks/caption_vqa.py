@@ -5,15 +5,14 @@ Rows in, prompts out. This module knows no output and no network: it is handed a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from idefics_cli.engine.prompt_source import PromptSource
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.task import ImageOpener, Model, Observer, Resolve, Steps, open_images
+from idefics_cli.pipeline.prefetch import Steps
+from idefics_cli.pipeline.task import Observer, Task, open_images, say_once
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import TASKS, Shot, build_prompt, field_text, leading_shots
 from idefics_cli.result import Outcome
@@ -21,19 +20,22 @@ from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import StoredLatents, stored_latents
 from idefics_cli.tasks.few_shot import chosen_for_all, open_shots, opened, read_shots
 from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
-from idefics_cli.tasks.questions import input_id, rows_asked, with_questions
+from idefics_cli.tasks.questions import input_id, with_questions
 from idefics_cli.tasks.result_rows import ResultForm
 from idefics_cli.tasks.similar_shots import SimilarShots
+from idefics_cli.validation import by_option
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.engine.prompt_source import EncodedPrompt
+    from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
+    from idefics_cli.idefics import Idefics
+    from idefics_cli.images.worker_pool import WorkerPool
     from idefics_cli.readers.inputs import Inputs
 
 Opened = tuple[InputRow, Sequence[Any]]  # a row and its images
 
 
-class CaptionVqa:
+class CaptionVqa(Task):
     """The task of `caption` and `vqa`. Raises InputError for shots and embeddings that cannot be read."""
 
     def __init__(self, options: CaptionVqaOptions) -> None:
@@ -61,7 +63,7 @@ class CaptionVqa:
     def settings(self) -> dict[str, Any]:
         shots = None if self._shots_file is None else list(self._shots_file.identity)
         stored = None if self.embeddings is None else self.embeddings.identity
-        return {**asdict(self.options), "shots_file": shots, "embeddings_file": stored}
+        return {**by_option(self.options), "shots_file": shots, "embeddings_file": stored}
 
     def check(self, request: ModelRequest) -> None:
         """Raises InputError for a bad shot, and for another model's embeddings."""
@@ -69,14 +71,14 @@ class CaptionVqa:
             self.embeddings.check(request)
         assert len(self._pool) >= self.options.prompts.num_shots, self.options
 
-    def form(self, kept: Mapping[str, Any]) -> ResultForm:
+    @property
+    def form(self) -> ResultForm:
         options = self.options
         return ResultForm(
             "answer" if options.asks else "caption",
             self._postprocess,
             question_of=self._shown_question if options.asks else None,
             candidates=options.decoding.num_return_sequences > 1 or options.choices.are_given,
-            kept=kept,
         )
 
     @property
@@ -88,30 +90,25 @@ class CaptionVqa:
         words = task.stop_words if options.cut_words is None else options.cut_words
         return replace(options, cut_words=(*words, *task.banned_words))
 
-    def expand(self, rows: Iterator[InputRow], done: Sequence[str]) -> Iterator[InputRow]:
-        questions = self.options.questions
-        return with_questions(rows, questions, done) if questions else rows
+    def expand(self, rows: Iterator[InputRow]) -> Iterator[InputRow]:
+        return with_questions(rows, self.options.questions) if self.options.questions else rows
 
-    def collapse(self, ids: Iterator[str], left: list[str]) -> Iterator[str]:
-        return rows_asked(ids, self.rows_each, left)
-
-    def begin(self, model: Model, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps:
+    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         """Shots that all rows share are opened here: a bad one ends the run before there is an output."""
         if self.embeddings is not None:
             self.embeddings.begin(model)
+        dropped = say_once(observer, "{} is too long for all shots: rows like it are shown fewer, the nearest ones")
+        prompts = RowPrompts(self.options, model, images, self.embeddings, dropped)
         shots, decode = self.options.shots, self._decode(model)
-        prompts = RowPrompts(self.options, model, images, self.embeddings, observer.say)
-        open_shot = lambda shot: opened(shot, prompts.open_once, shots.file)  # noqa: E731
         if shots.number and shots.selection == "similar":
-            similar = SimilarShots(shots, self._pool, model, open_shot)
+            similar = SimilarShots(shots, self._pool, model, prompts.open_shot)
             similar.encode_pool(observer.say)
             return Steps(prompts.without_shots, lambda source: decode(SimilarPrompts(source, prompts, similar)))
-        pool = self._pool if shots.file is None else chosen_for_all(shots, self._pool)
-        leading = leading_shots(self.options.prompts, pool, model.is_instruct)
-        leading = [open_shot(shot) for shot in leading]
+        chosen = chosen_for_all(shots, self._pool)
+        leading = [prompts.open_shot(shot) for shot in leading_shots(self.options.prompts, chosen, model.is_instruct)]
         return Steps(lambda row: prompts.of(row, leading), decode)
 
-    def _decode(self, model: Model) -> Callable[[PromptSource], Iterator[tuple[int, Outcome]]]:
+    def _decode(self, model: Idefics) -> Callable[[PromptSource], Iterator[tuple[int, Outcome]]]:
         options = self.options
         if options.choices.are_given:
             return lambda source: model.score_stream(source, options.choices.norm)
@@ -133,23 +130,24 @@ def question_of(row: InputRow, column: str) -> str | RowError:
     return question
 
 
+@dataclass(frozen=True)
 class RowPrompts:
-    """A row -> its prompt as the model takes it, or why there is none. Safe in many threads."""
+    """A row -> its prompt as the model takes it, or why there is none. Safe in many threads.
 
-    def __init__(
-        self,
-        options: CaptionVqaOptions,
-        model: Model,
-        images: ImageOpener,
-        embeddings: StoredLatents | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.options, self.model, self.images, self.embeddings, self.say = options, model, images, embeddings, say
-        self._unsaid = threading.Lock()  # acquired once, by the first row that is too long for all shots
+    `on_shots_dropped` is told the id of a row that is too long for all its shots.
+    """
 
-    def open_once(self, source: Any) -> Any | RowError:
-        """An image that stands in many prompts: its key is computed here, once."""
-        return self.model.encode_image(self.images.prepare(source))
+    options: CaptionVqaOptions
+    model: Idefics
+    images: WorkerPool
+    embeddings: StoredLatents | None
+    on_shots_dropped: Callable[[str], None]
+
+    def open_shot(self, shot: Shot) -> Shot:
+        """With its images as they stand in many prompts: what identifies each is computed here, once."""
+        return opened(
+            shot, lambda source: self.model.encode_image(self.images.prepare(source)), self.options.shots.file
+        )
 
     def of(self, row: InputRow, shots: Sequence[Shot]) -> EncodedPrompt | RowError:
         images = self._opened(row)
@@ -181,8 +179,8 @@ class RowPrompts:
             encoded = self._encoded(row, fields, images, shots[first:])
             if not isinstance(encoded, RowError) or encoded.code != "prompt_too_long":
                 break
-        if first and not isinstance(encoded, RowError) and self._unsaid.acquire(blocking=False):
-            self.say(f"{row.id} is too long for all shots: rows like it are shown fewer, without the first ones.")
+        if first and not isinstance(encoded, RowError):
+            self.on_shots_dropped(row.id)
         return encoded
 
     def _fields(self, row: InputRow) -> Mapping[str, Any] | RowError:

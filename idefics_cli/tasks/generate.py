@@ -5,25 +5,29 @@ Rows in, prompts out. What a cell may hold, `prompts/interleaved.py` knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.task import ImageOpener, Model, Observer, OneRowEach, Resolve, Steps
+from idefics_cli.pipeline.prefetch import Steps
+from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.prompts.interleaved import ImageItem, interleaved_prompt
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt
 from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import stored_latents
 from idefics_cli.tasks.options import GenerateOptions
 from idefics_cli.tasks.result_rows import ResultForm
+from idefics_cli.validation import by_option
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.engine.prompt_source import EncodedPrompt
+    from idefics_cli.idefics import Idefics
+    from idefics_cli.images.worker_pool import WorkerPool
 
 
-class Generate(OneRowEach):
+class Generate(Task):
     """The task of `generate`. Raises InputError for embeddings that cannot be read."""
 
     command = "generate"
@@ -38,17 +42,18 @@ class Generate(OneRowEach):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**asdict(self.options), "embeddings_file": self.embeddings.identity if self.embeddings else None}
+        return {**by_option(self.options), "embeddings_file": self.embeddings.identity if self.embeddings else None}
 
     def check(self, request: ModelRequest) -> None:
         if self.embeddings is not None:
             self.embeddings.check(request)
 
-    def form(self, kept: Mapping[str, Any]) -> ResultForm:
+    @property
+    def form(self) -> ResultForm:
         options = self.options
-        return ResultForm("text", options.postprocess, candidates=options.decoding.num_return_sequences > 1, kept=kept)
+        return ResultForm("text", options.postprocess, candidates=options.decoding.num_return_sequences > 1)
 
-    def begin(self, model: Model, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps:
+    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         if self.embeddings is not None:
             self.embeddings.begin(model)
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import InputError
-from idefics_cli.pipeline.task import Model
 from idefics_cli.prompts.templates import Shot
 from idefics_cli.rows import RemoteFile
 from idefics_cli.tasks.options import ShotOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from idefics_cli.idefics import Idefics
 
 OPENED_AT_A_TIME = 64
 OPENED_KEPT = 512  # shots whose images stay open, to be shown again
@@ -36,7 +37,7 @@ class SimilarShots:
     """
 
     def __init__(
-        self, options: ShotOptions, pool: Sequence[Shot], model: Model, open_shot: Callable[[Shot], Shot]
+        self, options: ShotOptions, pool: Sequence[Shot], model: Idefics, open_shot: Callable[[Shot], Shot]
     ) -> None:
         self._options, self._pool, self._model = options, pool, model
         without = next((number for number, shot in enumerate(pool, start=1) if not shot.images), None)
