@@ -355,7 +355,7 @@ def test_the_command_prints_one_line_of_json() -> None:
         ("--random tiny --rows 2 --scenes 2", "--scenes"),
         ("-m /no/such/model", "no model"),
         ("--random huge", "huge"),
-        ("--random tiny --device cuda:99", "cuda:99"),
+        ("--random tiny --device cuda:99", "cuda" if torch.cuda.is_available() else "CUDA is not available"),
     ],
 )
 def test_mistakes_end_with_two(arguments: str, said: str) -> None:
