@@ -135,10 +135,9 @@ def _vision_digests(file: Path, is_pickled: bool) -> Iterator[tuple[str, str]]:
     import torch
     from safetensors import safe_open
 
-    pickled = torch.load(file, map_location="cpu", weights_only=True) if is_pickled else None
-    stored = pickled or safe_open(file, framework="pt")
+    stored = torch.load(file, map_location="cpu", weights_only=True) if is_pickled else safe_open(file, framework="pt")
     for name in filter(VISION_TENSOR.fullmatch, stored.keys()):
-        tensor = pickled[name] if pickled else stored.get_tensor(name)
+        tensor = stored[name] if is_pickled else stored.get_tensor(name)
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
         yield name, digest.hexdigest()
