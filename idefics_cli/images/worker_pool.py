@@ -195,18 +195,22 @@ class _Worker:
         self._wait(timeout)
         text = self.connection.recv_bytes(LONGEST_TEXT)
         if text == PIXELS:
-            pixels = np.empty((3, image_size, image_size), np.float32)
-            data = self.connection.recv_bytes(pixels.nbytes)
-            if len(data) != pixels.nbytes:
-                raise OSError("incomplete pixels")
-            pixels[:] = np.frombuffer(data, np.float32).reshape(pixels.shape)
-            return pixels
+            return self._receive(np.empty((3, image_size, image_size), np.float32))
         code, _, message = text.decode("utf-8", "replace").partition(": ")
         if code == BUG:
             raise RuntimeError(f"in an image worker: {message}")
         if code not in ROW_ERROR_CODES:
             raise OSError(f"unknown answer {code[:20]!r}")
         return RowError(code, message)
+
+    def _receive(self, pixels: np.ndarray) -> np.ndarray:
+        view = memoryview(pixels).cast("B")
+        while view:
+            received = os.readv(self.connection.fileno(), [view])  # straight into place: these are most of the bytes
+            if not received:
+                raise EOFError
+            view = view[received:]
+        return pixels
 
     def _wait(self, timeout: float) -> None:
         """Until there is something to read. In steps, so that the time a run is suspended counts as one of them."""
