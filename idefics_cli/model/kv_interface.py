@@ -1,25 +1,23 @@
-"""The seam between the network and generation: where keys and values live.
+"""The seam between the network and generation: what a token sees, and where keys and values live.
 
 An attention layer projects (and rotates) its query, key and value and asks a *memory* for the rest. The plain memory
 here serves training, `generate()` and the tests: whole sequences, transformers' `Cache`, a causal mask, and images
 projected on the spot. Another memory may keep keys and values wherever it likes; the forward pass stays the same one.
 
-This module knows no text, no beams and no files.
+This module knows no text, no beams, no files, and no layer but by its `layer_idx` and `scaling`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import IdeficsConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-if TYPE_CHECKING:
-    from idefics_cli.model.decoder import IdeficsAttention
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 
@@ -30,13 +28,16 @@ class Memory(Protocol):
     The second element of each result holds the attention weights where the implementation computes them, else None.
     """
 
-    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         """Store the new tokens' key and value for this layer and attend to all that each query may see."""
 
     def attend_image(
-        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
+        self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> AttentionOutput:
-        """Attend to the images each query may see; exactly zero for a query that sees none."""
+        """Attend to the images each query may see; exactly zero for a query that sees none.
+
+        `key` and `value` (rows, heads, images * seq, head_dim) are those of all images; None: the memory has its own.
+        """
 
 
 def eager_attention(
@@ -63,6 +64,36 @@ def attention_function(name: str) -> Callable[..., AttentionOutput]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
 
 
+def image_seq_len(config: IdeficsConfig) -> int:
+    """How many vectors cross-attention reads of one image."""
+    if config.use_resampler:
+        return config.perceiver_config.resampler_n_latents
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+
+
+def image_attention_mask(
+    input_ids: Tensor, num_images: int, image_token_id: int, eos_token_id: int, sees_first: bool = False
+) -> Tensor:
+    """Which image each token sees: (rows, tokens) ids -> (rows, tokens, num_images) int64, at most one 1 per token.
+
+    That is the last image at or before the token. None before the first image, and none after an end token (which
+    itself still sees one) until the next image. `sees_first`: the first of `num_images` comes before these tokens.
+    """
+    is_image = input_ids == image_token_id
+    last_end = _last_position(input_ids == eos_token_id)
+    ended_before = nn.functional.pad(last_end, (1, 0), value=-1)[:, :-1]
+    hidden = ended_before > _last_position(is_image)  # (rows, tokens)
+    index = is_image.cumsum(dim=1) - (0 if sees_first else 1)
+    sees = index[..., None] == torch.arange(num_images, device=input_ids.device)
+    return (sees & ~hidden[..., None]).long()
+
+
+def _last_position(found: Tensor) -> Tensor:
+    """For each token the position of the last True at or before it, or -1."""
+    positions = torch.arange(found.shape[1], device=found.device).expand_as(found)
+    return positions.masked_fill(~found, -1).cummax(dim=1).values if found.shape[1] else positions
+
+
 def image_visibility(image_attention_mask: Tensor, image_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """From (rows, tokens, images) to an additive mask (rows, 1, tokens, images * image_seq_len) and the open gate.
 
@@ -77,7 +108,7 @@ def image_visibility(image_attention_mask: Tensor, image_seq_len: int, dtype: to
 
 @dataclass(frozen=True)
 class PlainMemory:
-    """Whole sequences: every layer sees all keys so far through `causal_mask`, and projects the images itself.
+    """Whole sequences: every layer sees all keys so far through `causal_mask`, and the images that it projects itself.
 
     `causal_mask` is what transformers' `create_causal_mask` returns (None where plain causality is enough),
     `image_mask` (rows, 1, tokens, images * seq) is additive, `image_gate` (rows, tokens) boolean.
@@ -89,21 +120,20 @@ class PlainMemory:
     image_gate: Tensor
     past_key_values: Cache | None = None
 
-    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         if self.past_key_values is not None:
             key, value = self.past_key_values.update(key, value, layer.layer_idx)
         return self._attention(layer, query, key, value, self.causal_mask)
 
     def attend_image(
-        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
+        self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> AttentionOutput:
-        assert image_hidden_states is not None, "the plain memory projects image_hidden_states itself, got None"
-        key, value = layer.project_image(image_hidden_states)
+        assert key is not None and value is not None, "the plain memory holds no image's keys and values"
         output, weights = self._attention(layer, query, key, value, self.image_mask)
         return output.masked_fill(~self.image_gate[:, :, None, None], 0.0), weights
 
     def _attention(
-        self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> AttentionOutput:
         attend = attention_function(self.attention)
         dropout = layer.dropout if layer.training else 0.0

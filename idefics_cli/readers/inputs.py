@@ -46,7 +46,10 @@ def open_inputs(inputs: Sequence[str], options: ReadOptions, stdin: BinaryIO | N
     """
     if list(inputs).count("-") > 1:
         raise InputError("`-` is named twice, but stdin can be read once: name it once")
-    return Inputs([_open(name, len(inputs) > 1, options, stdin) for name in inputs], options)
+    found = Inputs([_open(name, len(inputs) > 1, options, stdin) for name in inputs], options)
+    found.again = lambda: open_inputs(inputs, options, stdin)
+    found.passthrough = found.kept
+    return found
 
 
 def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO | None) -> Source:
@@ -126,6 +129,23 @@ class Inputs:
                     " bring the old input back, or start anew with --overwrite"
                 )
             self._passed += 1
+
+    def skip(self, count):
+        for index, source, (number, name) in islice(
+            self._walk(lambda source, start, step: source.names(start, step)), count
+        ):
+            self._passed += 1
+            yield InputRow(index, self._give_id(source, number, name, index), None, (), {})
+
+    def passthrough_rows(self):
+        for row in self.again().rows:
+            yield {name: row.values.get(name) for name in self.passthrough}
+
+    def passthrough_batches(self):
+        import pyarrow as pa
+
+        rows = list(self.passthrough_rows())
+        yield from pa.Table.from_pylist(rows).to_batches()
 
     def peek(self) -> InputRow | None:
         """The row that `rows` gives next, None behind the last. Waits for it, where rows are long in coming."""

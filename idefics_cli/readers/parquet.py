@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from idefics_cli.columns import ends_at_nanoseconds, python_values
 from idefics_cli.errors import InputError, RowError
+from idefics_cli.readers.oldvalues import ends_at_nanoseconds, python_values
 from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Record, image_columns
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import InputFile, cannot_read

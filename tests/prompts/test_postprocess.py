@@ -4,38 +4,20 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idefics_cli.prompts.postprocess import PostProcess, cut_at_stop_word
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import TASKS
 
 WORDS = TASKS["vqa"].cut_words
 
 
-@pytest.mark.parametrize(
-    ("text", "cut"),
-    [
-        ("red", "red"),
-        ("  red \n", "red"),
-        ("red Question: what else?", "red"),
-        ("red\nImage: blue", "red"),
-        ("red What Question", "red"),
-        ("Whatever", ""),
-        ("Question", ""),
-        ("", ""),
-        ("a question of taste", "a question of taste"),
-        ("multitasking", "multi"),
-        ("yes <end_of_utterance> no", "yes"),
-    ],
-)
-def test_texts_end_at_the_first_stop_word(text: str, cut: str) -> None:
-    assert cut_at_stop_word(text, WORDS) == cut
-
-
-def test_without_stop_words_only_white_space_goes() -> None:
-    assert cut_at_stop_word(" What? \n Why? ", ()) == "What? \n Why?"
+def test_texts_end_at_the_first_stop_word() -> None:
+    texts = ["  red \n", "red What Question", "red\nImage: blue", "Whatever", "a question", "multitasking"]
+    assert [PostProcess(WORDS)(text) for text in texts] == ["red", "red", "red", "", "a question", "multi"]
+    assert PostProcess(WORDS)("yes <end_of_utterance>") == "yes"
+    assert PostProcess()(" What? \n Why? ") == "What? \n Why?"
 
 
 PIECES = st.sampled_from([*WORDS, " ", "red", "quest", "Quest", "ion", "I", "mage"])
@@ -45,7 +27,7 @@ PIECES = st.sampled_from([*WORDS, " ", "red", "quest", "Quest", "ion", "I", "mag
 @given(st.lists(PIECES, max_size=8).map("".join))
 def test_the_cut_is_that_of_a_regular_expression(text: str) -> None:
     """The M4 evaluation splits at an alternation of the words and keeps what stands before."""
-    assert cut_at_stop_word(text, WORDS) == re.split("|".join(map(re.escape, WORDS)), text.strip())[0].rstrip()
+    assert PostProcess(WORDS)(text) == re.split("|".join(map(re.escape, WORDS)), text.strip())[0].rstrip()
 
 
 def test_prefix_and_suffix_frame_what_is_left() -> None:
