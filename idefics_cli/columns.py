@@ -14,9 +14,8 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -27,9 +26,8 @@ Kind = Literal["text", "real", "count", "candidates", "latents"]
 
 MOMENT = re.compile(r"(?P<seconds>.{19})(\.(?P<fraction>\d{1,9}))?(?P<zone>Z|[+-]\d\d(:?\d\d){1,2})?")
 EPOCH, SECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(seconds=1)
-LARGEST_EXACT = 2**53  # up to which a double holds every whole number
 MOST_FIELDS = 200
-DEEPEST = 20  # lists and objects within each other
+DEEPEST = 20  # nested lists and objects
 
 
 @dataclass(frozen=True)
@@ -276,112 +274,103 @@ def _plain_type(of: pa.DataType) -> pa.DataType:
 # ---- undeclared columns
 
 
-def inferred_types(chunks: Iterable[list[Mapping[str, Any]]], names: Iterable[str]) -> dict[str, pa.DataType]:
-    """The Arrow types that hold all values of the undeclared columns in `chunks` of rows; text where no other does."""
-    import pyarrow as pa
+def inferred_types(
+    chunks: Callable[[], Iterable[Sequence[Mapping[str, Any]]]], names: Sequence[str]
+) -> dict[str, pa.DataType]:
+    """The Arrow types that hold all values of the undeclared columns in `chunks()` of rows; text where no other does.
 
-    types: dict[str, pa.DataType | None] = dict.fromkeys(names, pa.null())
-    for row in (row for chunk in chunks for row in chunk):
-        for name, known in types.items():
-            if known is not None:
-                types[name] = _common(known, _type_of_value(row.get(name)))
-    return {name: _settled(found) or pa.string() for name, found in types.items()}
-
-
-def _type_of_value(value: Any, depth: int = 0) -> pa.DataType | None:
-    """The narrowest type of a value from JSON: null, bool, int64, double, string, list or struct; None: only text is.
-
-    Whole numbers that a double holds exactly are int32 here, whatever their size, so that they go with fractions.
+    Values are gone through a second time only for columns whose chunks differ in type.
     """
     import pyarrow as pa
 
-    if value is None:
-        return pa.null()
-    if isinstance(value, bool):
-        return pa.bool_()
-    if isinstance(value, int):
-        if abs(value) <= LARGEST_EXACT:
-            return pa.int32()
-        return pa.int64() if -(2**63) <= value < 2**63 else None
-    if isinstance(value, float):
-        return pa.float64()
-    if isinstance(value, str):
+    types: dict[str, pa.DataType] = dict.fromkeys(names, pa.null())
+    mixed: set[str] = set()
+    for rows in chunks() if names else ():
+        for name, known in types.items():
+            found = _type_of([row.get(name) for row in rows])
+            types[name] = _common(known, found)
+            if any(each not in (pa.null(), types[name]) for each in (known, found)):
+                mixed.add(name)
+    mixed -= {name for name, found in types.items() if found == pa.string()}
+    for rows in chunks() if mixed else ():
+        for name in mixed:
+            if not _holds(types[name], [row.get(name) for row in rows]):
+                types[name] = pa.string()
+    return {name: _settled(found) or pa.string() for name, found in types.items()}
+
+
+def _type_of(values: list[Any]) -> pa.DataType:
+    """Arrow's type of values from JSON; text where it has none, or one that hardly any file holds."""
+    import pyarrow as pa
+
+    try:
+        found = pa.infer_type(values)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
         return pa.string()
-    if depth >= DEEPEST:
-        return None
-    if isinstance(value, list):
-        items = reduce(_common, (_type_of_value(item, depth + 1) for item in value), pa.null())
-        return None if items is None else pa.list_(items)
-    types = {name: _type_of_value(item, depth + 1) for name, item in value.items()}
-    return None if None in types.values() else _struct(types)
+    return found if _is_schema(found) and _holds(found, values) else pa.string()
 
 
-def _common(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:
-    """The narrowest type that holds the values of both; None: only text does."""
+def _holds(of: pa.DataType, values: list[Any]) -> bool:
+    import pyarrow as pa
+
+    try:
+        pa.array(values, of)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        return False
+    return True
+
+
+def _is_schema(of: pa.DataType, depth: int = 0) -> bool:
+    """Not so for objects whose names are data: very many of them, or nested very deep."""
+    if of.num_fields > MOST_FIELDS or depth > DEEPEST:
+        return False
+    return all(_is_schema(of.field(i).type, depth + 1) for i in range(of.num_fields))
+
+
+def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """The type of the values of both; text where Arrow knows none."""
+    import pyarrow as pa
+
+    try:
+        schemas = [pa.schema([("values", of)]) for of in (one, other)]
+        common = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return pa.string()
+    return common if _is_schema(common) else pa.string()
+
+
+def _settled(of: pa.DataType) -> pa.DataType | None:
+    """With text where no value tells the type; None where Parquet has no such type."""
     import pyarrow as pa
     import pyarrow.types as kinds
 
-    if one is None or other is None:
-        return None
-    if one == other or kinds.is_null(other):
-        return one
-    if kinds.is_null(one):
-        return other
-    if {one, other} == {pa.int32(), pa.int64()}:
-        return pa.int64()
-    if {one, other} == {pa.int32(), pa.float64()}:
-        return pa.float64()
-    if kinds.is_list(one) and kinds.is_list(other):
-        items = _common(one.value_type, other.value_type)
+    if kinds.is_null(of):
+        return pa.string()
+    if kinds.is_list(of):
+        items = _settled(of.value_type)
         return None if items is None else pa.list_(items)
-    return _common_struct(one, other) if kinds.is_struct(one) and kinds.is_struct(other) else None
-
-
-def _common_struct(one: pa.StructType, other: pa.StructType) -> pa.StructType | None:
-    types = {field.name: field.type for field in one}
-    for field in other:
-        types[field.name] = _common(types.get(field.name, field.type), field.type)
-    return None if None in types.values() else _struct(types)
-
-
-def _struct(types: Mapping[str, pa.DataType]) -> pa.StructType | None:
-    """Objects whose names are data and not a schema are text: very many of them, or some that no file can hold."""
-    import pyarrow as pa
-
-    if len(types) > MOST_FIELDS or any(encodable(name) != name for name in types):
-        return None
-    return pa.struct(list(types.items()))
-
-
-def _settled(found: pa.DataType | None) -> pa.DataType | None:
-    """With int64 for all whole numbers, and text where no value tells; None where Parquet has no such type."""
-    import pyarrow as pa
-    import pyarrow.types as kinds
-
-    if found is None or kinds.is_null(found):
-        return None if found is None else pa.string()
-    if found == pa.int32():
-        return pa.int64()
-    if kinds.is_list(found):
-        items = _settled(found.value_type)
-        return None if items is None else pa.list_(items)
-    if kinds.is_struct(found):
-        types = {field.name: _settled(field.type) for field in found}
+    if kinds.is_struct(of):
+        types = {field.name: _settled(field.type) for field in of}
         return None if None in types.values() or not types else pa.struct(list(types.items()))
-    return found
+    return of
 
 
-def fitted(value: Any, of: pa.DataType) -> Any:
-    """A value of an undeclared column for its inferred type: what is no text becomes JSON in a column of texts."""
+def inferred_array(values: Iterable[Any], of: pa.DataType) -> pa.Array:
+    """Values of an undeclared column in its inferred type: in a column of texts, whatever is not text becomes JSON."""
+    import pyarrow as pa
     import pyarrow.types as kinds
 
-    if kinds.is_string(of) and value is not None and not isinstance(value, str):
-        value = json.dumps(value, ensure_ascii=False)
-    return from_json(value, of)
+    return pa.array([_as_text(value) for value in values] if kinds.is_string(of) else list(values), of)
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None:
+        return None
+    return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def encodable(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs, which neither UTF-8 nor Arrow holds."""
+    """The text with U+FFFD for halves of surrogate pairs, which neither UTF-8 nor Arrow can hold."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

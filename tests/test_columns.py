@@ -303,7 +303,7 @@ def test_undeclared_columns_hold_whatever_json_holds(values: list[Any]) -> None:
 
 
 def inferred(*chunks: list[Any]) -> pa.DataType:
-    return inferred_types([[{"v": value} for value in chunk] for chunk in chunks], ["v"])["v"]
+    return inferred_types(lambda: [[{"v": value} for value in chunk] for chunk in chunks], ["v"])["v"]
 
 
 @pytest.mark.parametrize(

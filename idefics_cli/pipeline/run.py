@@ -90,7 +90,7 @@ class Run:
         _require_manifests(options, task)
         _require_output_of_its_own(options, task)
         self.inputs = open_inputs(options.inputs, options.reading, stdin)
-        self.form = task.form(self.inputs.kept)
+        self.form = task.form(self.inputs.passthrough)
         assert not options.sidecar or task.rows_each == 1, task.rows_each
         self.sidecars = SidecarWriter(options.overwrite) if options.sidecar else None
         self.model: Model | None = None

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from idefics_cli.columns import (
     Column,
     arrow_type,
-    fitted,
     from_json,
+    inferred_array,
     inferred_types,
     json_text,
     python_values,
@@ -226,7 +226,7 @@ def arrow_schema(columns: Sequence[Column], rows: Rows) -> pa.Schema:
     import pyarrow as pa
 
     undeclared = [column.name for column in columns if column.type is None]
-    found = inferred_types(rows.chunks(), undeclared) if undeclared else {}
+    found = inferred_types(rows.chunks, undeclared) if undeclared else {}
     found |= {column.name: _latents_type(column, rows) for column in columns if column.type == "latents"}
     return pa.schema([(column.name, _type_of(column, found)) for column in columns])
 
@@ -246,8 +246,11 @@ def _batch(rows: list[dict[str, Any]], columns: Sequence[Column], schema: pa.Sch
 
     arrays = []
     for column, field in zip(columns, schema, strict=True):
-        restore = fitted if column.type is None else from_json
-        arrays.append(pa.array([restore(row.get(column.name), field.type) for row in rows], field.type))
+        values = [row.get(column.name) for row in rows]
+        if column.type is None:
+            arrays.append(inferred_array(values, field.type))
+        else:
+            arrays.append(pa.array([from_json(value, field.type) for value in values], field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 from idefics_cli.columns import json_text, strict_json
 from idefics_cli.errors import OutputError
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
-from idefics_cli.storage.unique_ids import SeenIds
+from idefics_cli.storage.unique_ids import UniqueIds
 from idefics_cli.writers.journal import Journal, reason, shown_path
 
 COMMIT_SECONDS = 0.5  # how long a finished row waits at the most for others to be written with
@@ -138,7 +138,7 @@ class SidecarWriter:
     def __init__(self, overwrite: bool) -> None:
         self.overwrite = overwrite
         self._one_at_a_time = threading.Lock()
-        self._rows = SeenIds()  # by the files that have their texts
+        self._rows = UniqueIds()  # by the files that have their texts
         self._folders: dict[Path, ImageFolder] = {}
 
     def target(self, image: Path) -> Path:
