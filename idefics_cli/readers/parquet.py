@@ -136,7 +136,7 @@ class ParquetTable:
         """Whatever Arrow finds wrong with the file is the user's to fix."""
         try:
             yield
-        except (pa.ArrowException, OSError, MemoryError) as error:
+        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
             raise cannot_read(self._file.name, error, "fetch or make it again") from error
 
     # ---- bombs

@@ -219,7 +219,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert "no images in" in refused("caption", tmp_path / "empty")
     assert "img2dataset" in refused("caption", "https://a.example/b.png")
     assert "there.jsonl" in refused("caption", tmp_path / "there.jsonl")
-    assert "have one id" in refused("caption", photos, photos)
+    assert "have the same id" in refused("caption", photos, photos)
     assert "no paths on stdin" in refused("caption", "-", input=b"")
     assert "--overwrite" in refused("caption", photos, "-o", tmp_path / "there.jsonl")
     assert "ends in .jsonl or .parquet" in refused("caption", photos, "-o", tmp_path / "f.csv")
@@ -257,7 +257,7 @@ def test_one_id_twice_on_stdin_is_refused_at_the_second(
     path = str(photos / "a.jpg")
     result = run("caption", "-", "-o", tmp_path / "f.jsonl", input=f"{path}\n{path}\n".encode())
     assert result.exit_code == 2
-    assert re.search(r"^Error: rows 1 and 2 have one id.*1 row finished so far: safe in .*part\.", result.stderr)
+    assert re.search(r"^Error: rows 1 and 2 have the same id.*1 row finished so far: safe in .*part\.", result.stderr)
     assert result.stderr.endswith("The same command goes on from there once that is mended.\n")
 
 
