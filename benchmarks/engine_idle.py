@@ -19,18 +19,18 @@ from typing import Any
 import torch
 
 from benchmarks.image_decoding import find_images
-from idefics_cli.bench.subjects import SIZES, BenchOptions, random_subject
+from idefics_cli.bench.options import SIZES, BenchOptions
+from idefics_cli.bench.subjects import random_subject
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.errors import RowError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.model.packed_linear import pack_linears
-from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Stages, run_rows
-from idefics_cli.prompts.tokenize import EncodedPrompt
-from idefics_cli.rows import InputRow
+from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Steps, run_rows
+from idefics_cli.rows import ImageOptions, InputRow
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def measure(paths: Sequence[Path], options: WaitOptions) -> dict[str, Any]:
     subject = random_subject(asked, torch.device("cpu"), torch.float32)
     pack_linears(subject.model)
     (prompt, *_) = subject.prompts.draw(0)
-    engine = Engine(subject.model, subject.vocabulary, subject.token_ids.image_token_id, options.batch_size)
+    engine = Engine(subject.model, subject.vocabulary, options.batch_size)
     processor = ImageProcessor(image_size=subject.image_size)
-    with WorkerPool(processor, ImageLimits(draft=options.draft), options.workers) as decoders:
+    with WorkerPool(processor, ImageOptions(draft=options.draft, workers=options.workers)) as decoders:
         run = partial(run_once, engine=engine, decoders=decoders, input_ids=prompt.input_ids, options=options)
         return {"options": asdict(options), "first": run(paths[::2]), "then": run(paths[1::2])}
 
@@ -78,14 +78,13 @@ def run_once(
     paths: Sequence[Path], engine: Engine, decoders: WorkerPool, input_ids: Sequence[int], options: WaitOptions
 ) -> dict[str, float]:
     stats = RunStats()
-    stages = Stages(
+    steps = Steps(
         partial(prepare, decoders=decoders, input_ids=input_ids),
         lambda source: ((number, Captioned()) for number, _ in engine.stream(source, options.decoding)),
-        lambda row, outcome: None,
     )
     waited: list[float] = []  # by the time that each row was out
     flow = FlowOptions(options.batch_size, options.workers)
-    run_rows(rows_of(paths), stages, flow, stats, lambda: waited.append(stats.seconds_waited))
+    run_rows(rows_of(paths), steps, lambda row, outcome: None, flow, stats, lambda: waited.append(stats.seconds_waited))
     assert not stats.num_failed, f"{stats.num_failed} photographs could not be read"
     return {
         "rows": stats.rows,

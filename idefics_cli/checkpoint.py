@@ -16,10 +16,10 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
-from idefics_cli.storage.files import file_digest, local_file
+from idefics_cli.validation import Help
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +43,23 @@ LOADER_FIELDS = ("transformers_weights", "fusion_config")
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What the caller asked for, in the caller's words."""
+    """Which model to load, and where it runs, in the caller's words."""
 
-    model: str
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    allow_pickle: bool = False
+    model: Annotated[
+        str,
+        Help(
+            "Hub id, local folder, or `demo` (coloured shapes only, runs anywhere)",
+            flags=("-m", "--model"),
+            envvar="IDEFICS_MODEL",
+        ),
+    ] = DEFAULT_MODEL
+    revision: Annotated[str | None, Help("Branch, tag or commit of the hub model", metavar="NAME")] = None
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        Help("Number format of the weights; auto: bf16 or fp16 on CUDA, fp32 on the CPU"),
+    ] = "auto"
+    device: Annotated[str, Help("Where the model runs", metavar="auto|cuda|cuda:N|cpu|mps")] = "auto"
+    allow_pickle: Annotated[bool, Help("Load pickled weights (weights only) if the model has no safetensors")] = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,8 @@ def check_model_request(request: ModelRequest) -> None:
 
 def weights_digest(request: ModelRequest) -> str | None:
     """Equal for equal checkpoints, told from every file's size, head and tail; None for one that is not here yet."""
+    from idefics_cli.storage.files import file_digest, local_file  # imports fsspec
+
     folder = local_folder(request.model) or _cached_folder(request)
     if folder is None:
         return None

@@ -16,10 +16,10 @@ from tiny_models import save_checkpoint
 
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.engine.engine import Stream
-from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
+from idefics_cli.engine.reference import collate
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import END_OF_UTTERANCE
-from idefics_cli.prompts.tokenize import EncodedImage, EncodedPrompt, collate
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def log_probability(model: Idefics, prompt: list, token_ids: tuple[int, ...]) ->
     start = len(encoded.input_ids)
     row = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
     with torch.no_grad():
-        logits = model.model(**vars(collate([row], model.encoder, model.images.image_size))).logits[0]
+        logits = model.model(**vars(collate([row], model.engine.vocabulary, model.images.image_size))).logits[0]
     chosen = logits.log_softmax(-1)[start - 1 : -1].gather(-1, torch.tensor(token_ids)[:, None])
     return float(chosen.sum())
 
@@ -251,8 +251,8 @@ def test_a_question_that_asks_nothing_is_an_error_among_others(base: Idefics, qu
     ("given", "said"),
     [
         (np.zeros((4, 4, 3), np.uint8), "PIL.Image.fromarray()"),
-        (io.BytesIO(b"a"), "what its read() gives"),
-        (Image.new("RGB", (0, 5)), "0 x 5 pixels are no image"),
+        (io.BytesIO(b"a"), "use its read()"),
+        (Image.new("RGB", (0, 5)), "the image is empty: 0 x 5 pixels"),
         (None, "not NoneType"),
     ],
 )
@@ -278,7 +278,7 @@ def test_device_and_dtype_may_be_torchs() -> None:
         *(({"batch_size": size}, f"batch_size is {size!r}") for size in (0, -1, "auto", 1.5, True)),
         ({"device": 0}, "unknown device '0'"),
         ({"dtype": torch.float64}, "unknown dtype 'torch.float64'"),
-        *(({"model": name}, "a model is no") for name in (None, b"demo", 3)),
+        *(({"model": name}, "invalid model of type") for name in (None, b"demo", 3)),
     ],
 )
 def test_what_no_model_is_loaded_with_is_told(options: dict[str, Any], said: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Literal
+from typing import Annotated, Literal
 
 from idefics_cli.errors import IdeficsError
-from idefics_cli.validation import whole_number
+from idefics_cli.validation import Help, whole_number
 
 LARGEST_PENALTY = 10.0  # a length to a higher power is soon more than a float holds
 LARGEST_FACTOR = 1e5  # of sums of log-probabilities, which are told from "none", −1e9, in transformers as here
@@ -23,13 +23,17 @@ class DecodingOptions:
     `no_repeat_ngram_size` 0 allows repetition. Raises IdeficsError for a value or a combination that means nothing.
     """
 
-    num_beams: int = 3
-    max_new_tokens: int = 30
-    min_new_tokens: int = 0
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = True
-    no_repeat_ngram_size: int = 0
-    num_return_sequences: int = 1
+    num_beams: Annotated[int, Help("Number of beams; 1 is greedy decoding", min=1)] = 3
+    max_new_tokens: Annotated[int, Help("Maximum new tokens", min=1)] = 30
+    min_new_tokens: Annotated[int, Help("Minimum new tokens", min=0)] = 0
+    length_penalty: Annotated[float, Help("Scores are divided by length to this power")] = 1.0
+    early_stopping: Annotated[
+        bool | Literal["never"], Help("Stop as soon as there are as many finished texts as beams")
+    ] = True
+    no_repeat_ngram_size: Annotated[int, Help("Never repeat an n-gram of this size; 0 allows repetition", min=0)] = 0
+    num_return_sequences: Annotated[
+        int, Help("Texts per row, best first; more than one adds a `candidates` column", min=1)
+    ] = 1
 
     def __post_init__(self) -> None:
         for name, least in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
@@ -71,3 +75,26 @@ class DecodingOptions:
         if unknown:
             raise IdeficsError(f"no decoding option is called {', '.join(unknown)}: use {', '.join(known)}")
         return cls(**decoding)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids with a meaning of their own: those that end a text, those never written, padding, and an image's.
+
+    The first end token is `</s>`: what follows it sees no image. The last id of a banned sequence is not written where
+    the others stand right before it, the prompt's end included.
+    """
+
+    end_token_ids: tuple[int, ...]
+    banned_token_ids: tuple[int, ...]
+    pad_token_id: int
+    image_token_id: int
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One decoded text: its ids without the closing end token, and its score as the cli page defines it."""
+
+    token_ids: tuple[int, ...]
+    score: float

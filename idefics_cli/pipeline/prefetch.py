@@ -1,11 +1,10 @@
 """Reader -> prepare threads -> model -> rows in input order -> writer.
 
 A few threads take rows from the reader and prepare them (images opened, prompts made), the caller's thread runs the
-model and writes. The model takes what is ready and is never made to wait while it has work; results come back in any
-order and leave in the order of the input. Everything in flight is bounded: no row is read before there is room for it
-in the window between the oldest row that is not written and the newest. A bad row is a row with an error; an exception
-is a bug, a user's mistake or a stop, and goes through with the rows before it written. This module knows no network, no
-files and no terminal: it is given functions.
+model and writes. The model takes what is ready and never waits while it has work; results come back in any order and
+leave in the order of the input. A row is read only when there is space for it in the window between the oldest row that
+is not written and the newest. A bad row is a row with an error; an exception is a bug, a user's mistake or a signal,
+and is raised after the rows before it are written. Knows no network, no files and no terminal.
 """
 
 from __future__ import annotations
@@ -13,66 +12,59 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from idefics_cli.errors import RowError
 from idefics_cli.result import Outcome, Result, error_of
 from idefics_cli.rows import InputRow
 
+if TYPE_CHECKING:
+    from idefics_cli.engine.prompt_source import PromptSource
+
 PATIENCE = 0.2  # seconds that an idle model waits for a fuller batch
 IDS_PER_CODE = 3
 
-Prepared = Any  # what the model takes for one row
-
-
-class PromptSource(Protocol):
-    """What a model takes its prompts from: those that are ready; with `wait` at least one, or none at the end."""
-
-    def take(self, most: int, wait: bool) -> list[Prepared]: ...
+Prepared: TypeAlias = Any  # what the model takes for one row
+Finished: TypeAlias = Outcome | Mapping[str, Any]  # what a row leaves with; a mapping is its earlier result
 
 
 @dataclass(frozen=True)
-class Stages:
-    """What is done with a row, one function for each step.
+class Steps:
+    """A row -> what the model takes (in several threads at once), and from that to results, in the model's thread.
 
-    `prepare` may be called from several threads at once, `decode` gives (number of the prompt in the order taken,
-    result) in the order of finishing, `write` gets rows in input order.
+    `decode` gives (number of the prompt in the order taken, result) in the order of finishing.
     """
 
     prepare: Callable[[InputRow], Prepared | RowError]
-    decode: Callable[[PromptSource], Iterator[tuple[int, Result]]]
-    write: Callable[[InputRow, Outcome], None]
+    decode: Callable[[PromptSource], Iterator[tuple[int, Outcome]]]
 
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """`batch_size`: rows that the model works on at a time; `workers`: prepare threads; `window`: rows in flight.
+    """`batch_size`: rows that the model works on at a time; `workers`: prepare threads.
 
-    `rows_at_once` are read by a thread that has come to read. It costs less than one by one, and is for readers that
-    never wait for somebody to send a row.
+    `rows_at_once` are read by a thread that has come to read: it costs less than one by one, and is for readers whose
+    rows do not come from outside one by one.
     """
 
     batch_size: int
     workers: int
     max_errors: int | None = None
-    windows_ahead: int = 8
     rows_at_once: int = 1
 
     def __post_init__(self) -> None:
-        assert self.batch_size > 0 and self.workers > 0, f"{self.batch_size} rows per batch, {self.workers} workers"
-        assert self.rows_at_once > 0, f"{self.rows_at_once} rows at once"
+        assert min(self.batch_size, self.workers, self.rows_at_once) > 0, self
 
     @property
     def window(self) -> int:
-        """The model looks a few batches ahead for prompts of one length, while others are prepared and written."""
-        return self.windows_ahead * self.batch_size + 2 * self.workers
+        """Rows in flight: the model looks a few batches ahead for prompts of one length, while others are prepared."""
+        return 8 * self.batch_size + 2 * self.workers
 
     @property
     def step(self) -> int:
-        """So many rows are read, and their room given back, at once: a part of the window, so that work goes on."""
+        """Rows read at once: a part of the window, so that the rest is in work meanwhile."""
         return min(self.rows_at_once, max(1, self.window // 8))
 
 
@@ -98,7 +90,7 @@ class RunStats:
 
     @property
     def rate(self) -> float:
-        """Rows per second, those of earlier runs left out."""
+        """Rows per second, without those of earlier runs."""
         return (self.rows - self.resumed) / self.seconds if self.seconds else 0.0
 
     @property
@@ -114,32 +106,45 @@ class RunStats:
             if len(ids) < IDS_PER_CODE:
                 ids.append(row_id)
 
+    def add_earlier(self, row: Mapping[str, Any]) -> None:
+        """A result row of an earlier run."""
+        self.add(row["id"], row["error"].split(":", 1)[0] if row["error"] else None)
+        self.resumed += 1
+
 
 def run_rows(
-    rows: Iterator[InputRow], stages: Stages, options: FlowOptions, stats: RunStats, on_row: Callable[[], None]
+    rows: Iterator[InputRow],
+    steps: Steps,
+    write: Callable[[InputRow, Finished], None],
+    options: FlowOptions,
+    stats: RunStats,
+    on_row: Callable[[], None],
 ) -> None:
-    """Write one row for each of `rows`, in order, and keep `stats`.
+    """Write one row for each of `rows`, in order, and keep `stats`. A row with an earlier result leaves with that.
 
-    `on_row` is called after each row written; what it raises ends the run. After `max_errors` failed rows (those that
-    earlier runs wrote not counted) the run ends with `stats.stopped_early`. What `rows` raises is raised behind the
-    rows before it.
+    `on_row` is called after each row written; what it raises ends the run. After `max_errors` failed rows (those of
+    earlier runs not counted) the run ends with `stats.stopped_early`.
     """
     started, failed_before = time.perf_counter(), stats.num_failed
 
-    def leave(row: InputRow, outcome: Outcome) -> None:
-        error = error_of(outcome)
-        stages.write(row, outcome)
-        stats.add(row.id, error.code if error else None)
+    def leave(row: InputRow, finished: Finished) -> None:
+        write(row, finished)
+        error = None
+        if isinstance(finished, Mapping):
+            stats.add_earlier(finished)
+        else:
+            error = error_of(finished)
+            stats.add(row.id, error.code if error else None)
         stats.seconds, stats.seconds_waited = time.perf_counter() - started, flow.seconds_waited
         on_row()
         if error is not None and stats.num_failed - failed_before == options.max_errors:
             stats.stopped_early = True
             raise _EnoughErrors
 
-    flow = RowFlow(rows, stages.prepare, leave, options)
+    flow = RowFlow(rows, steps.prepare, leave, options)
     try:
         with flow:
-            for number, result in stages.decode(flow):
+            for number, result in steps.decode(flow):
                 flow.settle(number, result)
     except _EnoughErrors:
         return
@@ -153,7 +158,7 @@ class _EnoughErrors(Exception):
 class RowFlow:
     """Rows on their way: read and prepared by threads, taken and settled by the thread that runs the model.
 
-    `leave` gets every row with its outcome, in input order, in the model's thread, inside `take` and `settle`. A
+    `leave` gets every row with its result, in input order, in the model's thread, inside `take` and `settle`. A
     context: on leaving it, whatever is still under way is dropped.
     """
 
@@ -161,19 +166,18 @@ class RowFlow:
         self,
         rows: Iterator[InputRow],
         prepare: Callable[[InputRow], Prepared | RowError],
-        leave: Callable[[InputRow, Outcome], None],
+        leave: Callable[[InputRow, Finished], None],
         options: FlowOptions,
     ) -> None:
         self.seconds_waited = 0.0
         self._rows, self._prepare, self._leave, self._options = rows, prepare, leave, options
         self._reading = threading.Lock()  # the reader is asked by one thread at a time
-        self._room = threading.Semaphore(options.window)
-        self._room_to_give = 0
-        self._read_rows: deque[tuple[int, InputRow]] = deque()  # places and rows that no thread has taken up
-        self._changed = threading.Condition()  # guards all below
+        self._unprepared: deque[tuple[int, InputRow]] = deque()  # places and rows; guarded by `_reading` and the GIL
+        lock = threading.Lock()  # guards all below
+        self._changed, self._has_space = threading.Condition(lock), threading.Condition(lock)
         self._ready: deque[tuple[int, InputRow, Prepared]] = deque()  # places, rows and prompts not taken yet
         self._taken: dict[int, tuple[int, InputRow]] = {}  # by the number of the prompt
-        self._finished: dict[int, tuple[InputRow, Outcome] | BaseException] = {}  # by place; a failure stands for a row
+        self._finished: dict[int, tuple[InputRow, Finished] | BaseException] = {}  # by place; or what stands for a row
         self._num_read = self._num_preparing = self._num_taken = self._num_left = 0
         self._wanted = 1  # so many ready prompts are worth waking the model's thread for
         self._has_ended = False
@@ -185,9 +189,8 @@ class RowFlow:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._has_ended = True
-        self._read_rows.clear()
-        self._room.release()  # one thread may wait for it
+        self._end()
+        self._unprepared.clear()
 
     # ---- the model's side
 
@@ -216,7 +219,7 @@ class RowFlow:
         assert self._num_left == self._num_read, f"{self._num_read} rows came in and {self._num_left} went out"
 
     def _wait_for_prompts(self, enough: int) -> None:
-        """Until a batch is ready; a smaller one is not held back for rows that are slow to come."""
+        """Until a batch is ready; a smaller one does not wait for rows that are slow to come."""
         started = time.perf_counter()
         deadline: float | None = None
         while True:
@@ -237,24 +240,18 @@ class RowFlow:
         return self._has_ended and not self._num_preparing and self._num_left not in self._finished
 
     def _let_leave(self) -> None:
-        """All finished rows whose turn it is. Raises a failure when its turn has come."""
+        """All finished rows whose turn it is. Raises an exception when its turn has come."""
         while True:
             with self._changed:
-                if self._num_left not in self._finished:
+                finished = self._finished.pop(self._num_left, None)
+                if finished is None:
                     return
-                finished = self._finished.pop(self._num_left)
-            if isinstance(finished, BaseException):
-                raise finished
-            self._num_left += 1
-            self._give_room()
+                if isinstance(finished, BaseException):
+                    raise finished
+                self._num_left += 1
+                if self._space() >= self._options.step:
+                    self._has_space.notify()
             self._leave(*finished)
-
-    def _give_room(self) -> None:
-        """Room for one more row, given several at a time: each time may wake a thread."""
-        self._room_to_give += 1
-        if self._room_to_give >= self._options.step or self._num_left == self._num_read:
-            self._room.release(self._room_to_give)
-            self._room_to_give = 0
 
     # ---- the threads' side
 
@@ -262,50 +259,46 @@ class RowFlow:
         while (read := self._next_row()) is not None:
             place, row = read
             try:
-                prepared = row.error or self._prepare(row)
+                finished = row.earlier or row.error
+                prepared = finished or self._prepare(row)
             except BaseException as error:  # raised in the model's thread when the row's turn has come
-                self._fail(place, error)
+                self._fail(place, error, num_preparing=1)
                 return
-            self._put(place, row, prepared)
+            self._put(place, row, prepared, is_finished=finished is not None or isinstance(prepared, RowError))
 
     def _next_row(self) -> tuple[int, InputRow] | None:
         """The next row and its place; None at the end."""
-        while not self._has_ended or self._read_rows:
-            with suppress(IndexError):  # another thread was faster
-                return self._read_rows.popleft()
-            with self._reading:
-                if not self._has_ended and not self._read_rows:
-                    self._read()
-        return None
+        with self._reading:
+            if not self._unprepared and not self._has_ended:
+                self._read()
+            return self._unprepared.popleft() if self._unprepared else None
 
     def _read(self) -> None:
-        """Rows for which there is room, at least one but at the end."""
-        self._room.acquire()
-        for number in range(self._options.step):
-            if number and not self._room.acquire(blocking=False):
-                return
+        """As many rows as are read at once, when there is space for them."""
+        with self._has_space:
+            self._has_space.wait_for(lambda: self._has_ended or self._space() >= self._options.step)
+        for _ in range(self._options.step):
             try:
-                row = None if self._has_ended else next(self._rows, None)  # it may have ended while there was no room
-            except BaseException as error:  # stands behind the rows before it
-                self._fail(self._num_read, error, was_preparing=False)
-                row = None
+                row = None if self._has_ended else next(self._rows, None)
+            except BaseException as error:  # comes after the rows before it
+                self._fail(self._num_read, error)
+                return
             if row is None:
                 self._end()
                 return
             with self._changed:
+                self._unprepared.append((self._num_read, row))
                 self._num_read += 1
                 self._num_preparing += 1
-            self._read_rows.append((self._num_read - 1, row))
 
-    def _end(self) -> None:
-        with self._changed:
-            self._has_ended = True
-            self._changed.notify()
+    def _space(self) -> int:
+        """How many rows the window has space for."""
+        return self._options.window - (self._num_read - self._num_left)
 
-    def _put(self, place: int, row: InputRow, prepared: Prepared | RowError) -> None:
+    def _put(self, place: int, row: InputRow, prepared: Any, is_finished: bool) -> None:
         with self._changed:
             self._num_preparing -= 1
-            if isinstance(prepared, RowError):
+            if is_finished:
                 self._finished[place] = row, prepared
             else:
                 self._ready.append((place, row, prepared))
@@ -313,9 +306,15 @@ class RowFlow:
             if is_end or len(self._ready) == self._wanted or place == self._num_left:
                 self._changed.notify()
 
-    def _fail(self, place: int, error: BaseException, was_preparing: bool = True) -> None:
+    def _fail(self, place: int, error: BaseException, num_preparing: int = 0) -> None:
         with self._changed:
-            self._num_preparing -= was_preparing
+            self._num_preparing -= num_preparing
             self._finished[place] = error
+        self._end()
+
+    def _end(self) -> None:
+        """No further row is read."""
+        with self._changed:
             self._has_ended = True
-            self._changed.notify()
+            self._changed.notify_all()
+            self._has_space.notify_all()

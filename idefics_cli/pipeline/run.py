@@ -1,324 +1,270 @@
 """One run over many rows, from its options to its end: inputs, output, model, rows, final file.
 
-What a user can have got wrong is looked at in this order, before a model is loaded: inputs, output, model. The same run
-again goes on where it was stopped, or says that it is finished. This module ties the others together and knows no
-terminal: whoever starts a run is told how it ended, and is called back for every row.
+What a user can have got wrong is checked in this order, before a model is loaded: inputs, output, model. A run that
+begins, resumes or retries is one path: rows that the output has are skipped, rows with an earlier result that is kept
+go straight to the output, and the others through the model. Knows no terminal.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from idefics_cli import __version__
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.errors import InputError, OutputError
-from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Stages, run_rows
-from idefics_cli.pipeline.task import Model, Observer, Steps, Task
+from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions
+from idefics_cli.pipeline.prefetch import Finished, FlowOptions, RunStats, run_rows
+from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
-from idefics_cli.result import Outcome
 from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.validation import by_option
+from idefics_cli.writers.formats import Passthrough
 from idefics_cli.writers.output_file import FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 
 if TYPE_CHECKING:
-    from idefics_cli.images.decode import ImageLimits
+    from idefics_cli.idefics import Idefics
 
-STDIN = STDOUT = "-"
-ROWS_AT_ONCE = 16  # read from files: one by one, threads hand each other the interpreter for every row
-
-
-@dataclass(frozen=True)
-class Loader:
-    """`check` raises what can be known to be wrong with a model, and gives a digest of its weights where they are at
-    hand; `load` reads them."""
-
-    check: Callable[[ModelRequest], str | None]
-    load: Callable[[ModelRequest, int | None], Model]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """All that a run is told besides its task. `batch_size` None: as many as memory holds.
-
-    `answers_column` is that of the references which somebody means to score the result against.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    request: ModelRequest
-    reading: ReadOptions
-    limits: ImageLimits
-    decode_timeout: float
-    workers: int
-    batch_size: int | None = None
-    max_errors: int | None = None
-    overwrite: bool = False
-    retry_errors: bool = False
-    sidecar: bool = False
-    answers_column: str | None = None
-
-
-class Ending(Enum):
-    """How a run ended that was neither a mistake nor a stop."""
-
-    RAN = "all rows are out, or as many have failed as may"
-    FINISHED_BEFORE = "there was nothing left to do"
+DECISIVE = (  # options that decide the rows, besides the task's own
+    *("--model", "--revision", "--dtype", "--draft"),
+    *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root"),
+)
+ROWS_AT_ONCE = 16  # read from files: one by one, threads would hand each other the interpreter for every row
 
 
 class Run:
-    """A run, from looking at its inputs on. Keeps `stats`; raises IdeficsError for a mistake, and whatever stops it."""
+    """A run, from looking at its inputs on. Keeps `stats`; raises IdeficsError for a mistake, and whatever stops it.
+
+    `check_model` raises what can be known to be wrong with a model, and gives a digest of its weights where they are on
+    this machine; `load_model` reads them.
+    """
 
     def __init__(
         self,
         options: RunOptions,
         task: Task,
-        loader: Loader,
+        check_model: Callable[[ModelRequest], str | None],
+        load_model: Callable[[ModelRequest, int | None], Idefics],
         stats: RunStats,
         observer: Observer,
         stdin: BinaryIO | None = None,
     ) -> None:
-        self.options, self.task, self.loader, self.stats, self.observer = options, task, loader, stats, observer
+        options = replace(options, reading=_reading(options, task))
+        self.options, self.task, self.form, self.stats, self.observer = options, task, task.form, stats, observer
+        self._check_model, self._load_model = check_model, load_model
         _require_manifests(options, task)
         _require_output_of_its_own(options, task)
         self.inputs = open_inputs(options.inputs, options.reading, stdin)
-        self.form = task.form(self.inputs.passthrough)
-        assert not options.sidecar or task.rows_each == 1, task.rows_each
+        names = shown_names(self.inputs.passthrough, [column.name for column in self.form.columns])
+        passed = self.inputs.passthrough_rows, self.inputs.passthrough_batches
+        self.passthrough = Passthrough(names, *passed, task.rows_each)
         self.sidecars = SidecarWriter(options.overwrite) if options.sidecar else None
-        self.model: Model | None = None
-        self._done_of_first: list[str] = []  # ids that an earlier run has done of the first row that is left
 
-    def run(self, stdout: BinaryIO | None) -> Ending:
+    def run(self, stdout: BinaryIO | None) -> bool:
+        """Whether there was anything to do."""
         if self.options.output != STDOUT:
             with closing(FileOutput(self.options.output, overwrite=self.options.overwrite)) as output:
                 return self._run_to_file(output)
         if stdout is None:
             raise OutputError("stdout is closed: name a file with -o F.jsonl")
-        self._load()
-        self._run_rows(self._rows(), lambda: StreamWriter(stdout))
-        return Ending.RAN
+        self._run_rows(self.task.expand(self.inputs.rows), lambda: StreamWriter(stdout))
+        return True
 
     # ---- to a file
 
-    def _run_to_file(self, output: FileOutput) -> Ending:
+    def _run_to_file(self, output: FileOutput) -> bool:
         output.require_same(self._settings(weights=None))
-        if output.journal.summary is not None:
-            return self._publish_again(output)
-        if output.is_finished:
-            return self._after_finish(output)
-        weights = self.loader.check(self.options.request)
-        output.require_same(self._settings(weights))
-        self._pass_over_done(output)
-        self._load()
-        settings = self._final_settings(output)
-        self._run_rows(self._rows(), lambda: self._begin(output, settings))
-        if not self.stats.stopped_early:
-            output.publish(self.form.columns, self._summary())
-        return Ending.RAN
+        record, is_complete = output.record, output.journal.summary is not None
+        if output.is_finished and not (self.options.retry_errors and record["failed"]):
+            self._accept(output)
+            return False
+        if not is_complete:
+            output.require_same(self._settings(self._check_model(self.options.request)))
+        rows = self._rows_left(output)
+        if is_complete:
+            _require_end(rows, output)
+        else:
+            self._run_rows(rows, lambda: self._begin(output))
+            if self.stats.stopped_early:
+                return True
+            output.journal.end({"rows": self.stats.rows, "failed": dict(self.stats.failed)})
+        output.publish(self.form.columns, self.passthrough)
+        return not is_complete
 
-    def _after_finish(self, output: FileOutput) -> Ending:
-        record = output.record
-        assert record is not None, output.path
-        if self.options.retry_errors and record["failed"]:
-            return self._retry(output)
-        self._take_over(output, record)
-        return Ending.FINISHED_BEFORE
-
-    def _publish_again(self, output: FileOutput) -> Ending:
-        """A kill came between the last row and the final name."""
-        summary = output.journal.summary
-        assert summary is not None, output.path
-        output.publish(self.form.columns)
-        self._take_over(output, summary)
-        return Ending.FINISHED_BEFORE
-
-    def _take_over(self, output: FileOutput, summary: Mapping[str, Any]) -> None:
+    def _accept(self, output: FileOutput) -> None:
+        """Take a finished file as it is. Paths on stdin have no name to compare, so their rows are compared."""
+        assert output.record is not None, output.path
         if self.inputs.is_streaming or self.sidecars is not None:
-            self._go_through_finished(output)
-        self.stats.rows = self.stats.resumed = self.stats.safe = summary["rows"]
-        self.stats.failed = Counter(summary["failed"])
+            rows = self.task.expand(self.inputs.rows)
+            for old in output.finished_rows(["id", "error", *filter(None, [self.form.text_column])]):
+                self._write_beside(_require_same_row(next(rows, None), old), old)
+            _require_end(rows, output)
+        self.stats.rows = self.stats.resumed = self.stats.safe = output.record["rows"]
+        self.stats.failed = Counter(output.record["failed"])
 
-    def _go_through_finished(self, output: FileOutput) -> None:
-        """What comes on stdin has no name to compare, so its rows are; texts beside images may not be there yet."""
-        known = output.finished_rows()
-        for row in self._rows():
-            self._write_beside(row, _require_same_row(next(known, None), row))
-        _require_end(known)
+    def _rows_left(self, output: FileOutput) -> Iterator[InputRow]:
+        """The rows that the journal does not have; of a retry with those of the finished file that are kept."""
+        num_done = 0 if output.journal.header is None else sum(1 for _ in output.journal.texts())
+        rows = self._rows_from(num_done // self.task.rows_each)
+        for old in output.journal.rows() if num_done else ():
+            self._write_beside(_require_same_row(next(rows, None), old), old)
+            self.stats.add_earlier(old)
+            self.stats.safe += 1
+        return self._with_earlier(rows, output, num_done) if output.is_retry else rows
 
-    def _retry(self, output: FileOutput) -> Ending:
-        """Do the failed rows of a finished file again."""
-        output.require_same(self._settings(self.loader.check(self.options.request)))
-        self._load()
-        settings = self._final_settings(output)
-        self._run_rows(self._failed_rows(output), lambda: self._begin(output, settings, amends=True))
-        if not self.stats.stopped_early:
-            output.publish(self.form.columns, self._summary())
-        return Ending.RAN
+    def _rows_from(self, num_skipped: int) -> Iterator[InputRow]:
+        """All rows, so many of the input's without their images; whole ones where a text may be missing beside them."""
+        if self.sidecars is None:
+            yield from self.task.expand(self.inputs.skip(num_skipped))
+        yield from self.task.expand(self.inputs.rows)
 
-    def _failed_rows(self, output: FileOutput) -> Iterator[InputRow]:
-        """The input's rows that failed and have not been done again yet."""
-        done_again = output.rows_so_far()
-        known = output.finished_rows()
-        for row in self._rows():
-            old = _require_same_row(next(known, None), row)
-            if old["error"] is not None:
-                old = next(done_again, None)
-            if old is None:
-                yield row
-            else:
-                self._count_again(old)
-                self._write_beside(row, old)
-        _require_end(known)
+    def _with_earlier(self, rows: Iterator[InputRow], output: FileOutput, num_done: int) -> Iterator[InputRow]:
+        known = output.finished_rows([column.name for column in self.form.columns])
+        for old in islice(known, num_done, None):
+            row = _require_same_row(next(rows, None), old)
+            yield row if old["error"] else replace(row, earlier=old)
+        _require_end(rows, output)
 
-    def _recount(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-        """The ids of rows that an earlier run has finished, which count for this one."""
-        for row in rows:
-            self._count_again(row)
-            yield row["id"]
-
-    def _count_again(self, row: Mapping[str, Any]) -> None:
-        error = row["error"]
-        self.stats.add(row["id"], error.split(":", 1)[0] if error else None)
-        self.stats.resumed += 1
-        self.stats.safe += 1
-
-    def _final_settings(self, output: FileOutput) -> dict[str, Any]:
-        """With the weights: a model of the hub is at hand once it has been loaded."""
-        settings = self._settings(self.loader.check(self.options.request))
+    def _begin(self, output: FileOutput) -> JournalWriter:
+        settings = self._settings(self._check_model(self.options.request))  # a hub's weights are known only now
         output.require_same(settings)
-        return settings
-
-    def _begin(self, output: FileOutput, settings: Mapping[str, Any], *, amends: bool = False) -> JournalWriter:
-        output.begin(settings, amends=amends)
+        output.begin(settings)
         return JournalWriter(output.journal)
 
-    def _summary(self) -> dict[str, Any]:
-        return {"rows": self.stats.rows, "failed": dict(self.stats.failed)}
-
     def _settings(self, weights: str | None) -> dict[str, Any]:
-        """What decides the rows: a run goes on only where all of it is the same. `weights` None: not known yet."""
-        options, reading = self.options, self.options.reading
-        model = {"name": options.request.model, "revision": options.request.revision, "dtype": options.request.dtype}
+        """What decides the rows: a run resumes only where all of it is the same. `weights` None: not known yet."""
+        options = by_option(self.options)
         return {
             "version": __version__,
             "inputs": list(self.inputs.identity),
-            "rows": {"limit": reading.limit, "shard": reading.shard, "recursive": reading.recursive},
-            "columns": {"image": reading.image_column, "id": reading.id_column, "kept": list(self.form.kept)},
-            "image_root": reading.image_root,
-            "images": {"draft": options.limits.draft},
-            "model": model if weights is None else {**model, "weights": weights},
+            **{name: options[name] for name in DECISIVE},
+            "--keep": list(self.passthrough.names),
+            "model": {} if weights is None else {"weights": weights},
             "command": self.task.command,
             "task": self.task.settings,
         }
 
     # ---- rows
 
-    def _rows(self) -> Iterator[InputRow]:
-        return self.task.expand(self.inputs.rows, self._done_of_first)
+    def _checked(self, rows: Iterator[InputRow]) -> Iterator[InputRow]:
+        """What is wrong with all rows shows in the first of them, and should before a model is loaded."""
+        first = None if self.inputs.is_streaming else next(rows, None)
+        if first is None:
+            return rows
+        if self.sidecars is not None and first.error is None:
+            _own_file(first)
+        if self.options.answers_column is not None and first.error is None:
+            references_of(first.values.get(self.options.answers_column), f"row {first.index + 1}")
+        return chain([first], rows)
 
-    def _pass_over_done(self, output: FileOutput) -> None:
-        """Pass over what an earlier run has done, which may have had no --sidecar."""
-        if self.sidecars is None:
-            self.inputs.pass_over(self._rows_done(output))
-            return
-        for old in output.rows_so_far():
-            self._write_beside(_require_done(next(self.inputs.rows, None), old), old)
-            self._count_again(old)
+    def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter]) -> None:
+        """A mistake that shows as the task begins leaves no output."""
+        options, total = self.options, self.inputs.total
+        self.task.check(options.request)
+        self._check_model(options.request)
+        rows = self._checked(rows)
+        model = self._load_model(options.request, options.batch_size)
+        rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
+        flow = FlowOptions(model.batch_size, options.images.num_workers, options.max_errors, rows_at_once)
+        self.observer.on_start(None if total is None else total * self.task.rows_each)
+        with model.image_workers(options.images) as images:
+            steps = self.task.begin(model, images, self.inputs.resolve, self.observer)
+            writer, resumed = open_writer(), self.stats.safe
+            try:
+                with closing(writer):
+                    run_rows(rows, steps, self._writing(writer), flow, self.stats, self.observer.on_row)
+            finally:
+                self.stats.safe = resumed + writer.num_safe
+
+    def _writing(self, writer: RowWriter) -> Callable[[InputRow, Finished], None]:
+        """Rows on stdout have the columns that are passed through; a file gets them in the end."""
+        names = self.passthrough.names if self.options.output == STDOUT else {}
+
+        def write(row: InputRow, finished: Finished) -> None:
+            line = finished if isinstance(finished, Mapping) else self.form.row(row, finished)
+            self._write_beside(row, line)
+            writer.write({**line, **self.passthrough.shown(row.values)} if names else line)
+
+        return write
 
     def _write_beside(self, row: InputRow, line: Mapping[str, Any]) -> None:
-        """The text of a line of the result, beside the row's image where texts are wanted there."""
+        """The text of a result row, beside the row's image where texts are wanted there."""
         if self.sidecars is not None and line["error"] is None:
             assert self.form.text_column is not None, self.form
             self.sidecars.write(_own_file(row), line[self.form.text_column], row.index)
 
-    def _rows_done(self, output: FileOutput) -> Iterator[str]:
-        """The ids of the input's rows that an earlier run has done."""
-        return self.task.collapse(self._recount(output.rows_so_far()), self._done_of_first)
 
-    @property
-    def _total(self) -> int | None:
-        return None if self.inputs.total is None else self.inputs.total * self.task.rows_each
-
-    def _load(self) -> Model:
-        if self.model is None:
-            self.task.check(self.options.request)
-            self.loader.check(self.options.request)
-            self._check_next_row()
-            self.model = self.loader.load(self.options.request, self.options.batch_size)
-        return self.model
-
-    def _check_next_row(self) -> None:
-        """What is wrong with all rows shows in the first of them, and should before a model is loaded."""
-        row = None if self.inputs.is_streaming else self.inputs.peek()
-        if row is None or row.error is not None:
-            return
-        if self.sidecars is not None:
-            _own_file(row)
-        if self.options.answers_column is not None:
-            references_of(row.values.get(self.options.answers_column), f"row {row.index + 1}")
-
-    def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter]) -> None:
-        """A mistake that shows as the task begins leaves no output behind."""
-        options, model = self.options, self._load()
-        rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
-        flow = FlowOptions(model.batch_size, options.workers, options.max_errors, rows_at_once=rows_at_once)
-        self.observer.on_start(self._total)
-        with model.image_workers(options.limits, options.workers, options.decode_timeout) as images:
-            steps = self.task.begin(model, images, self.inputs.resolve, self.observer)
-            self._write_rows(rows, steps, flow, open_writer())
-
-    def _write_rows(self, rows: Iterator[InputRow], steps: Steps, flow: FlowOptions, writer: RowWriter) -> None:
-        def leave(row: InputRow, outcome: Outcome) -> None:
-            line = self.form.row(row, outcome)
-            self._write_beside(row, line)
-            writer.write(line)
-
-        resumed = self.stats.safe
-        try:
-            with closing(writer):
-                run_rows(rows, Stages(steps.prepare, steps.decode, leave), flow, self.stats, self.observer.on_row)
-        finally:
-            self.stats.safe = resumed + writer.num_safe
+def shown_names(passthrough: Mapping[str, Any], own: Sequence[str]) -> dict[str, str]:
+    """What each passed-through column is called in a result: `input_...` where that has a column of its name."""
+    names = {name: f"input_{name}" if name in own else name for name in passthrough}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise InputError(f"two columns of --keep would be called {', '.join(twice)}: keep one of them, by its name")
+    return names
 
 
 def _own_file(row: InputRow) -> Path:
     if not row.sources:
         raise OutputError(
-            f"row {row.id} names no image that a text could stand beside: name its column with --image-column, or"
-            " leave --sidecar out"
+            f"row {row.id} names no image that a text could be beside: name its column with --image-column, or leave"
+            " --sidecar out"
         )
     if not isinstance(row.sources[0], Path):
-        raise OutputError(f"the image of row {row.id} is no file that a text could stand beside: leave --sidecar out")
+        raise OutputError(
+            f"the image of row {row.id} is not a file on this machine, which a text could be beside: leave --sidecar"
+            " out"
+        )
     return row.sources[0]
+
+
+def _reading(options: RunOptions, task: Task) -> ReadOptions:
+    """With the columns that the task reads and the answers, which are kept too.
+
+    Rows have the columns that are passed through only for stdout; else the output takes them from the inputs.
+    """
+    reading, answers = options.reading, () if options.answers_column is None else (options.answers_column,)
+    return replace(
+        reading,
+        columns=tuple(dict.fromkeys((*task.columns, *answers))),
+        keep="all" if reading.keep == "all" else tuple(dict.fromkeys((*reading.keep, *answers))),
+        needs_image=reading.needs_image and task.needs_image,
+        reads_passthrough=options.output == STDOUT,
+    )
 
 
 def _require_manifests(options: RunOptions, task: Task) -> None:
     """Files, folders and paths bring no columns."""
     without = [name for name in options.inputs if not is_manifest(name)]
     if task.needs_manifest and without:
-        raise InputError(f"{without[0]} is no manifest: {task.needs_manifest}")
+        raise InputError(f"{without[0]} is not a manifest: {task.needs_manifest}")
     reading = options.reading
     named = {
         "--image-column": reading.image_column if not any(map(is_manifest, task.files)) else None,
         "--id-column": reading.id_column,
-        "--keep or --answers-column": reading.keep,
+        "--answers-column": options.answers_column,
+        "--keep": reading.keep,
         "--image-root": reading.image_root if STDIN not in options.inputs else None,
     }
     useless = next((flag for flag, value in named.items() if value), None)
     if useless and len(without) == len(options.inputs):
-        raise InputError(f"{without[0]} is no manifest, which {useless} speaks of: leave it out, or name one")
+        raise InputError(f"{useless} needs a manifest, and {without[0]} is not one: name one, or leave {useless} out")
 
 
 def _require_output_of_its_own(options: RunOptions, task: Task) -> None:
-    """Nothing that the run reads may go, not even where all may that is there."""
+    """Nothing that the run reads may be replaced, not even with --overwrite, and no text by another of its image."""
+    if options.sidecar and task.rows_each > 1:
+        raise OutputError(
+            f"--sidecar writes one text per image, not {task.rows_each}: ask one question, or leave it out"
+        )
     if any(_are_one_file(options.output, name) for name in (*options.inputs, *task.files)):
         raise OutputError(f"{options.output} is what this run reads: name another output")
 
@@ -326,35 +272,26 @@ def _require_output_of_its_own(options: RunOptions, task: Task) -> None:
 def _are_one_file(one: str, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
-    except (OSError, ValueError):  # one of them is not there, or no name of a file
+    except (OSError, ValueError):  # one of them does not exist, or cannot be the name of a file
         return False
 
 
-def _require_same_row(old: dict[str, Any] | None, row: InputRow) -> dict[str, Any]:
-    """`old`, the finished row in the place of the input's `row`."""
-    if old is None or old["id"] != row.id:
-        raise InputError(
-            f"row {row.index + 1} is {row.id}, and was not when the result was made: name another output,"
-            " or begin anew with --overwrite"
-        )
-    return old
-
-
-def _require_done(row: InputRow | None, old: Mapping[str, Any]) -> InputRow:
-    """The input's `row` in the place of `old`, which the unfinished output has done."""
+def _require_same_row(row: InputRow | None, old: Mapping[str, Any]) -> InputRow:
+    """The input's row in the place of `old`, a row of the output."""
     if row is None or row.id != old["id"]:
+        found = "ends before it" if row is None else f"has {row.id} there"
         raise InputError(
-            f"the unfinished output goes on with {old['id']}, and the input with {row.id if row else 'nothing'}: bring"
-            " the old input back, or start anew with --overwrite"
+            f"the output has the row {old['id']}, and the input {found}: restore the old input, name another output, or"
+            " start over with --overwrite"
         )
     return row
 
 
-def _require_end(known: Iterator[Mapping[str, Any]]) -> None:
-    """Raise InputError where the result has rows behind the input's last."""
-    old = next(known, None)
-    if old is not None:
+def _require_end(rows: Iterator[InputRow], output: FileOutput) -> None:
+    """Raise InputError where the input has rows that a finished output has not."""
+    row = next(rows, None)
+    if row is not None:
         raise InputError(
-            f"the input ends before {old['id']}, which the result holds: give all rows again, name another output,"
-            " or begin anew with --overwrite"
+            f"the input has the row {row.id}, which {output.path} has not: restore the old input, name another output,"
+            " or start over with --overwrite"
         )

@@ -1,79 +1,50 @@
-"""The work of `idefics embed`: each row's image -> its latents; the rows of what comes of it; and these in the place
-of images in other works.
+"""The task of `embed`: each row's image -> its latents, and these instead of images in the other tasks.
 
-Rows in, images out; what latents are in a file is the business of `data/embeddings.py`.
+How latents are stored, `writers/embeddings_file.py` knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from idefics_cli.columns import Column
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.task import ImageOpener, Model, Observer, OneRowEach, Resolve, Steps, open_images
+from idefics_cli.pipeline.prefetch import Steps
+from idefics_cli.pipeline.task import Observer, Task, open_images
 from idefics_cli.result import error_of
 from idefics_cli.rows import InputRow
-from idefics_cli.tasks.result_rows import kept_values, shown_names
 from idefics_cli.writers.embeddings_file import ERROR, ID, LATENTS, VISION, EmbeddingFile, latents_value
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.pipeline.prefetch import PromptSource
-    from idefics_cli.prompts.tokenize import EncodedImage
+    from idefics_cli.engine.prompt_source import EncodedImage
+    from idefics_cli.idefics import Idefics
+    from idefics_cli.images.worker_pool import WorkerPool
     from idefics_cli.result import Embedding
 
 
-class Embedder(Protocol):
-    """What `Idefics` is to this work. `encode_image` may be called from several threads at once."""
-
-    def encode_image(self, image: Any) -> EncodedImage | RowError: ...
-
-    def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]: ...
-
-
-@dataclass(frozen=True)
 class EmbeddingForm:
-    """The columns of an embedded row: no text, the image's latents."""
+    """The columns of an embedded row: not a text, but the image's latents."""
 
-    kept: Mapping[str, pa.DataType | None] = field(default_factory=dict)
-    kept_names: Mapping[str, str] = field(init=False)
-    text_column: str | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        names = shown_names(self.kept, [column.name for column in self.own_columns])
-        object.__setattr__(self, "kept_names", names)
-
-    @property
-    def own_columns(self) -> list[Column]:
-        return [Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text")]
-
-    @property
-    def columns(self) -> list[Column]:
-        return self.own_columns + [Column(self.kept_names[name], of) for name, of in self.kept.items()]
+    text_column = None
+    columns = (Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text"))
 
     def row(self, row: InputRow, outcome: Embedding | RowError) -> dict[str, Any]:
         """A failed row has no latents."""
         error = error_of(outcome)
-        own = {
-            ID: row.id,
-            "image": row.image,
-            LATENTS: None if error else latents_value(outcome.latents),
-            ERROR: str(error) if error else None,
-        }
-        return own | kept_values(row, self.kept_names)
+        latents = None if error else latents_value(outcome.latents)
+        return {ID: row.id, "image": row.image, LATENTS: latents, ERROR: str(error) if error else None}
 
 
-class Embed(OneRowEach):
-    """The work of `embed`. A run goes on only with a model that sees images alike."""
+class Embed(Task):
+    """The task of `embed`. A run is only resumed with a model that makes the same latents."""
 
     command = "embed"
     columns = ()
     needs_manifest = None
     needs_image = True
+    form = EmbeddingForm()
 
     def __init__(self, request: ModelRequest) -> None:
         self._request = request
@@ -81,36 +52,29 @@ class Embed(OneRowEach):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Without the fingerprint for as long as the model is not here to be looked at."""
+        """Without the fingerprint until the model is on this machine."""
         from idefics_cli.checkpoint import known_vision_fingerprint
 
         self._fingerprint = self._fingerprint or known_vision_fingerprint(self._request)
         return {"embeds": True} | ({VISION: self._fingerprint} if self._fingerprint else {})
 
-    def form(self, kept: Mapping[str, Any]) -> EmbeddingForm:
-        return EmbeddingForm(kept)
-
-    def begin(self, model: Embedder, images: ImageOpener, resolve: Resolve, observer: Observer) -> Steps:
+    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         def prepare(row: InputRow) -> EncodedImage | RowError:
-            return encoded_image(row, images, model)
+            """Safe in many threads."""
+            opened = open_images(row, images)
+            if isinstance(opened, RowError):
+                return opened
+            if len(opened) != 1:
+                return RowError("row_invalid", f"the row has {len(opened)} images, and embeddings have one per row")
+            return model.encode_image(opened[0])
 
         return Steps(prepare, model.embed_stream)
 
 
-def encoded_image(row: InputRow, images: ImageOpener, model: Embedder) -> EncodedImage | RowError:
-    """The row's one image as the model takes it, or why there is none. Safe in many threads."""
-    opened = open_images(row, images)
-    if isinstance(opened, RowError):
-        return opened
-    if len(opened) != 1:
-        return RowError("row_invalid", f"the row has {len(opened)} images, and each row of embeddings holds one")
-    return model.encode_image(opened[0])
-
-
 class StoredLatents:
-    """What `embed` has written, in the place of images. Raises InputError for what is no such file.
+    """A file of `embed` instead of images. Raises InputError for a file of another kind.
 
-    Whether it is this model's shows before the model is loaded where that one is here, else as soon as it is.
+    Another model's latents are refused before a model is loaded that is on this machine, else after.
     """
 
     def __init__(self, path: str) -> None:
@@ -129,12 +93,12 @@ class StoredLatents:
             self._file.require_model(fingerprint, self._file.shape)
             self._is_checked = True
 
-    def begin(self, model: Model) -> None:
+    def begin(self, model: Idefics) -> None:
         fingerprint = self._file.fingerprint if self._is_checked else model.fingerprint
         self._file.require_model(fingerprint, model.latents_shape)
 
     def latents(self, row_id: str) -> Any | RowError:
-        """In an image's place, or why there are none. Safe in many threads."""
+        """What stands for an image, or why there is nothing. Safe in many threads."""
         return self._file.latents(row_id)
 
 

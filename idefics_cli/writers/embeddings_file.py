@@ -1,8 +1,8 @@
 """Embeddings in Parquet: what `idefics embed` has written, read back by id within bounded memory.
 
-A row holds an `id`, its image's `latents`, all of one shape, and an `error` where there are none. Whose latents they
-are stands in the file's record of its run. A file may hold any number of rows: what is kept of it are a few bytes for
-each id and two row groups. Knows no images and no network.
+A row holds an `id`, its image's `latents`, all of one shape, and an `error` where there are none. The model that made
+them is in the file's record of its run. A file may hold any number of rows: kept in memory are a few bytes for each id
+and two row groups. Knows no images and no network.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import hashlib
 import os
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,42 +30,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ID, LATENTS, ERROR = "id", "latents", "error"
-VISION = "vision"  # the fingerprint's name among the settings of a run's work
-KEPT_GROUPS = 2  # rows come nearly in the file's order: the last group is still asked for when the next one is
+VISION = "vision"  # the fingerprint's name among the settings of a run's task
+KEPT_GROUPS = 2  # rows come nearly in the file's order: the last group is still needed when the next one is read
 LARGEST_GROUP_BYTES = 4 * ROW_GROUP_BYTES
 
 
 def latents_value(latents: Tensor) -> dict[str, Any]:
     """Latents (seq, dim) as a row holds them: half precision of both kinds as fp16, else fp32.
 
-    Raises IdeficsError for numbers that have overflowed.
+    Raises IdeficsError for NaN and infinities.
     """
     import torch
 
     stored = latents.cpu().to(torch.float32 if latents.dtype == torch.float32 else torch.float16).contiguous()
     if not stored.isfinite().all():
-        raise IdeficsError("an image's latents overflow in half precision: embed with --dtype fp32")
-    return {"dtype": str(stored.dtype).removeprefix("torch."), "shape": list(stored.shape), "data": _bytes_of(stored)}
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.numpy().tobytes()
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Some rows as they were read: `latents` (rows, seq, dim)."""
-
-    ids: Sequence[str]
-    latents: np.ndarray
-    errors: Sequence[str | None]
+        raise IdeficsError("an image's latents hold non-finite values (NaN/Inf): embed with --dtype fp32")
+    numbers = stored.numpy()
+    return {"dtype": numbers.dtype.name, "shape": list(numbers.shape), "data": numbers.tobytes()}
 
 
 class EmbeddingFile:
     """Latents by id; `shape` is theirs, (seq, dim), and `fingerprint` their model's.
 
-    Safe in many threads. Ids may be asked for in any order, but each change to rows far away costs a row group: the
-    file's own order reads it once. Raises InputError for what is no such file.
+    Safe in many threads. Ids may come in any order, but each jump to rows far away reads a row group: in the file's own
+    order each is read once. Raises InputError for a file that is not of this kind.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -79,7 +66,7 @@ class EmbeddingFile:
             self.shape = self._stored_shape(self._parquet.schema_arrow)
             self._starts = self._group_starts()
             self._hashes, self._rows = self._index()
-        self._groups: OrderedDict[int, RowGroup] = OrderedDict()
+        self._group = lru_cache(KEPT_GROUPS)(self._read)
         self._reading = threading.Lock()
 
     def require_model(self, fingerprint: str, shape: tuple[int, int]) -> None:
@@ -96,11 +83,12 @@ class EmbeddingFile:
 
         with self._reading, self._refusing():
             for row in self._rows_of(row_id):
-                group = self._group(bisect_right(self._starts, row) - 1)
-                place = row - self._starts[bisect_right(self._starts, row) - 1]
-                if group.ids[place] == row_id:
-                    error = group.errors[place]
-                    return _row_error(error) if error else torch.from_numpy(group.latents[place].copy())
+                number = bisect_right(self._starts, row) - 1
+                ids, latents, errors = self._group(number)
+                place = row - self._starts[number]
+                if ids[place] == row_id:
+                    error = errors[place]
+                    return _row_error(error) if error else torch.from_numpy(latents[place].copy())
         return RowError("image_missing", f"{self.name} has no row {row_id}")
 
     @property
@@ -116,7 +104,7 @@ class EmbeddingFile:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Whatever Arrow finds wrong with the file is the user's to mend."""
+        """Raise InputError for whatever Arrow finds wrong with the file."""
         import pyarrow as pa
 
         try:
@@ -144,7 +132,7 @@ class EmbeddingFile:
         """The number of each row group's first row, and of all rows."""
         groups = [self._parquet.metadata.row_group(index) for index in range(self._parquet.num_row_groups)]
         if any(group.total_byte_size > LARGEST_GROUP_BYTES for group in groups):
-            raise InputError(f"{self.name} has row groups that no memory should hold: embed the images again")
+            raise InputError(f"{self.name} has row groups too large for memory: embed the images again")
         return list(accumulate((group.num_rows for group in groups), initial=0))
 
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
@@ -167,15 +155,8 @@ class EmbeddingFile:
         first, last = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
         return self._rows[first:last].tolist()
 
-    def _group(self, index: int) -> RowGroup:
-        if index not in self._groups:
-            while len(self._groups) >= KEPT_GROUPS:
-                self._groups.popitem(last=False)
-            self._groups[index] = self._read(index)
-        self._groups.move_to_end(index)
-        return self._groups[index]
-
-    def _read(self, index: int) -> RowGroup:
+    def _read(self, index: int) -> tuple[list[str], np.ndarray, list[str | None]]:
+        """A row group: its ids, latents (rows, seq, dim) and errors."""
         columns = [ID, LATENTS, *([ERROR] if ERROR in self._parquet.schema_arrow.names else [])]
         table = self._parquet.read_row_group(index, columns=columns, use_threads=False).combine_chunks()
         errors = table[ERROR].to_pylist() if ERROR in columns else [None] * table.num_rows
@@ -183,7 +164,7 @@ class EmbeddingFile:
         latents = list_numbers(storage).reshape(-1, *self.shape)
         pairs = zip(errors, storage.is_null().to_pylist(), strict=True)
         errors = [error or ("image_missing: it has no latents" if is_null else None) for error, is_null in pairs]
-        return RowGroup(table[ID].to_pylist(), latents, errors)
+        return table[ID].to_pylist(), latents, errors
 
 
 def _hash(row_id: str) -> int:

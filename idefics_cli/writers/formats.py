@@ -1,6 +1,7 @@
-"""The two forms of a finished result file, JSON lines and Parquet: written whole from a journal's rows, and read back.
+"""The two forms of a finished result file, JSON lines and Parquet: written whole, and read back.
 
-What run made a result is kept beside its rows: in a Parquet file's own metadata, and for `F.jsonl` in `F.jsonl.run`.
+A run's own columns come from the texts of its journal, those passed through from a second pass over the inputs. What
+run made a file is recorded beside its rows: in a Parquet file's own metadata, and for `F.jsonl` in `F.jsonl.run`.
 Nothing here renames or locks anything; this module knows neither journals nor runs.
 """
 
@@ -9,30 +10,19 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-from idefics_cli.columns import (
-    Column,
-    arrow_type,
-    from_json,
-    inferred_array,
-    inferred_types,
-    json_text,
-    python_values,
-    result_type,
-    strict_json,
-    tensor_type,
-)
-from idefics_cli.errors import OutputError
+from idefics_cli.columns import Column, arrow_array, arrow_type, json_text, strict_json, tensor_values
+from idefics_cli.errors import InputError, OutputError
 from idefics_cli.storage.filenames import escape_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 JSONL_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".ndjson"), (".parquet",)
 METADATA_KEY = b"idefics_run"
@@ -41,118 +31,120 @@ RECORD_KEYS = {SETTINGS, NUM_ROWS, FAILED}
 OF_BYTES = "of_bytes"
 BLOCK_BYTES = 1 << 20
 CHUNK_ROWS, CHUNK_BYTES = 1_000, 16 << 20
-ROW_GROUP_BYTES = 64 << 20
-ROW_GROUP_ROWS = 100_000
+READ_ROWS = 64  # latents are large
+ROW_GROUP_ROWS, ROW_GROUP_BYTES = 100_000, 64 << 20
+
+Texts: TypeAlias = Callable[[], Iterator[bytes]]  # the rows as JSON objects, from the first at each call
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows as JSON objects; `texts()` starts anew at each call."""
+class Passthrough:
+    """The columns that come from the inputs as they are. `names` are theirs, and what the result calls them.
 
-    texts: Any  # Callable[[], Iterator[bytes]]
+    `rows` and `batches` each give them for all rows of the inputs, one of which is `rows_each` of the result.
+    """
 
-    def chunks(self) -> Iterator[list[dict[str, Any]]]:
-        """As many rows at a time as take little memory."""
-        chunk: list[dict[str, Any]] = []
-        num_bytes = 0
-        for text in self.texts():
-            chunk.append(json.loads(text))
-            num_bytes += len(text)
-            if len(chunk) == CHUNK_ROWS or num_bytes >= CHUNK_BYTES:
-                yield chunk
-                chunk, num_bytes = [], 0
-        if chunk:
-            yield chunk
+    names: Mapping[str, str] = field(default_factory=dict)
+    rows: Callable[[], Iterator[Mapping[str, Any]]] = lambda: iter(())
+    batches: Callable[[], Iterator[pa.RecordBatch]] = lambda: iter(())
+    rows_each: int = 1
+
+    def shown(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values under the names that the result has for them."""
+        return {shown_as: values.get(name) for name, shown_as in self.names.items()}
+
+    def added_to(self, texts: Iterator[bytes]) -> Iterator[bytes]:
+        """The result's rows as JSON, these columns last."""
+        if not self.names:
+            yield from texts
+            return
+        added = (json_text(self.shown(values)) for values in self.rows() for _ in range(self.rows_each))
+        for text, more in zip_longest(texts, added):
+            if text is None or more is None:
+                raise _other_rows()
+            yield b"%s, %s" % (text[:-1], more[1:])
+
+    def tables(self) -> Iterator[pa.Table]:
+        """A few of the result's rows at a time, at least one table."""
+        import numpy as np
+        import pyarrow as pa
+
+        for batch in self.batches():
+            table = pa.Table.from_batches([batch]).select(list(self.names)).rename_columns(list(self.names.values()))
+            if self.rows_each == 1:
+                yield table
+                continue
+            for start in range(0, max(1, table.num_rows), max(1, CHUNK_ROWS // self.rows_each)):
+                piece = table.slice(start, max(1, CHUNK_ROWS // self.rows_each))
+                yield piece.take(np.arange(piece.num_rows).repeat(self.rows_each))
 
 
-class Format(Protocol):
-    """`write` makes a whole file, and `before_rename` puts beside its final name what belongs there. `run_of` tells
-    what run made the file that is there, None where it was changed since; `texts` reads it back. `in_the_way` are files
-    beside it that somebody else has made, where no run is under way, and that would be written over."""
-
-    def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None: ...
-
-    def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None: ...
-
-    def run_of(self, path: Path) -> dict[str, Any] | None: ...
-
-    def texts(self, path: Path) -> Iterator[bytes]: ...
-
-    def in_the_way(self, path: Path) -> Iterator[Path]: ...
-
-
-def format_of(path: Path) -> Format:
-    suffix = path.suffix.lower()
-    if suffix in JSONL_SUFFIXES:
-        return JsonLines()
-    if suffix in PARQUET_SUFFIXES:
-        return Parquet()
-    raise OutputError(
-        f"{escape_name(str(path))}: results are JSON lines or Parquet: name a file that ends in .jsonl or .parquet, or"
-        " - for stdout"
-    )
+def _other_rows() -> InputError:
+    return InputError("the inputs changed while the run was under way: restore them and run the same command again")
 
 
 class JsonLines:
-    """`F.jsonl`, and `F.jsonl.run` beside it, which also tells the bytes that it speaks of."""
+    """`F.jsonl`, and `F.jsonl.run` beside it, which records the file's bytes too."""
 
-    def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None:
+    def write(
+        self, target: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
+    ) -> None:
+        """A whole file, durably."""
         with _synced(target) as file:
-            for text in rows.texts():
+            for text in passthrough.added_to(texts()):
                 file.write(strict_json(text) + b"\n")
 
     def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None:
+        """Put beside the final name what belongs there."""
         record = record_name(path)
         with temporary_file(record) as temporary:
             with _synced(temporary) as file:
-                file.write(json_text({**run, OF_BYTES: _content(target)}) + b"\n")
+                file.write(json_text({**run, OF_BYTES: content_of(target)}) + b"\n")
             temporary.rename(record)
 
     def run_of(self, path: Path) -> dict[str, Any] | None:
-        with suppress(FileNotFoundError, ValueError):  # no record, or none that can be read: nothing is known
+        """What run made the file; None where it has been changed since, or is not a result."""
+        with suppress(FileNotFoundError, ValueError):
             record = json.loads(record_name(path).read_bytes())
-            if _is_record(record) and record.get(OF_BYTES) == _content(path):
+            if _is_record(record) and record.get(OF_BYTES) == content_of(path):
                 return record
         return None
 
-    def texts(self, path: Path) -> Iterator[bytes]:
+    def rows(self, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """These columns of each row."""
         with open(path, "rb") as file:
             for line in file:
-                yield line.rstrip(b"\n")
+                row = json.loads(line)
+                yield {name: row[name] for name in columns}
 
     def in_the_way(self, path: Path) -> Iterator[Path]:
+        """Files of others that would be written over, where no run is under way."""
         record = record_name(path)
-        yield from existing(temporary_name(path), temporary_name(record))
-        for there in existing(record):
+        yield from _existing(temporary_name(path), temporary_name(record))
+        for there in _existing(record):
             with suppress(ValueError, RecursionError):
                 if _is_record(json.loads(there.read_bytes())):
                     continue
             yield there
 
 
-def record_name(path: Path) -> Path:
-    return path.with_name(path.name + ".run")
-
-
-def _content(path: Path) -> list[int]:
-    """Length and CRC-32 of a file, which tell whether it is the one that was written."""
-    check = 0
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK_BYTES):
-            check = zlib.crc32(block, check)
-        return [file.tell(), check]
-
-
 class Parquet:
-    """`F.parquet`: typed columns, zstd, row groups of up to 64 MB."""
+    """`F.parquet`: typed columns, zstd, row groups of up to 64 MB. Its methods are those of `JsonLines`."""
 
-    def write(self, target: Path, rows: Rows, columns: Sequence[Column], run: Mapping[str, Any]) -> None:
+    def write(
+        self, target: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
+    ) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = arrow_schema(columns, rows).with_metadata({METADATA_KEY: json_text(run)})
+        own = pa.schema([(column.name, arrow_type(column, _example(column, texts))) for column in columns])
+        tables = passthrough.tables()
+        first = next(tables) if passthrough.names else None
+        schema = pa.schema([*own, *(first.schema if first else ())], {METADATA_KEY: json_text(run)})
         writing = {"compression": "zstd", "write_page_checksum": True}
+        joined = _joined(_own_tables(texts(), columns, own), first, tables, schema)
         with _synced(target) as file, pq.ParquetWriter(file, schema, **writing) as writer:
-            for table in _row_groups((_batch(chunk, columns, schema) for chunk in rows.chunks()), schema):
+            for table in _row_groups(joined):
                 writer.write_table(table, row_group_size=max(1, table.num_rows))
 
     def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None:
@@ -167,30 +159,44 @@ class Parquet:
             record = json.loads((found.metadata or {}).get(METADATA_KEY, b"null"))
             if _is_record(record) and found.num_rows == record[NUM_ROWS]:
                 return record
-        return None  # nothing is known of a file that is no result
+        return None
 
-    def texts(self, path: Path) -> Iterator[bytes]:
+    def rows(self, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata), use_threads=False):
-                values = [python_values(column) for column in batch.columns]
-                for row in zip(*values, strict=True):
-                    yield json_text(dict(zip(batch.schema.names, row, strict=True)))
+            for batch in file.iter_batches(batch_size=READ_ROWS, columns=list(columns), use_threads=False):
+                values = [
+                    tensor_values(each) if isinstance(each.type, pa.FixedShapeTensorType) else each.to_pylist()
+                    for each in batch.select(list(columns)).columns
+                ]
+                yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
 
     def in_the_way(self, path: Path) -> Iterator[Path]:
-        return existing(temporary_name(path))
+        return _existing(temporary_name(path))
 
 
-def _rows_at_once(metadata: pq.FileMetaData) -> int:
-    """As many as take `CHUNK_BYTES` in the mean."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    row_bytes = sum(group.total_byte_size for group in groups) // max(1, metadata.num_rows)
-    return max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, row_bytes)))
+Format: TypeAlias = JsonLines | Parquet
 
 
-def existing(*paths: Path) -> Iterator[Path]:
-    return (path for path in paths if os.path.lexists(path))
+def format_of(path: Path) -> Format:
+    suffix = path.suffix.lower()
+    if suffix in JSONL_SUFFIXES:
+        return JsonLines()
+    if suffix in PARQUET_SUFFIXES:
+        return Parquet()
+    raise OutputError(
+        f"{escape_name(str(path))}: results are JSON lines or Parquet: name a file that ends in .jsonl or .parquet, or"
+        " - for stdout"
+    )
+
+
+# ---- files and their records
+
+
+def record_name(path: Path) -> Path:
+    return path.with_name(path.name + ".run")
 
 
 def temporary_name(path: Path) -> Path:
@@ -199,7 +205,7 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what is to be renamed to it; what still has it at the end is gone, and holds no room."""
+    """A name beside `path` for what is to be renamed to it; a file that still has it at the end is removed."""
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -217,54 +223,86 @@ def _synced(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
+def content_of(path: Path) -> list[int]:
+    """Length and CRC-32 of a file, which show whether it is the one that was written."""
+    check = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            check = zlib.crc32(block, check)
+        return [file.tell(), check]
+
+
+def _existing(*paths: Path) -> Iterator[Path]:
+    return (path for path in paths if os.path.lexists(path))
+
+
 def _is_record(record: object) -> bool:
     return isinstance(record, dict) and record.keys() >= RECORD_KEYS
 
 
-def arrow_schema(columns: Sequence[Column], rows: Rows) -> pa.Schema:
-    """Undeclared columns get the type that all their values have."""
+# ---- rows and tables
+
+
+def row_chunks(texts: Iterator[bytes]) -> Iterator[list[dict[str, Any]]]:
+    """As many rows at a time as take little memory."""
+    chunk: list[dict[str, Any]] = []
+    num_bytes = 0
+    for text in texts:
+        chunk.append(json.loads(text))
+        num_bytes += len(text)
+        if len(chunk) == CHUNK_ROWS or num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _example(column: Column, texts: Texts) -> Any:
+    """The first value of a column of latents."""
+    values = (json.loads(text)[column.name] for text in texts()) if column.kind == "latents" else iter(())
+    return next((value for value in values if value is not None), None)
+
+
+def _own_tables(texts: Iterator[bytes], columns: Sequence[Column], schema: pa.Schema) -> Iterator[pa.Table]:
     import pyarrow as pa
 
-    undeclared = [column.name for column in columns if column.type is None]
-    found = inferred_types(rows.chunks, undeclared) if undeclared else {}
-    found |= {column.name: _latents_type(column, rows) for column in columns if column.type == "latents"}
-    return pa.schema([(column.name, _type_of(column, found)) for column in columns])
+    for rows in row_chunks(texts):
+        values = ([row.get(column.name) for row in rows] for column in columns)
+        yield pa.Table.from_arrays(list(map(arrow_array, columns, values, schema.types)), schema=schema)
 
 
-def _latents_type(column: Column, rows: Rows) -> pa.DataType:
-    return tensor_type(row.get(column.name) for chunk in rows.chunks() for row in chunk)
-
-
-def _type_of(column: Column, found: Mapping[str, pa.DataType]) -> pa.DataType:
-    if column.name in found:
-        return found[column.name]
-    return arrow_type(column.type) if isinstance(column.type, str) else result_type(column.type)
-
-
-def _batch(rows: list[dict[str, Any]], columns: Sequence[Column], schema: pa.Schema) -> pa.RecordBatch:
+def _joined(
+    own: Iterator[pa.Table], held: pa.Table | None, more: Iterator[pa.Table], schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """The own tables, with the columns of `held` and `more` (whose tables have other lengths), if there are any."""
     import pyarrow as pa
 
-    arrays = []
-    for column, field in zip(columns, schema, strict=True):
-        values = [row.get(column.name) for row in rows]
-        if column.type is None:
-            arrays.append(inferred_array(values, field.type))
-        else:
-            arrays.append(pa.array([from_json(value, field.type) for value in values], field.type))
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+    if held is None:
+        yield from own
+        return
+    for table in own:
+        while held.num_rows < table.num_rows:
+            if (further := next(more, None)) is None:
+                raise _other_rows()
+            held = pa.concat_tables([held, further])
+        columns = [*table.columns, *held.slice(0, table.num_rows).columns]
+        yield pa.Table.from_arrays(columns, schema=schema)
+        held = held.slice(table.num_rows)
+    if held.num_rows or any(further.num_rows for further in more):
+        raise _other_rows()
 
 
-def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Batches gathered to row groups of sensible size; one without rows where there are none."""
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables gathered to row groups of sensible size."""
     import pyarrow as pa
 
-    gathered: list[pa.RecordBatch] = []
+    gathered: list[pa.Table] = []
     num_rows = num_bytes = 0
-    for batch in batches:
-        gathered.append(batch)
-        num_rows, num_bytes = num_rows + batch.num_rows, num_bytes + batch.nbytes
+    for table in tables:
+        gathered.append(table)
+        num_rows, num_bytes = num_rows + table.num_rows, num_bytes + table.nbytes
         if num_rows >= ROW_GROUP_ROWS or num_bytes >= ROW_GROUP_BYTES:
-            yield pa.Table.from_batches(gathered, schema)
+            yield pa.concat_tables(gathered)
             gathered, num_rows, num_bytes = [], 0, 0
     if gathered:
-        yield pa.Table.from_batches(gathered, schema)
+        yield pa.concat_tables(gathered)

@@ -1,11 +1,8 @@
-"""`-o F.jsonl` and `-o F.parquet`: what is there already, whose it is, and how a run's rows become the final file.
+"""`-o F.jsonl` and `-o F.parquet`: what is there already, what made it, and how a run's rows become the final file.
 
-A run under way has its rows in the journal `F.part`; `F` appears whole, by rename, when all rows are there. A journal
-that says that it has ended is made into `F` again wherever a kill came in between. Rows that failed can be done again:
-then the journal holds new rows for failed ones of `F`, in their order, and the two are merged at the end.
-
-Everything that can be wrong with an output is found when it is opened, before a model is loaded. This module knows no
-images and no models; a row is a mapping with an `id` and an `error`.
+A run has its rows in the journal `F.part`; `F` appears whole, by rename, when all rows are there, and whatever had that
+name stays until then. Everything that can be wrong with an output is found when it is opened, before a model is loaded.
+This module knows no images and no models; a row is a mapping with an `id` and an `error`.
 """
 
 from __future__ import annotations
@@ -20,17 +17,19 @@ from typing import Any
 from idefics_cli.columns import Column
 from idefics_cli.errors import OutputError
 from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, shown_address
-from idefics_cli.writers.formats import SETTINGS, Rows, format_of, temporary_file
+from idefics_cli.writers.formats import SETTINGS, Passthrough, content_of, format_of, temporary_file
 from idefics_cli.writers.journal import Journal, reason, shown_path, sync_folder
 
-AMENDS = "amends"
+REPLACES = "replaces"
+
+# Settings that are not options, and options that are not called as the setting is.
 
 
 class FileOutput:
     """An output file, locked until `close`.
 
-    `overwrite` forgets what is there (a run under way excepted); what stands under the final name stays until the end.
-    Raises OutputError where nothing could be written, or where what is there is nobody knows whose.
+    `overwrite` discards what is there, once the run begins (what has the final name stays until its end). `record` is
+    that of a finished file. Raises OutputError where nothing could be written, or where what is there is not a run's.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -49,29 +48,31 @@ class FileOutput:
             raise
 
     def _require_free_names(self) -> None:
-        """What is written beside the final file may be left over from a run under way, and from nothing else."""
+        """What is written beside the final file may be left over from a run, and from nothing else."""
         with self._reading():
             for path in self.format.in_the_way(self.path):
-                shown = shown_path(path)
                 raise OutputError(
-                    f"{shown} is no file of this program, and would be written over: move it away, or name another"
-                    " output"
+                    f"{shown_path(path)} is not a file of this program, and would be overwritten: move it away, or name"
+                    " another output"
                 )
 
     def _finished_run(self) -> dict[str, Any] | None:
         """What is known of the run that made the final file, or None where there is none."""
-        is_there = os.path.lexists(self.path)
+        header, exists = self.journal.header, os.path.lexists(self.path)
+        replaces = None if header is None else header.get(REPLACES)
         with self._reading():
-            record = self.format.run_of(self.path) if is_there else None
-        if record is None and is_there and self.journal.header is None:
+            record = self.format.run_of(self.path) if exists else None
+            content = content_of(self.path) if exists and replaces is not None else None
+        if header is None and exists and record is None:
             raise OutputError(
                 f"{shown_path(self.path)} exists already, and is not as a run of this program left it: name another"
                 " output, or replace it with --overwrite"
             )
-        if record is None and self.is_amending and not (is_there and self.journal.summary):
+        is_published = self.journal.summary is not None and record is not None
+        if content != replaces and not is_published:
             raise OutputError(
-                f"failed rows of {shown_path(self.path)} were being done again, but it is not there any more as it was:"
-                " bring it back, or begin anew with --overwrite"
+                f"{shown_path(self.path)} was changed or removed while its failed rows were being retried: restore it,"
+                " or start over with --overwrite"
             )
         return record
 
@@ -82,7 +83,7 @@ class FileOutput:
             yield
         except OSError as error:
             raise OutputError(
-                f"cannot read {shown_path(self.path)}: {reason(error)}; mend that, or begin anew with --overwrite"
+                f"cannot read {shown_path(self.path)}: {reason(error)}; fix that, or start over with --overwrite"
             ) from error
 
     # ---- what is there
@@ -94,13 +95,15 @@ class FileOutput:
         return None if known is None else known[SETTINGS]
 
     @property
-    def is_amending(self) -> bool:
-        return self.journal.header is not None and self.journal.header[AMENDS]
+    def is_finished(self) -> bool:
+        """The final file is there, and no run is under way."""
+        return self.record is not None and self.journal.header is None
 
     @property
-    def is_finished(self) -> bool:
-        """The final file is that of the run that is there (whose failed rows may have begun to be done again)."""
-        return self.record is not None and (self.journal.header is None or self.is_amending)
+    def is_retry(self) -> bool:
+        """The run that is under way, or would begin, does the failed rows of the finished file again."""
+        header = self.journal.header
+        return self.record is not None and (header is None or header.get(REPLACES) is not None)
 
     def require_same(self, settings: Mapping[str, Any]) -> None:
         """Raise OutputError naming what differs from the run that is there. Settings not known yet are left out."""
@@ -110,55 +113,37 @@ class FileOutput:
         if differing:
             raise OutputError(
                 f"{shown_path(self.path)} belongs to a run with other settings ({'; '.join(differing[:4])}): name"
-                " another output, or begin anew with --overwrite"
+                " another output, or start over with --overwrite"
             )
 
-    def rows_so_far(self) -> Iterator[dict[str, Any]]:
-        """The rows that need not be done again."""
-        return self.journal.rows() if self.journal.header is not None else iter(())
-
-    def finished_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of the final file."""
+    def finished_rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """These columns of the rows of the final file."""
         with self._reading():
-            for text in self.format.texts(self.path):
-                yield json.loads(text)
+            yield from self.format.rows(self.path, columns)
 
     # ---- writing
 
-    def begin(self, settings: Mapping[str, Any], *, amends: bool = False) -> None:
-        """Make ready for rows: go on where a journal is, else begin one."""
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Make ready for rows: continue a journal, or begin one. A finished file must stay as it is meanwhile."""
         if self.journal.header is None:
-            self.journal.begin({SETTINGS: settings, AMENDS: amends})
+            replaces = None if self.record is None else content_of(self.path)
+            self.journal.begin({SETTINGS: settings, REPLACES: replaces})
 
-    def publish(self, columns: Sequence[Column], summary: Mapping[str, Any] | None = None) -> None:
-        """Give the rows their final name, durably. `summary` (None: the journal has it) is kept with the settings."""
-        if summary is not None:
-            self.journal.end(summary)
+    def publish(self, columns: Sequence[Column], passthrough: Passthrough) -> None:
+        """Give the rows of a journal that has ended their final name, durably."""
         assert self.journal.summary is not None and self.journal.header is not None, self.journal.path
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
         try:
             with temporary_file(self.path) as target:
-                self.format.write(target, Rows(self._final_texts), columns, run)
+                self.format.write(target, self.journal.texts, columns, passthrough, run)
                 self.format.before_rename(target, self.path, run)
                 target.rename(self.path)
             sync_folder(self.path.parent)
             self.journal.remove()
         except OSError as error:
             raise OutputError(
-                f"cannot finish {shown_path(self.path)}: {reason(error)}; make room or check the disk, and run the same"
-                " command again"
-            ) from error
-
-    def _final_texts(self) -> Iterator[bytes]:
-        return self._amended_texts() if self.is_amending else self.journal.texts()
-
-    def _amended_texts(self) -> Iterator[bytes]:
-        try:
-            yield from merged(self.format.texts(self.path), self.journal.texts())
-        except (ValueError, LookupError) as error:
-            raise OutputError(
-                f"{shown_path(self.path)} was changed while its failed rows were being done again: bring it back as it"
-                " was, or begin anew with --overwrite"
+                f"cannot finish {shown_path(self.path)}: {reason(error)}; free some space or check the disk, and run"
+                " the same command again"
             ) from error
 
     def close(self) -> None:
@@ -166,36 +151,24 @@ class FileOutput:
         self.journal.close()
 
 
-def merged(texts: Iterator[bytes], amended: Iterator[bytes]) -> Iterator[bytes]:
-    """All rows, those that were done again in their new form. Merging what is merged already changes nothing.
-
-    Raises LookupError where one was done again that is not there, ValueError where one is no row.
-    """
-    newer = next(amended, None)
-    for text in texts:
-        if newer is not None and id_of(text) == id_of(newer):
-            yield newer
-            newer = next(amended, None)
-        else:
-            yield text
-    if newer is not None:
-        raise LookupError(f"a row was done again that is not in the result: {newer!r}")
+# ---- settings
 
 
-def id_of(text: bytes) -> str:
-    return json.loads(text)["id"]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """`name was this and is now that` for each setting that differs; what only one of them knows is passed over."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: tuple[str, ...] = ()) -> Iterator[str]:
+    """`--option: was this, now that` for each setting that differs; what only one of them knows is left out."""
     for name in old.keys() & new.keys():
-        before, now = old[name], new[name]
+        before, now, path = old[name], new[name], (*within, name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            yield from differences(before, now, f"{within}{name} ")
+            yield from differences(before, now, path)
         elif _are_lists_alike(before, now):
-            yield from differences(_numbered(before), _numbered(now), f"{within}{name} ")
+            yield from differences(_numbered(before), _numbered(now), path)
         elif before != now:
-            yield f"{within}{name} was {_brief(before)} and is now {_brief(now)}"
+            yield f"{setting_name(path)}: was {_brief(before)}, now {_brief(now)}"
+
+
+def setting_name(path: Sequence[str]) -> str:
+    """A setting as users know it: by its option, else by its path among the settings."""
+    return path[-1] if path[-1].startswith("-") else " ".join(path)
 
 
 def _are_lists_alike(one: object, other: object) -> bool:
@@ -210,8 +183,11 @@ def _numbered(items: list[Any]) -> dict[str, Any]:
 
 
 def _brief(value: Any) -> str:
-    shown = repr(value)
+    shown = "unset" if value is None else repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+# ---- places
 
 
 def _refuse_address(name: str) -> None:
@@ -228,4 +204,4 @@ def _check_place(path: Path) -> None:
     if not os.path.isdir(path.parent):
         raise OutputError(f"there is no folder {shown_path(path.parent)} to write {shown} into: make it first")
     if os.path.islink(path) and not os.path.exists(path):
-        raise OutputError(f"{shown} is a link that leads nowhere: name the file that it should lead to")
+        raise OutputError(f"{shown} is a broken link: name the file that it should point to")

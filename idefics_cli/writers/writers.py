@@ -1,6 +1,6 @@
 """Where finished rows go as they come: a stream, a run's journal, text files beside the images.
 
-A writer takes rows in order. This module knows nothing of images or models; a row is a mapping.
+Rows come in order, from one thread; a row is a mapping. This module knows nothing of images or models.
 """
 
 from __future__ import annotations
@@ -9,39 +9,23 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, TypeAlias
 
 from idefics_cli.columns import json_text, strict_json
-from idefics_cli.errors import OutputError
+from idefics_cli.errors import OutputError, StreamClosed
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
 from idefics_cli.storage.unique_ids import UniqueIds
 from idefics_cli.writers.journal import Journal, reason, shown_path
 
-COMMIT_SECONDS = 0.5  # how long a finished row waits at the most for others to be written with
+COMMIT_SECONDS = 0.5  # how long a finished row waits at most for others to be written with
 COMMIT_ROWS = 1_000
 FOLDERS_KEPT = 64  # whose listings the sidecars' names are made from
 
 
-class RowWriter(Protocol):
-    """`write` once per row, in order; `close` whenever the run ends, with all rows in their place when it returns."""
-
-    @property
-    def num_safe(self) -> int:
-        """Rows that have reached their place."""
-
-    def write(self, row: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class StreamClosed(Exception):
-    """Nobody reads the stream any more: no mistake, and nothing left to do."""
-
-
 class StreamWriter:
-    """JSON lines on a stream that is open already and stays so, flushed row by row. `write` raises StreamClosed."""
+    """JSON lines on an open stream, flushed row by row; `num_safe` rows are out. `write` raises StreamClosed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.num_safe = stream, 0
@@ -55,21 +39,21 @@ class StreamWriter:
 
 
 def write_through(stream: BinaryIO, data: bytes) -> None:
-    """Whole lines to stdout, flushed. Raises StreamClosed, or OutputError where there is no room."""
+    """Whole lines to stdout, flushed. Raises StreamClosed, or OutputError where they cannot be written."""
     try:
         stream.write(data)
         stream.flush()
     except BrokenPipeError as error:
         raise StreamClosed from error
     except OSError as error:
-        raise OutputError(f"cannot write to stdout: {reason(error)}; make room and run again") from error
+        raise OutputError(f"cannot write to stdout: {reason(error)}; free some space and run again") from error
 
 
 class JournalWriter:
     """Rows to a journal, many at a time, from a thread of its own: the model does not wait for the disk.
 
-    A row is in its place half a second later at the most. What goes wrong in the thread is raised by the next `write`
-    or by `close`.
+    `num_safe` rows are on the disk; a row is half a second later at most. What goes wrong in the thread is raised by
+    the next `write` or by `close`.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -97,7 +81,7 @@ class JournalWriter:
             self._changed.notify_all()
         try:
             self._thread.join()
-        finally:  # a stop may not take the file from under the thread
+        finally:  # a signal must not take the file from under the thread
             self._thread.join()
         self._raise_error()
 
@@ -126,44 +110,33 @@ class JournalWriter:
         return texts
 
 
+RowWriter: TypeAlias = StreamWriter | JournalWriter
+
+
 class SidecarWriter:
     """The text of a row in `stem.txt` beside its image, whole or not at all.
 
     Where another image in the folder has the same stem, the name is `stem.ext.txt`, so that no two share a file. A
-    file that holds another text is somebody's own, unless `overwrite` says that it may go, or another row's of this
-    run: then nothing helps. Several threads may write at once: when failed rows are done again, those that read the
-    rows in between write their texts.
+    file that holds another text is the user's own, unless `overwrite` says that it may go, or another row's of this
+    run: then nothing helps.
     """
 
     def __init__(self, overwrite: bool) -> None:
         self.overwrite = overwrite
-        self._one_at_a_time = threading.Lock()
         self._rows = UniqueIds()  # by the files that have their texts
-        self._folders: dict[Path, ImageFolder] = {}
-
-    def target(self, image: Path) -> Path:
-        is_shared = image.stem in self._folder(image.parent).shared_stems
-        return image.with_name(f"{image.name if is_shared else image.stem}.txt")
-
-    def _folder(self, path: Path) -> ImageFolder:
-        if path not in self._folders:
-            if len(self._folders) >= FOLDERS_KEPT:
-                self._folders.clear()
-            self._folders[path] = ImageFolder.of(path)
-        return self._folders[path]
+        self._folder = lru_cache(FOLDERS_KEPT)(lambda folder: (folder.resolve(), shared_stems(folder)))
 
     def write(self, image: Path, text: str, row: int) -> None:
         """The text of the `row` of this index. Raises OutputError for a file that may not go, or cannot be written."""
-        with self._one_at_a_time:
-            try:
-                target = self.target(image)
-                one_name = self._folder(image.parent).path / target.name
-                first = self._rows.add(escape_name(str(one_name)), row)
-                self._replace(target, text.encode() + b"\n", row if first is None else first, row)
-            except OSError as error:
-                raise OutputError(
-                    f"cannot write a text beside {shown_path(image)}: {reason(error)}; leave --sidecar out"
-                ) from error
+        try:
+            folder, shared = self._folder(image.parent)  # by the one name that no other spelling has
+            target = image.with_name(f"{image.name if image.stem in shared else image.stem}.txt")
+            first = self._rows.add(escape_name(str(folder / target.name)), row)
+            self._replace(target, text.encode() + b"\n", row if first is None else first, row)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write a text beside {shown_path(image)}: {reason(error)}; leave --sidecar out"
+            ) from error
 
     def _replace(self, target: Path, data: bytes, first: int, row: int) -> None:
         """`first` is the row that the file has had from this run."""
@@ -183,21 +156,9 @@ class SidecarWriter:
             )
         if not self.overwrite:
             raise OutputError(
-                f"{shown_path(target)} holds another text: move it away, and the run goes on; or let all such files be"
-                " replaced with --overwrite, which begins the run anew"
+                f"{shown_path(target)} holds another text: move it away and run the same command again; or replace all"
+                " such files with --overwrite, which starts the run over"
             )
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """A folder of images by the one name that no other spelling has, and which stems stand for several of them."""
-
-    path: Path
-    shared_stems: frozenset[str]
-
-    @classmethod
-    def of(cls, folder: Path) -> ImageFolder:
-        return cls(folder.resolve(), shared_stems(folder))
 
 
 def shared_stems(folder: Path) -> frozenset[str]:

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 from idefics_cli import Idefics, IdeficsError
 from idefics_cli.checkpoint import ModelRequest, weights_digest
 from idefics_cli.cli import app as cli
-from idefics_cli.images.decode import DEFAULT_LIMITS
 from idefics_cli.model.vision import IdeficsVisionTransformer
+from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.prefetch import RunStats
-from idefics_cli.pipeline.run import Ending, Loader, Run, RunOptions
-from idefics_cli.rows import ReadOptions
+from idefics_cli.pipeline.run import Run
+from idefics_cli.pipeline.task import Observer
+from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.tasks.embed import Embed
 from idefics_cli.writers.embeddings_file import EmbeddingFile
 
@@ -37,15 +38,11 @@ class Stop(Exception):
     """A run is stopped from outside."""
 
 
-class Watcher:
+class Watcher(Observer):
     """Lets so many rows through."""
 
     def __init__(self, rows: int = 1000) -> None:
         self.left = rows
-
-    def on_start(self, total: int | None) -> None: ...
-
-    def say(self, message: str) -> None: ...
 
     def on_row(self) -> None:
         self.left -= 1
@@ -60,14 +57,12 @@ def embed(folder: Path, model: Idefics, photos: Path, output: Path, rows: int = 
         output=str(output),
         request=request,
         reading=ReadOptions(),
-        limits=DEFAULT_LIMITS,
-        decode_timeout=30.0,
-        workers=2,
+        images=ImageOptions(workers=2),
         **more,
     )
     stats = RunStats()
-    loader = Loader(weights_digest, lambda request, batch_size: model)
-    return Run(options, Embed(request), loader, stats, Watcher(rows)).run(None), stats
+    run = Run(options, Embed(request), weights_digest, lambda request, batch_size: model, stats, Watcher(rows))
+    return run.run(None), stats
 
 
 def test_every_image_is_there_by_its_id_and_the_broken_one_with_its_reason(
@@ -84,7 +79,7 @@ def test_every_image_is_there_by_its_id_and_the_broken_one_with_its_reason(
             assert found.code == "image_unreadable"
         else:
             assert torch.allclose(found, model.embed([path])[0], atol=1e-5)
-    assert embed(folder, model, photos, output)[0] is Ending.FINISHED_BEFORE
+    assert not embed(folder, model, photos, output)[0]
 
 
 def test_answers_from_the_file_are_those_from_the_images(
@@ -114,7 +109,7 @@ def table(path: Path) -> list[tuple]:
     from idefics_cli.columns import tensor_numbers
     from idefics_cli.writers.formats import format_of
 
-    rows = [json.loads(text) for text in format_of(path).texts(path)]
+    rows = format_of(path).rows(path, ["id", "error", "latents"])
     return [
         (row["id"], row["error"], row["latents"] and tensor_numbers(row["latents"]).round(4).tolist()) for row in rows
     ]
@@ -136,7 +131,7 @@ def test_another_model_does_not_go_on_with_it(folder: Path, model: Idefics, phot
     other = save_checkpoint(tmp_path / "other", seed=1)
     with pytest.raises(Stop):
         embed(folder, model, photos, tmp_path / "e.parquet", 2)
-    with pytest.raises(IdeficsError, match="vision was"):
+    with pytest.raises(IdeficsError, match="vision: was"):
         embed(other, model, photos, tmp_path / "e.parquet")
 
 

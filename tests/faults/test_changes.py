@@ -55,13 +55,13 @@ def with_more_texts(bench: Bench) -> Ended:
 @pytest.mark.parametrize(
     ("run_again", "said"),
     [
-        (with_another_prompt, "text was None and is now '{image} In short:'"),
-        (with_another_prefix, "prefix was '' and is now 'A '"),
-        (with_other_decoding, "num_beams was 3 and is now 5"),
-        (with_another_model, "model name was 'HuggingFaceM4/idefics-9b-instruct' and is now 'other/model'"),
-        (with_fewer_rows, "limit was None and is now 5"),
-        (with_another_image, "files was 60 and is now 61"),
-        (with_more_texts, "num_return_sequences was 1 and is now 2"),
+        (with_another_prompt, "(--prompt: was unset, now '{image} In short:')"),
+        (with_another_prefix, "(--prefix: was '', now 'A ')"),
+        (with_other_decoding, "(--num-beams: was 3, now 5)"),
+        (with_another_model, "(--model: was 'HuggingFaceM4/idefics-9b-instruct', now 'other/model')"),
+        (with_fewer_rows, "(--limit: was unset, now 5)"),
+        (with_another_image, "files: was 60, now 61"),
+        (with_more_texts, "--num-return-sequences: was 1, now 2"),
     ],
 )
 def test_a_change_is_named_and_nothing_touched(
@@ -78,7 +78,7 @@ def test_a_change_is_named_and_nothing_touched(
 def test_other_weights_under_the_same_name(tmp_path: Path, suffix: str) -> None:
     bench = make_bench(tmp_path, ROWS, suffix)
     begin(bench, is_finished=False)
-    refuse(bench, with_other_weights, "weights was 'fake' and is now 'other'")
+    refuse(bench, with_other_weights, "(model weights: was 'fake', now 'other')")
 
 
 def begin(bench: Bench, is_finished: bool) -> None:
@@ -127,7 +127,7 @@ def test_a_result_that_is_changed_while_its_failed_rows_are_done_again(tmp_path:
     for changed in b"".join(lines[6:]), b"notes of mine\n" + b"".join(lines):
         bench.output.write_bytes(changed)
         ended = bench.run()
-        assert ended.code == 2 and "was changed while its failed rows were being done again" in ended.said
+        assert ended.code == 2 and "was changed or removed while its failed rows were being retried" in ended.said
         assert bench.output.read_bytes() == changed
     bench.output.write_bytes(b"".join(lines))
     assert bench.run().code == 3
@@ -154,5 +154,5 @@ def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp
     bench = make_bench(tmp_path, 5, suffix)
     bench.part.write_text("notes of mine")
     ended = bench.run()
-    assert ended.code == 2 and "is no file of this program" in ended.said
+    assert ended.code == 2 and "is not a file of this program" in ended.said
     assert bench.part.read_text() == "notes of mine"

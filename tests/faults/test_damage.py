@@ -14,11 +14,11 @@ from runs import Bench, make_bench
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import OutputError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.pipeline.prefetch import RunStats
-from idefics_cli.pipeline.run import Loader, Run, RunOptions
+from idefics_cli.pipeline.run import Run, RunOptions
+from idefics_cli.pipeline.task import Observer
 from idefics_cli.prompts.templates import PromptOptions
-from idefics_cli.rows import ReadOptions
+from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
 from idefics_cli.writers.journal import HEADER_START, Journal
 
@@ -28,24 +28,16 @@ both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-class Observer:
-    def on_start(self, total: int | None) -> None: ...
-
-    def say(self, message: str) -> None: ...
-
-    def on_row(self) -> None: ...
-
-
 def run(bench: Bench) -> str | None:
     """A run in this process and without the command line, of which there can be thousands; why it was refused."""
     request = ModelRequest("fake", None, "auto", "auto", False)
     options = RunOptions(
-        (str(bench.images),), str(bench.output), request, ReadOptions(), ImageLimits(), decode_timeout=5.0, workers=1
+        (str(bench.images),), str(bench.output), request, ReadOptions(), ImageOptions(decode_timeout=5.0, workers=1)
     )
-    loader: Any = Loader(lambda request: "fake", lambda request, batch_size: FakeCaptioner())
-    work = CaptionVqa(CaptionVqaOptions(PromptOptions("caption"), DecodingOptions()))
+    load: Any = lambda request, batch_size: FakeCaptioner()  # noqa: E731
+    task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption"), DecodingOptions()))
     try:
-        Run(options, work, loader, RunStats(), Observer()).run(None)
+        Run(options, task, lambda request: "fake", load, RunStats(), Observer()).run(None)
     except OutputError as error:
         return str(error)
     return None
@@ -108,7 +100,7 @@ def test_a_byte_is_changed(
             continue
         num_refused += 1
         line = whole.count(b"\n", 0, place) + 1
-        said = f"was changed in line {line}: " if place >= len(HEADER_START) else "is no file of this program"
+        said = f"was changed in line {line}: " if place >= len(HEADER_START) else "is not a file of this program"
         assert refusal.startswith(f"{bench.part} {said}") and "\n" not in refusal, (place, refusal)
         assert bench.part.read_bytes() == changed
         assert [path.name for path in bench.output.parent.iterdir()] == [bench.part.name]

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from idefics_cli.errors import RowError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.rows import ImageOptions
 
 poisoned = False
 
@@ -49,19 +49,18 @@ FAULTS = {
     b"spin": lambda: re.fullmatch("(a+)+b", "a" * 64),  # for ages, and without letting another thread in
     b"segmentation fault": lambda: ctypes.string_at(0),
     b"abort": os.abort,
-    b"exit": lambda: sys.exit(3),
-    b"exit at once": lambda: os._exit(4),
+    b"exit": lambda: os._exit(4),
     b"out of memory": raise_out_of_memory,
     b"bomb": take_all_memory,
     b"nonsense": lambda: os.write(int(sys.argv[1]), b"\xff" * 1000),
-    b"longest nonsense": lambda: os.write(int(sys.argv[1]), b"\x04" + b"\xff" * 8),
+    b"longest nonsense": lambda: os.write(int(sys.argv[1]), b"\xff" * 4 + b"\x7f" + b"\xff" * 7),
     b"poison": poison,
     b"complaint": complain,
     b"bug": raise_something,
 }
 
 
-def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> np.ndarray | RowError:
+def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> np.ndarray | RowError:
     """An image as it is; of the bytes that name a fault, the fault, and a grey image where that returns."""
     if poisoned:
         os.abort()
@@ -71,7 +70,7 @@ def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageLimits
     return np.zeros((3, processor.image_size, processor.image_size), np.float32)
 
 
-def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> np.ndarray | RowError:
+def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> np.ndarray | RowError:
     """For the path of a folder: say so there, wait for a second, and answer."""
     with Path(source, "decoding").open("a") as file:
         file.write("once ")
@@ -79,7 +78,7 @@ def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageLimits
     return RowError("image_missing", "it slept")
 
 
-def describing(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> RowError:
+def describing(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> RowError:
     """What there is in this process."""
     heavy = [name for name in ("torch", "transformers", "pyarrow", "idefics_cli.cli.app") if name in sys.modules]
     processor.prepare_array(source, limits)

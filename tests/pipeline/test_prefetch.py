@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.pipeline.prefetch import PATIENCE, FlowOptions, Outcome, RunStats, Stages, error_of, run_rows
+from idefics_cli.pipeline.prefetch import PATIENCE, FlowOptions, Outcome, RunStats, Steps, error_of, run_rows
 from idefics_cli.rows import NO_VALUES, InputRow
 
 BAD = RowError("image_unreadable", "broken")
@@ -92,7 +92,7 @@ def start(
     **options: Any,
 ) -> None:
     flow = FlowOptions(**{"batch_size": model.batch_size, "workers": 2, **options})
-    run_rows(iter(rows), Stages(prepare, model.decode, sink.write), flow, stats, on_row)
+    run_rows(iter(rows), Steps(prepare, model.decode), sink.write, flow, stats, on_row)
 
 
 def run(rows: Iterator[InputRow] | Sequence[InputRow], model: Model, **options: Any) -> tuple[Sink, RunStats]:
@@ -259,7 +259,7 @@ def test_the_model_is_not_made_to_wait_while_it_has_work() -> None:
         assert source.take(8, True) == []
 
     sink, stats = Sink(), RunStats()
-    run_rows(rows(), Stages(echo, decode, sink.write), FlowOptions(4, 1), stats, lambda: None)
+    run_rows(rows(), Steps(echo, decode), sink.write, FlowOptions(4, 1), stats, lambda: None)
     assert sink.texts == ["first", "second"]
 
 
@@ -322,7 +322,7 @@ def test_a_model_that_forgets_a_row_is_found_out() -> None:
 
     with pytest.raises(AssertionError, match="2 rows came in and 0 went out"):
         run_rows(
-            iter(map(row, range(2))), Stages(echo, forgetful, Sink().write), FlowOptions(3, 1), RunStats(), lambda: None
+            iter(map(row, range(2))), Steps(echo, forgetful), Sink().write, FlowOptions(3, 1), RunStats(), lambda: None
         )
 
 

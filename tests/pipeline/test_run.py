@@ -9,30 +9,28 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import FakeCaptioner, expected_text, save_image
+from hypothesis import given
+from hypothesis import strategies as st
 
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError, InputError, OutputError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.pipeline.prefetch import RunStats
-from idefics_cli.pipeline.run import Ending, Loader, Run, RunOptions
+from idefics_cli.pipeline.run import Run, RunOptions, shown_names
+from idefics_cli.pipeline.task import Observer
 from idefics_cli.prompts.templates import PromptOptions
-from idefics_cli.rows import ReadOptions
+from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
 from idefics_cli.tasks.embed import Embed
 from idefics_cli.tasks.few_shot import ShotOptions
 
 
-class Observer:
+class Watch(Observer):
     def __init__(self) -> None:
         self.totals: list[int | None] = []
 
     def on_start(self, total: int | None) -> None:
         self.totals.append(total)
-
-    def say(self, message: str) -> None: ...
-
-    def on_row(self) -> None: ...
 
 
 class Bench:
@@ -45,11 +43,9 @@ class Bench:
             output=str(self.output),
             request=ModelRequest("fake", None, "auto", "auto", False),
             reading=ReadOptions(),
-            limits=ImageLimits(),
-            decode_timeout=5.0,
-            workers=2,
+            images=ImageOptions(decode_timeout=5.0, workers=2),
         )
-        self.stats, self.observer, self.weights = RunStats(), Observer(), "one"
+        self.stats, self.observer, self.weights = RunStats(), Watch(), "one"
 
     def check(self, request: ModelRequest) -> str:
         self.calls.append("check")
@@ -65,13 +61,13 @@ class Bench:
         stdout: io.BytesIO | None = None,
         stdin: io.BytesIO | None = None,
         **changes: Any,
-    ) -> Ending:
-        self.stats, self.observer, self.calls = RunStats(), Observer(), []
+    ) -> bool:
+        self.stats, self.observer, self.calls = RunStats(), Watch(), []
         task = CaptionVqa(
             CaptionVqaOptions(PromptOptions("vqa" if questions else "caption"), DecodingOptions(), questions)
         )
         options = replace(self.options, **changes)
-        return Run(options, task, Loader(self.check, self.load), self.stats, self.observer, stdin).run(stdout)
+        return Run(options, task, self.check, self.load, self.stats, self.observer, stdin).run(stdout)
 
     def refuses(self, kind: type[IdeficsError], **changes: Any) -> str:
         with pytest.raises(kind) as caught:
@@ -88,7 +84,7 @@ def bench(photos: Path) -> Bench:
 
 
 def test_rows_counts_and_totals(bench: Bench, photos: Path) -> None:
-    assert bench.run() is Ending.RAN
+    assert bench.run()
     assert [row["caption"] for row in bench.rows() if not row["error"]] == [
         expected_text(photos / row["id"]) for row in bench.rows() if not row["error"]
     ]
@@ -99,7 +95,7 @@ def test_rows_counts_and_totals(bench: Bench, photos: Path) -> None:
 
 def test_a_finished_run_loads_no_model(bench: Bench) -> None:
     bench.run()
-    assert bench.run() is Ending.FINISHED_BEFORE
+    assert not bench.run()
     assert bench.calls == []
     assert (bench.stats.rows, bench.stats.resumed, bench.stats.num_failed) == (7, 7, 1)
 
@@ -115,7 +111,7 @@ def test_mistakes_are_found_before_the_model_is_looked_at(bench: Bench, changes:
 
 def test_stdout_takes_the_rows_and_has_to_be_there(bench: Bench) -> None:
     stdout = io.BytesIO()
-    assert bench.run(stdout=stdout, output="-") is Ending.RAN
+    assert bench.run(stdout=stdout, output="-")
     assert [json.loads(line)["id"] for line in stdout.getvalue().splitlines()][:2] == ["a.jpg", "b.png"]
     assert "stdout is closed" in bench.refuses(OutputError, output="-")
     assert not bench.output.exists()
@@ -129,7 +125,7 @@ def stopped_after(number: int, bench: Bench) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Observer, "on_row", lambda self: stop())
+        patch.setattr(Watch, "on_row", lambda self: stop())
         with pytest.raises(KeyboardInterrupt):
             bench.run()
     assert bench.stats.safe == number
@@ -164,7 +160,7 @@ def test_several_questions_go_on_within_an_image(bench: Bench, number: int) -> N
 def test_other_weights_of_a_half_done_run_are_named_before_they_are_loaded(bench: Bench) -> None:
     stopped_after(2, bench)
     bench.weights = "two"
-    assert "weights was 'one' and is now 'two'" in bench.refuses(OutputError)
+    assert "model weights: was 'one', now 'two'" in bench.refuses(OutputError)
     assert "load" not in bench.calls
 
 
@@ -172,13 +168,13 @@ def test_failed_rows_are_done_again_and_only_these(bench: Bench, photos: Path) -
     bench.run()
     before = bench.rows()
     save_image(photos / "broken.png", 9)
-    assert bench.run(retry_errors=True) is Ending.RAN
+    assert bench.run(retry_errors=True)
     after = bench.rows()
     assert [row["id"] for row in after] == [row["id"] for row in before]
     assert [row for row in after if row["id"] != "broken.png"] == [row for row in before if row["id"] != "broken.png"]
     assert after[2]["caption"] == expected_text(photos / "broken.png")
     assert (bench.stats.rows, bench.stats.num_failed) == (7, 0)
-    assert bench.run(retry_errors=True) is Ending.FINISHED_BEFORE and bench.calls == []
+    assert not bench.run(retry_errors=True) and bench.calls == []
 
 
 def test_failed_rows_of_parquet_are_done_again(bench: Bench, photos: Path) -> None:
@@ -191,7 +187,7 @@ def test_failed_rows_of_parquet_are_done_again(bench: Bench, photos: Path) -> No
 
 
 def test_enough_errors_keep_the_rows_and_the_next_run_goes_on(bench: Bench) -> None:
-    assert bench.run(max_errors=1) is Ending.RAN
+    assert bench.run(max_errors=1)
     assert bench.stats.stopped_early and not bench.output.exists()
     bench.run(max_errors=1)
     assert not bench.stats.stopped_early and bench.output.exists()
@@ -214,13 +210,13 @@ def test_texts_beside_images_may_be_asked_for_later(bench: Bench, photos: Path) 
     expected = texts_beside(photos)
     assert len(expected) == 6
     remove_all(photos)
-    assert bench.run(sidecar=True) is Ending.FINISHED_BEFORE and "load" not in bench.calls
+    assert not bench.run(sidecar=True) and "load" not in bench.calls
     assert texts_beside(photos) == expected
 
     remove_all(photos)
     bench.run(overwrite=True, max_errors=1)
     assert bench.stats.stopped_early and not texts_beside(photos)
-    assert bench.run(sidecar=True) is Ending.RAN and bench.stats.resumed > 0
+    assert bench.run(sidecar=True) and bench.stats.resumed > 0
     assert texts_beside(photos) == expected
 
 
@@ -232,13 +228,13 @@ def test_rows_done_again_and_those_that_were_done_get_their_texts(bench: Bench, 
 
 
 def test_texts_are_refused_beside_other_images_than_those_that_are_done(bench: Bench, photos: Path) -> None:
-    def run(*names: str, **changes: Any) -> Ending:
+    def run(*names: str, **changes: Any) -> bool:
         paths = "".join(f"{photos / name}\n" for name in names)
         return bench.run(stdin=io.BytesIO(paths.encode()), inputs=("-",), **changes)
 
     run("a.jpg", "broken.png", "z.png", max_errors=1)
     for others in ("b.jpg", "broken.png", "z.png"), ("a.jpg",):
-        with pytest.raises(InputError, match=r"the unfinished output goes on with .* bring the old input back"):
+        with pytest.raises(InputError, match=r"the output has the row .* restore the old input"):
             run(*others, sidecar=True)
     assert texts_beside(photos).keys() <= {"a.txt"}
 
@@ -278,24 +274,24 @@ def test_shots_may_have_their_images_in_the_inputs_column(bench: Bench, photos: 
         output = str(bench.output.with_name(f"{column}.jsonl"))
         reading = ReadOptions(image_column=column)
         options = replace(bench.options, inputs=(str(photos / "a.jpg"),), output=output, reading=reading)
-        run = Run(options, task, Loader(bench.check, bench.load), RunStats(), bench.observer)
-        assert run.run(None) is Ending.RAN
+        run = Run(options, task, bench.check, bench.load, RunStats(), bench.observer)
+        assert run.run(None)
 
 
 def test_images_need_a_question_from_somewhere(bench: Bench) -> None:
     task = CaptionVqa(CaptionVqaOptions(PromptOptions("vqa"), DecodingOptions()))
-    with pytest.raises(InputError, match="is no manifest: ask with -q QUESTION"):
-        Run(bench.options, task, Loader(bench.check, bench.load), bench.stats, bench.observer)
+    with pytest.raises(InputError, match="is not a manifest: ask with -q QUESTION"):
+        Run(bench.options, task, bench.check, bench.load, bench.stats, bench.observer)
 
 
 def test_files_have_one_image_each(bench: Bench) -> None:
     """A prompt with places for more would make an error of every row."""
     for text in "{image}{image}", "{image} or {{{image}}}":
         task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption", text=text), DecodingOptions()))
-        with pytest.raises(InputError, match=r"is no manifest: name one with a list of 2 images in each row"):
-            Run(bench.options, task, Loader(bench.check, bench.load), bench.stats, bench.observer)
+        with pytest.raises(InputError, match=r"is not a manifest: name one with a list of 2 images in each row"):
+            Run(bench.options, task, bench.check, bench.load, bench.stats, bench.observer)
     task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption", text="{image} or {{image}}"), DecodingOptions()))
-    Run(bench.options, task, Loader(bench.check, bench.load), bench.stats, bench.observer)
+    Run(bench.options, task, bench.check, bench.load, bench.stats, bench.observer)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +306,7 @@ def test_files_have_one_image_each(bench: Bench) -> None:
 )
 def test_images_alone_have_no_columns(bench: Bench, tmp_path: Path, reading: ReadOptions, flag: str) -> None:
     refusal = bench.refuses(InputError, reading=reading)
-    assert flag in refusal and "is no manifest" in refusal and bench.calls == []
+    assert refusal.startswith(f"{flag} needs a manifest, and ") and bench.calls == []
 
 
 def test_the_image_root_is_that_of_paths_on_stdin_too(bench: Bench, photos: Path) -> None:
@@ -329,12 +325,38 @@ def test_what_a_run_reads_is_never_its_output(bench: Bench, tmp_path: Path, phot
     one = ShotOptions(str(shots), 1)
     task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption", num_shots=1), DecodingOptions(), shots=one))
     with pytest.raises(OutputError, match="is what this run reads: name another output"):
-        Run(replace(bench.options, **changes), task, Loader(bench.check, bench.load), bench.stats, bench.observer)
+        Run(replace(bench.options, **changes), task, bench.check, bench.load, bench.stats, bench.observer)
     assert "a cat" in shots.read_text()
 
 
 def test_what_another_command_has_made_is_not_taken_over(bench: Bench) -> None:
     bench.run()
     task = Embed(replace(bench.options.request, model="demo"))
-    with pytest.raises(OutputError, match="command was 'caption' and is now 'embed'"):
-        Run(bench.options, task, Loader(bench.check, bench.load), bench.stats, bench.observer).run(None)
+    with pytest.raises(OutputError, match="command: was 'caption', now 'embed'"):
+        Run(bench.options, task, bench.check, bench.load, bench.stats, bench.observer).run(None)
+
+
+# Names of columns that are passed through
+
+
+def test_a_passed_through_column_with_a_name_of_the_result_is_called_input() -> None:
+    assert shown_names({"caption": None, "width": None}, ["id", "caption"]) == {
+        "caption": "input_caption",
+        "width": "width",
+    }
+
+
+def test_two_passed_through_columns_of_one_name_are_refused() -> None:
+    with pytest.raises(InputError, match="two columns of --keep would be called input_id"):
+        shown_names({"id": None, "input_id": None}, ["id"])
+
+
+@given(st.sets(st.sampled_from(["id", "image", "input_id", "width", "input_width", "input_image"])))
+def test_no_two_columns_have_one_name(kept: set[str]) -> None:
+    own = ["id", "image"]
+    try:
+        names = shown_names(dict.fromkeys(kept), own)
+    except InputError:
+        assert {"id", "input_id"} <= kept or {"image", "input_image"} <= kept
+        return
+    assert len({*own, *names.values()}) == len(own) + len(kept)

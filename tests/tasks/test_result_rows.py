@@ -1,18 +1,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import pyarrow as pa
 import pytest
 from conftest import FakeCandidate, FakeResult
-from hypothesis import given
-from hypothesis import strategies as st
 
-from idefics_cli.errors import InputError, RowError
+from idefics_cli.errors import RowError
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.rows import InputRow
-from idefics_cli.tasks.result_rows import ResultForm, shown_names
+from idefics_cli.tasks.result_rows import ResultForm
 
 ROW = InputRow(0, "a", "a.png", (), {"question": "What?", "width": 5, "caption": "old"})
 RESULT = FakeResult("two dogs. More", -0.5, 3, (FakeCandidate("two dogs. More", -0.5, 3), FakeCandidate("x", -2.0, 1)))
@@ -47,38 +43,9 @@ def test_a_score_that_is_no_number_is_null(score: float) -> None:
     assert row["score"] is None and row["candidates"][0]["score"] is None
 
 
-def test_question_candidates_and_kept_columns_have_their_places() -> None:
-    form = ResultForm(
-        "answer",
-        FINISH,
-        question_of=lambda row: row.values["question"],
-        candidates=True,
-        kept={"width": pa.int64(), "caption": None, "missing": pa.string()},
-    )
+def test_questions_and_candidates_have_their_places() -> None:
+    form = ResultForm("answer", FINISH, question_of=lambda row: row.values["question"], candidates=True)
     row = form.row(ROW, RESULT)
     own = ["id", "image", "question", "answer", "score", "tokens", "error", "candidates"]
-    assert list(row) == [column.name for column in form.columns] == [*own, "width", "caption", "missing"]
-    assert (row["question"], row["width"], row["caption"], row["missing"]) == ("What?", 5, "old", None)
-    assert row["candidates"][1] == {"text": "<x>", "score": -2.0, "tokens": 1}
-
-
-def test_a_kept_column_with_a_name_of_our_own_is_called_input() -> None:
-    form = ResultForm("caption", FINISH, kept={"caption": None})
-    row: dict[str, Any] = form.row(ROW, RESULT)
-    assert (row["caption"], row["input_caption"]) == ("<two dogs>", "old")
-
-
-def test_two_kept_columns_of_one_name_are_refused() -> None:
-    with pytest.raises(InputError, match="two kept columns would be called input_id"):
-        shown_names({"id": None, "input_id": None}, ["id"])
-
-
-@given(st.sets(st.sampled_from(["id", "image", "input_id", "width", "input_width", "input_image"])))
-def test_no_two_columns_have_one_name(kept: set[str]) -> None:
-    own = ["id", "image"]
-    try:
-        names = shown_names(dict.fromkeys(kept), own)
-    except InputError:
-        assert {"id", "input_id"} <= kept or {"image", "input_image"} <= kept
-        return
-    assert len({*own, *names.values()}) == len(own) + len(kept)
+    assert list(row) == [column.name for column in form.columns] == own
+    assert row["question"] == "What?" and row["candidates"][1] == {"text": "<x>", "score": -2.0, "tokens": 1}

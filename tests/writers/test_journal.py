@@ -172,7 +172,7 @@ def test_a_changed_line_is_named_and_the_file_left_alone(path: Path) -> None:
 def test_a_file_of_somebody_else_is_refused_even_where_all_is_to_go(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     for discard in False, True:
-        with pytest.raises(OutputError, match="no file of this program"):
+        with pytest.raises(OutputError, match="not a file of this program"):
             Journal(path, discard=discard)
     assert path.read_bytes() == content
 

@@ -148,7 +148,7 @@ def test_a_difference_is_named(tmp_path: Path) -> None:
     other = {**SETTINGS, "model": {"name": "other"}, "inputs": [{"name": "b.csv"}]}
     with pytest.raises(OutputError) as caught:
         output.require_same(other)
-    assert "inputs 1 name was 'a.csv' and is now 'b.csv'; model name was 'demo' and is now 'other'" in str(caught.value)
+    assert "inputs 1 name: was 'a.csv', now 'b.csv'; model name: was 'demo', now 'other'" in str(caught.value)
     output.close()
 
 
@@ -237,7 +237,7 @@ def test_an_address_is_no_place(address: str) -> None:
 def test_nothing_of_somebody_elses_is_written_over(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
     own = tmp_path / f"{name}{beside}"
     own.write_text("[" * 100_000)
-    with pytest.raises(OutputError, match=rf"{own.name} is no file of this program, and would be written over"):
+    with pytest.raises(OutputError, match=rf"{own.name} is not a file of this program, and would be written over"):
         FileOutput(tmp_path / name, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [own.name] and own.read_text() == "[" * 100_000
 
