@@ -140,7 +140,7 @@ class Parquet:
         own = pa.schema([(column.name, arrow_type(column, _example(column, texts))) for column in columns])
         tables = passthrough.tables()
         first = next(tables) if passthrough.names else None
-        schema = pa.schema([*own, *(first.schema if first else ())], {METADATA_KEY: json_text(run)})
+        schema = pa.schema([*own, *(() if first is None else first.schema)], {METADATA_KEY: json_text(run)})
         writing = {"compression": "zstd", "write_page_checksum": True}
         joined = _joined(_own_tables(texts(), columns, own), first, tables, schema)
         with _synced(target) as file, pq.ParquetWriter(file, schema, **writing) as writer:

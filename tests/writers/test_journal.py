@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_whole_rows(path: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write_until_full)
-        with pytest.raises(OutputError, match=r"No space left on device; make room .* same command again"):
+        with pytest.raises(OutputError, match=r"No space left on device; free some space .* same command again"):
             journal.append([b'{"id": "b"}'])
     assert path.read_bytes() == before
     journal.append([b'{"id": "c"}'])
