@@ -23,14 +23,13 @@ from idefics_cli.bench.subjects import SIZES, BenchOptions, random_subject
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.errors import RowError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.model.packed_linear import pack_linears
 from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Steps, run_rows
-from idefics_cli.prompts.tokenize import EncodedPrompt
-from idefics_cli.rows import InputRow
+from idefics_cli.rows import ImageOptions, InputRow
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ def measure(paths: Sequence[Path], options: WaitOptions) -> dict[str, Any]:
     subject = random_subject(asked, torch.device("cpu"), torch.float32)
     pack_linears(subject.model)
     (prompt, *_) = subject.prompts.draw(0)
-    engine = Engine(subject.model, subject.vocabulary, subject.token_ids.image_token_id, options.batch_size)
+    engine = Engine(subject.model, subject.vocabulary, options.batch_size)
     processor = ImageProcessor(image_size=subject.image_size)
-    with WorkerPool(processor, ImageLimits(draft=options.draft), options.workers) as decoders:
+    with WorkerPool(processor, ImageOptions(draft=options.draft, workers=options.workers)) as decoders:
         run = partial(run_once, engine=engine, decoders=decoders, input_ids=prompt.input_ids, options=options)
         return {"options": asdict(options), "first": run(paths[::2]), "then": run(paths[1::2])}
 

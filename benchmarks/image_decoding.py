@@ -28,13 +28,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from idefics_cli.errors import RowError
-from idefics_cli.images.decode import DRAFT_SIDES, ImageLimits, load_image
+from idefics_cli.images.decode import DRAFT_SIDES, load_image
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
+from idefics_cli.rows import ImageOptions
 
 PROCESSOR = ImageProcessor()
 LEVELS = ImageProcessor(image_mean=(0, 0, 0), image_std=(1, 1, 1), rescale_factor=1)
-LIMITS = ImageLimits()
+LIMITS = ImageOptions()
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SIDES_KEPT = (1, 2, 4)
 RunAll = Callable[[Sequence[Path]], None]
@@ -68,7 +69,7 @@ def threads(workers: int) -> Iterator[RunAll]:
 
 @contextmanager
 def decoder_processes(workers: int) -> Iterator[RunAll]:
-    with WorkerPool(PROCESSOR, LIMITS, workers) as decoders, ThreadPoolExecutor(workers) as pool:
+    with WorkerPool(PROCESSOR, ImageOptions(workers=workers)) as decoders, ThreadPoolExecutor(workers) as pool:
         yield lambda paths: list(pool.map(decoders.prepare, paths))
 
 
@@ -99,9 +100,9 @@ def measure_rates(paths: Sequence[Path], workers: int, rounds: int) -> dict[str,
 
 def measure_draft(paths: Sequence[Path], sides_kept: int) -> dict[str, Any]:
     """What drafts save, and how far they are from the whole images, where no side is drafted below so many times
-    that of the pixels. `ImageLimits.draft` keeps DRAFT_SIDES."""
-    whole, seconds_whole = _resized(paths, ImageLimits(), sides_kept)
-    draft, seconds_draft = _resized(paths, ImageLimits(draft=True), sides_kept)
+    that of the pixels. `ImageOptions.draft` keeps DRAFT_SIDES."""
+    whole, seconds_whole = _resized(paths, ImageOptions(), sides_kept)
+    draft, seconds_draft = _resized(paths, ImageOptions(draft=True), sides_kept)
     differences = [np.abs(a - b) for a, b in zip(whole, draft, strict=True)]  # (3, S, S) each
     return {
         "images": len(paths),
@@ -113,7 +114,7 @@ def measure_draft(paths: Sequence[Path], sides_kept: int) -> dict[str, Any]:
     }
 
 
-def _resized(paths: Sequence[Path], limits: ImageLimits, sides_kept: int) -> tuple[list[np.ndarray], float]:
+def _resized(paths: Sequence[Path], limits: ImageOptions, sides_kept: int) -> tuple[list[np.ndarray], float]:
     side = LEVELS.image_size * sides_kept // DRAFT_SIDES
     started = time.perf_counter()
     return [LEVELS.array(load_image(path, limits, side)) for path in paths], time.perf_counter() - started

@@ -28,12 +28,11 @@ from idefics_cli.bench.memory import resident_bytes, resident_peak
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import RowError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Run, RunOptions
 from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.prompts.templates import PromptOptions, SpecialToken
-from idefics_cli.rows import ReadOptions
+from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
 from idefics_cli.tasks.embed import Embed
 from idefics_cli.writers.embeddings_file import VISION
@@ -67,7 +66,7 @@ class EchoModel:
     is_instruct = False
     fingerprint = "echo"
 
-    def image_workers(self, limits: ImageLimits, workers: int, timeout: float) -> Any:
+    def image_workers(self, options: ImageOptions) -> Any:
         return nullcontext(self)
 
     @property
@@ -209,9 +208,7 @@ def run_once(
         output=output,
         request=ModelRequest("echo"),
         reading=ReadOptions(needs_image=embeddings is None),
-        limits=ImageLimits(),
-        decode_timeout=30.0,
-        workers=2,
+        images=ImageOptions(workers=2),
     )
     before = resident_bytes() or 0
     task = make_work(kind, embeddings)

@@ -31,14 +31,20 @@ from idefics_cli.checkpoint import (
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import Scoring
-from idefics_cli.engine.memory_budget import image_seq_len, rows_that_fit
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.prompt_source import IterableSource, PromptSource
-from idefics_cli.engine.reference import Hypothesis, Vocabulary
+from idefics_cli.engine.memory_budget import rows_that_fit
+from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
+from idefics_cli.engine.prompt_source import (
+    EncodedChoices,
+    EncodedImage,
+    EncodedPrompt,
+    IterableSource,
+    PromptSource,
+)
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
-from idefics_cli.images.decode import DEFAULT_LIMITS, ImageLimits
+from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
+from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.packed_linear import pack_linears
 from idefics_cli.prompts.choices import (
     ChoiceNorm,
@@ -50,8 +56,9 @@ from idefics_cli.prompts.choices import (
 )
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
-from idefics_cli.prompts.tokenize import EncodedChoices, EncodedImage, EncodedPrompt, PromptEncoder
+from idefics_cli.prompts.tokenize import PromptEncoder
 from idefics_cli.result import Candidate, Embedding, Result
+from idefics_cli.rows import ImageOptions
 from idefics_cli.validation import model_name, several_images, whole_number
 
 if TYPE_CHECKING:
@@ -75,8 +82,7 @@ class Idefics:
     ):
         self.checkpoint = checkpoint
         self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
-        vocabulary = Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id)
-        self.engine = Engine(model, vocabulary, encoder.image_token_id, batch_size)
+        self.engine = Engine(model, vocabulary_of(encoder), batch_size)
 
     @classmethod
     def from_pretrained(
@@ -121,13 +127,13 @@ class Idefics:
         """Equal for models whose latents can stand for each other: see `vision_fingerprint`."""
         return vision_fingerprint(self.checkpoint)
 
-    def image_workers(self, limits: ImageLimits, workers: int, timeout: float) -> WorkerPool:
-        """`prepare_image` in processes of their own, which a broken image may take down; `timeout` is in seconds."""
-        return WorkerPool(self.images, limits, workers, timeout)
+    def image_workers(self, options: ImageOptions) -> WorkerPool:
+        """`prepare_image` in worker processes, so that a broken image cannot take this one down."""
+        return WorkerPool(self.images, options)
 
-    def prepare_image(self, source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor | RowError:
+    def prepare_image(self, source: ImageSource, options: ImageOptions = DEFAULT_OPTIONS) -> torch.Tensor | RowError:
         """Pixels (3, side, side) of a path, bytes or PIL image, or why there are none."""
-        return self.images.prepare(source, limits)
+        return self.images.prepare(source, options)
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
         """Describe each image with the published prompt of the base or the instruct model, its texts cut likewise."""
@@ -253,7 +259,7 @@ class Idefics:
     @property
     def latents_shape(self) -> tuple[int, int]:
         """(seq, dim) of one image's latents."""
-        return image_seq_len(self.model), self.model.config.vision_config.embed_dim
+        return image_seq_len(self.model.config), self.model.config.vision_config.embed_dim
 
     def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:
         options = DecodingOptions.from_keywords(decoding)
@@ -367,6 +373,10 @@ def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], no
         for text, ids, log_likelihood in zip(encoded.choices, encoded.choice_ids, log_likelihoods, strict=True)
     ]
     return Result.of(sorted(candidates, key=lambda candidate: -candidate.score))
+
+
+def vocabulary_of(encoder: PromptEncoder) -> Vocabulary:
+    return Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id, encoder.image_token_id)
 
 
 def _require_vocabulary(encoder: PromptEncoder, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from idefics_cli.errors import RowError
 
+MAX_WORKERS = 8
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -80,6 +82,28 @@ class ReadOptions:
     def __post_init__(self) -> None:
         assert self.limit is None or self.limit > 0, f"limit {self.limit}"
         assert self.shard is None or 1 <= self.shard[0] <= self.shard[1], f"shard {self.shard}"
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are decoded.
+
+    `max_pixels` is width x height, `max_bytes` the file's length. With `draft` a JPEG may be decoded at a half, a
+    quarter or an eighth of its size, where that is still far more than is asked for. An image that takes longer than
+    `decode_timeout` seconds is given up. `workers` None: one process per processor, at most MAX_WORKERS. With
+    `allow_truncated` a file may end early.
+    """
+
+    max_pixels: int = 64_000_000
+    draft: bool = False
+    decode_timeout: float = 30.0
+    workers: int | None = None
+    max_bytes: int = 256 * 1024 * 1024
+    allow_truncated: bool = False
+
+    @property
+    def num_workers(self) -> int:
+        return self.workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 class Entry(NamedTuple):

@@ -21,8 +21,9 @@ from typer.testing import CliRunner, Result
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.cli import app as cli
 from idefics_cli.errors import RowError
-from idefics_cli.images.decode import ImageLimits, load_image
+from idefics_cli.images.decode import load_image
 from idefics_cli.prompts.templates import Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
+from idefics_cli.rows import ImageOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +88,8 @@ class FakeCaptioner:
     prompts: dict[str, Prompt] = field(default_factory=dict)
     decoding: dict[str, Any] = field(default_factory=dict)
 
-    def image_workers(self, limits: ImageLimits, workers: int, timeout: float) -> Any:
-        return nullcontext(FakeOpener(limits))
+    def image_workers(self, options: ImageOptions) -> Any:
+        return nullcontext(FakeOpener(options))
 
     def encode(self, prompt: Prompt, max_new_tokens: int) -> str | RowError:
         if sum(len(item) for item in prompt if isinstance(item, str)) > self.room:
@@ -128,10 +129,10 @@ class FakeCaptioner:
 class FakeOpener:
     """Opens images in the thread that asks; an image is its bytes."""
 
-    limits: ImageLimits
+    options: ImageOptions
 
     def prepare(self, source: Any) -> bytes | RowError:
-        image = load_image(source, self.limits)
+        image = load_image(source, self.options)
         return image if isinstance(image, RowError) else image.tobytes()
 
 

@@ -16,10 +16,10 @@ from tiny_models import save_checkpoint
 
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.engine.engine import Stream
-from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
+from idefics_cli.engine.reference import collate
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import END_OF_UTTERANCE
-from idefics_cli.prompts.tokenize import EncodedImage, EncodedPrompt, collate
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def log_probability(model: Idefics, prompt: list, token_ids: tuple[int, ...]) ->
     start = len(encoded.input_ids)
     row = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
     with torch.no_grad():
-        logits = model.model(**vars(collate([row], model.encoder, model.images.image_size))).logits[0]
+        logits = model.model(**vars(collate([row], model.engine.vocabulary, model.images.image_size))).logits[0]
     chosen = logits.log_softmax(-1)[start - 1 : -1].gather(-1, torch.tensor(token_ids)[:, None])
     return float(chosen.sum())
 

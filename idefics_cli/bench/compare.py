@@ -19,12 +19,11 @@ from idefics_cli.bench.memory import MemoryMeter, MemoryUse
 from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, Subject, transformers_model
 from idefics_cli.engine import reference
 from idefics_cli.engine.embed import embed
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.prompt_source import IterableSource
-from idefics_cli.engine.reference import Hypothesis, Vocabulary
+from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
+from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
+from idefics_cli.engine.reference import collate
 from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.prompts.tokenize import EncodedImage, EncodedPrompt, collate
 
 TIE = 1e-5  # two texts whose scores differ by less are equally good
 TIES_EXAMINED = 16
@@ -58,16 +57,16 @@ class TextEngine(Protocol):
     ) -> Iterator[tuple[int, list[Hypothesis] | RowError]]: ...
 
 
-EngineFactory = Callable[[IdeficsForVisionText2Text, Vocabulary, int, int], TextEngine]
+EngineFactory = Callable[[IdeficsForVisionText2Text, Vocabulary, int], TextEngine]
 
 
-def make_engine(model: IdeficsForVisionText2Text, vocabulary: Vocabulary, image_token_id: int, rows: int) -> TextEngine:
+def make_engine(model: IdeficsForVisionText2Text, vocabulary: Vocabulary, rows: int) -> TextEngine:
     """Our engine on our model, whose weights are laid out for the device as they are after loading."""
     from idefics_cli.engine.engine import Engine
     from idefics_cli.model.packed_linear import pack_linears
 
     pack_linears(model)
-    return Engine(model, vocabulary, image_token_id, rows)
+    return Engine(model, vocabulary, rows)
 
 
 # ---- runs
@@ -100,10 +99,9 @@ class Bench:
         self.meter = MemoryMeter(self.device)
         # Before our engine may lay the weights out anew: transformers keeps them as they are.
         self.theirs = transformers_model(subject.model)
-        image_token_id = subject.token_ids.image_token_id
         with self.meter.measure() as layout:
             started = self._now()
-            self.engine = factory(subject.model, subject.vocabulary, image_token_id, options.batch_size)
+            self.engine = factory(subject.model, subject.vocabulary, options.batch_size)
             self.layout_seconds = self._now() - started
         self.layout_bytes = layout.kept
 
@@ -167,7 +165,7 @@ class Bench:
         return Run(seconds, texts, memory)
 
     def _collate(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
-        return vars(collate(prompts, self.subject.token_ids, self.subject.image_size))
+        return vars(collate(prompts, self.subject.vocabulary, self.subject.image_size))
 
     def _generate(
         self, inputs: dict[str, Tensor], options: DecodingOptions, with_scores: bool

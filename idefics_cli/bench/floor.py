@@ -15,10 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from idefics_cli.engine.memory_budget import VISION_BATCH
+from idefics_cli.model.kv_interface import image_seq_len
+
 Layout = Callable[[Tensor, int], Callable[[Tensor], Tensor]]
 FLOOR_BYTES = 256 << 20  # weights read in a loop are more than any cache holds
 FLOOR_SECONDS = 0.3  # for each timing
-VISION_BATCH = 16  # more images at a time change no product's speed
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def prefill_work(model: transformers.IdeficsForVisionText2Text, counts: Counts) 
     products = text_products(model, tokens, batches)
     products.append(Product((model.lm_head.weight,), counts.rows, batches))
     if counts.images:
-        source = round(counts.images / batches) * image_length(model)
+        source = round(counts.images / batches) * image_seq_len(model.config)
         gated = model.model.gated_cross_attn_layers
         products += products_of(gated, source, batches, only=("cross_attn.k_proj", "cross_attn.v_proj"))
     own = max(1, round(counts.prompt_tokens / counts.prompts))
@@ -150,19 +152,11 @@ def text_attention(
     heads = counts.rows * config.num_attention_heads
     head_dim = config.hidden_size // config.num_attention_heads
     gated = len(model.model.gated_cross_attn_layers)
-    seen = image_length(model)
+    seen = image_seq_len(model.config)
     return [
         AttentionProduct(heads, queries, keys, head_dim, times, config.num_hidden_layers),
         AttentionProduct(heads, queries, seen, head_dim, times, gated),
     ]
-
-
-def image_length(model: transformers.IdeficsForVisionText2Text) -> int:
-    """Vectors that gated layers read of one image."""
-    vision = model.config.vision_config
-    if model.config.use_resampler:
-        return model.config.perceiver_config.resampler_n_latents
-    return 1 + (vision.image_size // vision.patch_size) ** 2
 
 
 def products_of(

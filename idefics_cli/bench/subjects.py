@@ -18,9 +18,10 @@ from transformers.models.idefics.modeling_idefics import IdeficsRotaryEmbedding,
 
 from idefics_cli.checkpoint import ModelRequest, find_checkpoint, load_config, load_network, load_tokenizer
 from idefics_cli.demo.scene import EVALUATION_SEEDS, Scene, scene
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.reference import Vocabulary
+from idefics_cli.engine.options import DecodingOptions, Vocabulary
+from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.errors import IdeficsError
+from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.prompts.templates import (
@@ -31,7 +32,7 @@ from idefics_cli.prompts.templates import (
     Shot,
     few_shot_prompt,
 )
-from idefics_cli.prompts.tokenize import EncodedPrompt, PromptEncoder
+from idefics_cli.prompts.tokenize import PromptEncoder
 
 FIRST_CALL = 0  # the draw of prompts that the first call gets; timed ones follow
 SHOTS_APART = 10_000_000  # shots are none of the scenes they stand before
@@ -214,15 +215,6 @@ def transformers_model(ours: IdeficsForVisionText2Text) -> transformers.IdeficsF
 # ---- prompts
 
 
-@dataclass(frozen=True)
-class TokenIds:
-    """The ids that `collate` asks an encoder for."""
-
-    image_token_id: int
-    eos_token_id: int
-    pad_token_id: int
-
-
 class Prompts(Protocol):
     """Draws of prompts: the shots are the same in all, the images asked about are always new."""
 
@@ -269,7 +261,7 @@ class ScenePrompts:
     """Demo scenes in the official templates: captions, or questions where several are asked about one image."""
 
     def __init__(self, encoder: PromptEncoder, images: ImageProcessor, options: BenchOptions):
-        self._encoder, self._images, self._options = encoder, images, options
+        self.encoder, self._images, self._options = encoder, images, options
         self._asks = options.questions_per_image > 1
         first = EVALUATION_SEEDS + SHOTS_APART + options.seed
         self._shots = [self._shot(scene(first + number), number) for number in range(options.shots)]
@@ -288,13 +280,13 @@ class ScenePrompts:
 
     def _prompt(self, drawn: Scene, pixels: Tensor, number: int) -> EncodedPrompt:
         if self._asks:
-            template = INSTRUCT_QUESTION if self._encoder.is_instruct else QUESTION_ANSWER
+            template = INSTRUCT_QUESTION if self.encoder.is_instruct else QUESTION_ANSWER
             query = Shot(pixels, question=drawn.questions[number % len(drawn.questions)][0])
         else:
-            template = INSTRUCT_CAPTION if self._encoder.is_instruct else CAPTION
+            template = INSTRUCT_CAPTION if self.encoder.is_instruct else CAPTION
             query = Shot(pixels)
         prompt = few_shot_prompt(template, self._shots, query)
-        return EncodedPrompt(self._encoder.encode(prompt), tuple(i for i in prompt if isinstance(i, Tensor)))
+        return EncodedPrompt(self.encoder.encode(prompt), tuple(i for i in prompt if isinstance(i, Tensor)))
 
 
 @dataclass(frozen=True)
@@ -303,7 +295,6 @@ class Subject:
 
     model: IdeficsForVisionText2Text
     vocabulary: Vocabulary
-    token_ids: TokenIds | PromptEncoder
     prompts: Prompts
 
     @property
@@ -315,8 +306,8 @@ def random_subject(options: BenchOptions, device: torch.device, dtype: torch.dty
     assert options.random is not None, options
     model = random_model(options.random, device, dtype, options.seed)
     fake, image = model.config.vocab_size, model.config.vocab_size + 1
-    vocabulary = Vocabulary(RANDOM_ENDS, (image, fake), PAD)
-    return Subject(model, vocabulary, TokenIds(image, RANDOM_ENDS[0], PAD), RandomPrompts(model.config, options))
+    vocabulary = Vocabulary(RANDOM_ENDS, (image, fake), PAD, image)
+    return Subject(model, vocabulary, RandomPrompts(model.config, options))
 
 
 def checkpoint_subject(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -325,8 +316,7 @@ def checkpoint_subject(options: BenchOptions, device: torch.device, dtype: torch
     encoder = PromptEncoder(load_tokenizer(checkpoint))
     prompts = ScenePrompts(encoder, ImageProcessor.from_pretrained(checkpoint.folder), options)
     model = load_network(checkpoint, config, device, dtype)
-    vocabulary = Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id)
-    return Subject(model, vocabulary, encoder, prompts)
+    return Subject(model, vocabulary_of(encoder), prompts)
 
 
 def require_room(subject: Subject, options: BenchOptions) -> None:

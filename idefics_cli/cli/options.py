@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -18,15 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from idefics_cli.checkpoint import DEFAULT_MODEL
+from idefics_cli.rows import MAX_WORKERS, ImageOptions
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.images.decode import ImageLimits
     from idefics_cli.pipeline.run import RunOptions
     from idefics_cli.pipeline.task import Task
-    from idefics_cli.rows import ReadOptions
+    from idefics_cli.rows import ImageOptions, ReadOptions
 
-MAX_WORKERS = 8
 MOST_PIXELS, A_DAY = 10**12, 86_400.0
 
 RevisionFlag = Annotated[
@@ -172,14 +170,8 @@ class ImageFlags:
     ] = None
 
     @property
-    def limits(self) -> ImageLimits:
-        from idefics_cli.images.decode import ImageLimits
-
-        return ImageLimits(max_pixels=self.max_pixels, draft=self.draft)
-
-    @property
-    def num_workers(self) -> int:
-        return self.workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    def decoding(self) -> ImageOptions:
+        return ImageOptions(self.max_pixels, self.draft, self.decode_timeout, self.workers)
 
 
 @dataclass(frozen=True)
@@ -260,9 +252,7 @@ class RunFlags:
             output=self.output.output,
             request=self.model.request,
             reading=self.inputs.reading(task.columns, task.needs_image, answers_column),
-            limits=self.images.limits,
-            decode_timeout=self.images.decode_timeout,
-            workers=self.images.num_workers,
+            images=self.images.decoding,
             batch_size=batch_size,
             max_errors=self.output.max_errors,
             overwrite=self.output.overwrite,

@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.reference import Vocabulary
+from idefics_cli.engine.options import DecodingOptions, Vocabulary
 
 NEVER = -1.0e9  # transformers' stand-in for "not a candidate": finite, so that sums of it stay ordered
 

@@ -19,7 +19,7 @@ from idefics_cli.model.memory_errors import naming_memory_errors
 
 if TYPE_CHECKING:
     from idefics_cli.engine.engine import Engine
-    from idefics_cli.engine.prompt_source import HasImages, PromptSource
+    from idefics_cli.engine.prompt_source import EncodedImage, PromptSource
 
 
 def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | RowError]]:
@@ -51,7 +51,7 @@ def _outcomes(latents: Tensor | None, overflows: Overflows) -> list[Tensor | Row
     return [each if is_good else overflows.error for each, is_good in zip(latents, is_finite, strict=True)]
 
 
-def _latents(engine: Engine, batch: list[HasImages]) -> Tensor | None:
+def _latents(engine: Engine, batch: list[EncodedImage]) -> Tensor | None:
     """(images, seq, dim), or None where memory has ended."""
     try:
         with torch.no_grad(), naming_memory_errors():

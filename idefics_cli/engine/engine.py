@@ -24,19 +24,19 @@ from idefics_cli.engine.kv_cache import (
     SharedPrefix,
     project_images,
 )
-from idefics_cli.engine.memory_budget import Limit, image_seq_len
-from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.memory_budget import VISION_BATCH, Limit
+from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
 from idefics_cli.engine.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start, shared_length
-from idefics_cli.engine.prompt_source import HasImages, IterableSource, Prompt, PromptSource
-from idefics_cli.engine.reference import Hypothesis, Vocabulary, until_end
+from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource, PromptSource
+from idefics_cli.engine.reference import until_end
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
 from idefics_cli.engine.varlen import RaggedRows
 from idefics_cli.errors import RowError
+from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.memory_errors import naming_memory_errors
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
-VISION_BATCH = 16  # images; more at a time make no product faster
 SHORTEST_PREFIX = 8  # tokens; sharing fewer saves less than it costs
 WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
 SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
@@ -45,6 +45,7 @@ PATH_SLOTS, OWN_SLOTS = 32, 6
 TREE_STEP = 3  # tokens of every beam that the tree's storage grows by
 
 Outcome = list[Hypothesis] | RowError
+WithImages = EncodedPrompt | EncodedImage  # or a prompt in line
 
 
 @dataclass
@@ -69,8 +70,8 @@ class Engine:
     `times` true on a device that works on behind the host, at some cost: for benchmarks.
     """
 
-    def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, image_token_id: int, rows: int = 8):
-        self.model, self.vocabulary, self.image_token_id = model, vocabulary, image_token_id
+    def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, rows: int = 8):
+        self.model, self.vocabulary = model, vocabulary
         self.row_limit, self.image_limit = Limit(rows), Limit(VISION_BATCH)
         self.times = PhaseTimes()
         self.waits = False
@@ -90,7 +91,7 @@ class Engine:
             torch.mps.empty_cache()
         torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
-    def generate(self, prompts: Iterable[Prompt], options: DecodingOptions) -> Iterator[tuple[int, Outcome]]:
+    def generate(self, prompts: Iterable[EncodedPrompt], options: DecodingOptions) -> Iterator[tuple[int, Outcome]]:
         """`stream` over an iterable, which is taken from a few times the rows ahead."""
         return self.stream(IterableSource(prompts), options)
 
@@ -148,7 +149,12 @@ class Engine:
             self.image_key_values.put(key, found[key], found[key].nbytes)
         return found
 
-    def encode(self, prompts: Sequence[HasImages], wanted: Sequence[bytes], ahead: Sequence[HasImages] = ()) -> Tensor:
+    def encode(
+        self,
+        prompts: Sequence[WithImages],
+        wanted: Sequence[bytes],
+        ahead: Sequence[WithImages] = (),
+    ) -> Tensor:
         """(images, seq, dim): given, from the cache, or from vision tower and resampler, several at a time.
 
         Images of prompts `ahead` fill the last batch.
@@ -197,7 +203,7 @@ class Engine:
 
     def _no_image(self) -> Tensor:
         model = self.model
-        latents = torch.zeros(1, image_seq_len(model), model.config.vision_config.embed_dim, dtype=model.dtype)
+        latents = torch.zeros(1, image_seq_len(model.config), model.config.vision_config.embed_dim, dtype=model.dtype)
         return project_images(latents.to(model.device), model.model.gated_cross_attn_layers)[0]
 
     # ---- prefixes
@@ -247,7 +253,7 @@ class Engine:
             torch.empty(2, 1, heads, length, head_dim, device=model.device, dtype=model.dtype)
             for _ in range(config.num_hidden_layers)
         ]
-        reading = Reading([prompt], NOTHING_SHARED, self.vocabulary, self.image_token_id, stop=length)
+        reading = Reading([prompt], NOTHING_SHARED, self.vocabulary, stop=length)
         self.read(reading, reading.arrange(self.images([prompt], reading.wanted, ahead)), key_values)
         num_images = len(reading.image_keys[0])
         # An end token itself still sees the image before it; what comes behind it does not.
@@ -264,7 +270,7 @@ def saved_by(content: tuple[int, ...], instead_of: tuple[int, ...], line: Sequen
     return gain * sharing if gain >= SHORTEST_PREFIX else -1
 
 
-def images_of(prompts: Sequence[HasImages]) -> dict[bytes, Tensor]:
+def images_of(prompts: Sequence[WithImages]) -> dict[bytes, Tensor]:
     """The prompts' pixels, or the latents in their place, by what they show."""
     return {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
 
@@ -302,7 +308,7 @@ class Stream:
             config=self.model.config,
             num_beams=self.options.num_beams,
             max_new_tokens=self.options.max_new_tokens,
-            image_seq_len=image_seq_len(self.model),
+            image_seq_len=image_seq_len(self.model.config),
             device=device,
             dtype=self.model.dtype,
         )
@@ -382,7 +388,7 @@ class Stream:
         idle = not self.rows and not self.line
         taken = source.take(WINDOWS_AHEAD * self.limit.now - len(self.line), wait=idle)
         known = [
-            Waiting.of(self.num_taken + number, prompt, self.engine.image_token_id)
+            Waiting.of(self.num_taken + number, prompt, self.engine.vocabulary.image_token_id)
             for number, prompt in enumerate(taken)
         ]
         self.num_taken += len(taken)
@@ -407,7 +413,7 @@ class Stream:
     def _admit(self, group: list[Waiting]) -> None:
         """Read the prompts and choose their first tokens."""
         engine, device = self.engine, self.model.device
-        reading = Reading(group, self.prefix, engine.vocabulary, engine.image_token_id)
+        reading = Reading(group, self.prefix, engine.vocabulary)
         rows = slice(len(self.rows), len(self.rows) + len(group))
         # Before room is made: the store then lies where the vision tower's activations have been.
         images = reading.arrange(engine.images(group, reading.wanted, ahead=self.line))

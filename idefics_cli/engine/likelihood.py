@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from idefics_cli.engine.engine import WINDOWS_AHEAD, Engine
 from idefics_cli.engine.kv_cache import PrefillMemory, RowImages, attend_part, merge_parts
 from idefics_cli.engine.memory_budget import Limit
 from idefics_cli.engine.prefill import NOTHING_SHARED, Prefix, Reading, Waiting, common_start
-from idefics_cli.engine.prompt_source import Prompt, PromptSource
+from idefics_cli.engine.prompt_source import EncodedChoices, PromptSource
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
 from idefics_cli.engine.varlen import RaggedRows
 from idefics_cli.errors import RowError
@@ -28,19 +28,12 @@ from idefics_cli.model.kv_interface import image_visibility
 from idefics_cli.model.memory_errors import naming_memory_errors
 
 if TYPE_CHECKING:
-    from idefics_cli.engine.reference import Vocabulary
+    from idefics_cli.engine.options import Vocabulary
     from idefics_cli.model.decoder import IdeficsAttention
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 CHOICE_TOKENS_PER_ROW = 512  # what stands behind a prompt in one row; more choices are more rows
 PLACES_AT_ONCE = 256  # so many tokens have their logits over the whole vocabulary at a time
-
-
-class ChoicesPrompt(Prompt, Protocol):
-    """A prompt and the token ids of each answer that may stand behind it, none of them empty or of an image."""
-
-    @property
-    def choice_ids(self) -> tuple[tuple[int, ...], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -109,8 +102,8 @@ def packed_mask(owners: Tensor, dtype: torch.dtype) -> Tensor:
 class ChoicesReading(Reading):
     """Rows of a prompt's own tokens and its choices', each choice without its last token, which nothing follows."""
 
-    def __init__(self, parts: Sequence[Part], prefix: Prefix, vocabulary: Vocabulary, image_token_id: int):
-        super().__init__([part.prompt for part in parts], prefix, vocabulary, image_token_id)
+    def __init__(self, parts: Sequence[Part], prefix: Prefix, vocabulary: Vocabulary):
+        super().__init__([part.prompt for part in parts], prefix, vocabulary)
         self.choices = [part.choice_ids for part in parts]
         self.prompt_lengths = self.lengths
         behind = [[token_id for ids in choices for token_id in ids[:-1]] for choices in self.choices]
@@ -201,10 +194,10 @@ class Scoring:
         self.overflows = Overflows(engine.model.dtype)
         self.line: list[Part] = []
         self.num_taken = 0
-        self.prompts: dict[int, ChoicesPrompt] = {}  # those that are not finished, by number
+        self.prompts: dict[int, EncodedChoices] = {}  # those that are not finished, by number
         self.scores: dict[int, dict[int, float]] = {}  # by number of the prompt and of the choice
 
-    def run(self, source: PromptSource) -> Iterator[tuple[int, ChoicesPrompt, list[float] | RowError]]:
+    def run(self, source: PromptSource) -> Iterator[tuple[int, EncodedChoices, list[float] | RowError]]:
         """(number, prompt, log-likelihood of each choice) in the order of finishing, numbers in that of taking.
 
         One that the device's memory does not hold even alone, or whose numbers overflow, has a RowError in their place;
@@ -232,7 +225,7 @@ class Scoring:
         for number, prompt in enumerate(taken, start=self.num_taken):
             assert all(prompt.choice_ids) and prompt.choice_ids, f"prompt {number} has an empty choice or none"
             self.prompts[number], self.scores[number] = prompt, {}
-            waiting = Waiting.of(number, prompt, self.engine.image_token_id)
+            waiting = Waiting.of(number, prompt, self.engine.vocabulary.image_token_id)
             parts += parts_of(waiting, prompt.choice_ids, CHOICE_TOKENS_PER_ROW)
         self.num_taken += len(taken)
         self.line += sorted(parts, key=lambda part: part.num_tokens)
@@ -270,7 +263,7 @@ class Scoring:
 
     def _log_likelihoods(self, group: Sequence[Part], prefix: Prefix) -> list[list[float]]:
         engine = self.engine
-        reading = ChoicesReading(group, prefix, engine.vocabulary, engine.image_token_id)
+        reading = ChoicesReading(group, prefix, engine.vocabulary)
         line = [part.prompt for part in self.line]  # the group among them
         images = reading.arrange(engine.images([part.prompt for part in group], reading.wanted, ahead=line))
         with engine.timed("prefill"):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
+VISION_BATCH = 16  # images; more at a time make no product faster
 SLOTS_ASSUMED = 512
 MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
 PATIENCE = 16  # times as many as are wanted at a time end well before more are tried again
@@ -70,15 +72,7 @@ def free_bytes(device: torch.device) -> int:
     return int(facts["MemAvailable"].split()[0]) * 1024
 
 
-def image_seq_len(model: IdeficsForVisionText2Text) -> int:
-    """How many vectors cross-attention reads of one image."""
-    config = model.config
-    if config.use_resampler:
-        return config.perceiver_config.resampler_n_latents
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-
-
 def image_key_bytes(model: IdeficsForVisionText2Text) -> int:
     """What gated layers read of one image: a key and a value for each of its vectors."""
-    vectors = len(model.model.gated_cross_attn_layers) * image_seq_len(model)
+    vectors = len(model.model.gated_cross_attn_layers) * image_seq_len(model.config)
     return 2 * vectors * model.config.hidden_size * model.dtype.itemsize

@@ -71,3 +71,26 @@ class DecodingOptions:
         if unknown:
             raise IdeficsError(f"no decoding option is called {', '.join(unknown)}: use {', '.join(known)}")
         return cls(**decoding)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids with a meaning of their own: those that end a text, those never written, padding, and an image's.
+
+    The first end token is `</s>`: what follows it sees no image. The last id of a banned sequence is not written where
+    the others stand right before it, the prompt's end included.
+    """
+
+    end_token_ids: tuple[int, ...]
+    banned_token_ids: tuple[int, ...]
+    pad_token_id: int
+    image_token_id: int
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One decoded text: its ids without the closing end token, and its score as the cli page defines it."""
+
+    token_ids: tuple[int, ...]
+    score: float

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from idefics_cli.engine.kv_cache import NO_PREFIX, PrefillMemory, RowImages, SharedPrefix
-from idefics_cli.engine.prompt_source import Prompt
-from idefics_cli.engine.reference import Vocabulary
+from idefics_cli.engine.options import Vocabulary
+from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.engine.varlen import RaggedRows
-from idefics_cli.model.kv_interface import image_visibility
+from idefics_cli.model.kv_interface import image_attention_mask, image_visibility
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 
@@ -32,7 +32,7 @@ class Waiting:
     content: tuple[int, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, index: int, prompt: Prompt, image_token_id: int) -> Waiting:
+    def of(cls, index: int, prompt: EncodedPrompt, image_token_id: int) -> Waiting:
         assert prompt.input_ids, "a prompt has at least one token"
         num_images, keys = prompt.input_ids.count(image_token_id), prompt.image_keys
         assert num_images == len(keys) == len(prompt.pixels), (num_images, len(keys), len(prompt.pixels))
@@ -95,15 +95,14 @@ class Reading:
         prompts: Sequence[Waiting],
         prefix: Prefix,
         vocabulary: Vocabulary,
-        image_token_id: int,
         stop: int | None = None,
     ):
-        self.prefix, self.vocabulary, self.image_token_id = prefix, vocabulary, image_token_id
+        self.prefix, self.vocabulary = prefix, vocabulary
         self.own_ids = [prompt.input_ids[len(prefix.content) : stop] for prompt in prompts]
         self.lengths = [len(ids) for ids in self.own_ids]
         self.inherited = [prefix.shared.last_image] if prefix.shared.last_image is not None else []
         self.image_keys = [
-            [*self.inherited, *prompt.image_keys[prefix.num_images :][: ids.count(image_token_id)]]
+            [*self.inherited, *prompt.image_keys[prefix.num_images :][: ids.count(vocabulary.image_token_id)]]
             for prompt, ids in zip(prompts, self.own_ids, strict=True)
         ]
         self.most_images = max(1, *map(len, self.image_keys))
@@ -156,18 +155,6 @@ class Reading:
         return states[torch.arange(len(last), device=states.device), last]
 
     def _sees(self, input_ids: Tensor) -> Tensor:
-        """(rows, tokens, images): the last image at or before each token, and none behind an end token."""
-        is_image = input_ids == self.image_token_id
-        index = is_image.cumsum(dim=1) - 1 + len(self.inherited)
-        mask = index[..., None] == torch.arange(self.most_images, device=input_ids.device)
-        ends = input_ids == self.vocabulary.end_token_ids[0]  # `</s>`; an utterance's end hides no image
-        return mask & ~behind_an_end(is_image, ends)[..., None]
-
-
-def behind_an_end(is_image: Tensor, ends: Tensor) -> Tensor:
-    """(rows, tokens): an end token stands before the token, and no image between them."""
-    places = torch.arange(ends.shape[1], device=ends.device)
-    last_end = places.masked_fill(~ends, -1).cummax(dim=1).values
-    last_image = places.masked_fill(~is_image, -1).cummax(dim=1).values
-    before = torch.nn.functional.pad(last_end, (1, 0), value=-1)[:, :-1]  # an end token itself still sees
-    return before > last_image
+        """(rows, tokens, images)."""
+        image, end = self.vocabulary.image_token_id, self.vocabulary.end_token_ids[0]
+        return image_attention_mask(input_ids, self.most_images, image, end, sees_first=bool(self.inherited))

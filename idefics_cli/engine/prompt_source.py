@@ -1,44 +1,87 @@
-"""Where an engine's prompts come from. Knows nothing of what is done with them."""
+"""What the engine takes: prompts and images as tensors and ids, and where a stream of them comes from.
+
+Imports no torch and knows no text: whoever makes prompts, and whoever hands them on, may import this.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
-
-class HasImages(Protocol):
-    """Images in order, and keys equal for equal ones: pixels (3, side, side), or latents (seq, dim) in their place."""
-
-    @property
-    def pixels(self) -> tuple[Tensor, ...]: ...
-
-    @property
-    def image_keys(self) -> tuple[bytes, ...]: ...
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class Prompt(HasImages, Protocol):
-    """Token ids, with those of the images among them."""
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One row: token ids, and the pixels (3, S, S) of each of its images in order, or its latents (seq, dim).
 
-    @property
-    def input_ids(self) -> list[int]: ...
+    `image_keys` are the images' `content_key`s, computed here unless the caller knows them. The first `shared_len`
+    tokens are those that further prompts of the run begin with too (instruction, shots); 0: unknown.
+    """
+
+    input_ids: list[int]
+    pixels: tuple[Tensor, ...] = ()
+    image_keys: tuple[bytes, ...] = ()
+    shared_len: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.image_keys:
+            object.__setattr__(self, "image_keys", tuple(map(content_key, self.pixels)))
+        assert len(self.image_keys) == len(self.pixels), (len(self.image_keys), len(self.pixels))
+        assert 0 <= self.shared_len <= len(self.input_ids), (self.shared_len, len(self.input_ids))
+
+
+@dataclass(frozen=True)
+class EncodedChoices(EncodedPrompt):
+    """A prompt and the answers to choose from: their texts, and the token ids of each after `input_ids`.
+
+    `input_ids` are what all of them have in common, which may be a little less than the prompt.
+    """
+
+    choices: tuple[str, ...] = ()
+    choice_ids: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert len(self.choices) == len(self.choice_ids) > 0, (self.choices, self.choice_ids)
+        assert all(self.choice_ids), self.choice_ids
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image without a prompt, to be embedded: its pixels (3, S, S), and its `content_key`."""
+
+    pixels: tuple[Tensor]
+    image_keys: tuple[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        (pixels,) = self.pixels
+        object.__setattr__(self, "image_keys", (content_key(pixels),))
+
+
+def content_key(pixels: Tensor) -> bytes:
+    """Equal for equal pixels, or latents."""
+    data = pixels.contiguous().cpu().numpy()
+    return hashlib.blake2b(data, digest_size=16, salt=str(data.shape[-1]).encode()).digest()
 
 
 class PromptSource(Protocol):
-    """Prompts in order, each given once."""
+    """Encoded prompts (or images) in order, each given once."""
 
-    def take(self, most: int, wait: bool) -> list[Prompt]:
-        """Up to `most` prompts. Without `wait` those that are ready now, perhaps none; with it at least one, and none
+    def take(self, most: int, wait: bool) -> list[Any]:
+        """Up to `most` of them. Without `wait` those that are ready now, perhaps none; with it at least one, and none
         only at the end of the stream."""
 
 
 class IterableSource:
     """Prompts of an iterable, which is taken to have them ready."""
 
-    def __init__(self, prompts: Iterable[Prompt]):
+    def __init__(self, prompts: Iterable[Any]):
         self._prompts = iter(prompts)
 
-    def take(self, most: int, wait: bool) -> list[Prompt]:
+    def take(self, most: int, wait: bool) -> list[Any]:
         return list(islice(self._prompts, most))

@@ -13,29 +13,45 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
+from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.model.kv_interface import image_attention_mask
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The token ids with a meaning of their own: those that end a text, those never written, and padding.
+class ModelInputs:
+    """A batch, padded on the left. `images` is the most images in any row, at least 1; absent ones are all zero."""
 
-    The last id of a banned sequence is not written where the others stand right before it, the prompt's end included.
-    """
-
-    end_token_ids: tuple[int, ...]
-    banned_token_ids: tuple[int, ...]
-    pad_token_id: int
-    banned_sequences: tuple[tuple[int, ...], ...] = ()
+    input_ids: Tensor  # (rows, tokens) int64
+    attention_mask: Tensor  # (rows, tokens) int64, 0 on padding
+    pixel_values: Tensor  # (rows, images, 3, S, S) float32
+    image_attention_mask: Tensor  # (rows, tokens, images) int64, 1 where the token sees the image
 
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """One decoded text: its ids without the closing end token, and its score as the cli page defines it."""
+def collate(encoded: Sequence[EncodedPrompt], vocabulary: Vocabulary, image_size: int) -> ModelInputs:
+    """Rows -> one batch. `image_size` is S, needed where no row holds an image."""
+    assert encoded, "a batch has at least one row"
+    for row in encoded:
+        num_image_tokens = row.input_ids.count(vocabulary.image_token_id)
+        assert num_image_tokens == len(row.pixels), f"{num_image_tokens} image tokens for {len(row.pixels)} images"
+    input_ids, attention_mask = _pad_left([row.input_ids for row in encoded], vocabulary.pad_token_id)
+    num_images = max(1, *(len(row.pixels) for row in encoded))
+    pixel_values = torch.zeros(len(encoded), num_images, 3, image_size, image_size)
+    for images, row in zip(pixel_values, encoded, strict=True):
+        for image, pixels in zip(images, row.pixels, strict=False):
+            image.copy_(pixels)
+    mask = image_attention_mask(input_ids, num_images, vocabulary.image_token_id, vocabulary.end_token_ids[0])
+    return ModelInputs(input_ids, attention_mask, pixel_values, mask)
 
-    token_ids: tuple[int, ...]
-    score: float
+
+def _pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both (rows, tokens) int64."""
+    num_tokens = max(len(row) for row in rows)
+    input_ids = torch.tensor([[pad_token_id] * (num_tokens - len(row)) + row for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    attention_mask = torch.arange(num_tokens) >= num_tokens - lengths[:, None]  # (rows, tokens)
+    return input_ids, attention_mask.long()
 
 
 def generation_config(options: DecodingOptions, vocabulary: Vocabulary) -> GenerationConfig:

@@ -1,46 +1,35 @@
 """How right the texts of a result file are: VQA accuracy, exact match and CIDEr against a column of references.
 
-Rows in, numbers out: this module knows no model and no images, and prints nothing. A row with an error is a wrong
-text and is counted apart; a row without references cannot be scored and is counted apart too. Rows are read one by one.
-VQA accuracy and exact match keep sums only; CIDEr weighs words by all the references, so it keeps every caption.
+Knows no model and no images, and prints nothing. A row with an error is a wrong text; a row without references is left
+out; both are counted. Rows are read one by one; only CIDEr keeps texts, as it weighs words by the references of all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from idefics_cli.errors import InputError
+from idefics_cli.errors import InputError, RowError, listed
 from idefics_cli.evaluation.metrics import cider, exact_match, require_cider, vqa_accuracy
 from idefics_cli.readers.references import references_of
+from idefics_cli.readers.table import OWN_ERROR, Table
+from idefics_cli.storage.files import LocalFile
 
 if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 AUTOMATIC_METRIC = {"answer": "vqa", "caption": "cider", "text": "exact"}
 TEXT_COLUMNS = tuple(AUTOMATIC_METRIC)
-METRICS = {
-    "vqa": ("vqa_accuracy", "exact_match"),
-    "cider": ("cider", "exact_match"),
-    "exact": ("exact_match",),
-}
-ROW_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "vqa_accuracy": vqa_accuracy,
-    "exact_match": exact_match,
-}
+METRICS = {"vqa": ("vqa_accuracy", "exact_match"), "cider": ("cider", "exact_match"), "exact": ("exact_match",)}
+ROW_METRICS: dict[str, Callable[..., float]] = {"vqa_accuracy": vqa_accuracy, "exact_match": exact_match}
 TITLES = {"vqa_accuracy": "VQA accuracy %", "cider": "CIDEr ×100", "exact_match": "exact match %"}
 NO_GROUP = "(none)"
-ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
@@ -57,28 +46,91 @@ class ScoreOptions:
     tokenization: Literal["ptb", "treebank"] = "ptb"
 
 
-@dataclass(frozen=True)
+@dataclass
 class GroupScores:
-    """Mean values over `rows`; the `errors` among them count as wrong. VQA accuracy and exact match lie in 0..1."""
+    """Sums over `rows`; the `errors` among them count as wrong."""
 
-    rows: int
-    errors: int
-    values: Mapping[str, float]
+    rows: int = 0
+    errors: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, metric: str, value: float) -> None:
+        self.sums[metric] = self.sums.get(metric, 0.0) + value
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Means. VQA accuracy and exact match lie in 0..1, CIDEr in 0..10."""
+        return {name: total / self.rows for name, total in self.sums.items()}
 
     def as_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "errors": self.errors, **self.values}
 
 
-@dataclass(frozen=True)
 class Scores:
-    """What became of a result file. `unscored` rows had no references, `single_reference` rows just one."""
+    """Takes result rows as they come (`add`); after `finish` it says how right they were, together and by groups.
 
-    options: ScoreOptions
-    metrics: tuple[str, ...]
-    total: GroupScores
-    groups: Mapping[str, GroupScores]
-    unscored: int
-    single_reference: int
+    `unscored` rows had no references, `single_reference` rows just one.
+    """
+
+    def __init__(self, options: ScoreOptions, text_column: str) -> None:
+        automatic = AUTOMATIC_METRIC[text_column]
+        self.options, self.text_column = options, text_column
+        self.metrics = METRICS[automatic if options.metric == "auto" else options.metric]
+        self.total = GroupScores()
+        self.groups: dict[str, GroupScores] = {}  # by their values as JSON; after `finish` by their names
+        self.unscored = self.single_reference = 0
+        self._captions: list[tuple[list[GroupScores], str, list[str]]] = []
+        if "cider" in self.metrics:
+            require_cider(options.tokenization)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Raises InputError for references that are neither texts nor structs that hold one."""
+        place = f"row {self.unscored + self.total.rows + 1}"
+        references = references_of(row.get(self.options.answers_column), place)
+        if not references:
+            self.unscored += 1
+            return
+        self.single_reference += len(references) == 1
+        text = row.get(self.text_column)
+        failed = text is None or row.get("error") is not None
+        groups = self._groups_of(row)
+        for group in groups:
+            group.rows += 1
+            group.errors += failed
+        self._score(groups, None if failed else str(text), references)
+
+    def _groups_of(self, row: Mapping[str, Any]) -> list[GroupScores]:
+        if self.options.by is None:
+            return [self.total]
+        key = json.dumps(row.get(self.options.by), default=str)
+        return [self.total, self.groups.setdefault(key, GroupScores())]
+
+    def _score(self, groups: list[GroupScores], text: str | None, references: list[str]) -> None:
+        """`text` is None where there is none, which is wrong even beside an empty reference."""
+        if "cider" in self.metrics:
+            self._captions.append((groups, text or "", references))
+        for metric in self.metrics:
+            if metric in ROW_METRICS:
+                value = 0.0 if text is None else ROW_METRICS[metric](text, references)
+                for group in groups:
+                    group.add(metric, value)
+
+    def finish(self) -> Scores:
+        """Raises InputError when no row could be scored."""
+        if not self.total.rows:
+            raise InputError(
+                f"none of the {self.unscored} rows has references in {self.options.answers_column!r}: "
+                "name their column with --answers-column"
+            )
+        if self._captions:
+            groups, texts, references = zip(*self._captions, strict=True)
+            values = cider(texts, references, self.options.tokenization)
+            for group, value in ((each, value) for row, value in zip(groups, values, strict=True) for each in row):
+                group.add("cider", value)
+            self._captions.clear()
+        names = _group_names(self.groups)
+        self.groups = {names[key]: self.groups[key] for key in sorted(names, key=names.__getitem__)}
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
@@ -92,127 +144,6 @@ class Scores:
         return report
 
 
-def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = None) -> Scores:
-    """Score a result file (JSONL or Parquet, .gz too for JSONL). Raises IdeficsError for what cannot be scored."""
-    options = options or ScoreOptions()
-    file = open_results(Path(path))
-    scorer = Scorer(options, find_text_column(file.columns, options))
-    for row in file.rows((scorer.text_column, "error", options.answers_column, options.by)):
-        scorer.add(row)
-    return scorer.scores()
-
-
-def closing_tokenization() -> Literal["ptb", "treebank"]:
-    """As the published figures do, where there is a Java for it."""
-    return "treebank" if shutil.which("java") is None else "ptb"
-
-
-def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
-    """The column with the texts to score: the one that a run has written, else `answer`, `caption` or `text`.
-
-    Raises InputError if a column is missing.
-    """
-    for name in (options.answers_column, options.by):
-        if name is not None and name not in columns:
-            raise InputError(f"there is no column {name!r} in the results: they have {_listed(columns)}")
-    # A run's own text stands before its score; a kept column of such a name stands behind both.
-    own = [name for name, following in pairwise(columns) if following == "score" and name in TEXT_COLUMNS]
-    texts = [name for name in (*own, *TEXT_COLUMNS) if name in columns and name != options.answers_column]
-    if not texts:
-        raise InputError(
-            f"there is no column {' or '.join(TEXT_COLUMNS)} to score: the results have {_listed(columns)}"
-        )
-    return texts[0]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "no columns"
-
-
-# ---- rows -> numbers
-
-
-@dataclass
-class _Tally:
-    rows: int = 0
-    errors: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def count(self, failed: bool) -> None:
-        self.rows += 1
-        self.errors += failed
-
-    def add(self, metric: str, value: float) -> None:
-        self.sums[metric] = self.sums.get(metric, 0.0) + value
-
-    def means(self) -> GroupScores:
-        return GroupScores(self.rows, self.errors, {name: total / self.rows for name, total in self.sums.items()})
-
-
-class Scorer:
-    """Takes result rows as they come (`add`) and says at the end how right they were (`scores`)."""
-
-    def __init__(self, options: ScoreOptions, text_column: str) -> None:
-        automatic = AUTOMATIC_METRIC[text_column]
-        self.options, self.text_column = options, text_column
-        self.metrics = METRICS[automatic if options.metric == "auto" else options.metric]
-        self._total, self._groups = _Tally(), {}
-        self._seen = self._unscored = self._single = 0
-        self._captions: list[tuple[list[_Tally], str, list[str]]] = []  # kept for CIDEr only
-        if "cider" in self.metrics:
-            require_cider(options.tokenization)
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Raises InputError for references that are neither texts nor structs that hold one."""
-        self._seen += 1
-        references = references_of(row.get(self.options.answers_column), f"row {self._seen}")
-        if not references:
-            self._unscored += 1
-            return
-        self._single += len(references) == 1
-        text = row.get(self.text_column)
-        failed = text is None or row.get("error") is not None
-        tallies = self._tallies(row)
-        for tally in tallies:
-            tally.count(failed)
-        self._score(tallies, "" if failed else str(text), references, failed)
-
-    def _score(self, tallies: list[_Tally], text: str, references: list[str], failed: bool) -> None:
-        for metric in self.metrics:
-            if metric == "cider":
-                self._captions.append((tallies, text, references))
-                continue
-            value = 0.0 if failed else ROW_METRICS[metric](text, references)
-            for tally in tallies:
-                tally.add(metric, value)
-
-    def _tallies(self, row: Mapping[str, Any]) -> list[_Tally]:
-        if self.options.by is None:
-            return [self._total]
-        key = json.dumps(row.get(self.options.by), default=str)
-        return [self._total, self._groups.setdefault(key, _Tally())]
-
-    def scores(self) -> Scores:
-        """Raises InputError when no row could be scored."""
-        if not self._total.rows:
-            raise InputError(
-                f"none of the {self._seen} rows has references in {self.options.answers_column!r}: "
-                "name their column with --answers-column"
-            )
-        self._add_cider()
-        names = _group_names(self._groups)
-        groups = {names[key]: self._groups[key].means() for key in sorted(names, key=names.__getitem__)}
-        return Scores(self.options, self.metrics, self._total.means(), groups, self._unscored, self._single)
-
-    def _add_cider(self) -> None:
-        captions, self._captions = self._captions, []
-        if captions:
-            values = cider([text for _, text, _ in captions], [r for _, _, r in captions], self.options.tokenization)
-            for (tallies, _, _), value in zip(captions, values, strict=True):
-                for tally in tallies:
-                    tally.add("cider", value)
-
-
 def _group_names(keys: Iterable[str]) -> Mapping[str, str]:
     """What people see of a group, by its value as JSON: texts without quotes, unless two would be called the same."""
     quoted = {key: NO_GROUP if key == "null" else key for key in keys}
@@ -223,77 +154,59 @@ def _group_names(keys: Iterable[str]) -> Mapping[str, str]:
 # ---- result files
 
 
-@dataclass(frozen=True)
-class ResultFile:
-    """An opened result file: its columns, and its rows with those of them that are wanted."""
+def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = None) -> Scores:
+    """Score a result file (JSONL or Parquet, .gz too for JSONL). Raises IdeficsError for what cannot be scored."""
+    options = options or ScoreOptions()
+    table = _open_results(Path(path))
+    scores = Scores(options, find_text_column(table.columns, options))
+    wanted = dict.fromkeys((scores.text_column, "error", options.answers_column, options.by))
+    for _, row in table.records(0, 1, [name for name in wanted if name in table.columns]):
+        error = row if isinstance(row, RowError) else row.get(OWN_ERROR)
+        if error is not None:
+            raise InputError(f"{path}: {error.message}; name a result file")
+        scores.add(row)
+    return scores.finish()
 
-    columns: tuple[str, ...]
-    rows: Callable[[Iterable[str | None]], Iterator[Mapping[str, Any]]]
+
+def closing_tokenization() -> Literal["ptb", "treebank"]:
+    """As the published figures do, where there is a Java for it."""
+    return "treebank" if shutil.which("java") is None else "ptb"
 
 
-def open_results(path: Path) -> ResultFile:
+def _open_results(path: Path) -> Table:
     """A `.parquet`, or JSON lines under any other name. Raises InputError for a file that is neither."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a result file (.jsonl or .parquet)")
-    return _open_parquet(path) if path.suffix == ".parquet" else _open_json_lines(path)
+    file = LocalFile(os.fspath(path), path.stat().st_size if path.exists() else 0)
+    if path.suffix == ".parquet":
+        from idefics_cli.readers.parquet import ParquetTable  # imports pyarrow
+
+        return ParquetTable(file)
+    from idefics_cli.readers.jsonl import JsonLinesTable
+
+    return JsonLinesTable(file, compressed=path.suffix == ".gz")
 
 
-def _open_json_lines(path: Path) -> ResultFile:
-    first = next(_json_rows(path), None)
-    if first is None:
-        raise InputError(f"{path} holds no rows: name a finished result file")
-    return ResultFile(tuple(first), lambda wanted: _json_rows(path))
+def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
+    """The column with the texts to score: the one that a run has written, else `answer`, `caption` or `text`.
 
-
-def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _json_row(line, f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot read {path} ({error}): name a whole result file") from error
-
-
-def _json_row(line: bytes, place: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not JSON ({type(error).__name__}): name a result file") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: not a JSON object: name a result file")
-    return row
-
-
-def _open_parquet(path: Path) -> ResultFile:
-    with _parquet_file(path) as file:
-        columns = tuple(file.schema_arrow.names)
-    return ResultFile(columns, lambda wanted: _parquet_rows(path, [name for name in wanted if name in columns]))
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    with _parquet_file(path) as file:
-        for batch in file.iter_batches(ROWS_AT_A_TIME, columns=columns, use_threads=False):
-            yield from batch.to_pylist()
-
-
-@contextlib.contextmanager
-def _parquet_file(path: Path) -> Iterator[ParquetFile]:
-    """Opened so that little of it is in memory at a time. Whatever is wrong with it is an InputError."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
-            yield file
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"cannot read {path} ({error}): name a whole result file") from error
+    Raises InputError if a column is missing.
+    """
+    for name in (options.answers_column, options.by):
+        if name is not None and name not in columns:
+            raise InputError(f"the results have no column {name!r}: use one of {listed(columns)}")
+    # A run writes its own text just before its score, and pass-through columns after both.
+    own = [name for name, following in pairwise(columns) if following == "score" and name in TEXT_COLUMNS]
+    texts = [name for name in (*own, *TEXT_COLUMNS) if name in columns and name != options.answers_column]
+    if not texts:
+        raise InputError(f"the results have no column {' or '.join(TEXT_COLUMNS)} to score, but only {listed(columns)}")
+    return texts[0]
 
 
 # ---- for people
 
 
-def score_table(scores: Scores) -> Table:
+def score_table(scores: Scores) -> RichTable:
     """A line for each group and one for all rows; figures in hundredths, as papers print them."""
     from rich.table import Table
     from rich.text import Text

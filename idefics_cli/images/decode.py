@@ -24,7 +24,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from io import BytesIO
 
@@ -42,6 +42,7 @@ from PIL import (
 )
 
 from idefics_cli.errors import RowError
+from idefics_cli.rows import ImageOptions
 
 PLUGINS = (
     JpegImagePlugin,
@@ -71,26 +72,11 @@ DRAFT_SIDES = 4  # docs/benchmarks.md has what other numbers save and cost
 WHITE = (255, 255, 255, 255)
 
 
-@dataclass(frozen=True)
-class ImageLimits:
-    """How large an image may be, and how much of it will do.
-
-    `max_pixels` is width x height, `max_bytes` the file's length. With `allow_truncated` a file may end early. With
-    `draft` a JPEG may be decoded at a half, a quarter or an eighth of its size, where that is still far more than is
-    asked for (`load_image`).
-    """
-
-    max_pixels: int = 64_000_000
-    max_bytes: int = 256 * 1024 * 1024
-    allow_truncated: bool = False
-    draft: bool = False
-
-
-DEFAULT_LIMITS = ImageLimits()
+DEFAULT_OPTIONS = ImageOptions()
 
 
 def load_image(
-    source: str | os.PathLike | bytes | Image.Image, limits: ImageLimits = DEFAULT_LIMITS, side: int | None = None
+    source: str | os.PathLike | bytes | Image.Image, limits: ImageOptions = DEFAULT_OPTIONS, side: int | None = None
 ) -> Image.Image | RowError:
     """The image as a new RGB image, upright, on white; or why there is none. A bad image never raises.
 
@@ -111,7 +97,7 @@ def load_image(
 # ---- bytes
 
 
-def _read(source: object, limits: ImageLimits) -> bytes | RowError:
+def _read(source: object, limits: ImageOptions) -> bytes | RowError:
     if isinstance(source, bytes | bytearray | memoryview):
         return _too_many_bytes(memoryview(source).nbytes, limits) or bytes(source)
     if not isinstance(source, str | os.PathLike):
@@ -143,7 +129,7 @@ def _is_there(source: str | os.PathLike[str]) -> bool:
     return isinstance(source, os.PathLike) and os.path.lexists(source)
 
 
-def _read_file(path: str, limits: ImageLimits) -> bytes | RowError:
+def _read_file(path: str, limits: ImageOptions) -> bytes | RowError:
     try:
         # Looked at before it is opened, since opening a FIFO or a device already does something to it; and again
         # afterwards, since the name may have come to mean another file.
@@ -183,26 +169,26 @@ def _shown(path: str) -> str:
 # ---- limits
 
 
-def _too_many_bytes(num_bytes: int, limits: ImageLimits) -> RowError | None:
+def _too_many_bytes(num_bytes: int, limits: ImageOptions) -> RowError | None:
     if num_bytes <= limits.max_bytes:
         return None
     return RowError("image_too_large", f"{num_bytes:,} bytes, over the limit of {limits.max_bytes:,}")
 
 
-def _wrong_size(size: tuple[int, int], limits: ImageLimits) -> RowError | None:
+def _wrong_size(size: tuple[int, int], limits: ImageOptions) -> RowError | None:
     if 0 in size:
         return RowError("image_unreadable", f"{size[0]} x {size[1]} pixels are no image")
     return _too_many_pixels(size, limits)
 
 
-def _too_many_pixels(size: tuple[int, int], limits: ImageLimits) -> RowError | None:
+def _too_many_pixels(size: tuple[int, int], limits: ImageOptions) -> RowError | None:
     width, height = size
     if width * height <= limits.max_pixels:
         return None
     return RowError("image_too_large", f"{width} x {height} pixels, over the limit of {limits.max_pixels:,} pixels")
 
 
-def _limits_for(image_format: str, limits: ImageLimits) -> ImageLimits:
+def _limits_for(image_format: str, limits: ImageOptions) -> ImageOptions:
     """Some of Pillow's readers warn about large images, or refuse them, by its own limit: there it is ours too."""
     if image_format not in SELF_LIMITING_FORMATS or Image.MAX_IMAGE_PIXELS is None:
         return limits
@@ -212,7 +198,7 @@ def _limits_for(image_format: str, limits: ImageLimits) -> ImageLimits:
 # ---- decoding
 
 
-def _decode(data: bytes, limits: ImageLimits, side: int | None) -> Image.Image | RowError:
+def _decode(data: bytes, limits: ImageOptions, side: int | None) -> Image.Image | RowError:
     image = _open(data, limits)
     if isinstance(image, RowError):
         return image
@@ -237,7 +223,7 @@ def _readers() -> tuple[tuple[str, Callable, Callable], ...]:
     return tuple((name, *Image.OPEN[name]) for name in FORMATS if name in Image.OPEN)
 
 
-def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile | RowError:
+def _open(data: bytes, limits: ImageOptions) -> ImageFile.ImageFile | RowError:
     """The image with its header read and nothing decoded.
 
     `Image.open` does the same, but warns about a large image before our limit can be asked; this way no warning is
@@ -297,7 +283,7 @@ def _after_gif_blocks(data: bytes, position: int) -> int:
     return position + 1
 
 
-def _load(image: ImageFile.ImageFile, limits: ImageLimits) -> None:
+def _load(image: ImageFile.ImageFile, limits: ImageOptions) -> None:
     try:
         image.load()
     except OSError:

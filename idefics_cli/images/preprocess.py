@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from idefics_cli.errors import CheckpointError, RowError
-from idefics_cli.images.decode import DEFAULT_LIMITS, ImageLimits, load_image
+from idefics_cli.images.decode import DEFAULT_OPTIONS, load_image
+from idefics_cli.rows import ImageOptions
 
 if TYPE_CHECKING:
     import torch
@@ -72,12 +73,12 @@ class ImageProcessor:
 
         return torch.from_numpy(self.array(image))
 
-    def prepare_array(self, source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray | RowError:
+    def prepare_array(self, source: Any, limits: ImageOptions = DEFAULT_OPTIONS) -> np.ndarray | RowError:
         """Anything `load_image` takes -> pixels, or why there are none. Safe to call from many threads."""
         image = load_image(source, limits, self.image_size)
         return image if isinstance(image, RowError) else self.array(image)
 
-    def prepare(self, source: Any, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor | RowError:
+    def prepare(self, source: Any, limits: ImageOptions = DEFAULT_OPTIONS) -> torch.Tensor | RowError:
         """`prepare_array` as a tensor."""
         import torch
 

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import AvifImagePlugin
 
 from idefics_cli.errors import RowError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.rows import ImageOptions
 
 HEADER = struct.Struct("<BQ")  # kind, number of bytes behind it
 PATH_CODING = ("utf-8", "surrogatepass")  # any str there and back, names of files that are no text among them
@@ -33,7 +33,7 @@ LONGEST_MESSAGE = 10_000  # characters
 BYTES_PER_PIXEL = 32
 PR_SET_PDEATHSIG = 1
 
-Decode = Callable[[ImageProcessor, Any, ImageLimits], np.ndarray | RowError]
+Decode = Callable[[ImageProcessor, Any, ImageOptions], np.ndarray | RowError]
 
 
 class Kind(IntEnum):
@@ -52,7 +52,7 @@ class DecodeTask:
     """What a decoder process does all its life. `decode` is a function that can be imported by its name."""
 
     processor: ImageProcessor
-    limits: ImageLimits
+    limits: ImageOptions
     decode: Decode
 
     def to_json(self) -> str:
@@ -62,7 +62,7 @@ class DecodeTask:
     @classmethod
     def from_json(cls, text: str) -> DecodeTask:
         processor, limits, name = json.loads(text)
-        return cls(ImageProcessor(**processor), ImageLimits(**limits), pkgutil.resolve_name(name))
+        return cls(ImageProcessor(**processor), ImageOptions(**limits), pkgutil.resolve_name(name))
 
     def answer(self, source: str | bytes) -> tuple[Kind, bytes | memoryview]:
         try:
@@ -101,7 +101,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _limit(limits: ImageLimits) -> None:
+def _limit(limits: ImageOptions) -> None:
     """One thread (libraries that read the environment have it from there), bounded memory, no core dumps."""
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -110,6 +110,6 @@ def _limit(limits: ImageLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def memory_limit(limits: ImageLimits) -> int:
+def memory_limit(limits: ImageOptions) -> int:
     """Bytes of address space: the interpreter and its libraries, a file twice, and the costliest form of an image."""
     return (1 << 30) + 2 * limits.max_bytes + BYTES_PER_PIXEL * limits.max_pixels

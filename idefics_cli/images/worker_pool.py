@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, RowError
-from idefics_cli.images.decode import ImageLimits, path_of
+from idefics_cli.images.decode import path_of
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker import HEADER, PATH_CODING, Decode, DecodeTask, Kind
+from idefics_cli.rows import ImageOptions
 
 if TYPE_CHECKING:
     import torch
 
-DECODE_TIMEOUT = 30.0  # seconds
 START_TIMEOUT = 60.0  # seconds; it takes a fraction of one, on a machine that is not drowning
 KILL_TIMEOUT = 5.0  # seconds
 STEP = 1.0  # seconds
@@ -61,23 +61,21 @@ class RemoteFile(Protocol):
 
 
 class WorkerPool:
-    """`ImageProcessor.prepare` in up to `workers` processes, which start as they are needed.
+    """`ImageProcessor.prepare` in up to `options.num_workers` processes, which start as they are needed.
 
-    A context: `close` ends them. Safe to call from many threads. `timeout` is in seconds, for one image. `decode` is
+    A context: `close` ends them. Safe to call from many threads. `decode` is
     what the processes run: a function by whose module and name they can import it.
     """
 
     def __init__(
         self,
         processor: ImageProcessor,
-        limits: ImageLimits,
-        workers: int,
-        timeout: float = DECODE_TIMEOUT,
+        options: ImageOptions,
         decode: Decode = ImageProcessor.prepare_array,
     ) -> None:
-        assert workers > 0 and timeout > 0, f"{workers} workers, {timeout} s for an image"
-        self._processor, self._limits, self._timeout = processor, limits, timeout
-        self._children = _Children(DecodeTask(processor, limits, decode).to_json(), workers)
+        assert options.num_workers > 0 and options.decode_timeout > 0, options
+        self._processor, self._limits, self._timeout = processor, options, options.decode_timeout
+        self._children = _Children(DecodeTask(processor, options, decode).to_json(), options.num_workers)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -122,7 +120,7 @@ class WorkerPool:
         self._children.close()
 
 
-def _read_remote(file: RemoteFile, limits: ImageLimits) -> bytes | RowError:
+def _read_remote(file: RemoteFile, limits: ImageOptions) -> bytes | RowError:
     try:
         return file.read(limits.max_bytes + 1)  # one more tells a file that is too long
     except FileNotFoundError as error:
@@ -131,7 +129,7 @@ def _read_remote(file: RemoteFile, limits: ImageLimits) -> bytes | RowError:
         return RowError("image_unreadable", f"{type(error).__name__}: {error}")
 
 
-def _request(source: object, limits: ImageLimits) -> Request | None:
+def _request(source: object, limits: ImageOptions) -> Request | None:
     """What to ask a process, or None for what none is needed for."""
     if isinstance(source, str | os.PathLike):
         return Kind.PATH, path_of(source).encode(*PATH_CODING)

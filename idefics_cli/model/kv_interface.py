@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import IdeficsConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -61,6 +62,36 @@ def eager_attention(
 def attention_function(name: str) -> Callable[..., AttentionOutput]:
     """The attention implementation transformers registers under `name` ("sdpa" by default), or the eager one."""
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+
+
+def image_seq_len(config: IdeficsConfig) -> int:
+    """How many vectors cross-attention reads of one image."""
+    if config.use_resampler:
+        return config.perceiver_config.resampler_n_latents
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+
+
+def image_attention_mask(
+    input_ids: Tensor, num_images: int, image_token_id: int, eos_token_id: int, sees_first: bool = False
+) -> Tensor:
+    """Which image each token sees: (rows, tokens) ids -> (rows, tokens, num_images) int64, at most one 1 per token.
+
+    That is the last image at or before the token. None before the first image, and none after an end token (which
+    itself still sees one) until the next image. `sees_first`: the first of `num_images` comes before these tokens.
+    """
+    is_image = input_ids == image_token_id
+    last_end = _last_position(input_ids == eos_token_id)
+    ended_before = nn.functional.pad(last_end, (1, 0), value=-1)[:, :-1]
+    hidden = ended_before > _last_position(is_image)  # (rows, tokens)
+    index = is_image.cumsum(dim=1) - (0 if sees_first else 1)
+    sees = index[..., None] == torch.arange(num_images, device=input_ids.device)
+    return (sees & ~hidden[..., None]).long()
+
+
+def _last_position(found: Tensor) -> Tensor:
+    """For each token the position of the last True at or before it, or -1."""
+    positions = torch.arange(found.shape[1], device=found.device).expand_as(found)
+    return positions.masked_fill(~found, -1).cummax(dim=1).values if found.shape[1] else positions
 
 
 def image_visibility(image_attention_mask: Tensor, image_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -24,14 +24,13 @@ from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
-from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.rows import ImageOptions, InputRow, ReadOptions
 from idefics_cli.writers.formats import Passthrough
 from idefics_cli.writers.output_file import FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
-    from idefics_cli.images.decode import ImageLimits
 
 STDIN = STDOUT = "-"
 ROWS_AT_ONCE = 16  # read from files: one by one, threads would hand each other the interpreter for every row
@@ -48,9 +47,7 @@ class RunOptions:
     output: str
     request: ModelRequest
     reading: ReadOptions
-    limits: ImageLimits
-    decode_timeout: float
-    workers: int
+    images: ImageOptions
     batch_size: int | None = None
     max_errors: int | None = None
     overwrite: bool = False
@@ -172,7 +169,7 @@ class Run:
                 "keep": list(self.passthrough.names),
             },
             "image_root": reading.image_root,
-            "images": {"draft": options.limits.draft},
+            "images": {"draft": options.images.draft},
             "model": model if weights is None else {**model, "weights": weights},
             "command": self.task.command,
             "task": self.task.settings,
@@ -199,9 +196,9 @@ class Run:
         rows = self._checked(rows)
         model = self._load_model(options.request, options.batch_size)
         rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
-        flow = FlowOptions(model.batch_size, options.workers, options.max_errors, rows_at_once)
+        flow = FlowOptions(model.batch_size, options.images.num_workers, options.max_errors, rows_at_once)
         self.observer.on_start(None if total is None else total * self.task.rows_each)
-        with model.image_workers(options.limits, options.workers, options.decode_timeout) as images:
+        with model.image_workers(options.images) as images:
             steps = self.task.begin(model, images, self.inputs.resolve, self.observer)
             writer, resumed = open_writer(), self.stats.safe
             try:

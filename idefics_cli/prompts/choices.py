@@ -1,8 +1,7 @@
-"""Answers to choose from: the tokens each has behind a prompt, and how their likelihoods are compared.
+"""Answers to choose from: the tokens of each after a prompt, and how their likelihoods are compared.
 
-Texts and token ids only; no model. A choice is written as a shot's answer is, and what is compared is the likelihood of
-its tokens alone, without an end of text behind them (as lm-evaluation-harness's `loglikelihood` has it): an answer is
-not punished for going on.
+Texts and token ids only; no model. A choice is written as a shot's answer is. Compared is the likelihood of its tokens
+alone, without an end of text (as in lm-evaluation-harness's `loglikelihood`): a longer text may follow an answer.
 """
 
 from __future__ import annotations
@@ -13,38 +12,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, get_args
 
-from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.errors import IdeficsError, RowError, listed
 from idefics_cli.prompts.templates import Prompt, merge_texts
 
 ChoiceNorm = Literal["none", "tokens", "bytes"]
-CHOICE_NORMS: tuple[ChoiceNorm, ...] = get_args(ChoiceNorm)
-
-
-def with_answer(prompt: Prompt, answer: str) -> Prompt:
-    """The prompt with the answer behind it, and a blank between two texts where there is no white space yet.
-
-    Behind an image or a special token there is none: tokenizers of LLaMA's kind begin a text with a blank themselves.
-    """
-    merged = merge_texts(prompt)
-    last = merged[-1] if merged else None
-    blank = " " if isinstance(last, str) and not last[-1].isspace() else ""
-    return merge_texts((*merged, blank + answer))
-
-
-def split_answers(prompt_ids: Sequence[int], answered: Sequence[Sequence[int]]) -> tuple[int, list[tuple[int, ...]]]:
-    """How many tokens all have in common with the prompt, and each answer's tokens behind these.
-
-    `answered` are prompt and answer tokenised as one text. Where an answer changes the prompt's last tokens, what all
-    choices are judged by begins before these, so that all are judged by the same text.
-    """
-    common = min(_common_length(prompt_ids, ids) for ids in answered)
-    return common, [tuple(ids[common:]) for ids in answered]
-
-
-def _common_length(prompt_ids: Sequence[int], ids: Sequence[int]) -> int:
-    """At most all of `ids` but the last, as an answer has at least one token of its own."""
-    pairs = zip(prompt_ids, ids[:-1], strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @dataclass(frozen=True)
@@ -65,11 +36,12 @@ class ChoiceOptions:
 
 
 def listed_choices(text: str) -> Any:
-    try:
-        listed = json.loads(text) if text.lstrip().startswith("[") else None
-    except (ValueError, RecursionError):  # then the bracket belongs to the first of the choices
-        listed = None
-    return split_choices(text) if listed is None else listed
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            pass  # the bracket belongs to the first of the choices
+    return split_choices(text)
 
 
 def split_choices(text: str) -> tuple[str, ...]:
@@ -79,18 +51,39 @@ def split_choices(text: str) -> tuple[str, ...]:
 def checked_choices(choices: Any) -> tuple[str, ...] | RowError:
     """A row's choices, each a text with more than white space, or what is wrong with them."""
     if not isinstance(choices, list | tuple) or not choices:
-        return RowError(
-            "row_invalid", f"the choices are no list of texts but {type(choices).__name__} {choices!r}"[:200]
-        )
-    wrong = [choice for choice in choices if not isinstance(choice, str) or not choice.strip()]
-    if wrong:
-        return RowError("row_invalid", f"one of the choices is {wrong[0]!r}: each must be a text, and not empty")
+        found = f"{type(choices).__name__} {choices!r}"
+        return RowError("row_invalid", f"the choices must be a list of texts, not {found}"[:200])
+    for choice in choices:
+        if not isinstance(choice, str) or not choice.strip():
+            return RowError("row_invalid", f"one of the choices is {choice!r}: each must be a text, and not empty")
     return tuple(choices)
 
 
+def with_answer(prompt: Prompt, answer: str) -> Prompt:
+    """The prompt followed by the answer, with a blank between two texts where there is no white space yet.
+
+    After an image or a special token there is none: tokenizers of LLaMA's kind begin a text with a blank themselves.
+    """
+    merged = merge_texts(prompt)
+    last = merged[-1] if merged else None
+    blank = " " if isinstance(last, str) and not last[-1].isspace() else ""
+    return merge_texts((*merged, blank + answer))
+
+
+def split_answers(prompt_ids: Sequence[int], answered: Sequence[Sequence[int]]) -> tuple[int, list[tuple[int, ...]]]:
+    """How many tokens all have in common with the prompt, and each answer's tokens after these (one at least).
+
+    `answered` are prompt and answer tokenised as one text. Where an answer changes the prompt's last tokens, these
+    count as the answer's, for all choices, so that all are judged after the same text.
+    """
+    columns = zip(prompt_ids, *(ids[:-1] for ids in answered), strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return common, [tuple(ids[common:]) for ids in answered]
+
+
 def require_norm(norm: str) -> None:
-    if norm not in CHOICE_NORMS:
-        raise IdeficsError(f"unknown choice norm {norm!r}: use {', '.join(CHOICE_NORMS)}")
+    if norm not in get_args(ChoiceNorm):
+        raise IdeficsError(f"unknown choice norm {norm!r}: use {listed(get_args(ChoiceNorm))}")
 
 
 def normalised(log_likelihood: float, choice: str, num_tokens: int, norm: ChoiceNorm) -> float:

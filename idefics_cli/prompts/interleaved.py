@@ -1,7 +1,7 @@
 """A manifest's free prompt -> `Prompt`: a list of texts and images, or a conversation in transformers' chat format.
 
-A string is text, always, never a path. An image is bytes or a struct, and comes out as an `ImageItem` that is yet to be
-loaded. This module opens nothing.
+A string is text, always, never a path. An image is bytes or a struct, and becomes an `ImageItem` that others load.
+This module opens nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from idefics_cli.errors import RowError
+from idefics_cli.errors import RowError, listed
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt, merge_texts
 
 SOURCE_FIELDS = ("image", "url")
@@ -27,49 +27,40 @@ class ImageItem:
 
 
 def interleaved_prompt(value: Any) -> Prompt | RowError:
-    """The prompt that a cell holds; what is no prompt is a RowError that says what is wrong where."""
+    """The prompt that a cell holds, or a RowError that says what is wrong where."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not items:
-        return RowError("row_invalid", f"the prompt is no list of texts and images but {_kind(value)}")
+        return RowError("row_invalid", f"the prompt must be a list of texts and images, not {_kind(value)}")
     is_chat = any(isinstance(item, Mapping) and "role" in item for item in items)
     try:
-        return chat_prompt(items) if is_chat else merge_texts(_item(item) for item in items)
-    except _Malformed as error:
+        return _chat_prompt(items) if is_chat else merge_texts(map(_item, items))
+    except ValueError as error:  # its text is the end of a sentence
         return RowError("row_invalid", f"the prompt {error}")
 
 
-class _Malformed(Exception):
-    """What is wrong with a prompt, as the end of a sentence about it."""
+def _chat_prompt(messages: Sequence[Any]) -> Prompt:
+    """`[{"role", "content"}...]` as IDEFICS's instruct models were trained on, up to the next answer."""
+    turns = [_turn(message, first=number == 0) for number, message in enumerate(messages)]
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"ends with a message of the {messages[-1]['role']}: the last one must be the user's")
+    return merge_texts((*(item for turn in turns for item in turn), LABELS["assistant"]))
 
 
-def chat_prompt(messages: Sequence[Any]) -> Prompt:
-    """`[{"role", "content"}...]` as IDEFICS's instruct models were taught conversations, up to the next answer."""
-    *earlier, last = [_message(message, first=number == 0) for number, message in enumerate(messages)]
-    if last[0] != "user":
-        raise _Malformed(f"ends with a message of the {last[0]}: the last one is to be the user's")
-    turns = [item for turn in (*earlier, last) for item in _turn(*turn)]
-    return merge_texts((*turns, LABELS["assistant"]))
-
-
-def _turn(role: str, content: Prompt) -> Prompt:
-    if role == "system":
-        return (*content, "\n")
-    blank = " " if isinstance(content[0], str) else ""
-    return (LABELS[role], blank, *content, END_OF_UTTERANCE, "\n")
-
-
-def _message(message: Any, first: bool) -> tuple[str, Prompt]:
+def _turn(message: Any, first: bool) -> Prompt:
     role = message.get("role") if isinstance(message, Mapping) else None
     if role not in tuple(LABELS) and not (role == "system" and first):
-        raise _Malformed(f"has a message of {role!r}: user and assistant speak, and a system message stands first")
+        raise ValueError(f"has a message of {role!r}: use user and assistant, and system for the first one")
     content = message.get("content")
     items = [content] if isinstance(content, str) else content
     if not isinstance(items, list | tuple):
-        raise _Malformed(f"has a message whose content is {_kind(content)}")
-    written = merge_texts(_item(item) for item in items)
+        raise ValueError(f"has a message whose content is {_kind(content)}")
+    written = merge_texts(map(_item, items))
     if not written:
-        raise _Malformed(f"has an empty message of the {role}")
-    return role, written
+        raise ValueError(f"has an empty message of the {role}")
+    if role == "system":
+        return (*written, "\n")
+    blank = " " if isinstance(written[0], str) else ""
+    return (LABELS[role], blank, *written, END_OF_UTTERANCE, "\n")
 
 
 def _item(item: Any) -> str | ImageItem:
@@ -79,27 +70,25 @@ def _item(item: Any) -> str | ImageItem:
     if isinstance(item, bytes):
         return ImageItem(item)
     if not isinstance(item, Mapping):
-        raise _Malformed(f"holds {_kind(item)}: texts are strings, images bytes or structs")
-    text, source = item.get("text"), _source(item)
+        raise ValueError(f"holds {_kind(item)}: texts are strings, images bytes or structs")
+    text, source, embedding = item.get("text"), _source(item), item.get("embedding")
     if isinstance(text, str) and source is None:
         return text
     if text is None and source is not None:
         return ImageItem(source)
-    if text is None and isinstance(item.get("embedding"), str):
-        return ImageItem(embedding=item["embedding"])
-    raise _Malformed(f"holds a struct of {', '.join(map(repr, item)) or 'nothing'}: it needs either a text or an image")
+    if text is None and isinstance(embedding, str):
+        return ImageItem(embedding=embedding)
+    raise ValueError(f"holds a struct of {listed(map(repr, item))}: it needs either a text or an image")
 
 
 def _source(struct: Mapping[str, Any]) -> Any:
     named = next((struct[name] for name in SOURCE_FIELDS if _holds_something(struct.get(name))), None)
-    if named is not None:
-        return named
     stored = {name: struct[name] for name in ("bytes", "path") if struct.get(name) is not None}
-    return stored or None
+    return stored or None if named is None else named
 
 
 def _holds_something(value: Any) -> bool:
-    """A struct of nulls is what Parquet may give where there is none."""
+    """Where there is nothing, Parquet may give a struct of nulls."""
     return any(part is not None for part in value.values()) if isinstance(value, Mapping) else value is not None
 
 

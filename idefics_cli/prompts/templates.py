@@ -1,8 +1,7 @@
 """Official templates, own texts, shots and questions -> `Prompt`: texts, images and special tokens in their order.
 
-A prompt is a tuple of items: a `str` is text and nothing but text, whatever words it holds; a `SpecialToken` is the
-tokenizer's token of that name; anything else is an image, and is passed on untouched. This module knows neither tokens
-nor pixels.
+In a prompt a `str` is always text, whatever words it holds; a `SpecialToken` is the tokenizer's token of that name;
+anything else is an image, passed on untouched. This module knows neither tokens nor pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.errors import IdeficsError, RowError, listed
 
 
 @dataclass(frozen=True)
@@ -54,36 +53,36 @@ class Shot:
     def text(self, name: str) -> str:
         texts = {"question": self.question, **self.fields}
         if name not in texts:
-            raise IdeficsError(f"a shot has no {name!r}, which the prompt asks for: the shots have {_listed(texts)}")
+            raise IdeficsError(f"the prompt has a field {name!r}, and a shot has only {listed(texts)}: add it")
         return texts[name]
 
 
 @dataclass(frozen=True)
 class Template:
-    """How shots are written: `asked`, which the model is shown of the query too, " answer", `after_answer`.
+    """How shots and the query are written. `prefix` stands once, before all of them.
 
-    `prefix` stands once, before all. In the texts of `asked`, `{image}` stands for the images, `{name}` for the field
-    of that name, and `{{`, `}}` for braces. What a field holds is text, never read as a template again.
+    In `text`, `{image}` stands for the images, `{name}` for the field of that name, and `{{`, `}}` for braces. What a
+    field holds is text, never read as a template again. The answer follows; with `instruct` as the assistant's turn.
     """
 
-    prefix: str
-    asked: Prompt
-    after_answer: Prompt
+    text: str
+    instruct: bool = False
+    prefix: str = ""
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields, images among them, as often as they stand there."""
-        texts = (item for item in self.asked if isinstance(item, str))
-        return tuple(name for text in texts for _, name in parse_text(text) if name is not None)
+        return tuple(name for _, name in parse_text(self.text) if name is not None)
 
     def shot(self, shot: Shot) -> Prompt:
         """A shot with its answer, as it stands before the query."""
-        return (*self.query(shot), f" {shot.answer}", *self.after_answer)
+        return (*self.query(shot), f" {shot.answer}", *([END_OF_UTTERANCE] if self.instruct else []), "\n")
 
     def query(self, shot: Shot) -> Prompt:
-        """The same as far as the model is shown it: up to the answer."""
+        """The same up to the answer."""
         images = iter(self._image_groups(shot.images))
-        return tuple(piece for item in self.asked for piece in _written(item, shot, images))
+        asked = (piece for text, name in parse_text(self.text) for piece in (text, *_filled(name, shot, images)))
+        return ("User:", *asked, END_OF_UTTERANCE, "\nAssistant:") if self.instruct else tuple(asked)
 
     def takes(self, num_images: int) -> bool:
         """Whether so many images have a place: one at each `{image}`, all at the only one, or none at all."""
@@ -93,26 +92,19 @@ class Template:
     def _image_groups(self, images: Prompt) -> list[Prompt]:
         marks = self.fields.count(IMAGE_FIELD)
         assert self.takes(len(images)), f"{len(images)} images for {marks} places"
-        if marks == 1:
-            return [images]
-        return [(image,) for image in images] or [()] * marks
+        return [images] if marks == 1 else [(image,) for image in images] or [()] * marks
 
 
-def _written(item: str | SpecialToken, shot: Shot, images: Iterator[Prompt]) -> Iterator[Any]:
-    if not isinstance(item, str):
-        yield item
-        return
-    for text, name in parse_text(item):
-        yield text
-        if name == IMAGE_FIELD:
-            yield from next(images)
-        elif name is not None:
-            yield shot.text(name)
+def _filled(name: str | None, shot: Shot, images: Iterator[Prompt]) -> Prompt:
+    """What stands in the place of a field."""
+    if name == IMAGE_FIELD:
+        return next(images)
+    return () if name is None else (shot.text(name),)
 
 
 @functools.lru_cache
 def parse_text(text: str) -> tuple[tuple[str, str | None], ...]:
-    """Stretches of plain text, each with the name of the field behind it, or None. Raises IdeficsError."""
+    """Stretches of plain text, each with the name of the field after it, or None. Raises IdeficsError."""
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -122,27 +114,17 @@ def parse_text(text: str) -> tuple[tuple[str, str | None], ...]:
     return tuple((plain, name) for plain, name, _, _ in parsed)
 
 
-CAPTION = Template("", ("Image:{image}Caption:",), ("\n",))
+CAPTION = Template("Image:{image}Caption:")
 QUESTION_ANSWER = Template(
-    "Instruction: provide an answer to the question. Use the image to answer.\n",
-    ("Image:{image}Question: {question} Answer:",),
-    ("\n",),
+    "Image:{image}Question: {question} Answer:",
+    prefix="Instruction: provide an answer to the question. Use the image to answer.\n",
 )
-VIZWIZ = Template(
-    "PublishedTask: Answer the questions based on the image when possible, otherwise say unanswerable.\n",
-    ("Image:{image}Question: {question} Answer:",),
-    ("\n",),
+VIZWIZ = replace(
+    QUESTION_ANSWER,
+    prefix="Task: Answer the questions based on the image when possible, otherwise say unanswerable.\n",
 )
-INSTRUCT_CAPTION = Template(
-    "",
-    ("User:{image}Describe the image briefly.", END_OF_UTTERANCE, "\nAssistant:"),
-    (END_OF_UTTERANCE, "\n"),
-)
-INSTRUCT_QUESTION = Template(
-    "",
-    ("User:{image}{question}", END_OF_UTTERANCE, "\nAssistant:"),
-    (END_OF_UTTERANCE, "\n"),
-)
+INSTRUCT_CAPTION = Template("{image}Describe the image briefly.", instruct=True)
+INSTRUCT_QUESTION = Template("{image}{question}", instruct=True)
 TEMPLATES = {
     "caption": CAPTION,
     "vqa": QUESTION_ANSWER,
@@ -152,31 +134,17 @@ TEMPLATES = {
 }
 
 
-def own_template(text: str, instruct: bool) -> Template:
-    """A user's own text as a template; without an `{image}` in it, the images stand before it.
-
-    A base model is shown it as it stands, an instruct one as the user's turn. Raises IdeficsError for stray braces.
-    """
-    names = [name for _, name in parse_text(text)]
-    text = text if IMAGE_FIELD in names else f"{{{IMAGE_FIELD}}}{text}"
-    if instruct:
-        return Template("", (f"User:{text}", END_OF_UTTERANCE, "\nAssistant:"), (END_OF_UTTERANCE, "\n"))
-    return Template("", (text,), ("\n",))
-
-
 # ---- tasks and their options
 
 
 @dataclass(frozen=True)
 class PublishedTask:
-    """What is asked of the model, as it was published.
+    """How the model was prompted for a task when its published figures were measured.
 
-    The text ends at the first of `stop_words`, and at a line's end. `banned_words` are never decoded. Without shots,
+    The text ends at the first of `stop_words`, and at a line break. `banned_words` are never decoded. Without shots,
     base models are shown `text_only_shots`, written for this project, unless there is a pool to take them from.
     """
 
-    base_template: str
-    instruct_template: str
     stop_words: tuple[str, ...]
     max_new_tokens: int
     text_only_shots: tuple[Shot, ...]
@@ -190,8 +158,6 @@ class PublishedTask:
 
 TASKS = {
     "caption": PublishedTask(
-        "caption",
-        "instruct-caption",
         ("Caption", "Description", "User", "Image", "task", END_OF_UTTERANCE.name),
         30,
         (
@@ -200,14 +166,9 @@ TASKS = {
         ),
     ),
     "vqa": PublishedTask(
-        "vqa",
-        "instruct-vqa",
         ("Question", "User", "Image", "task", "What", "Who", "When", "Where", "Why", "How", END_OF_UTTERANCE.name),
         15,
-        (
-            Shot(None, "red", "What color is the bus?"),
-            Shot(None, "2", "How many people are there?"),
-        ),
+        (Shot(None, "red", "What color is the bus?"), Shot(None, "2", "How many people are there?")),
     ),
 }
 
@@ -238,32 +199,23 @@ class PromptOptions:
 
 @functools.lru_cache
 def choose_template(options: PromptOptions, instruct: bool) -> Template:
-    """Raises IdeficsError for a template that is unknown, or is not for this task or this kind of model."""
-    task = TASKS[options.task]
+    """The user's own text, the template that was named, or the official one for the task and the kind of model.
+
+    Without an `{image}` in an own text, the images stand before it. Raises IdeficsError for stray braces, and for a
+    template that is unknown, or is not for this task or this kind of model.
+    """
     if options.text is not None:
-        return own_template(options.text, instruct)
-    name = options.template or (task.instruct_template if instruct else task.base_template)
+        own = Template(options.text, instruct)
+        return own if IMAGE_FIELD in own.fields else Template(f"{{{IMAGE_FIELD}}}{options.text}", instruct)
+    name = options.template or ("instruct-" if instruct else "") + options.task
     if name not in TEMPLATES:
-        raise IdeficsError(f"there is no template {name!r}: use one of {_listed(TEMPLATES)}, or --prompt TEXT")
+        raise IdeficsError(f"unknown template {name!r}: use one of {listed(TEMPLATES)}, or --prompt TEXT")
     template = TEMPLATES[name]
-    if END_OF_UTTERANCE in template.asked and not instruct:
-        raise IdeficsError(
-            f"the template {name!r} is for instruct models, and this is none: use {task.base_template!r}"
-        )
+    if template.instruct and not instruct:
+        raise IdeficsError(f"the template {name!r} is for instruct models, this is a base model: use {options.task!r}")
     if options.task == "vqa" and "question" not in template.fields:
-        raise IdeficsError(f"the template {name!r} asks no question: use {task.base_template!r} or another of its kind")
+        raise IdeficsError(f"the template {name!r} asks no question: use {options.task!r}")
     return template
-
-
-def require_fields(options: PromptOptions, columns: Iterable[str], instruct: bool) -> None:
-    """Raises IdeficsError, naming the columns, for a field that no row will have."""
-    columns = tuple(columns)
-    for name in choose_template(options, instruct).fields:
-        if name != IMAGE_FIELD and name not in columns:
-            raise IdeficsError(
-                f"the prompt has a field {name!r}, and the rows have {_listed(columns)}: name one of these, or write "
-                "{{ and }} for braces"
-            )
 
 
 def leading_shots(options: PromptOptions, pool: Sequence[Shot], instruct: bool) -> tuple[Shot, ...]:
@@ -273,7 +225,7 @@ def leading_shots(options: PromptOptions, pool: Sequence[Shot], instruct: bool) 
     pool's first or the task's own. Raises IdeficsError when the pool is too small.
     """
     if options.num_shots > len(pool):
-        raise IdeficsError(f"{options.num_shots} shots are asked for, and there are {len(pool)}: lower --num-shots")
+        raise IdeficsError(f"there are {len(pool)} shots for --num-shots {options.num_shots}: lower it")
     if options.num_shots or options.bare or instruct or options.text is not None:
         return tuple(pool[: options.num_shots])
     texts = pool[:TEXT_ONLY_SHOTS] or TASKS[options.task].text_only_shots
@@ -286,21 +238,26 @@ def leading_shots(options: PromptOptions, pool: Sequence[Shot], instruct: bool) 
 def build_prompt(
     options: PromptOptions, fields: Mapping[str, Any], images: Sequence[Any], shots: Sequence[Shot], instruct: bool
 ) -> Prompt | RowError:
-    """The prompt of a row with these `fields` and `images`, behind `shots` in their order (the furthest first).
+    """The prompt of a row with these `fields` and `images`, after `shots` in their order.
 
-    A field that is empty or no text, or images without a place, are a RowError. Raises IdeficsError as
-    `choose_template` and `require_fields` do.
+    A field that is empty or not text, or images without a place, are a RowError. Raises IdeficsError as
+    `choose_template` does, and for a field that no row has.
     """
     template = choose_template(options, instruct)
-    require_fields(options, fields, instruct)
     names = [name for name in template.fields if name != IMAGE_FIELD]
+    missing = next((name for name in names if name not in fields), None)
+    if missing is not None:
+        raise IdeficsError(
+            f"the prompt has a field {missing!r}, and the rows have {listed(fields)}: name one of these, or write "
+            "{{ and }} for braces"
+        )
     texts = {name: field_text(name, fields[name]) for name in names}
     error = next((text for text in texts.values() if isinstance(text, RowError)), None)
     if error is not None:
         return error
     if not template.takes(len(images)):
         places = template.fields.count(IMAGE_FIELD)
-        return RowError("row_invalid", f"{len(images)} images for the {places} places that the prompt has")
+        return RowError("row_invalid", f"{len(images)} images for the {places} places in the prompt")
     return few_shot_prompt(template, shots, Shot(tuple(images), fields=texts))
 
 
@@ -310,8 +267,8 @@ def field_text(name: str, value: Any) -> str | RowError:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    said = "nothing" if value is None else f"{type(value).__name__}, not text,"
-    return RowError("row_invalid", f"there is {said} in the column {name!r}")
+    found = "is empty" if value is None else f"holds {type(value).__name__}, not text"
+    return RowError("row_invalid", f"the column {name!r} {found}")
 
 
 def few_shot_prompt(template: Template, shots: Sequence[Shot], query: Shot) -> Prompt:
@@ -346,7 +303,3 @@ def strip(prompt: Prompt) -> Prompt:
     if items and isinstance(items[-1], str):
         items[-1] = items[-1].rstrip()
     return merge_texts(items)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "no columns"

@@ -1,19 +1,16 @@
-"""Prompt -> token ids and image mask, rows -> a batch. Knows text and where images stand in it, no model.
+"""Prompt -> token ids, and generated ids -> text. Knows text and where images stand in it, no model.
 
-The tensors are those of transformers' IDEFICS processor, without its traps: a text is never an address that is fetched,
+The ids are those of transformers' IDEFICS processor, without its traps: a text is never an address that is fetched,
 never loses its spaces, and never turns into a special token, whatever words it holds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from tokenizers import AddedToken, Tokenizer
 
 from idefics_cli.errors import CheckpointError, IdeficsError
@@ -24,21 +21,18 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
-_AROUND_IMAGE = (SpecialToken(FAKE), SpecialToken(IMAGE), SpecialToken(FAKE))
+AROUND_IMAGE = (SpecialToken(FAKE), SpecialToken(IMAGE), SpecialToken(FAKE))
 # Characters that Unicode promises never to assign (and halves of characters, which no encoder takes): not text.
 FIRST_MARKER = 0xFDD0
 NOT_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")
 REPLACEMENT = "\ufffd"
 
 
-# ---- text
-
-
 class PromptEncoder:
     """Prompts -> token ids, and generated ids -> text, with the checkpoint's own tokenizer.
 
     Text is encoded by a twin of the tokenizer in which no special token can be spelled out. Where a special token
-    belongs, the twin is given a *marker* instead: a character that is no text, added as a token, so that it splits its
+    belongs, the twin gets a *marker* instead: a character that is not text, added as a token, so that it splits its
     surroundings just as the special token would. Markers that come in as text, and halves of surrogate pairs, become
     U+FFFD.
     """
@@ -56,7 +50,6 @@ class PromptEncoder:
         self.image_token_id: int = self._required(IMAGE)
         self.fake_token_id: int = self._required(FAKE)
         self.pad_token_id: int = _first_known(tokenizer.pad_token_id, tokenizer.unk_token_id, self.eos_token_id)
-        self._unknown_token_id: int = _first_known(tokenizer.unk_token_id, self.pad_token_id)
         end_of_utterance = backend.token_to_id(END_OF_UTTERANCE.name)
         self.is_instruct: bool = end_of_utterance is not None
         self.end_token_ids: tuple[int, ...] = (self.eos_token_id, end_of_utterance)[: 1 + self.is_instruct]
@@ -66,10 +59,8 @@ class PromptEncoder:
     def _required(self, name: str | None) -> int:
         token_id = None if name is None else self._tokenizer.token_to_id(name)
         if token_id is None:
-            missing = name or "token for the begin or the end of a text"
-            raise CheckpointError(
-                f"the tokenizer has no {missing}: name a checkpoint with IDEFICS's own tokenizer files"
-            )
+            missing = name or "token for the start or the end of a text"
+            raise CheckpointError(f"the tokenizer has no {missing}: use IDEFICS's own tokenizer files")
         return token_id
 
     def _build_twin(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -79,28 +70,26 @@ class PromptEncoder:
         self._special_ids = frozenset(special_ids.values())
         self._twin = _literal_twin(self._tokenizer, special_ids.keys())
         self._markers = _add_markers(self._twin, self._tokenizer, self._known_ids(marked), self._bos.name)
-        # The second half is for vocabularies in which the letters of a special token can add up to it after all.
-        self._own_ids = {self._twin.token_to_id(marker): special_ids[name] for name, marker in self._markers.items()}
-        self._own_ids |= dict.fromkeys(self._special_ids, self._unknown_token_id)
+        # The first half is for vocabularies in which the letters of a special token can add up to it after all.
+        unknown_token_id = _first_known(tokenizer.unk_token_id, self.pad_token_id)
+        self._own_ids = dict.fromkeys(self._special_ids, unknown_token_id)
+        self._own_ids |= {self._twin.token_to_id(marker): special_ids[name] for name, marker in self._markers.items()}
         expected = [self.bos_token_id, self.fake_token_id, self.image_token_id, self.fake_token_id]
         if (found := self.encode((object(),))) != expected:
-            raise CheckpointError(
-                f"the tokenizer breaks up its special tokens, {expected} into {found}: restore its files"
-            )
+            raise CheckpointError(f"the tokenizer splits its special tokens, {expected} as {found}: restore its files")
 
     def _known_ids(self, names: Iterable[str]) -> dict[str, int]:
         ids = {name: self._tokenizer.token_to_id(name) for name in names}
         return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of the prompt behind one `<s>`: `<image>` once for every image, no special token for any text.
+        """Token ids of the prompt after one `<s>`: `<image>` once for every image, no special token for any text.
 
-        Neighbouring images share the `<fake_token_around_image>` between them; an empty text between them is no text.
-        Raises IdeficsError for a special token that this tokenizer lacks.
+        Neighbouring images share the `<fake_token_around_image>` between them; an empty text between them does not
+        count. Raises IdeficsError for a special token that this tokenizer lacks.
         """
         marked = "".join(self._marked(item) for item in (self._bos, *_with_image_tokens(merge_texts(prompt))))
-        token_ids = self._twin.encode(marked, add_special_tokens=False).ids
-        return [self._own_ids.get(token_id, token_id) for token_id in token_ids]
+        return [self._own_ids.get(token_id, token_id) for token_id in self._twin_ids(marked)]
 
     def _marked(self, item: str | SpecialToken) -> str:
         if isinstance(item, str):
@@ -109,14 +98,16 @@ class PromptEncoder:
             raise IdeficsError(f"the tokenizer has no {item.name}: use a template for this kind of model")
         return self._markers[item.name]
 
+    def _twin_ids(self, text: str) -> list[int]:
+        return self._twin.encode(text, add_special_tokens=False).ids
+
     def banned_sequences(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Each word's token ids as a text of its own: what transformers takes as `bad_words_ids`.
 
-        The last id of a sequence is not to follow the others; it is free elsewhere. LLaMA's "\n" is a piece for a blank
-        and a byte behind it, so that neither blanks nor the line's end behind a word are banned.
+        The last id of a sequence must not follow the others; it is free elsewhere. LLaMA's "\n" is a piece for a blank
+        and then a byte, so that neither blanks nor a line break right after a word are banned.
         """
-        literal = (NOT_TEXT.sub(REPLACEMENT, word) for word in words)
-        return tuple(dict.fromkeys(tuple(self._twin.encode(word, add_special_tokens=False).ids) for word in literal))
+        return tuple(dict.fromkeys(tuple(self._twin_ids(NOT_TEXT.sub(REPLACEMENT, word))) for word in words))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated ids, stripped, special tokens left out."""
@@ -150,7 +141,7 @@ def _add_markers(twin: Tokenizer, original: Tokenizer, special_ids: dict[str, in
     """Give the twin a marker for every special token, with its habits about blanks beside it. Returns {name: marker}.
 
     `normalized` says whether a token is looked for before or after the normaliser. That of `<s>` is kept, since it
-    decides whether the text behind it begins with a blank; the others could no longer be found inside a prompt.
+    decides whether the text after it begins with a blank; the others could no longer be found inside a prompt.
     """
     habits = original.get_added_tokens_decoder()
     markers = {name: chr(FIRST_MARKER + index) for index, name in enumerate(special_ids)}
@@ -168,123 +159,9 @@ def _with_image_tokens(prompt: Prompt) -> Iterator[str | SpecialToken]:
     for item in prompt:
         is_image = not isinstance(item, str | SpecialToken)
         if is_image:
-            yield from (SpecialToken(IMAGE), SpecialToken(FAKE)) if after_image else _AROUND_IMAGE
+            yield from AROUND_IMAGE[after_image:]
+        elif item in AROUND_IMAGE:
+            raise IdeficsError(f"{item.name} stands only where an image is: put the image into the prompt")
         else:
-            if item in _AROUND_IMAGE:
-                raise IdeficsError(f"{item.name} stands only where an image is: put the image into the prompt")
             yield item
         after_image = is_image
-
-
-# ---- batches
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One row: token ids, and the pixels (3, S, S) of each of its images in order, or its latents (seq, dim).
-
-    `image_keys` are the images' `content_key`s: computed here, in whatever thread makes the prompt, unless whoever
-    makes many prompts with the same shots has them already.
-    """
-
-    input_ids: list[int]
-    pixels: tuple[torch.Tensor, ...] = ()
-    image_keys: tuple[bytes, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.image_keys:
-            object.__setattr__(self, "image_keys", tuple(map(content_key, self.pixels)))
-        assert len(self.image_keys) == len(self.pixels), (len(self.image_keys), len(self.pixels))
-
-
-@dataclass(frozen=True)
-class EncodedChoices(EncodedPrompt):
-    """A prompt and the answers to choose from: their texts, and the token ids of each behind `input_ids`.
-
-    `input_ids` are what all of them have in common, which may be a little less than the prompt.
-    """
-
-    choices: tuple[str, ...] = ()
-    choice_ids: tuple[tuple[int, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        assert len(self.choices) == len(self.choice_ids) > 0, (self.choices, self.choice_ids)
-        assert all(self.choice_ids), self.choice_ids
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """One image without a prompt, to be embedded: its pixels (3, S, S), and its `content_key`."""
-
-    pixels: tuple[torch.Tensor]
-    image_keys: tuple[bytes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        (pixels,) = self.pixels
-        object.__setattr__(self, "image_keys", (content_key(pixels),))
-
-
-def content_key(pixels: torch.Tensor) -> bytes:
-    """Equal for equal pixels, or latents."""
-    data = pixels.contiguous().cpu().numpy()
-    return hashlib.blake2b(data, digest_size=16, salt=str(data.shape[-1]).encode()).digest()
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """A batch, padded on the left. `images` is the most images in any row, at least 1; absent ones are all zero."""
-
-    input_ids: torch.Tensor  # (rows, tokens) int64
-    attention_mask: torch.Tensor  # (rows, tokens) int64, 0 on padding
-    pixel_values: torch.Tensor  # (rows, images, 3, S, S) float32
-    image_attention_mask: torch.Tensor  # (rows, tokens, images) int64, 1 where the token sees the image
-
-
-def collate(encoded: Sequence[EncodedPrompt], encoder: PromptEncoder, image_size: int) -> ModelInputs:
-    """Rows -> one batch. `image_size` is S, needed where no row holds an image."""
-    assert encoded, "a batch has at least one row"
-    for row in encoded:
-        num_image_tokens = row.input_ids.count(encoder.image_token_id)
-        assert num_image_tokens == len(row.pixels), f"{num_image_tokens} image tokens for {len(row.pixels)} images"
-    input_ids, attention_mask = _pad_left([row.input_ids for row in encoded], encoder.pad_token_id)
-    num_images = max(1, *(len(row.pixels) for row in encoded))
-    pixel_values = torch.zeros(len(encoded), num_images, 3, image_size, image_size)
-    for images, row in zip(pixel_values, encoded, strict=True):
-        for image, pixels in zip(images, row.pixels, strict=False):
-            image.copy_(pixels)
-    mask = image_attention_mask(input_ids, num_images, encoder.image_token_id, encoder.eos_token_id)
-    return ModelInputs(input_ids, attention_mask, pixel_values, mask)
-
-
-def _pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both (rows, tokens) int64."""
-    num_tokens = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad_token_id] * (num_tokens - len(row)) + row for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    attention_mask = torch.arange(num_tokens) >= num_tokens - lengths[:, None]  # (rows, tokens)
-    return input_ids, attention_mask.long()
-
-
-def image_attention_mask(
-    input_ids: torch.Tensor, num_images: int, image_token_id: int, eos_token_id: int
-) -> torch.Tensor:
-    """Which image each token sees: (rows, tokens) ids -> (rows, tokens, num_images) int64, at most one 1 per token.
-
-    That is the last image at or before the token. None before the first image; none behind a `</s>` (which still sees
-    it itself) until the next image.
-    """
-    is_image = input_ids == image_token_id
-    last_image = _last_position(is_image)  # (rows, tokens)
-    last_end = _last_position(input_ids == eos_token_id).roll(1, dims=1)
-    last_end[:, :1] = -1
-    image_index = is_image.cumsum(dim=1) - 1
-    sees = (last_image >= 0) & (last_image >= last_end)
-    mask = (image_index[..., None] == torch.arange(num_images, device=input_ids.device)) & sees[..., None]
-    return mask.long()  # (rows, tokens, num_images)
-
-
-def _last_position(found: torch.Tensor) -> torch.Tensor:
-    """For each token the position of the last True at or before it, or -1."""
-    positions = torch.arange(found.shape[1], device=found.device).expand_as(found)
-    return positions.masked_fill(~found, -1).cummax(dim=1).values if found.shape[1] else positions

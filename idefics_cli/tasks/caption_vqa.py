@@ -37,10 +37,9 @@ from idefics_cli.tasks.similar_shots import SimilarShots
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.engine.options import DecodingOptions
-    from idefics_cli.engine.prompt_source import PromptSource
+    from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
-    from idefics_cli.prompts.tokenize import EncodedPrompt
     from idefics_cli.readers.inputs import Inputs
 
 

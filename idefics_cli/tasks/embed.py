@@ -19,9 +19,9 @@ from idefics_cli.writers.embeddings_file import ERROR, ID, LATENTS, VISION, Embe
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
+    from idefics_cli.engine.prompt_source import EncodedImage
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
-    from idefics_cli.prompts.tokenize import EncodedImage
     from idefics_cli.result import Embedding
 
 

@@ -22,9 +22,9 @@ from idefics_cli.tasks.result_rows import ResultForm
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.engine.options import DecodingOptions
+    from idefics_cli.engine.prompt_source import EncodedPrompt
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
-    from idefics_cli.prompts.tokenize import EncodedPrompt
 
 PROMPT = "prompt"
 MAX_NEW_TOKENS = 100

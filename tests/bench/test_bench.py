@@ -35,11 +35,11 @@ from idefics_cli.bench.subjects import (
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.cli import app as cli
 from idefics_cli.engine import reference
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.reference import Hypothesis, Vocabulary
+from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
+from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.engine.reference import collate
 from idefics_cli.errors import IdeficsError
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.prompts.tokenize import EncodedPrompt, collate
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 ROOT = Path(__file__).parents[2]
@@ -56,8 +56,8 @@ OPTIONS = BenchOptions(
 class PlainEngine:
     """Answers what the engine answers, with `generate` row by row; all of its time is decoding."""
 
-    def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, image_token_id: int, rows: int):
-        self.model, self.vocabulary, self.image_token_id = model, vocabulary, image_token_id
+    def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, rows: int):
+        self.model, self.vocabulary = model, vocabulary
         self.waits = False
         self.times = SimpleNamespace(reset=self._reset)
         self._reset()
@@ -68,10 +68,9 @@ class PlainEngine:
     def generate(
         self, prompts: Iterable[EncodedPrompt], options: DecodingOptions
     ) -> Iterator[tuple[int, list[Hypothesis]]]:
-        ids = SimpleNamespace(image_token_id=self.image_token_id, eos_token_id=2, pad_token_id=0)
         for index, prompt in reversed(list(enumerate(prompts))):
             started = time.perf_counter()
-            inputs = vars(collate([prompt], ids, self.model.config.vision_config.image_size))
+            inputs = vars(collate([prompt], self.vocabulary, self.model.config.vision_config.image_size))
             (found,) = reference.generate(self.model, inputs, options, self.vocabulary)
             self.times.decode += time.perf_counter() - started
             self.times.images += len(prompt.pixels)
@@ -97,7 +96,7 @@ def test_the_weights_are_held_once(bench: Bench) -> None:
 
 def test_transformers_computes_the_same_from_them(bench: Bench) -> None:
     prompts = bench.subject.prompts.draw(0)
-    inputs = vars(collate(prompts, bench.subject.token_ids, bench.subject.image_size))
+    inputs = vars(collate(prompts, bench.subject.vocabulary, bench.subject.image_size))
     with torch.inference_mode():
         ours, theirs = bench.subject.model(**inputs).logits, bench.theirs(**inputs).logits
     torch.testing.assert_close(ours[:, -1], theirs[:, -1], atol=1e-4, rtol=1e-4)
@@ -163,7 +162,7 @@ def test_a_checkpoint_is_asked_about_scenes(tmp_path: Path, instruct: bool) -> N
     options = replace(OPTIONS, request=request, random=None, shots=1, rows=4, questions_per_image=2)
     subject = checkpoint_subject(options, CPU, FP32)
     prompts = subject.prompts.draw(0)
-    texts = [subject.token_ids.decode(prompt.input_ids) for prompt in prompts]
+    texts = [subject.prompts.encoder.decode(prompt.input_ids) for prompt in prompts]
     assert all("What" in text or "How" in text for text in texts)
     assert texts[0] != texts[1] and texts[2] != texts[3]
     assert all(len(prompt.pixels) == 2 for prompt in prompts)
@@ -268,7 +267,7 @@ def test_vision_is_what_the_network_multiplies(bench: Bench) -> None:
 
 def test_a_decode_step_is_what_the_network_multiplies(bench: Bench) -> None:
     prompts = bench.subject.prompts.draw(0)[:1]
-    inputs = vars(collate(prompts, bench.subject.token_ids, bench.subject.image_size))
+    inputs = vars(collate(prompts, bench.subject.vocabulary, bench.subject.image_size))
     model = bench.theirs
 
     def flops(num_tokens: int) -> int:

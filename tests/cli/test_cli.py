@@ -399,7 +399,7 @@ def test_a_full_disk_behind_stderr_changes_no_exit_code(tmp_path: Path) -> None:
     assert process.returncode == 2
 
 
-def test_a_full_disk_behind_stdout_is_one_line(photos: Path) -> None:
+def test_stdout_to_a_full_disk_is_one_line(photos: Path) -> None:
     with open("/dev/full", "wb") as full, started("caption", photos, stdout=full) as process:
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == 2

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from hypothesis import strategies as st
 from tiny_models import IMAGE_SIZE, Shape, randomize, tiny_config
 
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.reference import Vocabulary
+from idefics_cli.engine.options import DecodingOptions, Vocabulary
+from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.engine.reference import collate
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.prompts.tokenize import EncodedPrompt, collate
 
 FAKE_ID, IMAGE_ID, END_ID = 64, 65, 2
 ENDS = (END_ID, 40, 41, 42, 43, 44, 45, 46)  # many, so that texts end early
-VOCABULARY = Vocabulary(end_token_ids=ENDS, banned_token_ids=(FAKE_ID, IMAGE_ID), pad_token_id=0)
+VOCABULARY = Vocabulary(ENDS, banned_token_ids=(FAKE_ID, IMAGE_ID), pad_token_id=0, image_token_id=IMAGE_ID)
 IMAGES = torch.randn(7, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3))
 
 SHAPES = (
@@ -27,15 +25,6 @@ SHAPES = (
 )
 MODELS = [randomize(IdeficsForVisionText2Text(tiny_config(shape)), spread=0.35) for shape in SHAPES]
 model = st.sampled_from(MODELS)
-
-
-@dataclass(frozen=True)
-class Ids:
-    """What `collate` asks of an encoder."""
-
-    pad_token_id: int = 0
-    image_token_id: int = IMAGE_ID
-    eos_token_id: int = END_ID
 
 
 words = st.integers(3, 39)
@@ -76,4 +65,4 @@ def behind(shots: EncodedPrompt, prompt: EncodedPrompt) -> EncodedPrompt:
 
 
 def tensors_of(prompt: EncodedPrompt) -> dict[str, torch.Tensor]:
-    return vars(collate([prompt], Ids(), IMAGE_SIZE))
+    return vars(collate([prompt], VOCABULARY, IMAGE_SIZE))

@@ -10,7 +10,7 @@ from tiny_models import Shape, random_inputs, randomize, tiny_config
 
 from idefics_cli.engine import reference
 from idefics_cli.engine.beam_search import BeamRules, BeamState, beam_step
-from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.options import DecodingOptions, Vocabulary
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 VOCAB = 66
@@ -43,7 +43,7 @@ def test_steps_find_what_generate_finds(
 ) -> None:
     inputs = {name: value[:3] for name, value in random_inputs(model.config, seed).items()}
     ends = tuple(range(40, 40 + num_ends))
-    vocabulary = reference.Vocabulary(ends, banned_token_ids=(64, 65), pad_token_id=0)
+    vocabulary = Vocabulary(ends, banned_token_ids=(64, 65), pad_token_id=0, image_token_id=65)
     expected = reference.generate(model, inputs, options, vocabulary)
     state = search(model, inputs, options, vocabulary)
     for row, hypotheses in enumerate(expected):
@@ -57,7 +57,7 @@ def test_steps_find_what_generate_finds(
 
 
 @torch.inference_mode()
-def search(model, inputs: dict, options: DecodingOptions, vocabulary: reference.Vocabulary) -> BeamState:
+def search(model, inputs: dict, options: DecodingOptions, vocabulary: Vocabulary) -> BeamState:
     """Every step runs the whole forward pass over every beam's whole sequence."""
     rules = BeamRules.of(options, VOCAB, vocabulary)
     rows = len(inputs["input_ids"])

@@ -28,6 +28,7 @@ from idefics_cli.cli.task_options import (
     TextFlags,
     parse_words,
 )
+from idefics_cli.rows import ImageOptions
 
 # ---- groups
 
@@ -86,8 +87,8 @@ def test_two_groups_with_one_field_are_a_bug() -> None:
 def test_one_process_for_each_processor_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     for processors, expected in (2, 2), (64, 8), (None, 1):
         monkeypatch.setattr("os.cpu_count", lambda number=processors: number)
-        assert ImageFlags().num_workers == expected
-    assert ImageFlags(workers=20).num_workers == 20
+        assert ImageOptions().num_workers == expected
+    assert ImageOptions(workers=20).num_workers == 20
 
 
 def test_a_group_becomes_the_value_it_speaks_of() -> None:
@@ -102,7 +103,7 @@ def test_a_group_becomes_the_value_it_speaks_of() -> None:
         "device": "cpu",
         "allow_pickle": True,
     }
-    assert ImageFlags(max_pixels=5).limits.max_pixels == 5
+    assert ImageFlags(max_pixels=5).decoding.max_pixels == 5
     assert DecodingFlags().decoding(15).max_new_tokens == 15
     assert DecodingFlags(max_new_tokens=3, num_beams=1).decoding(15).max_new_tokens == 3
 

@@ -14,12 +14,11 @@ from typer.testing import CliRunner
 from idefics_cli import Idefics, IdeficsError
 from idefics_cli.checkpoint import ModelRequest, weights_digest
 from idefics_cli.cli import app as cli
-from idefics_cli.images.decode import DEFAULT_LIMITS
 from idefics_cli.model.vision import IdeficsVisionTransformer
 from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Run, RunOptions
 from idefics_cli.pipeline.task import Observer
-from idefics_cli.rows import ReadOptions
+from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.tasks.embed import Embed
 from idefics_cli.writers.embeddings_file import EmbeddingFile
 
@@ -57,9 +56,7 @@ def embed(folder: Path, model: Idefics, photos: Path, output: Path, rows: int = 
         output=str(output),
         request=request,
         reading=ReadOptions(),
-        limits=DEFAULT_LIMITS,
-        decode_timeout=30.0,
-        workers=2,
+        images=ImageOptions(workers=2),
         **more,
     )
     stats = RunStats()

@@ -33,18 +33,16 @@ from idefics_cli.engine import memory_budget as room
 from idefics_cli.engine import reference
 from idefics_cli.engine.engine import Engine, Stream, survivors
 from idefics_cli.engine.kv_cache import RowStore
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.prompt_source import IterableSource
-from idefics_cli.engine.reference import Hypothesis
+from idefics_cli.engine.options import DecodingOptions, Hypothesis
+from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
 from idefics_cli.errors import IdeficsError
-from idefics_cli.prompts.tokenize import EncodedPrompt
 
 few = settings(max_examples=25, deadline=None)
 
 
 def engine(network, rows: int = 4) -> Engine:
-    return Engine(network, VOCABULARY, IMAGE_ID, rows)
+    return Engine(network, VOCABULARY, rows)
 
 
 def decode(runner: Engine, some: list[EncodedPrompt], chosen: DecodingOptions) -> list[list[Hypothesis]]:
@@ -473,10 +471,10 @@ def test_numbers_that_overflow_stay_within_their_row(where: str, rows: int, num_
     network.model.embed_tokens.weight.data[bad_token] = torch.inf
     chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=5)
     vocabulary = replace(VOCABULARY, banned_token_ids=(*VOCABULARY.banned_token_ids, bad_token))
-    expected = decode(Engine(network, vocabulary, IMAGE_ID, rows), good, chosen)
+    expected = decode(Engine(network, vocabulary, rows), good, chosen)
     for place in 0, 3, 9, 17:
         some = [*good[:place], bad, *good[place:]]
-        got = decode(Engine(network, vocabulary, IMAGE_ID, rows), some, chosen)
+        got = decode(Engine(network, vocabulary, rows), some, chosen)
         assert got.pop(place) == Overflows(torch.float32).error
         for texts, wanted in zip(got, expected, strict=True):
             assert_same(texts, wanted)
@@ -487,7 +485,7 @@ def test_a_prompt_after_which_nothing_may_be_written_is_told_from_one_that_overf
     size = MODELS[0].config.vocab_size + MODELS[0].config.additional_vocab_size
     chosen = DecodingOptions(num_beams=2, max_new_tokens=4, min_new_tokens=4)
     vocabulary = replace(VOCABULARY, banned_token_ids=tuple(range(size)))
-    runner = Engine(MODELS[0], vocabulary, IMAGE_ID, 2)
+    runner = Engine(MODELS[0], vocabulary, 2)
     assert decode(runner, some_prompts(3), chosen) == [NOTHING_ALLOWED] * 3
 
 

@@ -17,7 +17,6 @@ from prompts_for_tests import (
     MODELS,
     SHAPES,
     VOCABULARY,
-    Ids,
     behind,
     model,
     prompts,
@@ -29,11 +28,11 @@ from transformers import IdeficsForVisionText2Text as TheirModel
 from idefics_cli.engine import likelihood as scoring
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import ChoicesReading, Scoring, parts_of
-from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.engine.prompt_source import EncodedChoices, EncodedPrompt, IterableSource
+from idefics_cli.engine.reference import collate
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
 from idefics_cli.errors import IdeficsError
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
-from idefics_cli.prompts.tokenize import EncodedChoices, EncodedPrompt, collate
 
 choice_lists = st.lists(st.lists(words, min_size=1, max_size=6).map(tuple), min_size=1, max_size=5)
 few = settings(max_examples=15, deadline=None)
@@ -51,14 +50,14 @@ def plainly(network: torch.nn.Module, prompt: EncodedChoices) -> list[float]:
     """Every choice in a row of its own behind the prompt, in one forward pass without a cache."""
     rows = [EncodedPrompt([*prompt.input_ids, *ids], prompt.pixels) for ids in prompt.choice_ids]
     with torch.no_grad():
-        logits = network(**vars(collate(rows, Ids(), IMAGE_SIZE))).logits.double()  # padded on the left
+        logits = network(**vars(collate(rows, VOCABULARY, IMAGE_SIZE))).logits.double()  # padded on the left
     told = [each[-len(ids) - 1 : -1].log_softmax(-1) for each, ids in zip(logits, prompt.choice_ids, strict=True)]
     chosen = [each.gather(-1, torch.tensor(ids)[:, None]) for each, ids in zip(told, prompt.choice_ids, strict=True)]
     return [float(each.sum()) for each in chosen]
 
 
 def engine(network: IdeficsForVisionText2Text, rows: int = 4) -> Engine:
-    return Engine(network, VOCABULARY, IMAGE_ID, rows)
+    return Engine(network, VOCABULARY, rows)
 
 
 def score(runner: Engine, some: Sequence[EncodedChoices]) -> list[list[float]]:

@@ -11,8 +11,7 @@ from test_engine import assert_same, decode, engine, some_prompts
 from idefics_cli.engine.engine import WINDOWS_AHEAD, Stream
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prefill import Waiting, common_start
-from idefics_cli.engine.prompt_source import IterableSource
-from idefics_cli.prompts.tokenize import EncodedPrompt, content_key
+from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource, content_key
 
 OPTIONS = DecodingOptions(num_beams=2, max_new_tokens=6)
 SHOTS = EncodedPrompt([1, *range(3, 33)])

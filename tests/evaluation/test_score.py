@@ -16,7 +16,7 @@ from rich.console import Console
 
 from idefics_cli.errors import IdeficsError, InputError
 from idefics_cli.evaluation.metrics import cider
-from idefics_cli.evaluation.score import ScoreOptions, Scorer, score_results, score_table
+from idefics_cli.evaluation.score import ScoreOptions, Scores, score_results, score_table
 from idefics_cli.readers.references import references_of
 
 ROWS = [
@@ -125,7 +125,7 @@ def test_references_in_every_form(cell, references):
 
 @pytest.mark.parametrize("cell", [[["red"]], [{"word": "red"}], [True], b"red", {"answer": {"answer": [[1]]}}])
 def test_references_that_are_no_texts_are_told_with_their_row(cell):
-    scorer = Scorer(ScoreOptions(), "answer")
+    scorer = Scores(ScoreOptions(), "answer")
     scorer.add({"answer": "x", "answers": "x"})
     with pytest.raises(InputError, match="row 2"):
         scorer.add({"answer": "x", "answers": cell})
@@ -147,7 +147,7 @@ MISTAKES = {
     "no such group": ('{"answer": "x", "answers": "x"}', {"by": "kind"}, "kind"),
     "nothing to score": ('{"answers": "x"}', {}, "answer or caption"),
     "no references at all": ('{"answer": "x", "answers": null}', {}, "none of the 1 rows"),
-    "no rows": ("\n", {}, "no rows"),
+    "no rows": ("\n", {}, "only blank lines"),
     "not JSON": ("{", {}, "line 1"),
     "not an object": ('{"answer": "x", "answers": "x"}\n[1]', {}, "line 2"),
     "nested without end": ("[" * 100_000, {}, "line 1"),

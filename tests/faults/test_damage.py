@@ -14,12 +14,11 @@ from runs import Bench, make_bench
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import OutputError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Run, RunOptions
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.prompts.templates import PromptOptions
-from idefics_cli.rows import ReadOptions
+from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
 from idefics_cli.writers.journal import HEADER_START, Journal
 
@@ -33,7 +32,7 @@ def run(bench: Bench) -> str | None:
     """A run in this process and without the command line, of which there can be thousands; why it was refused."""
     request = ModelRequest("fake", None, "auto", "auto", False)
     options = RunOptions(
-        (str(bench.images),), str(bench.output), request, ReadOptions(), ImageLimits(), decode_timeout=5.0, workers=1
+        (str(bench.images),), str(bench.output), request, ReadOptions(), ImageOptions(decode_timeout=5.0, workers=1)
     )
     load: Any = lambda request, batch_size: FakeCaptioner()  # noqa: E731
     task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption"), DecodingOptions()))

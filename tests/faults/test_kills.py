@@ -193,7 +193,7 @@ def test_kills_while_texts_are_written_beside_the_images(tmp_path: Path, step: i
 
 
 @pytest.mark.parametrize("step", [10, pytest.param(1, marks=slow)])
-def test_texts_beside_the_images_are_asked_for_behind_a_kill(tmp_path: Path, step: int) -> None:
+def test_texts_beside_the_images_are_asked_for_after_a_kill(tmp_path: Path, step: int) -> None:
     assert kills_with_texts_beside(tmp_path, step) > 30 // step
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from idefics_cli.errors import RowError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.rows import ImageOptions
 
 poisoned = False
 
@@ -61,7 +61,7 @@ FAULTS = {
 }
 
 
-def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> np.ndarray | RowError:
+def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> np.ndarray | RowError:
     """An image as it is; of the bytes that name a fault, the fault, and a grey image where that returns."""
     if poisoned:
         os.abort()
@@ -71,7 +71,7 @@ def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageLimits
     return np.zeros((3, processor.image_size, processor.image_size), np.float32)
 
 
-def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> np.ndarray | RowError:
+def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> np.ndarray | RowError:
     """For the path of a folder: say so there, wait for a second, and answer."""
     with Path(source, "decoding").open("a") as file:
         file.write("once ")
@@ -79,7 +79,7 @@ def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageLimits
     return RowError("image_missing", "it slept")
 
 
-def describing(processor: ImageProcessor, source: str | bytes, limits: ImageLimits) -> RowError:
+def describing(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> RowError:
     """What there is in this process."""
     heavy = [name for name in ("torch", "transformers", "pyarrow", "idefics_cli.cli.app") if name in sys.modules]
     processor.prepare_array(source, limits)

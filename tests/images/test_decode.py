@@ -27,7 +27,8 @@ from sdist import sdist
 
 from idefics_cli.errors import RowError
 from idefics_cli.images import decode as images
-from idefics_cli.images.decode import ImageLimits, load_image
+from idefics_cli.images.decode import load_image
+from idefics_cli.rows import ImageOptions
 
 WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
 
@@ -60,7 +61,7 @@ def pixel(result: Image.Image | RowError, x: int = 0, y: int = 0) -> tuple[int, 
     return result.getpixel((x, y))
 
 
-def refusal(source, limits: ImageLimits = images.DEFAULT_LIMITS) -> RowError:
+def refusal(source, limits: ImageOptions = images.DEFAULT_OPTIONS) -> RowError:
     result = load_image(source, limits)
     assert isinstance(result, RowError), result
     assert "\n" not in str(result)
@@ -112,7 +113,7 @@ def test_heif():
     result = load_image(heif(photo()))
     assert result.size == (40, 30)
     assert abs(np.asarray(result).astype(int) - np.asarray(photo())).mean() < 4
-    assert refusal(heif(photo()), ImageLimits(max_pixels=1199)).code == "image_too_large"
+    assert refusal(heif(photo()), ImageOptions(max_pixels=1199)).code == "image_too_large"
 
 
 @pytest.fixture
@@ -455,14 +456,14 @@ def test_half_an_image_is_refused_again_and_again_unless_it_is_asked_for(image_f
     whole = saved(photo(200, 150), image_format)
     path.write_bytes(whole[: len(whole) * 2 // 3])
     assert [refusal(path).code for _ in range(3)] == ["image_unreadable"] * 3
-    result = load_image(path, ImageLimits(allow_truncated=True))
+    result = load_image(path, ImageOptions(allow_truncated=True))
     assert result.size == (200, 150)
     assert np.asarray(result).std() > 0, "the part that has arrived is there"
     assert refusal(path).code == "image_unreadable"
 
 
 def test_a_header_without_an_image_is_refused_even_where_half_would_do():
-    assert refusal(SMALL["PNG"][:20], ImageLimits(allow_truncated=True)).code == "image_unreadable"
+    assert refusal(SMALL["PNG"][:20], ImageOptions(allow_truncated=True)).code == "image_unreadable"
 
 
 FOREIGN = {
@@ -563,17 +564,17 @@ def test_pixels_are_counted_before_anything_is_decoded(image_format, side):
 def test_the_limit_is_the_last_size_that_is_taken():
     data = SMALL["PNG"]
     for source in (photo(40, 30), *SMALL.values()):
-        assert load_image(source, ImageLimits(max_pixels=1200)).size == (40, 30)
-        assert refusal(source, ImageLimits(max_pixels=1199)).code == "image_too_large"
-    assert load_image(data, ImageLimits(max_bytes=len(data))).size == (40, 30)
-    assert refusal(data, ImageLimits(max_bytes=len(data) - 1)).code == "image_too_large"
+        assert load_image(source, ImageOptions(max_pixels=1200)).size == (40, 30)
+        assert refusal(source, ImageOptions(max_pixels=1199)).code == "image_too_large"
+    assert load_image(data, ImageOptions(max_bytes=len(data))).size == (40, 30)
+    assert refusal(data, ImageOptions(max_bytes=len(data) - 1)).code == "image_too_large"
 
 
 def test_a_larger_limit_can_be_asked_for():
     """Beyond the size at which Pillow itself would warn."""
     data = png(95_000, 1000, 1, 0, bytes(95_000 // 8))
     assert refusal(data).code == "image_too_large"
-    assert load_image(data, ImageLimits(max_pixels=100_000_000)).size == (95_000, 1000)
+    assert load_image(data, ImageOptions(max_pixels=100_000_000)).size == (95_000, 1000)
 
 
 def test_a_large_file_is_not_read(tmp_path):
@@ -668,7 +669,7 @@ def test_no_address_is_fetched(address):
 def test_a_file_whose_name_looks_like_an_address_is_a_file(tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(tmp_path / "data:1.png")
     monkeypatch.chdir(tmp_path)
-    assert pixel(load_image(Path("./data:1.png"), images.DEFAULT_LIMITS)) == (0, 0, 0)
+    assert pixel(load_image(Path("./data:1.png"), images.DEFAULT_OPTIONS)) == (0, 0, 0)
 
 
 def test_long_names_are_shortened():
@@ -709,7 +710,7 @@ def test_many_threads(tmp_path):
 @pytest.mark.parametrize(("size", "drawn"), [((1700, 900), (425, 225)), ((900, 500), (450, 250)), ((450, 399), None)])
 def test_a_draft_keeps_both_sides_at_four_times_what_is_asked_for(size, drawn):
     data = saved(photo(*size), "JPEG", quality=95)
-    assert load_image(data, ImageLimits(draft=True), side=50).size == (drawn or size)
+    assert load_image(data, ImageOptions(draft=True), side=50).size == (drawn or size)
 
 
 @pytest.mark.parametrize("orientation", UNDO)
@@ -717,7 +718,7 @@ def test_a_draft_is_upright(orientation):
     image, exif = turned(orientation)
     large = image.resize((image.width * 20, image.height * 20), Image.Resampling.NEAREST)
     data = saved(large, "JPEG", exif=exif, quality=95)
-    whole, draft = (load_image(data, ImageLimits(draft=draft), side=40) for draft in (False, True))
+    whole, draft = (load_image(data, ImageOptions(draft=draft), side=40) for draft in (False, True))
     assert draft.size == (whole.width // 4, whole.height // 4)
     difference = np.asarray(whole.resize(draft.size)).astype(int) - np.asarray(draft)
     assert abs(difference).mean() < 2
@@ -725,8 +726,8 @@ def test_a_draft_is_upright(orientation):
 
 def test_no_draft_unless_asked_for_and_none_of_other_formats():
     jpeg, png = (saved(photo(800, 600), image_format) for image_format in ("JPEG", "PNG"))
-    assert load_image(jpeg, side=10) == load_image(jpeg) == load_image(jpeg, ImageLimits(draft=True))
-    assert load_image(png, ImageLimits(draft=True), side=10) == plain(photo(800, 600))
+    assert load_image(jpeg, side=10) == load_image(jpeg) == load_image(jpeg, ImageOptions(draft=True))
+    assert load_image(png, ImageOptions(draft=True), side=10) == plain(photo(800, 600))
 
 
 def test_a_thumbnail_is_no_draft():
@@ -736,12 +737,12 @@ def test_a_thumbnail_is_no_draft():
     stream = io.BytesIO()
     with_thumbnail.save(stream)
     assert pillow_heif.open_heif(stream).info["thumbnails"] == [100]
-    assert load_image(stream.getvalue(), ImageLimits(draft=True), side=10).size == (800, 600)
+    assert load_image(stream.getvalue(), ImageOptions(draft=True), side=10).size == (800, 600)
 
 
 def test_limits_count_the_whole_image_and_not_the_draft():
     data = saved(photo(800, 600), "JPEG")
-    assert refusal(data, ImageLimits(max_pixels=479_999, draft=True)).code == "image_too_large"
+    assert refusal(data, ImageOptions(max_pixels=479_999, draft=True)).code == "image_too_large"
 
 
 # ---- Pillow's own test images: years of reported crashes

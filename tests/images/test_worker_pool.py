@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from idefics_cli.errors import IdeficsError, RowError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
+from idefics_cli.rows import ImageOptions
 
 PROCESSOR = ImageProcessor(image_size=16, image_mean=(0.1, 0.2, 0.3))
-LIMITS = ImageLimits(max_pixels=100_000, max_bytes=1_000_000)
+LIMITS = ImageOptions(max_pixels=100_000, max_bytes=1_000_000, workers=2)
+FAST = replace(LIMITS, decode_timeout=2.0)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
@@ -55,13 +57,13 @@ def pids(decoders: WorkerPool) -> list[int]:
 
 @pytest.fixture(scope="module")
 def decoders() -> Iterator[WorkerPool]:
-    with WorkerPool(PROCESSOR, LIMITS, workers=2) as opened:
+    with WorkerPool(PROCESSOR, LIMITS) as opened:
         yield opened
 
 
 @pytest.fixture
 def breaking() -> Iterator[WorkerPool]:
-    with WorkerPool(PROCESSOR, LIMITS, workers=2, timeout=2.0, decode=breaking_decoders.breaking) as opened:
+    with WorkerPool(PROCESSOR, FAST, decode=breaking_decoders.breaking) as opened:
         yield opened
 
 
@@ -196,7 +198,9 @@ def test_faults_among_many_threads_leave_nothing_behind():
     faults = [b"abort", b"exit", b"out of memory", b"nonsense", b"sleep"]
     sources = [*good, *faults] * 3
     before = os.listdir("/proc/self/fd")
-    with WorkerPool(PROCESSOR, LIMITS, 3, timeout=2.0, decode=breaking_decoders.breaking) as decoders:
+    with WorkerPool(
+        PROCESSOR, replace(LIMITS, workers=3, decode_timeout=2.0), decode=breaking_decoders.breaking
+    ) as decoders:
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(decoders.prepare, sources))
         children = pids(decoders)
@@ -211,14 +215,14 @@ def test_faults_among_many_threads_leave_nothing_behind():
 
 @on_linux
 def test_a_decoder_process_is_light():
-    with WorkerPool(PROCESSOR, LIMITS, 1, decode=breaking_decoders.describing) as decoders:
+    with WorkerPool(PROCESSOR, LIMITS, decode=breaking_decoders.describing) as decoders:
         data = saved(image(), "AVIF" if features.check("avif") else "PNG")
         assert decoders.prepare(data).message == "heavy [], threads 1"
 
 
 def test_processes_start_as_they_are_needed():
     data = saved(image())
-    with WorkerPool(PROCESSOR, LIMITS, workers=5) as decoders:
+    with WorkerPool(PROCESSOR, replace(LIMITS, workers=5)) as decoders:
         for _ in range(5):
             decoders.prepare(data)
         assert len(pids(decoders)) == 1
@@ -228,7 +232,7 @@ def test_processes_start_as_they_are_needed():
 
 
 def test_close_does_not_wait_for_a_decoder():
-    decoders = WorkerPool(PROCESSOR, LIMITS, 2, timeout=1000, decode=breaking_decoders.breaking)
+    decoders = WorkerPool(PROCESSOR, replace(LIMITS, decode_timeout=1000), decode=breaking_decoders.breaking)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(decoders.prepare, source) for source in [b"sleep", b"spin"] * 2]
         while len(pids(decoders)) < 2:
@@ -251,7 +255,7 @@ def run_script(body: str, folder: Path) -> subprocess.Popen:
         import os, signal, sys, threading, time
         import breaking_decoders
         from idefics_cli.images.worker_pool import WorkerPool
-        from idefics_cli.images.decode import ImageLimits
+        from idefics_cli.rows import ImageOptions
         from idefics_cli.images.preprocess import ImageProcessor
     """
     script = folder / "script.py"
@@ -272,7 +276,8 @@ def is_running(pid: int) -> bool:
 @on_linux
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     body = """
-        decoders = WorkerPool(ImageProcessor(), ImageLimits(), 3, 1000, breaking_decoders.breaking)
+        options = ImageOptions(decode_timeout=1000, workers=3)
+        decoders = WorkerPool(ImageProcessor(), options, breaking_decoders.breaking)
         for fault in (b"sleep", b"spin"):
             threading.Thread(target=decoders.prepare, args=(fault,), daemon=True).start()
         while len(decoders._children._all) < 2 or not all(child._is_ready for child in decoders._children._all):
@@ -294,7 +299,8 @@ def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
 SLEEPER = """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    with WorkerPool(ImageProcessor(), ImageLimits(), 1, 2.0, breaking_decoders.sleeping) as decoders:
+    options = ImageOptions(decode_timeout=2.0, workers=1)
+    with WorkerPool(ImageProcessor(), options, breaking_decoders.sleeping) as decoders:
         print(decoders.prepare("."))
 """
 
@@ -335,7 +341,7 @@ def test_neither_the_script_nor_the_working_folder_is_run_again(tmp_path):
     body = """
         os.chdir("work")
         print("once", flush=True)
-        with WorkerPool(ImageProcessor(), ImageLimits(), 1) as decoders:
+        with WorkerPool(ImageProcessor(), ImageOptions(workers=1)) as decoders:
             print(decoders.prepare(b""))
     """
     with run_script(body, tmp_path) as parent:
@@ -344,7 +350,7 @@ def test_neither_the_script_nor_the_working_folder_is_run_again(tmp_path):
 
 def test_no_process_can_be_started(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    with WorkerPool(PROCESSOR, LIMITS, 2) as decoders, ThreadPoolExecutor(4) as pool:
+    with WorkerPool(PROCESSOR, LIMITS) as decoders, ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(decoders.prepare, saved(image())) for _ in range(4)]
         for future in waiting:
             with pytest.raises(IdeficsError, match=r"no process can be started .*no-python.*ulimit"):
@@ -357,7 +363,7 @@ def test_no_process_comes_to_its_feet(monkeypatch, tmp_path):
     python.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(python))
     message = r"\(exit status 1: ImportError: no numpy\)"
-    with WorkerPool(PROCESSOR, LIMITS, 2) as decoders, pytest.raises(IdeficsError, match=message):
+    with WorkerPool(PROCESSOR, LIMITS) as decoders, pytest.raises(IdeficsError, match=message):
         decoders.prepare(saved(image()))
 
 
@@ -371,7 +377,7 @@ def test_fewer_processes_than_asked_for(monkeypatch):
         return start(*args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", start_one)
-    with WorkerPool(PROCESSOR, LIMITS, 4) as decoders, ThreadPoolExecutor(4) as pool:
+    with WorkerPool(PROCESSOR, replace(LIMITS, workers=4)) as decoders, ThreadPoolExecutor(4) as pool:
         sources = [saved(image(seed)) for seed in range(8)]
         assert all(map(same, pool.map(decoders.prepare, sources), map(PROCESSOR.prepare, sources)))
     assert len(attempts) == 2

@@ -26,15 +26,14 @@ from transformers.models.idefics.processing_idefics import (
     incremental_to_binary_attention_mask,
 )
 
+from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.engine.reference import collate
+from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.decode import load_image
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.model.kv_interface import image_attention_mask
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, INSTRUCT_QUESTION, Shot, SpecialToken, few_shot_prompt
-from idefics_cli.prompts.tokenize import (
-    EncodedPrompt,
-    PromptEncoder,
-    collate,
-    image_attention_mask,
-)
+from idefics_cli.prompts.tokenize import PromptEncoder
 
 WORDS = [
     "a red cat",
@@ -92,7 +91,7 @@ def ours(prompts: list[list], encoder: PromptEncoder, processor: ImageProcessor)
         images = [item for item in prompt if isinstance(item, Image.Image)]
         return EncodedPrompt(encoder.encode(tuple(prompt)), tuple(processor.pixels(image) for image in images))
 
-    return collate([encode(prompt) for prompt in prompts], encoder, processor.image_size)
+    return collate([encode(prompt) for prompt in prompts], vocabulary_of(encoder), processor.image_size)
 
 
 def theirs(prompts: list[list], tokenizer, image_size: int = 32, **options):

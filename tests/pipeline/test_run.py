@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError, InputError, OutputError
-from idefics_cli.images.decode import ImageLimits
 from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Run, RunOptions, shown_names
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.prompts.templates import PromptOptions
-from idefics_cli.rows import ReadOptions
+from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
 from idefics_cli.tasks.embed import Embed
 from idefics_cli.tasks.few_shot import ShotOptions
@@ -44,9 +43,7 @@ class Bench:
             output=str(self.output),
             request=ModelRequest("fake", None, "auto", "auto", False),
             reading=ReadOptions(),
-            limits=ImageLimits(),
-            decode_timeout=5.0,
-            workers=2,
+            images=ImageOptions(decode_timeout=5.0, workers=2),
         )
         self.stats, self.observer, self.weights = RunStats(), Watch(), "one"
 

@@ -14,9 +14,10 @@ from tiny_tokenizers import INSTRUCT_TOKENS, llama_tokenizer, verbatim_tokenizer
 
 from idefics_cli import Idefics, IdeficsError, RowError
 from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.engine.reference import collate
 from idefics_cli.prompts.choices import ChoiceOptions, checked_choices, normalised, split_answers, with_answer
 from idefics_cli.prompts.templates import END_OF_UTTERANCE
-from idefics_cli.prompts.tokenize import PromptEncoder, collate
+from idefics_cli.prompts.tokenize import PromptEncoder
 
 ENCODERS = [
     PromptEncoder(make(legacy, added=INSTRUCT_TOKENS))
@@ -107,7 +108,7 @@ def log_likelihoods(model: Idefics, prompt: list, choices: list[str]) -> dict[st
     found = {}
     for choice, row in rows.items():
         with torch.no_grad():
-            inputs = vars(collate([row], model.encoder, model.images.image_size))
+            inputs = vars(collate([row], model.engine.vocabulary, model.images.image_size))
             told = model.model(**inputs).logits[0].log_softmax(-1)[start - 1 : -1]
         own = torch.tensor(row.input_ids[start:])
         found[choice] = float(told.gather(-1, own[:, None]).sum()), len(own)

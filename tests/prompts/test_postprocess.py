@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idefics_cli.prompts.postprocess import PostProcess, cut_at_stop_word
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import TASKS
 
 WORDS = TASKS["vqa"].cut_words
@@ -31,11 +31,11 @@ WORDS = TASKS["vqa"].cut_words
     ],
 )
 def test_texts_end_at_the_first_stop_word(text: str, cut: str) -> None:
-    assert cut_at_stop_word(text, WORDS) == cut
+    assert PostProcess(WORDS)(text) == cut
 
 
 def test_without_stop_words_only_white_space_goes() -> None:
-    assert cut_at_stop_word(" What? \n Why? ", ()) == "What? \n Why?"
+    assert PostProcess()(" What? \n Why? ") == "What? \n Why?"
 
 
 PIECES = st.sampled_from([*WORDS, " ", "red", "quest", "Quest", "ion", "I", "mage"])
@@ -45,7 +45,7 @@ PIECES = st.sampled_from([*WORDS, " ", "red", "quest", "Quest", "ion", "I", "mag
 @given(st.lists(PIECES, max_size=8).map("".join))
 def test_the_cut_is_that_of_a_regular_expression(text: str) -> None:
     """The M4 evaluation splits at an alternation of the words and keeps what stands before."""
-    assert cut_at_stop_word(text, WORDS) == re.split("|".join(map(re.escape, WORDS)), text.strip())[0].rstrip()
+    assert PostProcess(WORDS)(text) == re.split("|".join(map(re.escape, WORDS)), text.strip())[0].rstrip()
 
 
 def test_prefix_and_suffix_frame_what_is_left() -> None:

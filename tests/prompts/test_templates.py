@@ -22,14 +22,13 @@ from idefics_cli.prompts.templates import (
     PromptOptions,
     Shot,
     SpecialToken,
+    Template,
     build_prompt,
     choose_template,
     few_shot_prompt,
     leading_shots,
     merge_texts,
-    own_template,
     parse_text,
-    require_fields,
     shot_answer,
     strip,
 )
@@ -161,6 +160,10 @@ def test_merging_keeps_every_letter_and_leaves_no_two_texts_side_by_side(items):
 # ---- own texts
 
 
+def own_template(text: str, instruct: bool) -> Template:
+    return choose_template(PromptOptions("caption", text=text), instruct)
+
+
 def asked(text: str, instruct: bool = False, **fields: str) -> str:
     """What an own text shows of a query with image A."""
     return written(few_shot_prompt(own_template(text, instruct), (), Shot(A, fields=fields)))
@@ -217,7 +220,7 @@ def test_all_images_stand_at_the_only_place_or_one_at_each() -> None:
 def test_images_without_a_place_are_a_bad_row() -> None:
     options = PromptOptions("caption", text="from {image} to {image}:")
     assert build_prompt(options, {}, (A, B, C), (), instruct=False) == RowError(
-        "row_invalid", "3 images for the 2 places that the prompt has"
+        "row_invalid", "3 images for the 2 places in the prompt"
     )
 
 
@@ -246,7 +249,7 @@ def test_a_template_can_be_named() -> None:
     ("options", "said"),
     [
         (PromptOptions("vqa", template="haiku"), "'haiku': use one of caption, vqa, vizwiz"),
-        (PromptOptions("vqa", template="instruct-vqa"), "for instruct models, and this is none: use 'vqa'"),
+        (PromptOptions("vqa", template="instruct-vqa"), "this is a base model: use 'vqa'"),
         (PromptOptions("vqa", template="caption"), "asks no question: use 'vqa'"),
     ],
 )
@@ -271,8 +274,7 @@ def test_options_that_contradict_each_other(options: dict, said: str) -> None:
 def test_a_field_that_no_row_has_is_told_with_those_there_are() -> None:
     options = PromptOptions("caption", text="{title}: {image}")
     with pytest.raises(IdeficsError, match="field 'title', and the rows have id, name: name one of these"):
-        require_fields(options, ("id", "name"), instruct=False)
-    require_fields(options, ("id", "title"), instruct=False)
+        build_prompt(options, {"id": "1", "name": "x"}, (A,), (), instruct=False)
 
 
 # ---- shots
@@ -313,13 +315,13 @@ def test_there_are_none_for_instruct_models_own_texts_and_the_bare(options: Prom
 
 def test_shots_are_the_first_of_the_pool_with_their_images() -> None:
     assert leading_shots(PromptOptions("vqa", num_shots=2), POOL, instruct=True) == POOL[:2]
-    with pytest.raises(IdeficsError, match="4 shots are asked for, and there are 3"):
+    with pytest.raises(IdeficsError, match="there are 3 shots for --num-shots 4: lower it"):
         leading_shots(PromptOptions("vqa", num_shots=4), POOL, instruct=False)
 
 
 def test_a_shot_that_lacks_a_field_of_an_own_text_is_told() -> None:
     template = own_template("{mood}: {image}", instruct=False)
-    with pytest.raises(IdeficsError, match="a shot has no 'mood'"):
+    with pytest.raises(IdeficsError, match="'mood', and a shot has only question: add it"):
         few_shot_prompt(template, [Shot(A, "one")], Shot(B, fields={"mood": "glad"}))
 
 
@@ -334,7 +336,7 @@ def test_a_shot_shows_the_most_common_answer_and_the_first_caption() -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(None, "there is nothing in the column 'question'"), (["Why?"], "list, not text,"), (True, "bool, not text,")],
+    [(None, "the column 'question' is empty"), (["Why?"], "holds list, not text"), (True, "holds bool, not text")],
 )
 def test_a_row_without_a_question_is_a_bad_row(value: object, said: str) -> None:
     error = build_prompt(PromptOptions("vqa"), {"question": value}, (A,), (), instruct=False)

@@ -17,16 +17,15 @@ from tiny_tokenizers import BASE_TOKENS, INSTRUCT_TOKENS, llama_tokenizer, verba
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.engine.reference import collate
 from idefics_cli.errors import CheckpointError, IdeficsError
+from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.preprocess import ImageProcessor
-from idefics_cli.prompts.postprocess import cut_at_stop_word
+from idefics_cli.model.kv_interface import image_attention_mask
+from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import INSTRUCT_CAPTION, TASKS, Shot, SpecialToken, few_shot_prompt
-from idefics_cli.prompts.tokenize import (
-    EncodedPrompt,
-    PromptEncoder,
-    collate,
-    image_attention_mask,
-)
+from idefics_cli.prompts.tokenize import PromptEncoder
 
 IMAGE_ID, EOS_ID = 9, 2
 IMAGE = Image.new("RGB", (5, 4), "teal")
@@ -229,7 +228,7 @@ def test_a_text_ends_where_a_line_ends_though_no_blank_is_before_it(real_llama: 
     encoder = PromptEncoder(real_llama.tokenizer(legacy=True))
     written = [*encoder.encode(("red",))[1:], 13, *encoder.encode(("Image:",))[1:]]
     assert encoder.decode(written).startswith("red\n")
-    assert cut_at_stop_word(encoder.decode(written), TASKS["vqa"].cut_words) == "red"
+    assert PostProcess(TASKS["vqa"].cut_words)(encoder.decode(written)) == "red"
 
 
 # ---- the image mask
@@ -273,7 +272,7 @@ def test_a_batch_is_padded_on_the_left():
     pixels = ImageProcessor(image_size=8).pixels(IMAGE)
     prompts = [("hello", IMAGE, IMAGE), ("a",), (IMAGE, "what is this?")]
     rows = [EncodedPrompt(encoder.encode(prompt), (pixels,) * prompt.count(IMAGE)) for prompt in prompts]
-    batch = collate(rows, encoder, image_size=8)
+    batch = collate(rows, vocabulary_of(encoder), image_size=8)
     num_tokens = max(len(row.input_ids) for row in rows)
     assert batch.input_ids.shape == batch.attention_mask.shape == (3, num_tokens)
     assert batch.pixel_values.shape == (3, 2, 3, 8, 8)
@@ -289,4 +288,4 @@ def test_a_batch_is_padded_on_the_left():
 def test_images_and_image_tokens_have_to_agree():
     encoder = encoder_of("llama")
     with pytest.raises(AssertionError, match="1 image tokens for 0 images"):
-        collate([EncodedPrompt(encoder.encode((IMAGE,)))], encoder, image_size=8)
+        collate([EncodedPrompt(encoder.encode((IMAGE,)))], vocabulary_of(encoder), image_size=8)

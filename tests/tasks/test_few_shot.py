@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from written_manifests import write_manifest
 
 from idefics_cli.cli import app as cli
-from idefics_cli.prompts import tokenize as processing
+from idefics_cli.engine import prompt_source
 
 PREFIX = "Instruction: provide an answer to the question. Use the image to answer.\n"
 
@@ -228,8 +228,8 @@ def test_only_images_that_are_shown_must_be_good(run: Callable[..., Result], man
 def test_what_tells_a_shot_from_others_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real demo: of each shot once in a run, and once of each row's own image."""
     seen: list[object] = []
-    content_key = processing.content_key
-    monkeypatch.setattr(processing, "content_key", lambda pixels: seen.append(pixels) or content_key(pixels))
+    content_key = prompt_source.content_key
+    monkeypatch.setattr(prompt_source, "content_key", lambda pixels: seen.append(pixels) or content_key(pixels))
     examples = Path(__file__).parents[2] / "examples"
     arguments = ["vqa", examples / "questions.jsonl", "-m", "demo", "--limit", 6, "--shots", examples / "shots.jsonl"]
     result = CliRunner().invoke(cli.app, list(map(str, arguments)))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from idefics_cli.demo.scene import COLORS, MAX_OBJECTS, SHAPES, SIZES, Scene, scene
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.model.kv_interface import image_attention_mask
 from idefics_cli.prompts.templates import (
     CAPTION,
     QUESTION_ANSWER,
@@ -25,7 +26,7 @@ from idefics_cli.prompts.templates import (
     few_shot_prompt,
     leading_shots,
 )
-from idefics_cli.prompts.tokenize import PromptEncoder, image_attention_mask
+from idefics_cli.prompts.tokenize import PromptEncoder
 
 IGNORED = -100
 MAX_SHOTS = 4
