@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
-from idefics_cli.storage.files import LocalFile, file_digest
+from idefics_cli.storage.files import file_digest, local_file
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +82,7 @@ def weights_digest(request: ModelRequest) -> str | None:
     side_files = {path for pattern in SIDE_FILES for path in folder.glob(pattern)}
     digest = hashlib.sha256()
     for path in sorted({*checkpoint.weight_files, *side_files}):
-        digest.update(
-            f"{path.name} {path.stat().st_size} {file_digest(LocalFile(str(path), path.stat().st_size))}\n".encode()
-        )
+        digest.update(f"{path.name} {path.stat().st_size} {file_digest(local_file(str(path)))}\n".encode())
     return digest.hexdigest()
 
 
