@@ -133,7 +133,7 @@ def stopped_after(number: int, bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("number", range(1, 8))
-def test_a_run_goes_on_wherever_it_was_stopped(bench: Bench, number: int) -> None:
+def test_a_run_resumes_wherever_it_was_stopped(bench: Bench, number: int) -> None:
     bench.run()
     whole = bench.output.read_bytes()
     bench.output.unlink()
@@ -145,7 +145,7 @@ def test_a_run_goes_on_wherever_it_was_stopped(bench: Bench, number: int) -> Non
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
-def test_several_questions_go_on_within_an_image(bench: Bench, number: int) -> None:
+def test_several_questions_resume_within_an_image(bench: Bench, number: int) -> None:
     questions = "What?", "Where?"
     run = bench.run
     bench.run = lambda **changes: run(questions, **changes)  # type: ignore[method-assign]
@@ -187,7 +187,7 @@ def test_failed_rows_of_parquet_are_done_again(bench: Bench, photos: Path) -> No
     assert table.num_rows == 7 and table["error"].null_count == 7
 
 
-def test_enough_errors_keep_the_rows_and_the_next_run_goes_on(bench: Bench) -> None:
+def test_enough_errors_keep_the_rows_and_the_next_run_resumes(bench: Bench) -> None:
     assert bench.run(max_errors=1)
     assert bench.stats.stopped_early and not bench.output.exists()
     bench.run(max_errors=1)

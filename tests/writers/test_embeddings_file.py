@@ -114,7 +114,7 @@ def test_threads_may_ask_at_once(many: EmbeddingFile) -> None:
     assert wrong == []
 
 
-def test_hashes_that_collide_confuse_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_may_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "_hash", lambda row_id: len(row_id))
     file = EmbeddingFile(write(tmp_path / "e.parquet", [embedded(number) for number in range(9)]))
     assert all(torch.equal(file.latents(f"row {number}"), latents_of(number)) for number in range(9))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from idefics_cli.columns import Column, json_text
 from idefics_cli.errors import InputError, OutputError
 from idefics_cli.writers import formats
-from idefics_cli.writers.formats import JsonLines, Parquet, Passthrough, format_of, temporary_file
+from idefics_cli.writers.formats import JsonLines, Parquet, Passthrough, format_of, replacing
 
 COLUMNS = [
     Column("id", "text"),
@@ -45,10 +45,7 @@ both = pytest.mark.parametrize("name", ["f.jsonl", "f.parquet"])
 def write(path: Path, rows: Sequence[dict[str, Any]], passthrough: Passthrough = NONE) -> dict[str, Any]:
     """A finished file of these rows; what run made it."""
     form, run = format_of(path), {"settings": {"model": "demo"}, "rows": len(rows), "failed": {}}
-    with temporary_file(path) as target:
-        form.write(target, lambda: map(json_text, rows), COLUMNS, passthrough, run)
-        form.before_rename(target, path, run)
-        target.rename(path)
+    form.write(path, lambda: map(json_text, rows), COLUMNS, passthrough, run)
     return run
 
 
@@ -159,7 +156,7 @@ def test_nan_is_null_in_json_lines_and_itself_in_parquet(tmp_path: Path) -> None
 
 @given(st.data())
 @settings(deadline=None, max_examples=30)
-def test_a_changed_json_file_is_nobody_knows_whose(data: st.DataObject) -> None:
+def test_a_changed_json_file_has_no_record(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "f.jsonl"
         write(path, [{"id": "a"}, {"id": "b"}])
@@ -213,8 +210,8 @@ def test_capitals_do_not_matter() -> None:
     ]
 
 
-def test_what_is_not_renamed_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), temporary_file(tmp_path / "f") as target:
-        target.write_bytes(b"half")
+def test_what_cannot_be_finished_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "f") as file:
+        file.write(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())

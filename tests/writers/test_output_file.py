@@ -116,22 +116,22 @@ def test_what_is_replaced_stays_until_the_end(tmp_path: Path, name: str) -> None
 
 
 @both
-@pytest.mark.parametrize("call", ["write", "before_rename"])
+@pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_failure_at_the_end_leaves_the_journal_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: str
 ) -> None:
     output = FileOutput(tmp_path / name)
     output.begin(SETTINGS)
     append(output, OLD)
+    output.journal.end({"rows": 4, "failed": {}})
 
-    def full(target: Path, *arguments: Any) -> None:
-        target.write_bytes(b"half")
+    def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(output.format), call, lambda self, *arguments: full(*arguments))
+        patch.setattr(os, call, full)
         with pytest.raises(OutputError, match=r"cannot finish .*No space left on device; free some space"):
-            publish(output)
+            output.publish(COLUMNS, Passthrough())
     output.close()
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.part"]
     output = FileOutput(tmp_path / name)
@@ -211,7 +211,7 @@ def test_places_that_cannot_be(tmp_path: Path, make: Any, said: str) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"there is no folder .* make it first"):
+    with pytest.raises(OutputError, match=r"the folder .* does not exist: make it first"):
         FileOutput(tmp_path / "none" / "f.jsonl")
 
 
@@ -228,7 +228,7 @@ def test_a_result_that_is_removed_while_failed_rows_are_retried(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/f.jsonl", "gs://bucket/f.parquet", "https://a.example/f.jsonl"])
-def test_an_address_is_no_place(address: str) -> None:
+def test_an_address_is_refused(address: str) -> None:
     with pytest.raises(OutputError, match="is an address: name a file on this machine"):
         FileOutput(address)
 
@@ -238,7 +238,7 @@ def test_an_address_is_no_place(address: str) -> None:
     ("name", "beside"),
     [("f.jsonl", ".tmp"), ("f.jsonl", ".run"), ("f.jsonl", ".run.tmp"), ("f.parquet", ".tmp")],
 )
-def test_nothing_of_somebody_elses_is_written_over(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
+def test_files_of_others_are_never_overwritten(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
     own = tmp_path / f"{name}{beside}"
     own.write_text("[" * 100_000)
     with pytest.raises(OutputError, match=rf"{own.name} is not a file of this program, and would be overwritten"):

@@ -53,7 +53,7 @@ class Failing(io.BytesIO):
         raise self.error
 
 
-def test_a_stream_that_nobody_reads_is_no_mistake_and_a_full_one_is() -> None:
+def test_a_closed_stream_is_not_a_mistake_and_a_full_one_is() -> None:
     with pytest.raises(StreamClosed):
         StreamWriter(Failing(BrokenPipeError())).write({"id": "a"})
     writer = StreamWriter(Failing(OSError(errno.ENOSPC, "No space left on device")))
@@ -208,7 +208,7 @@ def test_a_stem_alone_is_the_name_and_else_the_whole_name_is(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.glob("*.txt")} == {"a.txt", "b.png.txt", "b.jpg.txt"}
 
 
-def test_a_text_of_somebody_else_goes_only_when_it_may(tmp_path: Path) -> None:
+def test_a_text_of_the_user_goes_only_with_overwrite(tmp_path: Path) -> None:
     image, text = tmp_path / "a.png", tmp_path / "a.txt"
     text.write_text("mine\n")
     with pytest.raises(OutputError, match=r"a\.txt holds another text: .* --overwrite"):
