@@ -1,10 +1,10 @@
 """How fast rows go through everything but the model: `python -m benchmarks.rows`.
 
-Manifests of so many rows are made in a temporary folder, and each is run through reader, pipeline, journal and writer
-in a process of its own, with a model and images that cost nothing. Told are rows per second, when the first row was
-written, and memory over what the imports take: its peak, and what was held after each 100,000 rows; then the same for a
-run that an earlier one has half done. Then come a Parquet file of images' bytes, a folder of files, and rows that are
-embedded and captioned from their embeddings. One JSON line on stdout.
+Manifests are made in a temporary folder, and the command line runs each from reader to published file in a process of
+its own, with a model and images that cost nothing. Reported are rows per second, the seconds until the first row, and
+memory over what the loaded program takes: its peak, and after each 100,000 rows; then the same for a run that an
+earlier one has half done. Then come a Parquet file of images' bytes, a folder of files, and rows that are embedded and
+captioned from their embeddings. One JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -14,105 +14,22 @@ import csv
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from idefics_cli.bench.memory import resident_bytes, resident_peak
-from idefics_cli.checkpoint import ModelRequest
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.errors import RowError
-from idefics_cli.pipeline.prefetch import RunStats
-from idefics_cli.pipeline.run import Run, RunOptions
-from idefics_cli.pipeline.task import Observer, Task
-from idefics_cli.prompts.templates import PromptOptions, SpecialToken
-from idefics_cli.rows import ImageOptions, ReadOptions
-from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
-from idefics_cli.tasks.embed import Embed
-from idefics_cli.writers.embeddings_file import VISION
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 FORMATS = ("jsonl", "csv", "parquet")
 SUBJECTS = (*FORMATS, "images", "folder", "embeddings")
-LATENTS_SHAPE = (16, 128)  # the demo model's, 4 kB in fp16
 IMAGE_BYTES = 50_000  # of each image in the Parquet file of images
-CHUNK_ROWS = 10_000
-
-
-# ---- what costs nothing
-
-
-@dataclass(frozen=True)
-class EchoResult:
-    text: str
-    score: float = -0.5
-    tokens: int = 5
-    candidates: tuple = ()
-    error: RowError | None = None
-
-
-class EchoModel:
-    """Answers each prompt with a text made of it; an image is what the row names."""
-
-    batch_size = 64
-    is_instruct = False
-    fingerprint = "echo"
-
-    def image_workers(self, options: ImageOptions) -> Any:
-        return nullcontext(self)
-
-    @property
-    def latents_shape(self) -> tuple[int, int]:
-        return LATENTS_SHAPE
-
-    def prepare(self, source: Any) -> bytes:
-        return source[:40] if isinstance(source, bytes) else os.fsencode(source)
-
-    def encode(self, prompt: Sequence[Any], max_new_tokens: int) -> str:
-        image = next(item for item in prompt if not isinstance(item, str | SpecialToken))
-        return image.hex() if isinstance(image, bytes) else f"{float(image[0, 0])}"
-
-    def encode_image(self, image: bytes) -> bytes:
-        return image
-
-    def stream(self, source: Any, **decoding: Any) -> Iterator[tuple[int, EchoResult]]:
-        numbers = itertools.count()
-        while prompts := source.take(self.batch_size, wait=True):
-            for prompt in prompts:
-                yield next(numbers), EchoResult(f"a caption of {prompt}")
-
-    def embed_stream(self, source: Any) -> Iterator[tuple[int, EchoLatents]]:
-        import torch
-
-        noise = torch.randn(LATENTS_SHAPE).half()  # which cannot be packed
-        numbers = itertools.count()
-        while images := source.take(self.batch_size, wait=True):
-            for _ in images:
-                number = next(numbers)
-                yield number, EchoLatents(noise.roll(number))
-
-
-@dataclass(frozen=True)
-class EchoLatents:
-    latents: Tensor
-    error: RowError | None = None
-
-
-class EchoCaption(CaptionVqa):
-    def check(self, request: ModelRequest) -> None:
-        """There are no weights to compare."""
-
-
-class EchoEmbedding(Embed):
-    settings = {"embeds": True, VISION: EchoModel.fingerprint}  # noqa: RUF012
+GROUP_ROWS = 10_000
+RECORD_EVERY = 100_000  # rows
+STOPPED = 130  # exit code
 
 
 # ---- manifests
@@ -120,16 +37,17 @@ class EchoEmbedding(Embed):
 
 def make_manifest(path: Path, num_rows: int) -> None:
     """Columns id, image (a path) and question."""
+    rows = map(_row, range(num_rows))
     if path.suffix == ".parquet":
-        _make_parquet(path, num_rows)
+        _make_parquet(path, rows)
         return
     with open(path, "w", newline="") as file:
         if path.suffix == ".csv":
-            writer = csv.DictWriter(file, ["id", "image", "question"])
+            writer = csv.DictWriter(file, list(_row(0)))
             writer.writeheader()
-            writer.writerows(map(_row, range(num_rows)))
+            writer.writerows(rows)
         else:
-            file.writelines(json.dumps(_row(number)) + "\n" for number in range(num_rows))
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _row(number: int) -> dict[str, str]:
@@ -137,15 +55,14 @@ def _row(number: int) -> dict[str, str]:
     return {"id": name, "image": f"shard/{name[:5]}/{name}.jpg", "question": "What is on the table, and is it red?"}
 
 
-def _make_parquet(path: Path, num_rows: int) -> None:
+def _make_parquet(path: Path, rows: Iterator[dict[str, str]]) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
+    from pyarrow.parquet import ParquetWriter
 
     schema = pa.schema([(name, pa.string()) for name in _row(0)])
-    with pq.ParquetWriter(path, schema) as writer:
-        for first in range(0, num_rows, CHUNK_ROWS):
-            rows = [_row(number) for number in range(first, min(first + CHUNK_ROWS, num_rows))]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+    with ParquetWriter(path, schema) as writer:
+        while group := list(itertools.islice(rows, GROUP_ROWS)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
 
 
 def make_images(path: Path, num_rows: int) -> None:
@@ -163,96 +80,111 @@ def make_images(path: Path, num_rows: int) -> None:
 def make_folder(path: Path, num_files: int) -> None:
     """Files of no bytes, a thousand in each folder below `path`."""
     for number in range(num_files):
-        folder = path / f"{number // 1000:03}"
-        if number % 1000 == 0:
-            folder.mkdir(parents=True)
-        (folder / f"{number:09}.jpg").touch()
+        file = path / f"{number // 1000:03}" / f"{number:09}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
 
 
 # ---- one run, in this process
 
 
-class Watch(Observer):
-    """Follows a run: when the first row came, and memory when so many rows were out; stops it where it is told."""
+def run_once(arguments: list[str], stop_at: int | None = None) -> dict[str, Any]:
+    """`idefics` with these arguments, to its end or until `stop_at` rows are out; seconds, rows and bytes."""
+    import torch
 
-    def __init__(self, stats: RunStats, stop_at: int | None):
-        self.stats, self.stop_at = stats, stop_at
-        self.started = time.perf_counter()
-        self.first_row: float | None = None
-        self.memory: dict[int, int] = {}
+    from idefics_cli import idefics
+    from idefics_cli.bench.memory import reset_resident_peak, resident_bytes, resident_peak
+    from idefics_cli.cli.app import app
+    from idefics_cli.result import Embedding, Result
 
-    def say(self, message: str) -> None:
-        print(message, file=sys.stderr)
+    class Echo(idefics.Idefics):
+        """The demo model, with texts and images that cost nothing. Counts the rows."""
 
-    def on_row(self) -> None:
-        if self.first_row is None:
-            self.first_row = time.perf_counter() - self.started
-        if self.stats.rows % 100_000 == 0:
-            self.memory[self.stats.rows] = resident_bytes() or 0
-        if self.stats.rows == self.stop_at:
-            raise KeyboardInterrupt
+        def image_workers(self, *options: Any, **more: Any) -> Any:
+            return nullcontext(self)
 
+        def prepare(self, source: Any) -> bytes:
+            return source[:40] if isinstance(source, bytes) else os.fsencode(source)
 
-def make_work(kind: str, embeddings: str | None) -> Task:
-    if kind == "embed":
-        return EchoEmbedding(ModelRequest("echo"))
-    return EchoCaption(CaptionVqaOptions(PromptOptions("caption"), DecodingOptions(), embeddings=embeddings))
+        def encode(self, prompt: Any, *options: Any) -> str:
+            image = next(item for item in prompt if isinstance(item, bytes | torch.Tensor))
+            return image.hex() if isinstance(image, bytes) else f"{float(image[0, 0])}"
 
+        def encode_image(self, image: Any) -> Any:
+            return image
 
-def run_once(
-    manifest: str, output: str, stop_at: int | None = None, kind: str = "caption", embeddings: str | None = None
-) -> dict[str, Any]:
-    """Run a manifest to its end, or until `stop_at` rows are out; seconds, rows and bytes."""
-    options = RunOptions(
-        inputs=(manifest,),
-        output=output,
-        request=ModelRequest("echo"),
-        reading=ReadOptions(needs_image=embeddings is None),
-        images=ImageOptions(workers=2),
-    )
-    before = resident_bytes() or 0
-    task = make_work(kind, embeddings)
-    stats = RunStats()
-    watch = Watch(stats, stop_at)
-    load: Any = lambda request, batch_size: EchoModel()  # noqa: E731
+        def stream(self, source: Any, **decoding: Any) -> Iterator[tuple[int, Any]]:
+            for number, prompt in self._taken(source):
+                yield number, Result(f"a caption of {prompt}", -0.5, 5)
+
+        def embed_stream(self, source: Any) -> Iterator[tuple[int, Any]]:
+            noise = torch.randn(self.latents_shape).half()  # which does not compress
+            for number, _ in self._taken(source):
+                yield number, Embedding(noise.roll(number))
+
+        def _taken(self, source: Any) -> Iterator[tuple[int, Any]]:
+            numbers = itertools.count()
+            while prompts := source.take(self.batch_size, wait=True):
+                for prompt in prompts:
+                    yield next(numbers), prompt
+                    count(next(rows))
+
+    model = Echo.from_pretrained("demo", batch_size=64)
+    idefics.Idefics.from_pretrained = staticmethod(lambda *options, **more: model)
+    rows, first_row, memory = itertools.count(1), [], {}
+
+    def count(number: int) -> None:
+        if not first_row:
+            first_row.append(time.perf_counter() - started)
+        if number % RECORD_EVERY == 0:
+            memory[number] = (resident_bytes() or 0) - before
+        if number == stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+    reset_resident_peak()
+    before, started = resident_bytes() or 0, time.perf_counter()
     try:
-        Run(options, task, lambda request: "echo", load, stats, watch).run(stdout=None)
-    except KeyboardInterrupt:
-        if stop_at is None:
-            raise
-    seconds = time.perf_counter() - watch.started
+        app([*arguments, "--model", "demo"])
+    except SystemExit as end:
+        assert end.code == (0 if stop_at is None else STOPPED), (end.code, arguments)
+    seconds, num_rows = time.perf_counter() - started, next(rows) - 1
     return {
-        "rows": stats.rows - stats.resumed,
-        "resumed": stats.resumed,
+        "rows": num_rows,
         "seconds": seconds,
-        "first_row_seconds": watch.first_row,
-        "rows_per_second": (stats.rows - stats.resumed) / seconds,
+        "first_row_seconds": first_row[0],
+        "rows_per_second": num_rows / seconds,
         "peak_bytes": (resident_peak() or 0) - before,
-        "bytes_by_rows": {rows: memory - before for rows, memory in watch.memory.items()},
+        "bytes_by_rows": memory,
     }
 
 
 # ---- all runs, each in a process of its own
 
 
-def in_a_process(manifest: Path, output: Path, *more: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name, "--run", str(manifest), str(output), *more]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+def run_alone(name: str, *arguments: str | Path) -> dict[str, Any]:
+    found = json.loads(_in_a_process("--run", *arguments))
+    print(f"{name}: {json.dumps(found)}", file=sys.stderr)
+    return found
 
 
-def measure(folder: Path, subjects: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+def _in_a_process(*arguments: str | Path) -> bytes:
+    command = [sys.executable, "-m", __spec__.name, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+
+
+def measure(folder: Path, subjects: list[str], options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for subject in subjects:
         if subject in FORMATS:
             report |= measure_manifest(folder, subject, options.rows)
-            continue
-        if subject == "embeddings":
+        elif subject == "embeddings":
             report |= measure_embeddings(folder, options.rows)
-            continue
-        place = folder / ("files" if subject == "folder" else "images.parquet")
-        make, size = (make_folder, options.files) if subject == "folder" else (make_images, options.images)
-        make(place, size)
-        report[subject] = say(subject, in_a_process(place, folder / f"{subject}.jsonl"))
+        elif subject == "folder":
+            make_folder(folder / "files", options.files)
+            report[subject] = run_alone(subject, "caption", folder / "files", "-o", folder / "files.jsonl")
+        else:
+            make_images(folder / "images.parquet", options.images)
+            report[subject] = run_alone(subject, "caption", folder / "images.parquet", "-o", folder / "images.jsonl")
     return report
 
 
@@ -260,12 +192,12 @@ def measure_manifest(folder: Path, suffix: str, num_rows: int) -> dict[str, Any]
     """A whole run, then the second half of one."""
     manifest = folder / f"rows.{suffix}"
     make_manifest(manifest, num_rows)
-    outputs = [folder / f"{name}.{'parquet' if suffix == 'parquet' else 'jsonl'}" for name in ("whole", "halves")]
-    report = {suffix: say(suffix, in_a_process(manifest, outputs[0]))}
-    in_a_process(manifest, outputs[1], "--stop-at", str(num_rows // 2))
-    report[f"{suffix}, half done"] = say(f"{suffix}, half done", in_a_process(manifest, outputs[1]))
-    assert outputs[0].read_bytes() == outputs[1].read_bytes(), f"{suffix}: a halved run wrote something else"
-    for path in (manifest, *outputs):
+    whole, halves = (folder / f"{name}.{'parquet' if suffix == 'parquet' else 'jsonl'}" for name in ("whole", "halves"))
+    report = {suffix: run_alone(suffix, "caption", manifest, "-o", whole)}
+    _in_a_process("--stop-at", str(num_rows // 2), "--run", "caption", manifest, "-o", halves)
+    report[f"{suffix}, half done"] = run_alone(f"{suffix}, half done", "caption", manifest, "-o", halves)
+    assert whole.read_bytes() == halves.read_bytes(), f"{suffix}: a halved run wrote something else"
+    for path in (manifest, whole, halves):
         path.unlink()
     return report
 
@@ -274,22 +206,13 @@ def measure_embeddings(folder: Path, num_rows: int) -> dict[str, Any]:
     """A manifest is embedded, then captioned from its embeddings."""
     manifest, embeddings, output = (folder / name for name in ("rows.jsonl", "latents.parquet", "captions.jsonl"))
     make_manifest(manifest, num_rows)
-    report = {"embed": say("embed", in_a_process(manifest, embeddings, "--kind", "embed"))}
-    report["embeddings"] = say("embeddings", in_a_process(manifest, output, "--embeddings", str(embeddings)))
+    report = {
+        "embed": run_alone("embed", "embed", manifest, "-o", embeddings),
+        "embeddings": run_alone("embeddings", "caption", manifest, "--embeddings", embeddings, "-o", output),
+    }
     for path in (manifest, embeddings, output):
         path.unlink()
     return report
-
-
-def say(name: str, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    kept = [f"{memory / 1e6:.0f} MB at {int(rows):,} rows" for rows, memory in found["bytes_by_rows"].items()]
-    print(
-        f"{name}: {found['rows']} rows in {found['seconds']:.1f} s, {found['rows_per_second']:,.0f} rows/s, first row"
-        f" after {found['first_row_seconds']:.2f} s, peak {found['peak_bytes'] / 1e6:.0f} MB over the imports"
-        + "".join(f", {text}" for text in dict.fromkeys(kept[:1] + kept[-1:])),
-        file=sys.stderr,
-    )
-    return found
 
 
 def main() -> None:
@@ -298,13 +221,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="of 50 kB each, in one row group")
     parser.add_argument("--files", type=int, default=50_000, help="in the folder")
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=SUBJECTS)
-    parser.add_argument("--run", nargs=2, metavar=("MANIFEST", "OUTPUT"), help="one run in this process")
-    parser.add_argument("--stop-at", type=int)
-    parser.add_argument("--kind", choices=["caption", "embed"], default="caption", help="of the one run")
-    parser.add_argument("--embeddings", metavar="FILE", help="which the one run captions in place of images")
+    parser.add_argument("--stop-at", type=int, help="rows after which the one run is stopped")
+    parser.add_argument("--run", nargs=argparse.REMAINDER, help="one run in this process: arguments of `idefics`")
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(run_once(*options.run, options.stop_at, options.kind, options.embeddings)))
+        print(json.dumps(run_once(options.run, options.stop_at)))
         return
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(Path(folder), options.only, options)))

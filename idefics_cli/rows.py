@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from idefics_cli.errors import RowError
+from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.validation import Help
 
 MAX_WORKERS = 8
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
@@ -53,6 +55,24 @@ class InputRow:
     earlier: Mapping[str, Any] | None = None
 
 
+def parse_keep(text: str) -> tuple[str, ...] | Literal["all"]:
+    if text == "all":
+        return "all"
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise IdeficsError(f"--keep {text!r} has an empty name: separate column names by commas, as in a,b")
+    return tuple(dict.fromkeys(names))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    parts = text.split("/")
+    if len(parts) == 2 and all(part.isascii() and part.isdigit() for part in parts):
+        place, number = int(parts[0]), int(parts[1])
+        if 1 <= place <= number:
+            return place, number
+    raise IdeficsError(f"invalid shard {text!r}: expected I/N with 1 <= I <= N")
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """Which rows are read, and which of their columns.
@@ -64,16 +84,32 @@ class ReadOptions:
     `needs_image` rows have images only where `image_column` names them; without `needs_id` their ids are their numbers.
     """
 
-    recursive: bool = True
-    null: bool = False
-    image_column: str | None = None
+    recursive: Annotated[bool, Help("Skip the sub-folders of folders", flags=("--no-recursive",))] = True
+    null: Annotated[bool, Help("Paths on stdin end with NUL, not with a line break", flags=("-0", "--null"))] = False
+    image_column: Annotated[
+        str | None, Help("Column of the images", metavar="NAME", default="image, else the only one of images")
+    ] = None
     usual_image_columns: tuple[str, ...] = ("image",)
-    id_column: str | None = None
-    image_root: str | None = None
+    id_column: Annotated[str | None, Help("Column of the ids", metavar="NAME", default="id, else the row's number")] = (
+        None
+    )
+    image_root: Annotated[
+        str | None,
+        Help(
+            "Folder of a manifest's images; no path may lead out of it",
+            metavar="FOLDER",
+            default="the manifest's folder",
+        ),
+    ] = None
     columns: tuple[str, ...] = ()
-    keep: tuple[str, ...] | Literal["all"] = ()
-    limit: int | None = None
-    shard: tuple[int, int] | None = None
+    keep: Annotated[
+        tuple[str, ...] | Literal["all"],
+        Help("Columns of the manifest to pass through", metavar="A,B|all", parse=parse_keep),
+    ] = ()
+    limit: Annotated[int | None, Help("Only the first N rows", min=1, max=sys.maxsize)] = None
+    shard: Annotated[
+        tuple[int, int] | None, Help("Every N-th row, starting with the I-th", metavar="I/N", parse=parse_shard)
+    ] = None
     needs_image: bool = True
     needs_id: bool = True
     reads_passthrough: bool = True
@@ -93,10 +129,14 @@ class ImageOptions:
     `allow_truncated` a file may end early.
     """
 
-    max_pixels: int = 64_000_000
-    draft: bool = False
-    decode_timeout: float = 30.0
-    workers: int | None = None
+    max_pixels: Annotated[int, Help("Skip images with more pixels than this", min=1, max=10**12)] = 64_000_000
+    draft: Annotated[bool, Help("Decode large JPEGs at reduced size: faster, nearly the same")] = False
+    decode_timeout: Annotated[
+        float, Help("Skip images that take longer than this to decode", metavar="SECONDS", min=0.1, max=86_400.0)
+    ] = 30.0
+    workers: Annotated[
+        int | None, Help("Processes that decode images", min=1, default=f"processors, at most {MAX_WORKERS}")
+    ] = None
     max_bytes: int = 256 * 1024 * 1024
     allow_truncated: bool = False
 

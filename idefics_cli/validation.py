@@ -8,8 +8,8 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
 
 from idefics_cli.errors import IdeficsError
 
@@ -32,6 +32,30 @@ class Help:
     envvar: str | None = None
 
 
+def option_name(field: str, about: Help) -> str:
+    """What users type for the field."""
+    return about.flags[-1] if about.flags else f"--{field.replace('_', '-')}"
+
+
+def help_of(hint: Any) -> Help | None:
+    """That of a field with this annotation."""
+    return next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Help)), None)
+
+
+def by_option(options: Any) -> dict[str, Any]:
+    """The values of all options in a dataclass, and in those within it, by what users type for them."""
+    hints = get_type_hints(type(options), include_extras=True)
+    values: dict[str, Any] = {}
+    for field in fields(options):
+        value, about = getattr(options, field.name), help_of(hints[field.name])
+        if is_dataclass(value):
+            values |= by_option(value)
+        elif about is not None:
+            name = option_name(field.name, about)
+            values[name] = not value if field.default is True and name.startswith("--no-") else value
+    return values
+
+
 def whole_number(name: str, value: Any, least: int) -> int:
     """Of any type of whole numbers, such as numpy's; truth values are none."""
     try:
@@ -39,14 +63,14 @@ def whole_number(name: str, value: Any, least: int) -> int:
     except TypeError:
         number = None
     if number is None or number < least:
-        raise IdeficsError(f"{name} is {value!r}: use a whole number from {least} on")
+        raise IdeficsError(f"invalid {name} {value!r}: expected a whole number of at least {least}")
     return number
 
 
 def model_name(model: Any) -> str:
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else model
     if not isinstance(name, str):
-        raise IdeficsError(f"a model is no {type(model).__name__}: give a hub id, a local folder or 'demo', as text")
+        raise IdeficsError(f"invalid model of type {type(model).__name__}: expected a hub id, a folder or 'demo'")
     return name
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 from tiny_models import save_checkpoint
 
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
-from idefics_cli.engine.engine import Stream
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
 from idefics_cli.prompts.postprocess import PostProcess
@@ -251,8 +250,8 @@ def test_a_question_that_asks_nothing_is_an_error_among_others(base: Idefics, qu
     ("given", "said"),
     [
         (np.zeros((4, 4, 3), np.uint8), "PIL.Image.fromarray()"),
-        (io.BytesIO(b"a"), "what its read() gives"),
-        (Image.new("RGB", (0, 5)), "0 x 5 pixels are no image"),
+        (io.BytesIO(b"a"), "use its read()"),
+        (Image.new("RGB", (0, 5)), "the image is empty: 0 x 5 pixels"),
         (None, "not NoneType"),
     ],
 )
@@ -278,7 +277,7 @@ def test_device_and_dtype_may_be_torchs() -> None:
         *(({"batch_size": size}, f"batch_size is {size!r}") for size in (0, -1, "auto", 1.5, True)),
         ({"device": 0}, "unknown device '0'"),
         ({"dtype": torch.float64}, "unknown dtype 'torch.float64'"),
-        *(({"model": name}, "a model is no") for name in (None, b"demo", 3)),
+        *(({"model": name}, "invalid model of type") for name in (None, b"demo", 3)),
     ],
 )
 def test_what_no_model_is_loaded_with_is_told(options: dict[str, Any], said: str) -> None:
@@ -315,11 +314,11 @@ def test_prompts_are_taken_a_few_batches_ahead_only(base: Idefics, monkeypatch: 
             taken.append(number)
             yield ["hello"]
 
-    admitted_at = []
-    admit = Stream._admit
-    monkeypatch.setattr(Stream, "_admit", lambda self, group: admitted_at.append(len(taken)) or admit(self, group))
+    taken_at = []
+    decode = base.model.model.decode
+    monkeypatch.setattr(base.model.model, "decode", lambda *args: taken_at.append(len(taken)) or decode(*args))
     assert len(base.generate(stream(), num_beams=1, max_new_tokens=1)) == 60
-    assert admitted_at[0] == 12  # four batches of three
+    assert taken_at[0] == 12  # four batches of three
 
 
 def test_a_stream_gives_what_generate_gives(base: Idefics, prompts: list) -> None:

@@ -1,180 +1,162 @@
-"""Both sides of a benchmark: our engine and transformers' `generate`, on the same weights, prompt by prompt.
+"""Both sides of a benchmark, on the same weights and prompts: our engine and transformers' own `generate`.
 
 Times, memory and texts of each run, and whether both sides say the same.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from idefics_cli.bench.memory import MemoryMeter, MemoryUse
-from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, Subject, transformers_model
+from idefics_cli.bench.floor import Counts, copy_bandwidth, floor_seconds, work_of
+from idefics_cli.bench.memory import MemoryUse, measured
+from idefics_cli.bench.options import BenchOptions
+from idefics_cli.bench.subjects import FIRST_CALL, Subject, transformers_model
 from idefics_cli.engine import reference
 from idefics_cli.engine.embed import embed
-from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
+from idefics_cli.engine.engine import Engine
+from idefics_cli.engine.model_runner import PhaseTimes
+from idefics_cli.engine.options import DecodingOptions, Hypothesis
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
-from idefics_cli.engine.reference import collate
 from idefics_cli.errors import IdeficsError, RowError
-from idefics_cli.model.modeling import IdeficsForVisionText2Text
+from idefics_cli.model.packed_linear import pack_linears
 
 TIE = 1e-5  # two texts whose scores differ by less are equally good
 TIES_EXAMINED = 16
-TOUCHES = 1_000_000  # the draws behind which runs are timed count from here
+WARMING = 1_000_000  # the draws for untimed runs count from here
 
-
-class PhaseTimes(Protocol):
-    """Seconds and counts that an engine adds up."""
-
-    vision: float
-    prefill: float
-    decode: float
-    images: int
-    prompt_tokens: int
-    steps: int
-
-    def reset(self) -> None: ...
-
-
-class TextEngine(Protocol):
-    """What is measured: `generation.engine.Engine`, or in tests something that answers the same.
-
-    `waits` makes `times` true on CUDA, where the device works on behind the host.
-    """
-
-    times: PhaseTimes
-    waits: bool
-
-    def generate(
-        self, prompts: Iterable[EncodedPrompt], options: DecodingOptions
-    ) -> Iterator[tuple[int, list[Hypothesis] | RowError]]: ...
-
-
-EngineFactory = Callable[[IdeficsForVisionText2Text, Vocabulary, int], TextEngine]
-
-
-def make_engine(model: IdeficsForVisionText2Text, vocabulary: Vocabulary, rows: int) -> TextEngine:
-    """Our engine on our model, whose weights are laid out for the device as they are after loading."""
-    from idefics_cli.engine.engine import Engine
-    from idefics_cli.model.packed_linear import pack_linears
-
-    pack_linears(model)
-    return Engine(model, vocabulary, rows)
-
-
-# ---- runs
+Text = tuple[tuple[int, ...], float | None]  # token ids, and the score where the side was asked for it
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pass over a draw of prompts. `texts` holds (token ids, score or None) of each prompt, in order."""
-
-    seconds: float
-    texts: list[tuple[tuple[int, ...], float | None]]
-    memory: MemoryUse
-    times: dict[str, float] = field(default_factory=dict)
-
-
-class Pair(NamedTuple):
-    """Both sides' runs over the same prompts."""
+    """One pass over `prompts`: `texts` in their order. `times` and `floors`, by phase, are of our engine only."""
 
     prompts: Sequence[EncodedPrompt]
-    ours: Run
-    theirs: Run
+    texts: list[Text]
+    seconds: float
+    memory: MemoryUse
+    times: PhaseTimes = field(default_factory=PhaseTimes)
+    floors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+Pair = tuple[Run, Run]  # ours and transformers', over the same prompts
 
 
 class Bench:
     """Both sides of one benchmark, ready to run."""
 
-    def __init__(self, subject: Subject, options: BenchOptions, factory: EngineFactory = make_engine):
+    def __init__(self, subject: Subject, options: BenchOptions):
         self.subject, self.options = subject, options
         self.device = subject.model.device
-        self.meter = MemoryMeter(self.device)
-        # Before our engine may lay the weights out anew: transformers keeps them as they are.
-        self.theirs = transformers_model(subject.model)
-        with self.meter.measure() as layout:
+        self.theirs = transformers_model(subject.model)  # first: it keeps the weights that packing replaces
+        with measured(self.device) as layout:
             started = self._now()
-            self.engine = factory(subject.model, subject.vocabulary, options.batch_size)
+            pack_linears(subject.model)
             self.layout_seconds = self._now() - started
         self.layout_bytes = layout.kept
+        self.engine = Engine(subject.model, subject.vocabulary, options.batch_size)
+        self.bandwidth = copy_bandwidth(self.device)
+
+    def draw(self, number: int) -> list[EncodedPrompt]:
+        return self.subject.prompts.draw(number)
+
+    # ---- ours
 
     def run_ours(
         self, prompts: Sequence[EncodedPrompt], decoding: DecodingOptions | None = None, metered: bool = False
     ) -> Run:
-        """As the benchmark's options say, or `decoding`.
-
-        Memory is looked at where it is asked for: to tidy up before and behind a run costs the next one time.
-        """
-        if self.options.embeddings:
-            prompts = self._embedded(prompts)
+        """Decoded as the benchmark's options say, or by `decoding`. `metered`: with its memory, which costs time."""
+        taken = self._embedded(prompts) if self.options.embeddings else prompts
         self.engine.times.reset()
-        texts: list[tuple[tuple[int, ...], float | None]] = [((), None)] * len(prompts)
-        with self._watched(metered) as memory:
+        with self._memory(metered) as memory:
             started = self._now()
-            for index, hypotheses in self.engine.generate(prompts, decoding or self.options.texts):
-                if isinstance(hypotheses, RowError):
-                    raise IdeficsError(f"a prompt has no text ({hypotheses}): lower --shots or --num-beams")
-                texts[index] = (hypotheses[0].token_ids, hypotheses[0].score)
+            found = dict(self.engine.generate(taken, decoding or self.options.texts))
             seconds = self._now() - started
-        return Run(seconds, texts, memory, phase_times(self.engine.times))
+        texts = [self._best(found[index]) for index in range(len(prompts))]
+        return Run(prompts, texts, seconds, memory, replace(self.engine.times))
 
-    def _watched(self, metered: bool) -> AbstractContextManager[MemoryUse]:
-        return self.meter.measure() if metered else nullcontext(MemoryUse())
+    def _best(self, found: list[Hypothesis] | RowError) -> Text:
+        if isinstance(found, RowError):
+            raise IdeficsError(f"a prompt has no text ({found}): lower --shots or --num-beams")
+        return found[0].token_ids, found[0].score
 
     def _embedded(self, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
-        """The prompts with latents in the place of images, as `idefics embed` makes them beforehand: untimed."""
+        """The prompts with latents instead of images, as `idefics embed` makes them beforehand: not timed."""
         pixels = {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
-        images = [EncodedImage((each,)) for each in pixels.values()]
-        latents = dict(zip(pixels, (found for _, found in embed(self.engine, IterableSource(images))), strict=True))
-        for found in latents.values():
-            if isinstance(found, RowError):
-                raise IdeficsError(f"an image has no latents ({found}): use another --device or --dtype")
+        images = IterableSource([EncodedImage((each,)) for each in pixels.values()])
+        latents = dict(zip(pixels, (found for _, found in embed(self.engine, images)), strict=True))
+        failed = next((found for found in latents.values() if isinstance(found, RowError)), None)
+        if failed is not None:
+            raise IdeficsError(f"an image has no latents ({failed}): use another --device or --dtype")
         self.engine.latents.clear()
-        return [EncodedPrompt(each.input_ids, tuple(latents[key] for key in each.image_keys)) for each in prompts]
+        return [replace(each, pixels=tuple(latents[key] for key in each.image_keys)) for each in prompts]
+
+    def with_floors(self, run: Run, number: int) -> Run:
+        """The run with the floor of each phase, timed now: within minutes a shared machine changes its pace.
+
+        On CUDA another run, over draw `number`: waiting for the device after each phase costs time.
+        """
+        if self.device.type == "cuda":
+            self.engine.waits = True
+            run = self.run_ours(self.draw(number))
+            self.engine.waits = False
+        work = work_of(self.theirs, self._counts(run))
+        return replace(run, floors={phase: floor_seconds(each, self.bandwidth) for phase, each in work.items()})
+
+    def _counts(self, run: Run) -> Counts:
+        return Counts(
+            images=run.times.images,
+            prompt_tokens=run.times.prompt_tokens,
+            steps=run.times.steps,
+            prompts=len(run.prompts),
+            rows=min(self.options.batch_size, len(run.prompts)),
+            beams=self.options.decoding.num_beams,
+            prompt_length=statistics.fmean(len(prompt.input_ids) for prompt in run.prompts),
+            text_length=statistics.fmean(len(token_ids) for token_ids, _ in run.texts),
+        )
+
+    # ---- transformers'
 
     def run_theirs(
         self,
         prompts: Sequence[EncodedPrompt],
         decoding: DecodingOptions | None = None,
-        with_scores: bool = False,
         metered: bool = False,
+        with_scores: bool = False,
     ) -> Run:
-        """Batches of similar length, as a careful caller makes them. Collating is not timed, `generate` is.
+        """Batches of similar length, as a careful caller makes them; only `generate` is timed.
 
-        Scores are asked for only where time and memory do not count: transformers keeps every step's logits for them.
+        Scores only where time and memory do not count: transformers keeps every step's logits for them.
         """
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
-        texts: list[tuple[tuple[int, ...], float | None]] = [((), None)] * len(prompts)
+        texts: dict[int, Text] = {}
         seconds = 0.0
-        with self._watched(metered) as memory:
+        with self._memory(metered) as memory:
             for first in range(0, len(order), self.options.batch_size):
                 batch = order[first : first + self.options.batch_size]
-                inputs = self._collate([prompts[index] for index in batch])
+                inputs = self._inputs([prompts[index] for index in batch])
                 started = self._now()
-                found = self._generate(inputs, decoding or self.options.texts, with_scores)
+                texts |= zip(batch, self._generate(inputs, decoding or self.options.texts, with_scores), strict=True)
                 seconds += self._now() - started
-                for index, text in zip(batch, found, strict=True):
-                    texts[index] = text
-        return Run(seconds, texts, memory)
+        return Run(prompts, [texts[index] for index in range(len(prompts))], seconds, memory)
 
-    def _collate(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
-        return vars(collate(prompts, self.subject.vocabulary, self.subject.image_size))
+    def _inputs(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
+        return vars(reference.collate(prompts, self.subject.vocabulary, self.subject.image_size))
 
-    def _generate(
-        self, inputs: dict[str, Tensor], options: DecodingOptions, with_scores: bool
-    ) -> list[tuple[tuple[int, ...], float | None]]:
+    def _generate(self, inputs: dict[str, Tensor], options: DecodingOptions, with_scores: bool) -> Iterable[Text]:
         tensors = {name: value.to(self.device) for name, value in inputs.items()}
         vocabulary = self.subject.vocabulary
         if with_scores:
-            decoded = reference.generate(self.theirs, tensors, options, vocabulary)
-            return [(hypotheses[0].token_ids, hypotheses[0].score) for hypotheses in decoded]
+            found = reference.generate(self.theirs, tensors, options, vocabulary)
+            return [(hypotheses[0].token_ids, hypotheses[0].score) for hypotheses in found]
         config = reference.generation_config(options, vocabulary)
         config.return_dict_in_generate = config.output_scores = config.output_logits = False
         with torch.inference_mode():
@@ -184,21 +166,24 @@ class Bench:
 
     @torch.inference_mode()
     def score(self, prompt: EncodedPrompt, token_ids: tuple[int, ...]) -> float:
-        """The text's score as one forward pass of transformers' model gives it."""
+        """The text's score by one forward pass of transformers' model."""
         options = self.options.texts
-        tensors = {
-            name: value.to(self.device)
-            for name, value in self._collate([EncodedPrompt([*prompt.input_ids, *token_ids], prompt.pixels)]).items()
-        }
+        inputs = self._inputs([EncodedPrompt([*prompt.input_ids, *token_ids], prompt.pixels)])
+        tensors = {name: value.to(self.device) for name, value in inputs.items()}
         logits = self.theirs(**tensors, use_cache=False).logits[0, len(prompt.input_ids) - 1 :].float()
         log_probabilities = logits.log_softmax(dim=-1)  # (tokens + 1, vocabulary)
         written = torch.tensor(token_ids, dtype=torch.long, device=self.device)
         total = float(log_probabilities[:-1].gather(1, written[:, None]).sum())
         length = len(token_ids)
-        if length < options.max_new_tokens:  # an end token closes it, the likeliest of them
+        if length < options.max_new_tokens:  # the likeliest end token closes it
             total += float(log_probabilities[-1, list(self.subject.vocabulary.end_token_ids)].max())
             length += 1
         return total / length**options.length_penalty
+
+    # ---- clocks
+
+    def _memory(self, metered: bool) -> AbstractContextManager[MemoryUse]:
+        return measured(self.device) if metered else nullcontext(MemoryUse())
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -206,25 +191,53 @@ class Bench:
         return time.perf_counter()
 
 
-def phase_times(times: PhaseTimes) -> dict[str, float]:
-    return {name: getattr(times, name) for name in ("vision", "prefill", "decode", "images", "prompt_tokens", "steps")}
+# ---- all runs
 
 
-# ---- whether both say the same
+def warm_up(bench: Bench, say: Callable[[str], None]) -> tuple[Pair, Pair]:
+    """The first call, ours with cold caches and transformers with scores; then a pair whose memory is measured."""
+    say("first call, and transformers with scores")
+    prompts = bench.draw(FIRST_CALL)
+    first = bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, with_scores=True)
+    say("memory")
+    prompts = bench.draw(FIRST_CALL + 1)
+    return first, (bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, metered=True))
 
 
-def agreement(bench: Bench, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Texts of both sides, row by row. Where they differ, transformers scores both: a tie is no difference.
+def timed_runs(bench: Bench, say: Callable[[str], None]) -> tuple[list[Pair], list[Run]]:
+    """Pairs over new images, each side first in turn; and for each our run whose phases stand beside their floors."""
+    pairs, phased, repeats = [], [], bench.options.repeats
+    for repeat in range(1, repeats + 1):
+        prompts = bench.draw(FIRST_CALL + 1 + repeat)
+        others = bench.draw(WARMING + repeat)[: bench.options.batch_size]
+        runs: dict[str, Run] = {}
+        for side in ("theirs", "ours")[:: 1 if repeat % 2 else -1]:
+            runs[side] = timed_run(bench, side, prompts, others)
+            if side == "ours":
+                say("the bare matrix products")
+                phased.append(bench.with_floors(runs[side], FIRST_CALL + 1 + repeats + repeat))
+        say(f"repeat {repeat}: ours {runs['ours'].seconds:.2f} s, transformers {runs['theirs'].seconds:.2f} s")
+        pairs.append((runs["ours"], runs["theirs"]))
+    return pairs, phased
 
-    Scores are compared where transformers was asked for its own.
-    """
-    rows = [row for prompts, ours, theirs in pairs for row in zip(prompts, ours.texts, theirs.texts, strict=True)]
-    same = [row for row in rows if row[1][0] == row[2][0]]
+
+def timed_run(bench: Bench, side: str, prompts: Sequence[EncodedPrompt], others: Sequence[EncodedPrompt]) -> Run:
+    """After a short untimed run over `others`: weights that lay idle meanwhile can be slow to reach at first."""
+    run = bench.run_ours if side == "ours" else bench.run_theirs
+    run(others, replace(bench.options.texts, max_new_tokens=1, min_new_tokens=0))
+    return run(prompts)
+
+
+def agreement(bench: Bench, pairs: Iterable[Pair]) -> dict[str, Any]:
+    """Texts of both sides, row by row. Where they differ transformers scores both: a tie is not a difference."""
+    rows = [row for ours, theirs in pairs for row in zip(ours.prompts, ours.texts, theirs.texts, strict=True)]
+    same = [(ours, theirs) for _, ours, theirs in rows if ours[0] == theirs[0]]
     differing = [row for row in rows if row[1][0] != row[2][0]]
     gaps = [
         abs(bench.score(prompt, ours[0]) - bench.score(prompt, theirs[0]))
         for prompt, ours, theirs in differing[:TIES_EXAMINED]
     ]
+    score_differences = [abs(ours[1] - theirs[1]) for ours, theirs in same if theirs[1] is not None]
     return {
         "rows": len(rows),
         "identical": len(same) / len(rows),
@@ -232,104 +245,6 @@ def agreement(bench: Bench, pairs: Sequence[Pair]) -> dict[str, Any]:
         "differing_examined": len(gaps),
         "differing_ties": sum(gap <= TIE for gap in gaps),
         "largest_gap": max(gaps, default=None),
-        "rows_with_scores": sum(theirs[1] is not None for _, _, theirs in same),
-        "max_score_difference": max(
-            (abs(ours[1] - theirs[1]) for _, ours, theirs in same if theirs[1] is not None), default=None
-        ),
+        "rows_with_scores": len(score_differences),
+        "max_score_difference": max(score_differences, default=None),
     }
-
-
-# ---- all runs
-
-
-Floors = dict[str, dict[str, float]]  # for each phase, seconds of its products' parts
-
-
-class Phased(NamedTuple):
-    """A run of ours whose phases are told apart, and the floors of what it did, timed right behind it.
-
-    Later they would be timed on what is as good as another machine: a shared one changes its pace within minutes.
-    """
-
-    run: Run
-    floors: Floors
-
-
-FloorTimer = Callable[[Run], Floors]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """All runs: the two pairs of the warm-up, the timed ones, and those of ours whose phases are told apart."""
-
-    first: Pair
-    metered: Pair
-    ours: list[Run]
-    theirs: list[Run]
-    phased: list[Phased]
-    agreement: dict[str, Any]
-
-    @property
-    def our_peak(self) -> int | None:
-        """Counts what the first call left behind: caches are part of how we do it."""
-        kept, rise = self.first.ours.memory.kept, self.metered.ours.memory.rise
-        return None if kept is None or rise is None else kept + rise
-
-    @property
-    def their_peak(self) -> int | None:
-        return self.metered.theirs.memory.rise
-
-    @cached_property
-    def ratios(self) -> list[float]:
-        return [theirs.seconds / ours.seconds for ours, theirs in zip(self.ours, self.theirs, strict=True)]
-
-
-def warm_up(bench: Bench, say: Callable[[str], None]) -> tuple[Pair, Pair]:
-    """A first pair, ours with cold caches and transformers asked for scores, and one whose memory is looked at."""
-    say("first call, and transformers with scores")
-    prompts = bench.subject.prompts.draw(FIRST_CALL)
-    first = Pair(prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, with_scores=True))
-    say("memory")
-    prompts = bench.subject.prompts.draw(FIRST_CALL + 1)
-    return first, Pair(prompts, bench.run_ours(prompts, metered=True), bench.run_theirs(prompts, metered=True))
-
-
-def measure(bench: Bench, warm: tuple[Pair, Pair], time_floors: FloorTimer, say: Callable[[str], None]) -> Measured:
-    """The timed pairs behind those of the warm-up, each side first in turn, each pair over new images."""
-    pairs: list[Pair] = []
-    phased: list[Phased] = []
-
-    def run_ours(prompts: Sequence[EncodedPrompt], repeat: int) -> Run:
-        run = run_timed(bench, bench.run_ours, prompts, repeat)
-        phased.append(with_floors(bench, run, time_floors))
-        return run
-
-    for repeat in range(1, bench.options.repeats + 1):
-        prompts = bench.subject.prompts.draw(FIRST_CALL + 1 + repeat)
-        ours = run_ours(prompts, repeat) if repeat % 2 == 0 else None
-        theirs = run_timed(bench, bench.run_theirs, prompts, repeat)
-        ours = ours or run_ours(prompts, repeat)
-        say(f"repeat {repeat}: ours {ours.seconds:.2f} s, transformers {theirs.seconds:.2f} s")
-        pairs.append(Pair(prompts, ours, theirs))
-    ours, theirs = [pair.ours for pair in pairs], [pair.theirs for pair in pairs]
-    return Measured(*warm, ours, theirs, phased, agreement(bench, [*warm, *pairs]))
-
-
-def run_timed(bench: Bench, side: Callable[..., Run], prompts: Sequence[EncodedPrompt], repeat: int) -> Run:
-    """One run over `prompts`, behind a short one over the first of another draw: one token each, untimed.
-
-    Weights that lay idle while the other side ran can be slow to reach at first, a virtual machine's above all.
-    """
-    others = bench.subject.prompts.draw(TOUCHES + repeat)[: bench.options.batch_size]
-    side(others, decoding=replace(bench.options.texts, max_new_tokens=1, min_new_tokens=0))
-    return side(prompts)
-
-
-def with_floors(bench: Bench, timed: Run, time_floors: FloorTimer) -> Phased:
-    """The run and its floors; on CUDA another run, since waiting for the device after each phase costs time."""
-    run = timed
-    if bench.device.type == "cuda":
-        bench.engine.waits = True
-        run = bench.run_ours(bench.subject.prompts.draw(FIRST_CALL + bench.options.repeats + 2))
-        bench.engine.waits = False
-    return Phased(run, time_floors(run))

@@ -1,15 +1,16 @@
-"""The floor: how long the matrix products that a phase cannot do without take alone, in a loop.
+"""The floor: how long the matrix products that a phase needs take alone, in a loop.
 
-Same shapes and same weights as in the run, each in the fastest layout there is. On CUDA also the bytes that must be
-read, over the bandwidth of a large copy. Knows the network's shapes, no engine and no prompts.
+Same shapes and weights as in the run, in the fastest layout there is; on CUDA at least the time to read the weights at
+the bandwidth of a large copy. Knows the network's shapes, no engine and no prompts.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from idefics_cli.engine.memory_budget import VISION_BATCH
 from idefics_cli.model.kv_interface import image_seq_len
+from idefics_cli.model.packed_linear import packable_dtypes
 
-Layout = Callable[[Tensor, int], Callable[[Tensor], Tensor]]
-FLOOR_BYTES = 256 << 20  # weights read in a loop are more than any cache holds
+Network = transformers.IdeficsForVisionText2Text
+Multiply = Callable[[Tensor], Tensor]
+FLOOR_BYTES = 256 << 20  # no cache holds so much: weights in a loop come from memory
 FLOOR_SECONDS = 0.3  # for each timing
+COPY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,13 @@ class Product:
     rows: int
     times: float
 
-    @property
-    def num_bytes(self) -> float:
-        return self.times * sum(weight.nbytes for weight in self.weights)
-
 
 @dataclass(frozen=True)
 class AttentionProduct:
-    """Pairs of products without weights: scores, then values, for (batch, queries) against (batch, keys).
+    """Two products without weights, scores and values: (batch, queries) with (batch, keys), `times` passes of `layers`.
 
-    `times` passes of `layers` pairs. Each layer of a text reads keys and values that are kept, and that other work has
-    driven from the caches since, as it does with weights. In vision they were computed just before: `layers` is 1.
+    Each layer of a text reads keys and values that other work has driven from the caches since, as it does with
+    weights. In vision they were computed just before: there `layers` is 1.
     """
 
     batch: int
@@ -52,15 +52,12 @@ class AttentionProduct:
     layers: int = 1
 
 
-@dataclass(frozen=True)
-class PhaseWork:
-    products: list[Product]
-    attention: list[AttentionProduct]
+Work = list[Product | AttentionProduct]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was done in a run: images encoded, prompts' own tokens read, decode steps; and the shapes of doing it."""
+    """What a run did: images encoded, prompts' own tokens read, decode steps; and in which shapes."""
 
     images: int
     prompt_tokens: int
@@ -72,160 +69,143 @@ class Counts:
     text_length: float
 
 
-def work_of(model: transformers.IdeficsForVisionText2Text, counts: Counts) -> dict[str, PhaseWork]:
-    """The matrix products that the counted work cannot do without, by phase.
+# ---- what a phase multiplies
 
-    Images' keys and values, made once for each image, belong to prefill.
-    """
+
+def work_of(model: Network, counts: Counts) -> dict[str, Work]:
+    """The products that the counted work needs, by phase. Prefill makes each image's keys and values, once."""
     return {
-        "vision": vision_work(model, counts),
-        "prefill": prefill_work(model, counts),
-        "decode": decode_work(model, counts),
+        "vision": vision_work(model, counts) if counts.images else [],
+        "prefill": prefill_work(model, counts) if counts.prompt_tokens else [],
+        "decode": decode_work(model, counts) if counts.steps else [],
     }
 
 
-def vision_work(model: transformers.IdeficsForVisionText2Text, counts: Counts) -> PhaseWork:
-    config, network = model.config, model.model
-    vision, perceiver = config.vision_config, config.perceiver_config
+def vision_work(model: Network, counts: Counts) -> Work:
+    vision, network = model.config.vision_config, model.model
     batch = min(counts.images, VISION_BATCH)
-    if not batch:
-        return PhaseWork([], [])
     times = counts.images / batch
     patches = (vision.image_size // vision.patch_size) ** 2
-    seen = 1 + patches
     embedding = network.vision_model.embeddings.patch_embedding.weight.flatten(1)
-    products = [Product((embedding,), batch * patches, times)]
-    products += products_of(network.vision_model.encoder, batch * seen, times)
-    head_dim = vision.hidden_size // vision.num_attention_heads
-    heads = batch * vision.num_attention_heads
-    attention = [AttentionProduct(heads, seen, seen, head_dim, times * vision.num_hidden_layers)]
-    if config.use_resampler:
-        latents = perceiver.resampler_n_latents
-        blocks = network.perceiver_resampler.blocks
-        products += products_of(blocks, batch * (seen + latents), times, only=("k_proj", "v_proj"))
-        products += products_of(blocks, batch * latents, times, but=("k_proj", "v_proj"))
-        heads = batch * perceiver.resampler_n_heads
-        attention.append(
-            AttentionProduct(heads, latents, seen + latents, perceiver.resampler_head_dim, times * len(blocks))
-        )
-    return PhaseWork(products, attention)
+    heads, head_dim = vision.num_attention_heads, vision.hidden_size // vision.num_attention_heads
+    return [
+        Product((embedding,), batch * patches, times),
+        *products_of(network.vision_model.encoder, batch * (patches + 1), times),
+        AttentionProduct(batch * heads, patches + 1, patches + 1, head_dim, times * vision.num_hidden_layers),
+        *(resampler_work(model, batch, patches + 1, times) if model.config.use_resampler else ()),
+    ]
 
 
-def prefill_work(model: transformers.IdeficsForVisionText2Text, counts: Counts) -> PhaseWork:
-    if not counts.prompt_tokens:
-        return PhaseWork([], [])
+def resampler_work(model: Network, batch: int, seen: int, times: float) -> Work:
+    config, blocks = model.config.perceiver_config, model.model.perceiver_resampler.blocks
+    latents, heads, head_dim = config.resampler_n_latents, config.resampler_n_heads, config.resampler_head_dim
+    return [
+        *products_of(blocks, batch * (seen + latents), times, key_value=True),
+        *products_of(blocks, batch * latents, times, key_value=False),
+        AttentionProduct(batch * heads, latents, seen + latents, head_dim, times * len(blocks)),
+    ]
+
+
+def prefill_work(model: Network, counts: Counts) -> Work:
     batches = max(1.0, counts.prompts / counts.rows)
-    tokens = round(counts.prompt_tokens / batches)
-    products = text_products(model, tokens, batches)
-    products.append(Product((model.lm_head.weight,), counts.rows, batches))
-    if counts.images:
-        source = round(counts.images / batches) * image_seq_len(model.config)
-        gated = model.model.gated_cross_attn_layers
-        products += products_of(gated, source, batches, only=("cross_attn.k_proj", "cross_attn.v_proj"))
+    image_vectors = round(counts.images / batches) * image_seq_len(model.config)
+    gated = model.model.gated_cross_attn_layers
     own = max(1, round(counts.prompt_tokens / counts.prompts))
-    return PhaseWork(products, text_attention(model, counts, own, round(counts.prompt_length), batches))
+    return [
+        *text_products(model, round(counts.prompt_tokens / batches), counts.rows, batches),
+        *(products_of(gated, image_vectors, batches, key_value=True) if counts.images else ()),
+        *text_attention(model, counts.rows, own, round(counts.prompt_length), batches),
+    ]
 
 
-def decode_work(model: transformers.IdeficsForVisionText2Text, counts: Counts) -> PhaseWork:
-    if not counts.steps:
-        return PhaseWork([], [])
-    queries = counts.rows * counts.beams
-    products = text_products(model, queries, counts.steps)
-    products.append(Product((model.lm_head.weight,), queries, counts.steps))
-    # Half of a text's length on average, in a tree of which the beams share the trunk.
+def decode_work(model: Network, counts: Counts) -> Work:
+    # Half of a text's length on average, in a tree whose trunk the beams share.
     keys = round(counts.prompt_length + counts.text_length / 2)
-    return PhaseWork(products, text_attention(model, counts, counts.beams, keys, counts.steps))
+    queries = counts.rows * counts.beams
+    return [
+        *text_products(model, queries, queries, counts.steps),
+        *text_attention(model, counts.rows, counts.beams, keys, counts.steps),
+    ]
 
 
-def text_products(model: transformers.IdeficsForVisionText2Text, tokens: int, times: float) -> list[Product]:
+def text_products(model: Network, tokens: int, predictions: int, times: float) -> list[Product]:
     network = model.model
     return [
         *products_of(network.layers, tokens, times),
-        *products_of(network.gated_cross_attn_layers, tokens, times, but=("cross_attn.k_proj", "cross_attn.v_proj")),
+        *products_of(network.gated_cross_attn_layers, tokens, times, key_value=False),
+        Product((model.lm_head.weight,), predictions, times),
     ]
 
 
-def text_attention(
-    model: transformers.IdeficsForVisionText2Text, counts: Counts, queries: int, keys: int, times: float
-) -> list[AttentionProduct]:
-    config = model.config
-    heads = counts.rows * config.num_attention_heads
-    head_dim = config.hidden_size // config.num_attention_heads
-    gated = len(model.model.gated_cross_attn_layers)
-    seen = image_seq_len(model.config)
+def text_attention(model: Network, rows: int, queries: int, keys: int, times: float) -> list[AttentionProduct]:
+    config, gated = model.config, len(model.model.gated_cross_attn_layers)
+    heads, head_dim = rows * config.num_attention_heads, config.hidden_size // config.num_attention_heads
     return [
         AttentionProduct(heads, queries, keys, head_dim, times, config.num_hidden_layers),
-        AttentionProduct(heads, queries, seen, head_dim, times, gated),
+        AttentionProduct(heads, queries, image_seq_len(config), head_dim, times, gated),
     ]
 
 
-def products_of(
-    module: nn.Module, rows: int, times: float, only: tuple[str, ...] = (), but: tuple[str, ...] = ()
-) -> list[Product]:
-    """One Product for each shape among the module's linear layers whose names end as asked."""
+def products_of(module: nn.Module, rows: int, times: float, key_value: bool | None = None) -> list[Product]:
+    """One Product for each shape among the module's linear layers; `key_value`: only k_proj and v_proj, or all but."""
     shapes: dict[tuple[int, ...], list[Tensor]] = {}
     for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear) or (only and not name.endswith(only)) or (but and name.endswith(but)):
-            continue
-        shapes.setdefault(tuple(layer.weight.shape), []).append(layer.weight)
+        chosen = key_value is None or name.endswith(("k_proj", "v_proj")) == key_value
+        if isinstance(layer, nn.Linear) and chosen:
+            shapes.setdefault(tuple(layer.weight.shape), []).append(layer.weight)
     return [Product(tuple(weights), rows, times) for weights in shapes.values()]
 
 
-def floor_seconds(work: PhaseWork, bandwidth: float | None) -> dict[str, float]:
-    """The phase's products alone: with weights, and attention's; and how long its bytes take at the copy bandwidth."""
+# ---- how long that takes
+
+
+def floor_seconds(work: Work, bandwidth: float | None) -> dict[str, float]:
+    """Of products with weights, of attention's, and of reading the weights at the copy bandwidth, where it is known."""
+    products = [each for each in work if isinstance(each, Product)]
+    attention = [each for each in work if isinstance(each, AttentionProduct)]
     floor = {
-        "products": sum(product_seconds(product) for product in work.products),
-        "attention": sum(attention_seconds(product, work.products[0].weights[0]) for product in work.attention),
+        "products": sum(map(product_seconds, products)),
+        "attention": sum(attention_seconds(each, like=products[0].weights[0]) for each in attention),
     }
     if bandwidth is not None:
-        floor["bytes"] = sum(product.num_bytes for product in work.products) / bandwidth
+        read = sum(each.times * sum(weight.nbytes for weight in each.weights) for each in products)
+        floor["bytes"] = read / bandwidth
     return floor
 
 
 @torch.inference_mode()
 def product_seconds(product: Product) -> float:
-    """All of the product, in the fastest layout there is."""
-    weights = enough(product.weights)
-    states = torch.randn(product.rows, weights[0].shape[1], device=weights[0].device).to(weights[0].dtype)
-    fastest = min(loop_seconds(layout, weights, states) for layout in layouts(weights[0]))
+    """All of the product, in the faster layout, measured over as many weights as no cache holds."""
+    weights = product.weights[: max(1, -(-FLOOR_BYTES // max(1, product.weights[0].nbytes)))]
+    like = weights[0]
+    states = torch.randn(product.rows, like.shape[1], device=like.device).to(like.dtype)
+    fastest = min(loop_seconds(layout, states) for layout in layouts(weights, product.rows))
     return fastest * len(product.weights) / len(weights) * product.times
 
 
-def enough(weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """So many of them that a loop over them is not served from a cache."""
-    return weights[: max(1, -(-FLOOR_BYTES // max(1, weights[0].nbytes)))]
+def layouts(weights: Sequence[Tensor], rows: int) -> Iterator[list[Multiply]]:
+    """Products with the weights as they are, and in oneDNN's blocks for so many rows where it has such kernels."""
+    yield [partial(nn.functional.linear, weight=weight) for weight in weights]
+    if weights[0].device.type == "cpu" and weights[0].dtype in packable_dtypes():
+        yield [packed(weight.detach().contiguous(), rows) for weight in weights]
 
 
-def layouts(weight: Tensor) -> list[Layout]:
-    ready = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    packs = ready and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and weight.dtype != torch.float16
-    return [plain_layout, packed_layout] if packs else [plain_layout]
+def packed(weight: Tensor, rows: int) -> Multiply:
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda states: torch.ops.mkldnn._linear_pointwise(states, blocks, None, "none", [], "")
 
 
-def plain_layout(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    return lambda states: nn.functional.linear(states, weight)
-
-
-def packed_layout(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """oneDNN's own blocks for so many rows, as inductor's freezing lays weights out."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-    return lambda states: torch.ops.mkldnn._linear_pointwise(states, packed, None, "none", [], "")
-
-
-def loop_seconds(layout: Layout, weights: Sequence[Tensor], states: Tensor) -> float:
-    """Seconds of one pass over all weights."""
-    steps = [layout(weight, states.shape[0]) for weight in weights]
-
+def loop_seconds(multiplies: Sequence[Multiply], states: Tensor) -> float:
     def once() -> None:
-        for step in steps:
-            step(states)
+        for multiply in multiplies:
+            multiply(states)
 
     return repeated_seconds(once, states.device)
 
 
 @torch.inference_mode()
 def attention_seconds(product: AttentionProduct, like: Tensor) -> float:
-    """All of the product, with the keys and values of as many layers as no cache holds, where there are so many."""
+    """All of the product, measured over as many layers' keys and values as no cache holds."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(product.batch, *shape, device=like.device).to(like.dtype)
@@ -243,8 +223,8 @@ def attention_seconds(product: AttentionProduct, like: Tensor) -> float:
     return repeated_seconds(once, like.device) * product.layers / layers * product.times
 
 
-def repeated_seconds(once: Callable[[], None], device: torch.device) -> float:
-    """The median of repeated calls, the first of which is not counted."""
+def repeated_seconds(once: Callable[[], object], device: torch.device) -> float:
+    """The median of repeated calls, not counting the first."""
 
     def timed(calls: int) -> float:
         started = time.perf_counter()
@@ -255,15 +235,17 @@ def repeated_seconds(once: Callable[[], None], device: torch.device) -> float:
         return (time.perf_counter() - started) / calls
 
     timed(1)
-    # On CUDA several calls are queued at a time: the device is not to wait for the host.
+    # On CUDA several calls are queued at a time, so that the device does not wait for the host.
     calls = max(1, int(FLOOR_SECONDS / 5 / max(timed(1), 1e-7)))
     return statistics.median(timed(min(calls, 1000)) for _ in range(5))
 
 
 def copy_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second that a large copy reads and writes, on CUDA."""
-    if device.type != "cuda":
-        return None
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    """Bytes a second that a large copy reads and writes, on CUDA; elsewhere caches would decide."""
+    return copied_per_second(COPY_BYTES, device) if device.type == "cuda" else None
+
+
+def copied_per_second(num_bytes: int, device: torch.device) -> float:
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / repeated_seconds(lambda: target.copy_(source) and None, device)
+    return 2 * num_bytes / repeated_seconds(lambda: target.copy_(source), device)

@@ -1,13 +1,12 @@
-"""Bytes in use while something runs: on CUDA by torch's own count, on Linux by the kernel's of the resident set.
+"""Memory that a run takes: by torch's own count on CUDA, by the kernel's count of the resident set on Linux.
 
-Neither looks again and again, which would take time from what is measured.
+Both keep the peak themselves: sampling it would slow down what is measured.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,91 +15,80 @@ from dataclasses import dataclass
 import torch
 
 
-class MemoryMeter:
-    """Measures runs. What is garbage when one begins or ends is not counted."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def _tidy(self) -> None:
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed until it is told
-        if trim is not None:
-            trim(0)
-
-    def _now(self) -> int | None:
-        """None: nobody counts here."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return torch.cuda.memory_allocated(self.device)
-        return resident_bytes()
-
-    @contextmanager
-    def measure(self) -> Iterator[MemoryUse]:
-        self._tidy()
-        use = MemoryUse(self._now())
-        counted = self._forget_peak()
-        yield use
-        use.peak = self._peak() if counted else None
-        self._tidy()
-        use.after = self._now()
-
-    def _forget_peak(self) -> bool:
-        if self.device.type != "cuda":
-            return forget_resident_peak()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return True
-
-    def _peak(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resident_peak()
-
-
 @dataclass
 class MemoryUse:
-    """Bytes before, at the most, and after; None where nobody counts."""
+    """Bytes over what was in use before: at the peak, and afterwards; None where they cannot be counted."""
 
-    before: int | None = None
-    peak: int | None = None
-    after: int | None = None
-
-    @property
-    def rise(self) -> int | None:
-        return None if self.before is None or self.peak is None else self.peak - self.before
-
-    @property
-    def kept(self) -> int | None:
-        return None if self.before is None or self.after is None else self.after - self.before
+    rise: int | None = None
+    kept: int | None = None
 
 
-def resident_bytes() -> int | None:
-    """Pages of this process that are in memory, where the kernel tells."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except FileNotFoundError:
-        return None
+@contextmanager
+def measured(device: torch.device) -> Iterator[MemoryUse]:
+    """What the body takes. What is garbage before or after it is not counted."""
+    use = MemoryUse()
+    _collect_garbage()
+    before = _bytes_in_use(device)
+    counts_peak = _reset_peak(device)
+    yield use
+    peak = _peak(device) if counts_peak else None
+    _collect_garbage()
+    use.rise, use.kept = _difference(peak, before), _difference(_bytes_in_use(device), before)
 
 
-def forget_resident_peak() -> bool:
-    """Let `resident_peak` start from what is resident now, where the kernel lets us (proc(5), /proc/pid/clear_refs)."""
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-    except OSError:  # no Linux, or a container whose /proc is read-only: then nobody counts
-        return False
+def _difference(after: int | None, before: int | None) -> int | None:
+    return None if after is None or before is None else after - before
+
+
+def _collect_garbage() -> None:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory until it is told to return it
+    if trim is not None:
+        trim(0)
+
+
+def _bytes_in_use(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return resident_bytes()
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _reset_peak(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return reset_resident_peak()
+    torch.cuda.reset_peak_memory_stats(device)
     return True
 
 
-def resident_peak() -> int | None:
-    """The most bytes of this process that were in memory at once, where the kernel tells.
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
 
-    (`ru_maxrss` would count what its parent held when it was started.)
-    """
+
+def resident_bytes() -> int | None:
+    """Memory that this process holds now; None on systems without /proc."""
+    return _status_bytes("VmRSS")
+
+
+def resident_peak() -> int | None:
+    """The most that it held since it started, or since `reset_resident_peak`. (`ru_maxrss` counts the parent's too.)"""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int | None:
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            found = re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.MULTILINE)
+            found = re.search(rf"^{name}:\s+(\d+) kB", file.read(), re.MULTILINE)
     except FileNotFoundError:
         return None
     return int(found[1]) << 10 if found else None
+
+
+def reset_resident_peak() -> bool:
+    """Whether the kernel allows it (proc(5), /proc/pid/clear_refs)."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:  # not Linux, or /proc is read-only in this container
+        return False
+    return True

@@ -1,108 +1,50 @@
-"""The benchmark from options to a report: plain numbers, JSON as they stand, and tables for people."""
+"""The benchmark from options to a report: plain numbers that JSON takes as they are, and tables for people."""
 
 from __future__ import annotations
 
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from idefics_cli.bench.compare import Bench, EngineFactory, Floors, Measured, Phased, Run, make_engine, measure, warm_up
-from idefics_cli.bench.floor import Counts, copy_bandwidth, floor_seconds, work_of
-from idefics_cli.bench.subjects import FIRST_CALL, BenchOptions, checkpoint_subject, random_subject, require_room
+from idefics_cli.bench.compare import Bench, Pair, Run, agreement, timed_runs, warm_up
+from idefics_cli.bench.options import BenchOptions
+from idefics_cli.bench.subjects import checkpoint_subject, random_subject, require_space
 from idefics_cli.checkpoint import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 PHASES = ("vision", "prefill", "decode")
+WORK = ("images", "prompt_tokens", "steps")
 
 
-def run(
-    options: BenchOptions, say: Callable[[str], None] = lambda line: None, factory: EngineFactory = make_engine
-) -> dict[str, Any]:
-    """The whole benchmark. `say` is told what is under way."""
+def run(options: BenchOptions, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """The whole benchmark. `say` is told what is being measured."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = resolve_device(options.request.device)
     dtype = resolve_dtype(options.request.dtype, device)
     prepare = checkpoint_subject if options.random is None else random_subject
     subject = prepare(options, device, dtype)
-    require_room(subject, options)
-    bench = Bench(subject, options, factory)
-    bandwidth = copy_bandwidth(bench.device)
+    require_space(subject, options)
+    bench = Bench(subject, options)
     warm = warm_up(bench, say)
-
-    def time_floors(run: Run) -> Floors:
-        say("the bare matrix products")
-        return phase_floors(bench, run, bandwidth)
-
-    measured = measure(bench, warm, time_floors, say)
-    return report(bench, measured, phase_report(measured.phased, bandwidth))
+    return report(bench, warm, *timed_runs(bench, say))
 
 
-def phase_floors(bench: Bench, run: Run, bandwidth: float | None) -> Floors:
-    """The floor of each phase's work in the run, timed now."""
-    work = work_of(bench.theirs, counts_of(bench, run))
-    return {name: floor_seconds(work[name], bandwidth) for name in PHASES}
-
-
-def phase_report(phased: Sequence[Phased], bandwidth: float | None) -> dict[str, Any]:
-    """For each phase: seconds, its floor, and how far above its own floor each run stands. Medians count."""
-    phases: dict[str, Any] = {
-        name: one_phase([each.run.times[name] for each in phased], [each.floors[name] for each in phased])
-        for name in PHASES
-    }
-    inside = sum(phase["seconds"] for phase in phases.values())
-    phases["other"] = {"seconds": statistics.median(each.run.seconds for each in phased) - inside}
-    if bandwidth is not None:
-        phases["copy_bandwidth_bytes_per_second"] = bandwidth
-    return phases
-
-
-def one_phase(seconds: Sequence[float], floors: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """`seconds` of the phase in each run, beside the parts of that run's floor."""
-    products = [max(floor["products"], floor.get("bytes", 0.0)) for floor in floors]
-    whole = [max(floor["products"] + floor["attention"], floor.get("bytes", 0.0)) for floor in floors]
-    above = ratios(seconds, whole)
-    return {
-        "seconds": statistics.median(seconds),
-        "floor_seconds": statistics.median(whole),
-        "floor": {part: statistics.median(floor[part] for floor in floors) for part in floors[0]},
-        "above_floor": statistics.median(above) if above else None,
-        "all_above_floor": above,
-        "above_products": statistics.median(ratios(seconds, products)) if above else None,
-    }
-
-
-def ratios(seconds: Sequence[float], floors: Sequence[float]) -> list[float]:
-    """Empty where a phase has nothing to do."""
-    return [one / floor for one, floor in zip(seconds, floors, strict=True) if floor]
-
-
-def counts_of(bench: Bench, run: Run) -> Counts:
-    options = bench.options
-    done = {name: round(run.times[name]) for name in ("images", "prompt_tokens", "steps")}
-    prompts = bench.subject.prompts.draw(FIRST_CALL)
-    lengths = [len(token_ids) for token_ids, _ in run.texts]
-    return Counts(
-        **done,
-        prompts=options.num_rows,
-        rows=min(options.batch_size, options.num_rows),
-        beams=options.decoding.num_beams,
-        prompt_length=statistics.fmean(len(prompt.input_ids) for prompt in prompts),
-        text_length=statistics.fmean(lengths),
-    )
-
-
-def report(bench: Bench, measured: Measured, phases: dict[str, Any]) -> dict[str, Any]:
+def report(bench: Bench, warm: tuple[Pair, Pair], pairs: Sequence[Pair], phased: Sequence[Run]) -> dict[str, Any]:
+    (first, _), (metered, their_metered) = warm
+    ours, theirs = zip(*pairs, strict=True)
+    ratios = quotients((run.seconds for run in theirs), (run.seconds for run in ours))
+    kept, rise = first.memory.kept, metered.memory.rise
     before = {
-        "first_call_seconds": measured.first.ours.seconds,
+        "first_call_seconds": first.seconds,
         "layout_seconds": bench.layout_seconds,
         "layout_bytes": bench.layout_bytes,
     }
@@ -110,14 +52,48 @@ def report(bench: Bench, measured: Measured, phases: dict[str, Any]) -> dict[str
         "machine": machine(bench.device),
         "versions": versions(),
         "settings": settings(bench),
-        "ours": {**side(bench.options, measured.ours, measured.our_peak), **before},
-        "transformers": side(bench.options, measured.theirs, measured.their_peak),
-        "ratio": statistics.median(measured.ratios),
-        "ratios": measured.ratios,
-        "agreement": measured.agreement,
-        "phases": phases,
-        "work": {name: measured.phased[-1].run.times[name] for name in ("images", "prompt_tokens", "steps")},
+        # What our first call keeps counts as ours: caches are part of how it works.
+        "ours": side(bench.options, ours, None if kept is None or rise is None else kept + rise) | before,
+        "transformers": side(bench.options, theirs, their_metered.memory.rise),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "agreement": agreement(bench, [*warm, *pairs]),
+        "phases": phase_report(phased, bench.bandwidth),
+        "work": {name: getattr(phased[-1].times, name) for name in WORK},
     }
+
+
+def phase_report(phased: Sequence[Run], bandwidth: float | None) -> dict[str, Any]:
+    """For each phase: seconds, its floor, and how far above its own floor each run stands. Medians count."""
+    phases: dict[str, Any] = {
+        name: one_phase([getattr(run.times, name) for run in phased], [run.floors[name] for run in phased])
+        for name in PHASES
+    }
+    inside = sum(phase["seconds"] for phase in phases.values())
+    phases["other"] = {"seconds": statistics.median(run.seconds for run in phased) - inside}
+    if bandwidth is not None:
+        phases["copy_bandwidth_bytes_per_second"] = bandwidth
+    return phases
+
+
+def one_phase(seconds: Sequence[float], floors: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """`seconds` of the phase in each run, with the parts of that run's floor."""
+    products = [max(floor["products"], floor.get("bytes", 0.0)) for floor in floors]
+    whole = [max(floor["products"] + floor["attention"], floor.get("bytes", 0.0)) for floor in floors]
+    above = quotients(seconds, whole)
+    return {
+        "seconds": statistics.median(seconds),
+        "floor_seconds": statistics.median(whole),
+        "floor": {part: statistics.median(floor[part] for floor in floors) for part in floors[0]},
+        "above_floor": statistics.median(above) if above else None,
+        "all_above_floor": above,
+        "above_products": statistics.median(quotients(seconds, products)) if above else None,
+    }
+
+
+def quotients(seconds: Iterable[float], others: Iterable[float]) -> list[float]:
+    """Without those where there was nothing to do."""
+    return [one / other for one, other in zip(seconds, others, strict=True) if other]
 
 
 def side(options: BenchOptions, runs: Sequence[Run], peak: int | None) -> dict[str, Any]:
@@ -156,20 +132,19 @@ def versions() -> dict[str, str]:
 
 def settings(bench: Bench) -> dict[str, Any]:
     options = bench.options
+    copied = ("shots", "questions_per_image", "batch_size", "embeddings", "repeats", "seed")
     return {
         "model": f"random {options.random}" if options.random else options.request.model,
         "parameters": sum(parameter.numel() for parameter in bench.theirs.parameters()),
         "dtype": str(bench.theirs.dtype).removeprefix("torch."),
         "rows": options.num_rows,
-        "shots": options.shots,
-        "questions_per_image": options.questions_per_image,
-        "batch_size": options.batch_size,
         "length": "fixed" if options.fixed_length else "varied",
-        "embeddings": options.embeddings,
         "decoding": asdict(options.texts),
-        "repeats": options.repeats,
-        "seed": options.seed,
+        **{name: getattr(options, name) for name in copied},
     }
+
+
+# ---- tables
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
@@ -180,9 +155,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
 def comparison_table(found: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    ours, theirs, same = found["ours"], found["transformers"], found["agreement"]
-    told = found["settings"]
-    title = f"{told['model']}, {told['dtype']}, {told['rows']} rows, {told['shots']} shots"
+    ours, theirs, chosen = found["ours"], found["transformers"], found["settings"]
+    title = f"{chosen['model']}, {chosen['dtype']}, {chosen['rows']} rows, {chosen['shots']} shots"
     table = Table("", "idefics", "transformers", title=title, title_justify="left")
     for name, label in (("seconds", "seconds"), ("rows_per_second", "rows/s"), ("images_per_second", "images/s")):
         table.add_row(label, f"{ours[name]:.2f}", f"{theirs[name]:.2f}")
@@ -190,13 +164,19 @@ def comparison_table(found: dict[str, Any]) -> Table:
     table.add_row("images encoded", str(found["work"]["images"]), "")
     table.add_row("peak memory over weights, MB", megabytes(ours["peak_bytes"]), megabytes(theirs["peak_bytes"]))
     table.add_row("times faster", f"{found['ratio']:.2f}", "1")
-    table.add_row("identical tokens", f"{same['identical']:.2%} of {same['rows']} rows", "")
+    for label, value in agreement_lines(found["agreement"]):
+        table.add_row(label, value, "")
+    return table
+
+
+def agreement_lines(same: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [("identical tokens", f"{same['identical']:.2%} of {same['rows']} rows")]
     if same["differing_rows"]:
         examined = f"{same['differing_ties']} of {same['differing_examined']} examined are ties"
-        table.add_row("differing rows", f"{same['differing_rows']}; {examined}", "")
+        lines.append(("differing rows", f"{same['differing_rows']}; {examined}"))
     if same["max_score_difference"] is not None:
-        table.add_row("largest difference of scores", f"{same['max_score_difference']:.1e}", "")
-    return table
+        lines.append(("largest score difference", f"{same['max_score_difference']:.1e}"))
+    return lines
 
 
 def megabytes(count: int | None) -> str:
@@ -206,11 +186,13 @@ def megabytes(count: int | None) -> str:
 def phase_table(phases: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table("phase", "seconds", "products", "attention", "bytes", "above floor", title="Where our time goes")
+    table = Table("phase", "seconds", "products", "attention", "bytes", "above floor", title="Our time by phase")
     for name in PHASES:
         phase = phases[name]
-        floor = phase["floor"]
-        shown = [f"{floor[part]:.3f}" if part in floor else "" for part in ("products", "attention", "bytes")]
+        shown = [
+            f"{phase['floor'][part]:.3f}" if part in phase["floor"] else ""
+            for part in ("products", "attention", "bytes")
+        ]
         above = f"{phase['above_floor']:.2f}×" if phase["above_floor"] is not None else ""
         table.add_row(name, f"{phase['seconds']:.3f}", *shown, above)
     table.add_row("other", f"{phases['other']['seconds']:.3f}")

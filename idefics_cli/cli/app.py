@@ -1,6 +1,6 @@
-"""The command line: options in, exit code out. With `terminal.py` the only module that prints or exits.
+"""The command line: options in, exit code out. With `console.py` the only module that prints or exits.
 
-Data goes to stdout or to `-o`, talk to stderr. Exit codes: 0 every row has a text (or nobody reads the rows any more),
+Data goes to stdout or to `-o`, everything else to stderr. Exit codes: 0 every row has a text (or stdout was closed),
 2 nothing was done, 3 some rows have errors, 130 and 143 stopped by a signal, 1 a bug. Whatever is heavy (torch,
 transformers, Pillow) is imported inside the command that needs it, so that `--help` is quick.
 """
@@ -9,47 +9,35 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from idefics_cli import __version__
-from idefics_cli.cli.bench_options import BenchFlags
+from idefics_cli.bench.options import BenchOptions
+from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.cli.console import (
     EXIT_FAILED_ROWS,
     EXIT_MISTAKE,
     Progress,
-    console,
     exit_codes,
-    is_terminal,
     print_data,
+    print_facts,
     rows_so_far,
     say,
     say_finished,
     say_summary,
     show_table,
 )
-from idefics_cli.cli.options import (
-    AllowPickleFlag,
-    BatchSizeFlag,
-    DebugFlag,
-    DeviceFlag,
-    DtypeFlag,
-    RevisionFlag,
-    RunFlags,
-    flattened,
-    rows_per_batch,
-)
-from idefics_cli.cli.task_options import AskFlags, DecodingFlags, EmbeddingsFlag, QuestionFlags, TextFlags
+from idefics_cli.cli.options import DebugFlag, flattened
+from idefics_cli.errors import IdeficsError
+from idefics_cli.evaluation.score import ScoreOptions
+from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 
 if TYPE_CHECKING:
-    from idefics_cli.bench.subjects import BenchOptions
-    from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.evaluation.score import ScoreOptions
     from idefics_cli.idefics import Idefics
-    from idefics_cli.pipeline.run import RunOptions
     from idefics_cli.pipeline.task import Task
 
 app = typer.Typer(
@@ -95,153 +83,125 @@ def idefics(
 
 
 @app.command()
-@flattened
-def caption(run: RunFlags, ask: AskFlags, debug: DebugFlag = False) -> None:
+@flattened("questions", "question_column", task="caption", max_new_tokens=30)
+def caption(run: RunOptions, options: CaptionVqaOptions, debug: DebugFlag = False) -> None:
     """Describe images: one row for each, in input order.
 
-    A folder stands for every image below it, sorted by path; hidden and system files are passed over, links to folders
-    not followed. An image that cannot be read is a row with an error and never stops the run. The same command again
-    goes on where a run was stopped.
+    A folder stands for every image below it, sorted by path, without hidden and system files and linked folders. An
+    image that cannot be read gives a row with an error and never stops the run. The same command again continues a run
+    that was stopped.
     """
-    _ask(run, ask, None, debug)
+    _ask(run, options, debug)
 
 
 @app.command()
-@flattened
-def vqa(run: RunFlags, questions: QuestionFlags, ask: AskFlags, debug: DebugFlag = False) -> None:
+@flattened(task="vqa", max_new_tokens=15)
+def vqa(run: RunOptions, options: CaptionVqaOptions, debug: DebugFlag = False) -> None:
     """Answer questions about images: those of a manifest's column `question`, or the same with -q about every image.
 
-    One row for each question, in input order. An image that cannot be read, or a row without a question, is a row with
-    an error and never stops the run. The same command again goes on where a run was stopped.
+    One row for each question, in input order. An image that cannot be read, or a row without a question, gives a row
+    with an error and never stops the run. The same command again continues a run that was stopped.
     """
-    _ask(run, ask, questions, debug)
+    _ask(run, options, debug)
 
 
 @app.command()
-@flattened
-def generate(
-    run: RunFlags,
-    text: TextFlags,
-    decoding: DecodingFlags,
-    prompt_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the prompts.")] = "prompt",
-    embeddings: EmbeddingsFlag = None,
-    debug: DebugFlag = False,
-) -> None:
+@flattened("answers_column", max_new_tokens=100)
+def generate(run: RunOptions, options: GenerateOptions, debug: DebugFlag = False) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and images, or a conversation.
 
     In a list a string is text, an image is bytes or a struct (`{"image": "a.jpg"}`, `{bytes, path}`). A conversation
     is a list of `{"role", "content"}` messages, as transformers' chat templates take them.
     """
     with exit_codes(debug):
-        from idefics_cli.tasks.generate import MAX_NEW_TOKENS, Generate, GenerateOptions
+        from idefics_cli.tasks.generate import Generate
 
-        decoded = decoding.decoding(MAX_NEW_TOKENS)
-        task = Generate(GenerateOptions(decoded, prompt_column, embeddings, text.postprocess(task=None)))
-        options = run.options(task, decoding.rows_per_batch)
-    _run(options, task, debug)
+        task = Generate(options)
+    _run(run, task, debug)
 
 
 @app.command()
-@flattened
-def embed(run: RunFlags, batch_size: BatchSizeFlag = "auto", debug: DebugFlag = False) -> None:
+@flattened("answers_column", "sidecar")
+def embed(run: RunOptions, debug: DebugFlag = False) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
 
-    `caption`, `vqa` and `generate` take it with --embeddings in place of the images.
+    `caption`, `vqa` and `generate` take it with --embeddings instead of the images.
     """
     with exit_codes(debug):
         from idefics_cli.tasks.embed import Embed
 
-        task = Embed(run.model.request)
-        options = run.options(task, rows_per_batch(batch_size))
-        if not options.output.endswith(".parquet"):
-            raise typer.BadParameter("latents go into Parquet: add -o E.parquet", param_hint="--output")
-        if options.sidecar:
-            raise typer.BadParameter("there are no texts to write: leave it out", param_hint="--sidecar")
-    _run(options, task, debug)
+        if not run.output.endswith(".parquet"):
+            raise IdeficsError("embed writes Parquet: add -o E.parquet")
+        task = Embed(run.request)
+    _run(run, task, debug)
 
 
 @app.command()
+@flattened()
 def score(
     results: Annotated[
         str, typer.Argument(metavar="RESULTS", help="Result file of caption or vqa (.jsonl, .parquet, also .jsonl.gz).")
     ],
-    answers_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of the references, a list of texts.")
-    ] = "answers",
-    by: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column whose values are told apart.", show_default=False)
-    ] = None,
-    metric: Annotated[
-        Literal["auto", "vqa", "cider", "exact"],
-        typer.Option(help="auto: VQA accuracy for answers, CIDEr for captions; exact match always."),
-    ] = "auto",
-    tokenization: Annotated[
-        Literal["ptb", "treebank"],
-        typer.Option(help="How CIDEr's words are found; ptb: as published, needs Java; treebank: needs none."),
-    ] = "ptb",
+    options: ScoreOptions,
     debug: DebugFlag = False,
 ) -> None:
-    """Say how right a result file is: VQA accuracy, exact match, CIDEr, against a column kept with --keep.
+    """Score a result file: VQA accuracy, exact match, CIDEr, against a column kept with --keep.
 
     A row with an error counts as wrong. A table goes to stderr, one JSON line to stdout.
     """
     with exit_codes(debug):
-        from idefics_cli.evaluation.score import ScoreOptions
-
-        _print_scores(results, ScoreOptions(answers_column, by, metric, tokenization))
+        _print_scores(results, options)
 
 
 @app.command()
-@flattened
-def bench(context: typer.Context, flags: BenchFlags, debug: DebugFlag = False) -> None:
+@flattened("min_new_tokens", "length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences")
+def bench(context: typer.Context, options: BenchOptions, debug: DebugFlag = False) -> None:
     """Measure speed on this machine, beside transformers, with the distance to the hardware's floor.
 
-    Both sides get the same prompts and share the weights. The first call of ours (nothing cached yet) is told apart;
-    timed runs have new images and the same shots. Tables go to stderr, one JSON line to stdout.
+    Both sides get the same prompts and share the weights. The first call of ours (nothing cached yet) is reported
+    separately; timed runs have new images and the same shots. Tables go to stderr, one JSON line to stdout.
     """
-    flags.check(names_model=context.get_parameter_source("model").name == "COMMANDLINE")
     with exit_codes(debug):
+        from idefics_cli.bench.report import run, tables
         from idefics_cli.checkpoint import check_model_request
 
-        if flags.random is None:
-            check_model_request(flags.model.request)
-        _print_bench(flags.options)
+        if options.random is None:
+            check_model_request(options.request)
+        elif context.get_parameter_source("model").name == "COMMANDLINE":
+            raise IdeficsError(f"-m has no effect on --random {options.random}: leave it out")
+        found = run(options, say)
+        for table in tables(found):
+            show_table(table, soft_wrap=False)
+        print_data(json.dumps(found))
 
 
 @app.command()
+@flattened("model")
 def info(
+    request: ModelRequest,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Hub id, local folder or `demo`.", show_default=False)
     ] = None,
-    revision: RevisionFlag = None,
-    dtype: DtypeFlag = "auto",
-    device: DeviceFlag = "auto",
-    allow_pickle: AllowPickleFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Show versions, devices and, for a model, whether and how it would run here."""
     with exit_codes(debug):
-        from idefics_cli.checkpoint import ModelRequest
-
-        facts = _machine_facts(device, dtype)
+        facts = _machine_facts(request)
         if model is not None:
-            facts["model"] = _model_fact(ModelRequest(model, revision, dtype, device, allow_pickle))
-        _print_facts(facts)
+            facts["model"] = _model_fact(replace(request, model=model))
+        print_facts(facts)
 
 
 # Runs
 
 
-def _ask(run: RunFlags, ask: AskFlags, questions: QuestionFlags | None, debug: bool) -> None:
-    """Answers where there are questions, else captions."""
+def _ask(run: RunOptions, options: CaptionVqaOptions, debug: bool) -> None:
     with exit_codes(debug):
         from idefics_cli.tasks.caption_vqa import CaptionVqa
 
-        command = "caption" if questions is None else "vqa"
-        task = CaptionVqa(ask.options(command, questions, run.inputs.image_column))
-        options = run.options(task, ask.decoding.rows_per_batch, ask.scores.answers_column)
-        scoring = ask.scores.scoring(run.output, command)
-    _run(options, task, debug, scoring)
+        task = CaptionVqa(replace(options, shots=replace(options.shots, image_column=run.reading.image_column)))
+        scoring = None if run.answers_column is None else _closing_scores(run.answers_column, task.command)
+    _run(run, task, debug, scoring)
 
 
 def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | None = None) -> None:
@@ -271,6 +231,17 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
 # Scores
 
 
+def _closing_scores(answers_column: str, command: str) -> ScoreOptions:
+    """How a finished run is scored. Raises IdeficsError where it cannot be."""
+    from idefics_cli.evaluation.metrics import require_cider
+    from idefics_cli.evaluation.score import closing_tokenization
+
+    options = ScoreOptions(answers_column, tokenization=closing_tokenization())
+    if command == "caption":
+        require_cider(options.tokenization)
+    return options
+
+
 def _print_scores(results: str, options: ScoreOptions) -> None:
     from idefics_cli.evaluation.score import score_results, score_table
 
@@ -279,23 +250,10 @@ def _print_scores(results: str, options: ScoreOptions) -> None:
     print_data(json.dumps(scores.as_dict(), ensure_ascii=False))
 
 
-# Measurements
-
-
-def _print_bench(options: BenchOptions) -> None:
-    """Run it; tables on stderr, the report on stdout as one line of JSON."""
-    from idefics_cli.bench.report import run, tables
-
-    found = run(options, say)
-    for table in tables(found):
-        show_table(table, soft_wrap=False)
-    print_data(json.dumps(found))
-
-
 # Facts
 
 
-def _machine_facts(device: str, dtype: str) -> dict[str, str]:
+def _machine_facts(request: ModelRequest) -> dict[str, str]:
     import platform
     from importlib import metadata
 
@@ -305,15 +263,15 @@ def _machine_facts(device: str, dtype: str) -> dict[str, str]:
 
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("torch", "transformers", "pillow", "pyarrow")
-    chosen = resolve_device(device)
+    device = resolve_device(request.device)
     return {
         "idefics": __version__,
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
         "cuda": ", ".join(cuda) or "none",
         "threads": str(torch.get_num_threads()),
-        "device": str(chosen),
-        "dtype": str(resolve_dtype(dtype, chosen)).removeprefix("torch."),
+        "device": str(device),
+        "dtype": str(resolve_dtype(request.dtype, device)).removeprefix("torch."),
     }
 
 
@@ -328,22 +286,10 @@ def _model_fact(request: ModelRequest) -> str:
     return f"{folder}, {weights / 1e6:,.1f} MB of weights"
 
 
-def _print_facts(facts: Mapping[str, str]) -> None:
-    from rich.table import Table
-
-    if not is_terminal(sys.stdout):
-        print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
-        return
-    table = Table(show_header=False)
-    for name, fact in facts.items():
-        table.add_row(name, fact)
-    console(sys.stdout).print(table)
-
-
 def main() -> None:
     """What `__main__.py` calls."""
     try:
         app(prog_name="idefics")
-    except OSError as error:  # a command has its own care: it is help, or the version, that has not come out
+    except OSError as error:  # commands handle their own errors: help, or the version, could not be written
         say(f"cannot write to stdout: {error.strerror}", label="Error: ")
         sys.exit(EXIT_MISTAKE)

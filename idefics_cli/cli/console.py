@@ -1,8 +1,7 @@
-"""How commands talk and how they end: lines and tables on stderr, bars, signals, exit codes.
+"""How commands talk and how they end: lines, tables and a bar on stderr, signals, exit codes.
 
-What is said goes to stderr. Rows go to stdout or to a file and are not this module's affair; lines of data that are
-no rows go through `print_data`. No colour and no bar where stderr is no terminal. rich and tqdm are imported when they
-show something.
+Rows are written by the pipeline; other data for stdout goes through `print_data`. No colour and no bar where stderr is
+not a terminal. rich and tqdm are imported when they show something.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
 
 import typer
@@ -38,7 +37,7 @@ EXIT_SIGNAL = 128  # and the signal's number
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. No `except Exception` of a library takes it for a failure of its own."""
+    """SIGINT or SIGTERM came. Not an Exception, so that no library's `except Exception` catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -63,12 +62,12 @@ class Signals:
 
     def __exit__(self, *exception: object) -> None:
         if self._caught is not None:
-            return  # the process is about to end, and a second signal still ends it at once
+            return  # the process is about to end, and a second signal must still end it at once
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise again what was raised where Python drops exceptions, in a destructor or a callback."""
+        """Raise again: Python drops what is raised in a destructor or a callback."""
         if self._caught is not None:
             raise Interrupted(self._caught)
 
@@ -83,7 +82,7 @@ class Signals:
 def exit_codes(debug: bool, safe_rows: Callable[[str], str] = lambda condition: "") -> Iterator[Signals]:
     """Turn whatever ends a command into one line on stderr and an exit code; `debug` adds the traceback.
 
-    `safe_rows` says what became of the rows that were finished before, and under which condition a run goes on.
+    `safe_rows` says where the finished rows are and, with a condition, how the run continues.
     """
     _quiet_libraries(debug)
     with Signals() as signals:
@@ -97,13 +96,11 @@ def exit_codes(debug: bool, safe_rows: Callable[[str], str] = lambda condition: 
             say(f"Stopped by {signal.Signals(stop.number).name}. {safe_rows('')}")
             code = EXIT_SIGNAL + stop.number
         except IdeficsError as error:
-            say_error(f"{error}. {safe_rows(' once that is mended')}", debug)
+            say_error(f"{error}. {safe_rows(' once that is fixed')}", debug)
             code = EXIT_MISTAKE
-        except typer.BadParameter:
-            raise  # it has its own line and code
         except Exception as error:
-            told = "" if debug else " Please report it to the project, with the traceback that --debug shows."
-            say_error(f"a bug: {type(error).__name__}: {error}.{told} {safe_rows('')}", debug)
+            report = "" if debug else " Please report it with the traceback that --debug shows."
+            say_error(f"a bug: {type(error).__name__}: {error}.{report} {safe_rows('')}", debug)
             code = EXIT_BUG
         else:
             return
@@ -111,7 +108,7 @@ def exit_codes(debug: bool, safe_rows: Callable[[str], str] = lambda condition: 
 
 
 def _quiet_libraries(debug: bool) -> None:
-    """Before they are imported: no warnings of theirs among our lines, and bars on a terminal only."""
+    """Before they are imported: none of their warnings among our lines, and bars on a terminal only."""
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -122,7 +119,7 @@ def _quiet_libraries(debug: bool) -> None:
 
 
 def _leave_stdout() -> None:
-    """What may still lie in stdout's buffer goes nowhere: its reader has gone, or may never read on."""
+    """Discard what is left in stdout's buffer: its reader is gone, or may never read again."""
     with contextlib.suppress(io.UnsupportedOperation, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -139,32 +136,32 @@ def console(stream: TextIO) -> Console:
 
     class Listened(Console):
         def on_broken_pipe(self) -> None:
-            """Nobody listens any more. rich would end the process with 1 and lead stdout, too, nowhere."""
+            """stderr is closed: say no more. rich would end the process with 1 and redirect stdout, too."""
             self.quiet = True
 
     return Listened(file=stream, force_terminal=is_terminal(stream), soft_wrap=True, highlight=False)
 
 
 def say(message: str, label: str = "") -> None:
-    """One line on stderr, whatever the names in it hold."""
+    """One line on stderr, whatever characters the names in it have."""
     from rich.text import Text
 
     if sys.stderr is None:
         return
     line = Text.assemble((label, "bold red"), _printable(one_line(message)))
-    with contextlib.suppress(OSError):  # nobody is listening, or the log's disk is full
+    with contextlib.suppress(OSError):  # the log's disk is full
         console(sys.stderr).print(line)
 
 
 def show_table(table: Table, *, soft_wrap: bool = True) -> None:
-    """On stderr, where somebody may read it. Without `soft_wrap` no wider than the terminal."""
+    """On stderr. Without `soft_wrap` no wider than the terminal."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             console(sys.stderr).print(table, soft_wrap=soft_wrap)
 
 
 def print_data(*lines: str) -> None:
-    """On stdout, where it is open. Raises StreamClosed where nobody reads it, OutputError where there is no room."""
+    """On stdout, unless it is closed. Raises StreamClosed if its reader is gone, OutputError for a full disk."""
     from idefics_cli.writers.writers import write_through
 
     stream = getattr(sys.stdout, "buffer", None)
@@ -178,23 +175,29 @@ def say_error(message: str, debug: bool) -> None:
     say(message, label="Error: ")
 
 
+def print_facts(facts: Mapping[str, str]) -> None:
+    """On stdout: a table on a terminal, else a line each."""
+    from rich.table import Table
+
+    if not is_terminal(sys.stdout):
+        print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
+        return
+    table = Table(show_header=False)
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    console(sys.stdout).print(table)
+
+
 def _printable(text: str) -> str:
-    """File names may hold anything, commands to the terminal too; these are shown as escapes."""
+    """With control characters, which file names may hold, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---- runs
 
 
-def progress_bar() -> tqdm[NoReturn]:
-    from tqdm import tqdm
-
-    hidden = not is_terminal(sys.stderr)
-    return tqdm(unit="row", file=sys.stderr, disable=hidden, dynamic_ncols=True, leave=False)
-
-
 class StdoutAboveBar:
-    """stdout on the terminal on which the bar is: the bar makes room for each row."""
+    """stdout on the bar's own terminal: the bar is cleared for each row."""
 
     def __init__(self, stream: BinaryIO, bar: tqdm[NoReturn]) -> None:
         self._stream, self._bar = stream, bar
@@ -212,8 +215,11 @@ class Progress(Observer):
     """A bar that follows a run, on a terminal only."""
 
     def __init__(self, stats: RunStats, signals: Signals) -> None:
+        from tqdm import tqdm
+
         self._stats, self._signals = stats, signals
-        self._bar = progress_bar()
+        hidden = not is_terminal(sys.stderr)
+        self._bar = tqdm(unit="row", file=sys.stderr, disable=hidden, dynamic_ncols=True, leave=False)
 
     def __enter__(self) -> Progress:
         return self
@@ -247,18 +253,16 @@ def say_failures(stats: RunStats) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    failures = [
-        (code, number, ", ".join(stats.failed_ids[code]) + (", ..." if number > len(stats.failed_ids[code]) else ""))
-        for code, number in stats.failed.most_common()
-    ]
-    if not is_terminal(sys.stderr):
-        for code, number, ids in failures:
-            say(f"{code}: {counted(number, 'row')}: {ids}")
-        return
     table = Table("error", "rows", "first ids", title="Failed rows", title_justify="left")
-    for code, number, ids in failures:
-        table.add_row(code, str(number), Text(_printable(ids)))
-    console(sys.stderr).print(table, soft_wrap=False)
+    for code, number in stats.failed.most_common():
+        first = stats.failed_ids[code]
+        ids = ", ".join(first) + (", ..." if number > len(first) else "")
+        if is_terminal(sys.stderr):
+            table.add_row(code, str(number), Text(_printable(ids)))
+        else:
+            say(f"{code}: {counted(number, 'row')}: {ids}")
+    if table.rows:
+        show_table(table, soft_wrap=False)
 
 
 def counted(number: int, noun: str) -> str:
@@ -266,7 +270,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def say_summary(stats: RunStats, output: str, made: str) -> None:
-    """The closing line with the counts, behind what went wrong; `made` is what good rows have."""
+    """What went wrong, then the closing line with the counts; `made` is what good rows have."""
     if stats.num_failed:
         say_failures(stats)
     if stats.stopped_early:
@@ -281,20 +285,20 @@ def say_summary(stats: RunStats, output: str, made: str) -> None:
 
 
 def say_finished(stats: RunStats, output: str) -> None:
-    """There was nothing left to do."""
+    """There was nothing to do."""
     failed = ""
     if stats.num_failed:
-        failed = f", {stats.num_failed} of them failed (--retry-errors does these again)"
-    say(f"{output} is finished: {counted(stats.rows, 'row')}{failed}. --overwrite begins anew.")
+        failed = f", {stats.num_failed} of them failed (--retry-errors redoes these)"
+    say(f"{output} is finished: {counted(stats.rows, 'row')}{failed}. Use --overwrite to start over.")
 
 
 def rows_so_far(stats: RunStats, output: str, overwrite: bool = False, condition: str = "") -> str:
     if output == "-":
-        return f"{counted(stats.safe, 'row')} had been written." if stats.safe else ""
+        return f"{counted(stats.safe, 'row')} written so far." if stats.safe else ""
     if not stats.safe:
         return ""
     part = f"{output}.part"
     if not os.path.exists(part):
         return f"{output} is finished." if os.path.exists(output) else ""
     again = "The same command without --overwrite" if overwrite else "The same command"
-    return f"{counted(stats.safe, 'row')} finished so far: safe in {part}. {again} goes on from there{condition}."
+    return f"{counted(stats.safe, 'row')} finished so far: safe in {part}. {again} continues from there{condition}."

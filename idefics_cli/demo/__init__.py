@@ -1,1 +1,1 @@
-"""The coloured-shapes world: its scenes, and the tokenizer, training and evaluation of the `demo` model."""
+"""The coloured-shapes world: its scenes, the `demo` model and how well it sees."""

@@ -2,8 +2,8 @@
 
 Scenes that training never draws (seeds from EVALUATION_SEEDS on) are captioned and asked about through the public
 `Idefics`, with the prompts that `idefics caption` and `idefics vqa` make: without shots, the default's two text-only
-ones stand before the query, or none with `--bare`. A caption counts when it is right to the letter, an answer likewise.
-Prints a table to stderr and one JSON object to stdout.
+ones precede the query, or none with `--bare`. A caption or an answer counts when it is right to the letter. Prints one
+JSON object to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -11,116 +11,83 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from idefics_cli.demo.scene import EVALUATION_SEEDS, Scene, scene
+from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
 from idefics_cli.prompts.templates import Prompt, PromptOptions, Shot, build_prompt, leading_shots
 
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
 
-SHOTS_APART = 10_000_000  # shots are unseen too, and never one of the scenes they stand before
+Asked = tuple[str, Prompt, str]  # the kind of question, the prompt, the text that is right
 
 
-@dataclass(frozen=True)
-class DemoPrompt:
-    """One prompt and the text that is right."""
-
-    kind: str
-    prompt: Prompt
-    expected: str
-
-
-def caption_tasks(scenes: Iterable[Scene], num_shots: int = 0, bare: bool = False) -> Iterator[DemoPrompt]:
-    options = PromptOptions("caption", num_shots=num_shots, bare=bare)
+def asked_of(scenes: Iterable[Scene], options: PromptOptions) -> Iterator[Asked]:
+    """What the task of `options` asks about each scene: its caption, or all of its questions."""
     for drawn in scenes:
-        pool = [Shot(shot.image, shot.caption) for shot in shots_for(drawn, num_shots)]
-        yield DemoPrompt("caption", prompt_of(options, drawn, {}, pool), drawn.caption)
+        for number, (question, answer) in enumerate(_questions(drawn, options)):
+            shots = leading_shots(options, list(_pool(drawn, options, number)), instruct=False)
+            prompt = build_prompt(options, {"question": question}, (drawn.image,), shots, instruct=False)
+            assert isinstance(prompt, tuple), prompt
+            yield question_kind(question) if question else "caption", prompt, answer
 
 
-def question_tasks(scenes: Iterable[Scene], num_shots: int = 0, bare: bool = False) -> Iterator[DemoPrompt]:
-    options = PromptOptions("vqa", num_shots=num_shots, bare=bare)
-    for drawn in scenes:
-        for number, (question, answer) in enumerate(drawn.questions):
-            asked = [(shot, *shot.questions[number % len(shot.questions)]) for shot in shots_for(drawn, num_shots)]
-            pool = [Shot(shot.image, said, shot_question) for shot, shot_question, said in asked]
-            yield DemoPrompt(question_kind(question), prompt_of(options, drawn, {"question": question}, pool), answer)
+def _questions(drawn: Scene, options: PromptOptions) -> list[tuple[str, str]]:
+    return [("", drawn.caption)] if options.task == "caption" else drawn.questions
 
 
-def prompt_of(options: PromptOptions, drawn: Scene, fields: dict[str, str], pool: Sequence[Shot]) -> Prompt:
-    prompt = build_prompt(options, fields, (drawn.image,), leading_shots(options, pool, instruct=False), instruct=False)
-    assert isinstance(prompt, tuple), prompt
-    return prompt
-
-
-def shots_for(drawn: Scene, num_shots: int) -> list[Scene]:
-    first = drawn.seed * num_shots + SHOTS_APART
-    return [scene(seed) for seed in range(first, first + num_shots)]
+def _pool(drawn: Scene, options: PromptOptions, number: int) -> Iterator[Shot]:
+    """Shots of other unseen scenes, with their `number`-th question."""
+    first = drawn.seed * options.num_shots + SHOTS_APART
+    for shot in map(scene, range(first, first + options.num_shots)):
+        questions = _questions(shot, options)
+        question, answer = questions[number % len(questions)]
+        yield Shot(shot.image, answer, question)
 
 
 def question_kind(question: str) -> str:
-    """The first two words, and left or right apart."""
+    """Its first two words; questions about left or right are a kind of their own."""
     return "left or right" if " on the far " in question else " ".join(question.split()[:2]).lower()
 
 
-def run(model: Idefics, tasks: Sequence[DemoPrompt], num_beams: int, label: str) -> Counter:
-    """Counts of (kind, right)."""
-    counts: Counter = Counter()
+def run(model: Idefics, asked: Sequence[Asked], num_beams: int) -> dict[str, list[bool]]:
+    """Whether each text is right, by kind."""
+    right: dict[str, list[bool]] = defaultdict(list)
     window = 8 * model.batch_size
-    with tqdm(total=len(tasks), desc=label, file=sys.stderr, unit="text") as bar:
-        for first in range(0, len(tasks), window):
-            chosen = tasks[first : first + window]
-            results = model.generate([task.prompt for task in chosen], num_beams=num_beams)
-            for task, result in zip(chosen, results, strict=True):
-                counts[task.kind, result.text == task.expected] += 1
-            bar.update(len(chosen))
-    return counts
-
-
-def accuracy(counts: Counter, kinds: Iterable[str]) -> float:
-    kinds = list(kinds)
-    right = sum(counts[kind, True] for kind in kinds)
-    return right / sum(counts[kind, outcome] for kind in kinds for outcome in (True, False))
+    for first in tqdm(range(0, len(asked), window), file=sys.stderr):
+        chosen = asked[first : first + window]
+        results = model.generate([prompt for _, prompt, _ in chosen], num_beams=num_beams)
+        for (kind, _, expected), result in zip(chosen, results, strict=True):
+            right[kind].append(result.text == expected)
+    return right
 
 
 def evaluate(
     model: Idefics, num_scenes: int, num_shots: int = 0, bare: bool = False, num_beams: int = 3
 ) -> dict[str, object]:
     scenes = [scene(seed) for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + num_scenes)]
-    captions = run(model, list(caption_tasks(scenes, num_shots, bare)), num_beams, "captions")
-    answers = run(model, list(question_tasks(scenes, num_shots, bare)), num_beams, "answers")
-    kinds = sorted({kind for kind, _ in answers})
+    captions, by_kind = (
+        run(model, list(asked_of(scenes, PromptOptions(task, num_shots=num_shots, bare=bare))), num_beams)
+        for task in ("caption", "vqa")
+    )
+    answers = list(chain(*by_kind.values()))
     return {
         "scenes": num_scenes,
         "shots": num_shots,
         "bare": bare,
         "num_beams": num_beams,
-        "captions": captions.total(),
-        "captions_exact": accuracy(captions, ["caption"]),
-        "answers": answers.total(),
-        "answers_right": accuracy(answers, kinds),
-        "answers_by_kind": {kind: accuracy(answers, [kind]) for kind in kinds},
+        "captions": len(captions["caption"]),
+        "captions_exact": fmean(captions["caption"]),
+        "answers": len(answers),
+        "answers_right": fmean(answers),
+        "answers_by_kind": {kind: fmean(right) for kind, right in sorted(by_kind.items())},
     }
-
-
-def show(report: dict[str, object]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    shots = "bare" if report["bare"] else f"{report['shots']} shots"
-    table = Table(title=f"{report['scenes']} unseen scenes, {shots}")
-    table.add_column("what")
-    table.add_column("right", justify="right")
-    table.add_row("captions", f"{report['captions_exact']:.1%}")
-    table.add_row("answers", f"{report['answers_right']:.1%}")
-    for kind, share in report["answers_by_kind"].items():
-        table.add_row(f"  {kind}", f"{share:.1%}")
-    Console(stderr=True).print(table)
 
 
 def main() -> None:
@@ -136,9 +103,7 @@ def main() -> None:
     from idefics_cli.idefics import Idefics
 
     model = Idefics.from_pretrained(options.model, device=options.device, batch_size=options.batch_size)
-    report = evaluate(model, options.scenes, options.shots, options.bare, options.num_beams)
-    show(report)
-    print(json.dumps(report))
+    print(json.dumps(evaluate(model, options.scenes, options.shots, options.bare, options.num_beams)))
 
 
 if __name__ == "__main__":

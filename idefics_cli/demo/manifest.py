@@ -1,73 +1,61 @@
 """Unseen scenes as manifests: `python -m idefics_cli.demo.manifest FOLDER` writes `scenes.parquet` and `shots.parquet`.
 
-A row holds one scene: its `id`, the image's bytes (`image`), one `question` with ten equal `answers` (as VQAv2's
-annotators give ten), the `kind` of the question, and its `captions`. Training never draws these scenes, and no scene
-is in both files.
+A row holds one scene: its `id`, the image's bytes (`image`), one `question` with ten equal `answers` (as VQAv2 has ten
+annotators), the `kind` of the question, and its `captions`. Training never draws these scenes, and no scene is in both
+files.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from idefics_cli.demo.evaluate import SHOTS_APART, question_kind
-from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+from idefics_cli.demo.evaluate import question_kind
+from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, scene
 
 NUM_REFERENCES = 10
-ROWS_AT_A_TIME = 256
+GROUP_ROWS = 256
 
 
-def unseen_rows(first: int, number: int) -> Iterator[dict[str, Any]]:
-    """Rows of `number` scenes from the `first`-th unseen one on; every kind of question has its turn."""
-    for index in range(first, first + number):
-        drawn = scene(EVALUATION_SEEDS + index)
-        question, answer = drawn.questions[index % len(drawn.questions)]
-        image = io.BytesIO()
-        drawn.image.save(image, format="PNG")
-        yield {
-            "id": f"scene-{drawn.seed}",
-            "image": image.getvalue(),
-            "question": question,
-            "answers": [answer] * NUM_REFERENCES,
-            "kind": question_kind(question),
-            "captions": [drawn.caption],
-        }
+def unseen_row(number: int) -> dict[str, Any]:
+    """The `number`-th unseen scene; all kinds of questions take turns."""
+    drawn = scene(EVALUATION_SEEDS + number)
+    question, answer = drawn.questions[number % len(drawn.questions)]
+    image = io.BytesIO()
+    drawn.image.save(image, format="PNG")
+    return {
+        "id": f"scene-{drawn.seed}",
+        "image": image.getvalue(),
+        "question": question,
+        "answers": [answer] * NUM_REFERENCES,
+        "kind": question_kind(question),
+        "captions": [drawn.caption],
+    }
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A Parquet file, a row group for every ROWS_AT_A_TIME rows."""
+def write_rows(path: Path, numbers: range) -> None:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    texts = pa.list_(pa.string())
-    columns = {"id": pa.string(), "image": pa.binary(), "question": pa.string(), "answers": texts, "kind": pa.string()}
-    schema = pa.schema([*columns.items(), ("captions", texts)])
+    text, texts = pa.string(), pa.list_(pa.string())
+    schema = pa.schema(
+        {"id": text, "image": pa.binary(), "question": text, "answers": texts, "kind": text, "captions": texts}
+    )
     with ParquetWriter(path, schema) as writer:
-        for group in _grouped(rows):
+        for first in range(0, len(numbers), GROUP_ROWS):
+            group = [unseen_row(number) for number in numbers[first : first + GROUP_ROWS]]
             writer.write_table(pa.Table.from_pylist(group, schema))
 
 
-def _grouped(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    group: list[dict[str, Any]] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == ROWS_AT_A_TIME:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 def write_manifests(folder: Path, num_scenes: int, num_shots: int) -> tuple[Path, Path]:
-    """The two files in `folder`, which is made where it is missing."""
+    """The two files in `folder`, which is created if needed."""
     assert num_scenes <= SHOTS_APART, f"{num_scenes} scenes would reach those of the shots"
     folder.mkdir(parents=True, exist_ok=True)
     scenes, shots = folder / "scenes.parquet", folder / "shots.parquet"
-    write_rows(scenes, unseen_rows(0, num_scenes))
-    write_rows(shots, unseen_rows(SHOTS_APART, num_shots))
+    write_rows(scenes, range(num_scenes))
+    write_rows(shots, range(SHOTS_APART, SHOTS_APART + num_shots))
     return scenes, shots
 
 

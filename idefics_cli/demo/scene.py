@@ -1,13 +1,14 @@
 """The coloured-shapes world of the `demo` model: a seed gives an image, its caption, and questions with their answers.
 
-One to three shapes of two sizes and six colours stand anywhere on a plain or noisy ground, never touching and with a
-clear gap from left to right, because captions name them in that order. Everything is drawn by this module from the
-seed alone, so a scene can be drawn again anywhere. It knows no model and no tokens.
+One to three shapes of two sizes and six colours stand on a plain or noisy ground, never touching and with a clear gap
+from left to right, because captions name them in that order. The seed alone decides everything. Knows no model and no
+tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,11 +25,22 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = {"small": (0.082, 0.098), "large": (0.155, 0.18)}  # radius over the image's side
+_CROSS = [(0.33, -1.0), (0.33, -0.33), (1.0, -0.33), (1.0, 0.33), (0.33, 0.33), (0.33, 1.0)]  # one half
+OUTLINES = {  # corners around the centre, within about one radius; y points down
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)],
+    "star": [
+        (reach * math.cos(angle), reach * math.sin(angle))
+        for reach, angle in ((1.1 if i % 2 == 0 else 0.44, math.pi * (i / 5 - 0.5)) for i in range(10))
+    ],
+    "cross": _CROSS + [(-x, -y) for x, y in _CROSS],
+}
 IMAGE_SIDE = 128
 OVERSAMPLING = 2
 MIN_HORIZONTAL_GAP = 0.17  # between centres, over the image's side
 MAX_OBJECTS = 3
 EVALUATION_SEEDS = 1_000_000_000  # from here on: scenes that training never draws
+SHOTS_APART = 10_000_000  # from the seeds of queries to those of their shots
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,8 @@ def _random_object(generator: np.random.Generator) -> SceneObject:
     radius = float(generator.uniform(*SIZES[size]))
     margin = radius + 0.02
     x, y = generator.uniform(margin, 1 - margin, size=2)
-    return SceneObject(
-        size=size,
-        color=str(generator.choice(list(COLORS))),
-        shape=str(generator.choice(SHAPES)),
-        x=float(x),
-        y=float(y),
-        radius=radius,
-    )
+    color, shape = str(generator.choice(list(COLORS))), str(generator.choice(SHAPES))
+    return SceneObject(size, color, shape, float(x), float(y), radius)
 
 
 def _apart(first: SceneObject, second: SceneObject) -> bool:
@@ -108,10 +114,9 @@ def _apart(first: SceneObject, second: SceneObject) -> bool:
     return clear and abs(first.x - second.x) > MIN_HORIZONTAL_GAP
 
 
-def _questions(objects: tuple[SceneObject, ...], generator: np.random.Generator):
+def _questions(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> Iterator[tuple[str, str]]:
     """Colour, shape, size, count, existence (once with each answer), and left or right where there are two sides."""
-    colors = [item.color for item in objects]
-    shapes = [item.shape for item in objects]
+    colors, shapes = [item.color for item in objects], [item.shape for item in objects]
     where, item = _one_end(objects, generator)
     yield f"What color is the object{where}?", item.color
     for item in _shuffled(objects, generator):
@@ -169,44 +174,31 @@ def _draw_shape(draw: ImageDraw.ImageDraw, item: SceneObject, side: int, ink: in
     x, y, radius = item.x * side, item.y * side, item.radius * side
     if item.shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
-        return
-    draw.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _outline(item.shape)], fill=ink)
-
-
-def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners around the origin, within about one radius; y points down."""
-    if shape == "square":
-        half = 0.88
-        return [(-half, -half), (half, -half), (half, half), (-half, half)]
-    if shape == "triangle":
-        return [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)]
-    if shape == "cross":
-        arm = 0.33
-        corner = [(arm, -1.0), (arm, -arm), (1.0, -arm), (1.0, arm), (arm, arm), (arm, 1.0)]
-        return corner + [(-dx, -dy) for dx, dy in corner]
-    assert shape == "star", shape
-    angles = [math.pi * (index / 5 - 0.5) for index in range(10)]
-    reach = [1.1 if index % 2 == 0 else 0.44 for index in range(10)]
-    return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in zip(reach, angles, strict=True)]
+    else:
+        draw.polygon([(x + radius * dx, y + radius * dy) for dx, dy in OUTLINES[item.shape]], fill=ink)
 
 
 def _ground(generator: np.random.Generator) -> np.ndarray:
     """Float32 (side, side, 3): a muted plain, slanted, striped or speckled ground, with or without fine noise."""
     side = IMAGE_SIDE
     base = generator.uniform(55, 165) + generator.uniform(-14, 14, 3)
-    kind = int(generator.integers(4))
-    axis = np.linspace(-1, 1, side, dtype=np.float32)
-    relief = np.zeros((side, side), dtype=np.float32)
-    if kind == 1:
-        angle = generator.uniform(0, 2 * math.pi)
-        relief = 22 * (math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None])
-    elif kind == 2:
-        angle, waves = generator.uniform(0, 2 * math.pi), generator.uniform(4, 20)
-        relief = 8 * np.sin(waves * (math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]))
-    elif kind == 3:
-        coarse = generator.normal(0, 9, (side // 8, side // 8)).astype(np.float32)
-        relief = np.kron(coarse, np.ones((8, 8), dtype=np.float32))
-    ground = base.astype(np.float32) + relief[..., None]
+    ground = base.astype(np.float32) + _relief(generator)[..., None]
     if generator.random() < 0.5:
         ground = ground + generator.standard_normal((side, side, 1), dtype=np.float32) * generator.uniform(2, 12)
     return np.clip(ground, 0, 200)
+
+
+def _relief(generator: np.random.Generator) -> np.ndarray:
+    """Float32 (side, side)."""
+    side, kind = IMAGE_SIDE, ("plain", "slanted", "striped", "speckled")[int(generator.integers(4))]
+    if kind == "plain":
+        return np.zeros((side, side), dtype=np.float32)
+    if kind == "speckled":
+        coarse = generator.normal(0, 9, (side // 8, side // 8)).astype(np.float32)
+        return np.kron(coarse, np.ones((8, 8), dtype=np.float32))
+    axis = np.linspace(-1, 1, side, dtype=np.float32)
+    angle = generator.uniform(0, 2 * math.pi)
+    if kind == "slanted":
+        return 22 * (math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None])
+    waves = generator.uniform(4, 20)
+    return 8 * np.sin(waves * (math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Literal
+from typing import Annotated, Literal
 
 from idefics_cli.errors import IdeficsError
-from idefics_cli.validation import whole_number
+from idefics_cli.validation import Help, whole_number
 
 LARGEST_PENALTY = 10.0  # a length to a higher power is soon more than a float holds
 LARGEST_FACTOR = 1e5  # of sums of log-probabilities, which are told from "none", −1e9, in transformers as here
@@ -23,13 +23,17 @@ class DecodingOptions:
     `no_repeat_ngram_size` 0 allows repetition. Raises IdeficsError for a value or a combination that means nothing.
     """
 
-    num_beams: int = 3
-    max_new_tokens: int = 30
-    min_new_tokens: int = 0
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = True
-    no_repeat_ngram_size: int = 0
-    num_return_sequences: int = 1
+    num_beams: Annotated[int, Help("Number of beams; 1 is greedy decoding", min=1)] = 3
+    max_new_tokens: Annotated[int, Help("Maximum new tokens", min=1)] = 30
+    min_new_tokens: Annotated[int, Help("Minimum new tokens", min=0)] = 0
+    length_penalty: Annotated[float, Help("Scores are divided by length to this power")] = 1.0
+    early_stopping: Annotated[
+        bool | Literal["never"], Help("Stop as soon as there are as many finished texts as beams")
+    ] = True
+    no_repeat_ngram_size: Annotated[int, Help("Never repeat an n-gram of this size; 0 allows repetition", min=0)] = 0
+    num_return_sequences: Annotated[
+        int, Help("Texts per row, best first; more than one adds a `candidates` column", min=1)
+    ] = 1
 
     def __post_init__(self) -> None:
         for name, least in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from idefics_cli.errors import InputError, RowError, listed
 from idefics_cli.evaluation.metrics import cider, exact_match, require_cider, vqa_accuracy
 from idefics_cli.readers.references import references_of
 from idefics_cli.readers.table import OWN_ERROR, Table
 from idefics_cli.storage.files import local_file
+from idefics_cli.validation import Help
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -40,10 +41,16 @@ class ScoreOptions:
     are found: "ptb" as the published figures do, with Java; "treebank" without.
     """
 
-    answers_column: str = "answers"
-    by: str | None = None
-    metric: Literal["auto", "vqa", "cider", "exact"] = "auto"
-    tokenization: Literal["ptb", "treebank"] = "ptb"
+    answers_column: Annotated[str, Help("Column of the references, a list of texts", metavar="NAME")] = "answers"
+    by: Annotated[str | None, Help("Group scores by this column", metavar="NAME")] = None
+    metric: Annotated[
+        Literal["auto", "vqa", "cider", "exact"],
+        Help("auto: VQA accuracy for answers, CIDEr for captions; exact match always"),
+    ] = "auto"
+    tokenization: Annotated[
+        Literal["ptb", "treebank"],
+        Help("How CIDEr splits words; ptb: as published, needs Java; treebank: without Java"),
+    ] = "ptb"
 
 
 @dataclass
@@ -120,7 +127,7 @@ class Scores:
         if not self.total.rows:
             raise InputError(
                 f"none of the {self.unscored} rows has references in {self.options.answers_column!r}: "
-                "name their column with --answers-column"
+                "name another --answers-column"
             )
         if self._captions:
             groups, texts, references = zip(*self._captions, strict=True)
@@ -169,7 +176,7 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
 
 
 def closing_tokenization() -> Literal["ptb", "treebank"]:
-    """As the published figures do, where there is a Java for it."""
+    """How a run scores its own file: as the published figures do, where Java is installed."""
     return "treebank" if shutil.which("java") is None else "ptb"
 
 

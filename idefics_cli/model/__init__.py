@@ -2,3 +2,7 @@
 
 It knows no text, no beams and no files; its state-dict names are the checkpoints'.
 """
+
+from idefics_cli.model.modeling import IdeficsForVisionText2Text, IdeficsModel
+
+__all__ = ["IdeficsForVisionText2Text", "IdeficsModel"]

@@ -2,7 +2,7 @@
 
 A LLaMA decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with Flamingo's gated cross-attention layers
 (Alayrac et al. 2022, section 3.1.2) between its blocks. Layers project and rotate; what a query may see, and where
-keys and values are kept, is the memory's affair (`model/memory.py`).
+keys and values are kept, is decided behind `kv_interface.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from idefics_cli.model.kv_interface import AttentionOutput, Memory
-from idefics_cli.model.projections import project
+from idefics_cli.model.packed_linear import project, project_heads
 
 PositionEmbeddings = tuple[Tensor, Tensor]
 
@@ -34,8 +34,6 @@ class IdeficsDecoupledEmbedding(nn.Embedding):
         partially_freeze: bool = False,
         padding_idx: int | None = None,
     ):
-        if padding_idx is not None and padding_idx > num_embeddings:
-            raise ValueError(f"padding_idx must be within num_embeddings. Got {padding_idx} and {num_embeddings}")
         super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx)
         self.num_additional_embeddings = num_additional_embeddings
         self.partially_freeze = partially_freeze
@@ -57,35 +55,6 @@ class IdeficsDecoupledEmbedding(nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_additional_embeddings={self.num_additional_embeddings}"
-
-
-class IdeficsDecoupledLinear(nn.Linear):
-    """A linear layer in two parts, `weight` and `additional_fc`, with outputs joined: (..., in) -> (..., out)."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        out_additional_features: int = 0,
-        bias: bool = True,
-        partially_freeze: bool = True,
-    ):
-        super().__init__(in_features, out_features, bias)
-        self.out_additional_features = out_additional_features
-        self.partially_freeze = partially_freeze
-        if partially_freeze:
-            self.requires_grad_(False)
-        if out_additional_features > 0:
-            self.additional_fc = nn.Linear(in_features, out_additional_features, bias=bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        output = nn.functional.linear(hidden_states, self.weight, self.bias)
-        if self.out_additional_features == 0:
-            return output
-        return torch.cat([output, self.additional_fc(hidden_states)], dim=-1)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, out_additional_features={self.out_additional_features}"
 
 
 class IdeficsRMSNorm(nn.Module):
@@ -181,7 +150,7 @@ class IdeficsAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // self.num_heads
         if self.head_dim * self.num_heads != config.hidden_size:
-            raise ValueError(f"hidden_size {config.hidden_size} is no multiple of {self.num_heads} attention heads")
+            raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of {self.num_heads} attention heads")
         self.scaling = self.head_dim**-0.5
         self.dropout = config.dropout
         self.is_cross_attention = is_cross_attention
@@ -210,23 +179,20 @@ class IdeficsAttention(nn.Module):
         (rows, images * seq, dim), which may be None where the memory holds the images' keys and values already.
         """
         if self.is_cross_attention:
-            query = self._split_heads(self.q_proj(hidden_states))
+            (query,) = project_heads(hidden_states, self.head_dim, self.q_proj)
             query = self.q_layer_norm(query) if self.qk_layer_norms else query
-            output, weights = memory.attend_image(self, query, image_hidden_states)
+            projected = (None, None) if image_hidden_states is None else self.project_image(image_hidden_states)
+            output, weights = memory.attend_image(self, query, *projected)
         else:
-            projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-            query, key, value = map(self._split_heads, projected)
+            query, key, value = project_heads(hidden_states, self.head_dim, self.q_proj, self.k_proj, self.v_proj)
             query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
             output, weights = memory.attend(self, query, key, value)
         return self.o_proj(output.flatten(-2)), weights
 
     def project_image(self, image_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What cross-attention reads: (rows, images * seq, dim) -> key, value (rows, heads, images * seq, head_dim)."""
-        key, value = map(self._split_heads, project(image_hidden_states, self.k_proj, self.v_proj))
+        key, value = project_heads(image_hidden_states, self.head_dim, self.k_proj, self.v_proj)
         return (self.k_layer_norm(key) if self.qk_layer_norms else key), value
-
-    def _split_heads(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (rows, heads, tokens, head_dim)
 
 
 class IdeficsDecoderLayer(GradientCheckpointingLayer):
@@ -242,15 +208,13 @@ class IdeficsDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, memory: Memory, position_embeddings: PositionEmbeddings) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), memory, position_embeddings)
-        hidden_states = hidden_states + self._drop(attended)
-        return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
-
-    def _drop(self, states: Tensor) -> Tensor:
-        return nn.functional.dropout(states, p=self.dropout) if self.training else states
+        hidden_states = hidden_states + nn.functional.dropout(attended, self.dropout, self.training)
+        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + nn.functional.dropout(transformed, self.dropout, self.training)
 
 
 def initial_alpha(config: IdeficsConfig) -> Tensor:
-    """A gate's first value: one float or one per channel, at zero (Flamingo), one, or drawn from a normal."""
+    """A gate before training: one float or one per channel, at zero (as in Flamingo), one, or random."""
     if config.alpha_type not in ("float", "vector"):
         raise ValueError(f"Unknown value for `alpha_type` ({config.alpha_type}): use 'float' or 'vector'")
     shape = (1, 1, config.hidden_size) if config.alpha_type == "vector" else (1,)
@@ -283,9 +247,8 @@ class IdeficsGatedCrossAttentionLayer(GradientCheckpointingLayer):
         attended, _ = self.cross_attn(
             self.input_layernorm(hidden_states), memory, image_hidden_states=image_hidden_states
         )
-        hidden_states = hidden_states + self.alpha_cross_attn.tanh() * self._drop(attended)
+        attended = nn.functional.dropout(attended, self.dropout, self.training)
+        hidden_states = hidden_states + self.alpha_cross_attn.tanh() * attended
         transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.alpha_dense.tanh() * self._drop(transformed)
-
-    def _drop(self, states: Tensor) -> Tensor:
-        return nn.functional.dropout(states, p=self.dropout) if self.training else states
+        transformed = nn.functional.dropout(transformed, self.dropout, self.training)
+        return hidden_states + self.alpha_dense.tanh() * transformed

@@ -2,7 +2,7 @@
 
 Our own classes over `transformers.PreTrainedModel`, `GenerationMixin` and `IdeficsConfig`, with the checkpoints'
 names, so that loading, saving, `device_map`, gradient checkpointing, PEFT and `generate()` are the library's work.
-There is one forward pass over the layers, `IdeficsModel.decode`; what a token sees is up to the memory it is given.
+There is one forward pass over the layers, `IdeficsModel.decode`; the memory it is given decides what a token sees.
 """
 
 # Annotations stay objects here: that of `forward`'s **kwargs is how transformers learns what a model can be asked for.
@@ -23,40 +23,33 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
-from idefics_cli.model import generation_inputs
 from idefics_cli.model.decoder import (
     IdeficsAttention,
     IdeficsDecoderLayer,
     IdeficsDecoupledEmbedding,
-    IdeficsDecoupledLinear,
     IdeficsGatedCrossAttentionLayer,
     IdeficsRMSNorm,
     IdeficsRotaryEmbedding,
+    initial_alpha,
     rotation,
 )
+from idefics_cli.model.generation_inputs import IMAGE_INPUTS, extend_image_mask, image_inputs, image_mask_for_tokens
 from idefics_cli.model.kv_interface import Memory, PlainMemory, image_visibility
+from idefics_cli.model.packed_linear import IdeficsDecoupledLinear, padded_length
 from idefics_cli.model.perceiver import IdeficsPerceiverResampler
-from idefics_cli.model.projections import line_length
 from idefics_cli.model.vision import IdeficsVisionEmbeddings, IdeficsVisionTransformer
 
 
 @dataclass
-class IdeficsBaseModelOutputWithPast(ModelOutput):
-    """`last_hidden_state` (rows, tokens, hidden); `image_hidden_states` (rows, images, seq, dim), to pass again."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
-
-
-@dataclass
-class IdeficsCausalLMOutputWithPast(ModelOutput):
-    """`logits` (rows, tokens, both vocabularies) and, with labels, the scalar `loss`; the rest as above."""
+class IdeficsOutput(ModelOutput):
+    """What both models return. `IdeficsModel` sets `last_hidden_state` (rows, tokens, hidden), the model with a head
+    `logits` (rows, tokens, both vocabularies) and, with labels, the scalar `loss`. `image_hidden_states` (rows, images,
+    seq, dim) may be passed again. Fields that are None are left out.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -86,7 +79,7 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["IdeficsDecoderLayer", "IdeficsGatedCrossAttentionLayer", "IdeficsVisionEncoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    # Buffers that 2023 checkpoints carry and that are computed today: relics, ignored knowingly.
+    # Buffers that checkpoints of 2023 carry and that are computed today.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -105,15 +98,7 @@ class IdeficsPreTrainedModel(PreTrainedModel):
             initialization.normal_(module.latents)
         elif isinstance(module, IdeficsGatedCrossAttentionLayer):
             for alpha in (module.alpha_cross_attn, module.alpha_dense):
-                self._init_alpha(alpha)
-
-    def _init_alpha(self, alpha: nn.Parameter) -> None:
-        if self.config.alpha_initializer == "zeros":
-            initialization.zeros_(alpha)
-        elif self.config.alpha_initializer == "ones":
-            initialization.ones_(alpha)
-        else:
-            initialization.normal_(alpha, mean=0.0, std=self.config.alphas_initializer_range)
+                initialization.copy_(alpha, initial_alpha(self.config))
 
 
 class IdeficsModel(IdeficsPreTrainedModel):
@@ -128,7 +113,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
             partially_freeze=config.freeze_text_layers,
             padding_idx=config.pad_token_id,
         )
-        # The vision tower is no PreTrainedModel: it is told here which attention to use.
+        # The vision tower is not a PreTrainedModel: it is told here which attention to use.
         config.vision_config._attn_implementation = config._attn_implementation
         self.vision_model = IdeficsVisionTransformer(config.vision_config)
         if config.use_resampler:
@@ -140,7 +125,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         )
         self.norm = IdeficsRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = IdeficsRotaryEmbedding(config)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # True: `merge_with_config_defaults` switches the cache off
         self.post_init()
         self.freeze_relevant_params()
 
@@ -188,8 +173,8 @@ class IdeficsModel(IdeficsPreTrainedModel):
         return hidden_states.unflatten(0, rows_and_images)
 
     def line_length(self, num_tokens: int) -> int:
-        """How many tokens `decode` takes best in place of so many: behind them a few that are nobody's."""
-        return line_length(self.layers[0].mlp.down_proj, num_tokens)
+        """How many tokens to give `decode` so that it copies nothing: `num_tokens`, or a few more of padding."""
+        return padded_length(self.layers[0].mlp.down_proj, num_tokens)
 
     def decode(
         self,
@@ -228,7 +213,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         use_cache: bool | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> IdeficsBaseModelOutputWithPast:
+    ) -> IdeficsOutput:
         """`input_ids` (rows, tokens) or `inputs_embeds`; `attention_mask` (rows, past + tokens), 0 on padding;
         `image_attention_mask` (rows, tokens, images), 1 where a token sees an image; one input of `encode_images`.
         `output_hidden_states` and `output_attentions` are the decorators' work.
@@ -237,7 +222,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None and not self._is_checkpointing():
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
@@ -249,15 +234,11 @@ class IdeficsModel(IdeficsPreTrainedModel):
             inputs_embeds, attention_mask, position_ids, past_key_values, image_attention_mask, image_hidden_states
         )
         last_hidden_state = self.decode(inputs_embeds, position_ids, memory, image_hidden_states.flatten(1, 2))
-        return IdeficsBaseModelOutputWithPast(
+        return IdeficsOutput(
             last_hidden_state=last_hidden_state,
             past_key_values=past_key_values,
             image_hidden_states=image_hidden_states,
         )
-
-    def _is_checkpointing(self) -> bool:
-        """Recomputing a layer would write its keys to the cache twice."""
-        return self.training and any(layer.gradient_checkpointing for layer in self.layers)
 
     def _plain_memory(
         self,
@@ -269,7 +250,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         image_hidden_states: Tensor,
     ) -> PlainMemory:
         if image_attention_mask is None:
-            raise ValueError("image_attention_mask (rows, tokens, images) is required: it says who sees what")
+            raise ValueError("image_attention_mask (rows, tokens, images) is required: which image a token sees")
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -331,8 +312,8 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         interpolate_pos_encoding: bool = False,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> IdeficsCausalLMOutputWithPast:
-        """Inputs as in `IdeficsModel.forward`; `labels` (rows, tokens) hold the ids, −100 where none counts."""
+    ) -> IdeficsOutput:
+        """Inputs as in `IdeficsModel.forward`; `labels` (rows, tokens) hold ids, −100 where none counts."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -354,7 +335,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         if labels is not None:
             # The logits span both vocabularies: their own width counts, not config.vocab_size.
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return IdeficsCausalLMOutputWithPast(
+        return IdeficsOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -370,35 +351,24 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        assert not is_encoder_decoder, "IDEFICS has no encoder-decoder form"
+        """Images are encoded before rows become beams: the latents are expanded, not the pixels."""
         if expand_size > 1 and model_kwargs.get("image_hidden_states") is None:
-            model_kwargs = self._encode_images_once(model_kwargs)
-        return generation_inputs.expand_inputs_for_generation(input_ids, expand_size, model_kwargs)
-
-    def _encode_images_once(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Before rows become beams: the latents are expanded, not the pixels."""
-        images = {name: model_kwargs.get(name) for name in generation_inputs.IMAGE_INPUTS}
-        interpolate = model_kwargs.get("interpolate_pos_encoding", False)
-        encoded = self.model.encode_images(**images, interpolate_pos_encoding=interpolate)
-        kept = {name: value for name, value in model_kwargs.items() if name not in images}
-        return {**kept, "image_hidden_states": encoded}
+            images = {name: model_kwargs.pop(name, None) for name in IMAGE_INPUTS}
+            interpolate = model_kwargs.get("interpolate_pos_encoding", False)
+            encoded = self.model.encode_images(**images, interpolate_pos_encoding=interpolate)
+            model_kwargs["image_hidden_states"] = encoded
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, image_attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        images = generation_inputs.image_inputs(kwargs, self.config.use_resampler)
-        rest = {
-            name: value
-            for name, value in kwargs.items()
-            if name not in (*generation_inputs.IMAGE_INPUTS, "image_hidden_states")
-        }
+        images = image_inputs(kwargs, self.config.use_resampler)
+        rest = {name: value for name, value in kwargs.items() if name not in (*IMAGE_INPUTS, "image_hidden_states")}
         model_inputs = super().prepare_inputs_for_generation(input_ids, **rest)
         if image_attention_mask is not None:
-            given = model_inputs.get("input_ids")
-            given = given if given is not None else model_inputs["inputs_embeds"]
-            images["image_attention_mask"] = generation_inputs.image_mask_for_tokens(
-                image_attention_mask, given.shape[1]
-            )
+            tokens = model_inputs.get("input_ids")
+            num_tokens = (tokens if tokens is not None else model_inputs["inputs_embeds"]).shape[1]
+            images["image_attention_mask"] = image_mask_for_tokens(image_attention_mask, num_tokens)
         return {**model_inputs, **images}
 
     def _update_model_kwargs_for_generation(
@@ -411,10 +381,6 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, **kwargs)
         mask = model_kwargs.get("image_attention_mask")
         if mask is not None:
-            use_cache = model_kwargs.get("use_cache", True)
-            model_kwargs["image_attention_mask"] = generation_inputs.extend_image_mask(mask, use_cache)
+            model_kwargs["image_attention_mask"] = extend_image_mask(mask, model_kwargs.get("use_cache", True))
         model_kwargs["image_hidden_states"] = outputs.image_hidden_states
         return model_kwargs
-
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
-        return generation_inputs.reorder_cache(past_key_values, beam_idx)

@@ -1,28 +1,72 @@
-"""Linear layers whose weights lie in oneDNN's blocked layout, for networks that only run inference on the CPU.
+"""Linear layers: the head's two-part one, several layers over the same inputs, and weights packed for CPU inference.
 
-The blocked weight replaces the plain one: there are never two copies, but of the layers being packed into one matrix.
-One packing serves any number of rows. `state_dict` still gives plain weights under the checkpoints' names, copied for
-the purpose; to load, move, convert or train a packed network, call `unpack_linears` first.
-
-This module knows no layers but linear ones, and no decoding.
+A packed weight lies in oneDNN's blocked layout and replaces the plain one: only a layer being packed is in memory
+twice. `state_dict` still gives plain weights under the checkpoints' names. A packed network cannot be trained, moved
+or converted. This module knows no layers but linear ones, and no decoding.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from idefics_cli.model.decoder import IdeficsDecoupledLinear
-
 # Each call costs some 10 µs beside the product itself; a matrix with a shorter side does not earn that back.
 SHORTEST_SIDE = 128
 # oneDNN is told for how many rows to lay a weight out. Measured from 8 to 2,056, all hints serve all sizes alike.
 ROWS_HINT = 64
-LARGEST_KERNEL = 512  # rows; what is beyond goes in pieces
+LARGEST_KERNEL = 512  # rows; larger inputs are multiplied in pieces
+
+
+class IdeficsDecoupledLinear(nn.Linear):
+    """A linear layer in two parts, `weight` and `additional_fc`, with outputs joined: (..., in) -> (..., out)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        out_additional_features: int = 0,
+        bias: bool = True,
+        partially_freeze: bool = True,
+    ):
+        super().__init__(in_features, out_features, bias)
+        self.out_additional_features = out_additional_features
+        self.partially_freeze = partially_freeze
+        if partially_freeze:
+            self.requires_grad_(False)
+        if out_additional_features > 0:
+            self.additional_fc = nn.Linear(in_features, out_additional_features, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output = nn.functional.linear(hidden_states, self.weight, self.bias)
+        if self.out_additional_features == 0:
+            return output
+        return torch.cat([output, self.additional_fc(hidden_states)], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, out_additional_features={self.out_additional_features}"
+
+
+def project(inputs: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """Each layer's output: (..., in) -> (..., out). One product where all the layers are packed into one matrix."""
+    joint = getattr(linears[0], "joint", None)
+    if joint is None or any(getattr(linear, "joint", None) is not joint for linear in linears):
+        return [linear(inputs) for linear in linears]
+    return joint(inputs).split([linear.joint_features for linear in linears], dim=-1)
+
+
+def project_heads(inputs: Tensor, head_dim: int, *linears: nn.Module) -> list[Tensor]:
+    """`project` for attention: (rows, tokens, in) -> (rows, heads, tokens, head_dim) of each layer."""
+    return [output.unflatten(-1, (-1, head_dim)).transpose(1, 2) for output in project(inputs, *linears)]
+
+
+def padded_length(linear: nn.Module, num_tokens: int) -> int:
+    """The least number of tokens, `num_tokens` or a few more, that the layer takes without copying its inputs."""
+    joint = getattr(linear, "joint", None)
+    return num_tokens if joint is None else joint.padded_rows(num_tokens)
 
 
 def kernel_rows(rows: int) -> int:
@@ -38,10 +82,10 @@ def kernel_rows(rows: int) -> int:
 
 
 class PackedMatrix:
-    """The weights of layers that read the same inputs, one below the other: (..., in) -> (..., all out), contiguous.
+    """The weights of layers that read the same inputs, stacked: (..., in) -> (..., all out), contiguous.
 
-    No module: a blocked tensor has no strides, and cannot be saved as it is. `sizes_recur` says that the numbers of
-    rows are few, so that each gets a kernel of its own.
+    Not a module, because a blocked tensor has no strides and cannot be saved as it is. `sizes_recur` says that inputs
+    come in few sizes, so that each gets a kernel of its own.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], sizes_recur: bool = False):
@@ -57,7 +101,7 @@ class PackedMatrix:
     def __call__(self, inputs: Tensor) -> Tensor:
         # Without this the product would pass a wrong gradient on, and only warn.
         if inputs.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("a packed layer has no gradient: run under torch.no_grad(), or unpack_linears first")
+            raise RuntimeError("a packed layer has no gradient: use torch.no_grad(), or a network that is not packed")
         assert inputs.dtype == self.dtype, (inputs.dtype, self.dtype)
         rows = inputs.numel() // self.in_features
         if self.sizes_recur or kernel_rows(rows) == rows:
@@ -65,66 +109,59 @@ class PackedMatrix:
         output = self._multiply_pieces(inputs.reshape(rows, self.in_features))
         return output.view(*inputs.shape[:-1], self.out_features)
 
-    def rows_taken(self, rows: int) -> int:
+    def padded_rows(self, rows: int) -> int:
         """The least number of rows, `rows` or a few more, that is multiplied without padding it to a kernel's size."""
         if self.sizes_recur:
             return rows
         pieces, rest = divmod(rows, LARGEST_KERNEL)
         return pieces * LARGEST_KERNEL + kernel_rows(rest)
 
-    def _multiply(self, inputs: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
-
-    def _multiply_pieces(self, inputs: Tensor) -> Tensor:
-        """(rows, in) -> (rows, out), with a few zero rows behind the last piece where its size has no kernel."""
-        rows = inputs.shape[0]
-        if kernel_rows(rows) >= rows:
-            return self._multiply_padded(inputs)
-        output = inputs.new_empty(rows, self.out_features)
-        start = 0
-        while start < rows:
-            piece = inputs[start : start + kernel_rows(rows - start)]
-            output[start : start + piece.shape[0]] = self._multiply_padded(piece)
-            start += piece.shape[0]
-        return output
-
-    def _multiply_padded(self, inputs: Tensor) -> Tensor:
-        rows = inputs.shape[0]
-        missing = kernel_rows(rows) - rows
-        if missing == 0:  # padding with nothing would copy
-            return self._multiply(inputs)
-        return self._multiply(nn.functional.pad(inputs, (0, 0, 0, missing)))[:rows]
-
     def plain_weight(self) -> Tensor:
         """A copy, (out, in)."""
         return self._packed.to_dense()
 
+    def _multiply(self, inputs: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
 
-def parts_of(linear: nn.Linear) -> list[nn.Linear]:
-    """The layer itself, and the few rows that a decoupled one has besides."""
-    is_in_two = isinstance(linear, IdeficsDecoupledLinear) and linear.out_additional_features > 0
-    return [linear, linear.additional_fc] if is_in_two else [linear]
+    def _multiply_pieces(self, inputs: Tensor) -> Tensor:
+        """(rows, in) -> (rows, out)."""
+        if len(inputs) <= LARGEST_KERNEL:
+            return self._multiply_padded(inputs)
+        output = inputs.new_empty(len(inputs), self.out_features)
+        for piece, place in zip(inputs.split(LARGEST_KERNEL), output.split(LARGEST_KERNEL), strict=True):
+            place.copy_(self._multiply_padded(piece))
+        return output
+
+    def _multiply_padded(self, inputs: Tensor) -> Tensor:
+        missing = kernel_rows(len(inputs)) - len(inputs)
+        if missing == 0:  # padding with nothing would copy
+            return self._multiply(inputs)
+        return self._multiply(nn.functional.pad(inputs, (0, 0, 0, missing)))[: len(inputs)]
+
+
+def parts_of(linear: nn.Module) -> list[nn.Module]:
+    """The layer itself, and the `additional_fc` that a decoupled one may have."""
+    return [linear, *linear.children()]
 
 
 class PackedLinear(nn.Module):
-    """An `nn.Linear` for inference on the CPU: (..., in) -> (..., out).
+    """An `nn.Linear` or `IdeficsDecoupledLinear` for inference on the CPU: (..., in) -> (..., out).
 
     Its weight lies in `joint` from row `start` on, alone or with those of layers that read the same inputs, whose
-    outputs `project` asks for at once. The results are those of the plain layer but for rounding (relative 1e-6 in
-    fp32). Raises RuntimeError where a gradient is asked for, and where the layer is to leave the CPU or its type.
+    outputs `project` computes at once. The few rows of an `additional_fc` are kept plain too. The results are those of
+    the plain layer but for rounding (relative 1e-6 in fp32). Raises RuntimeError where a gradient is asked for, and
+    where the layer is to leave the CPU or its type.
     """
 
     def __init__(self, linear: nn.Linear, joint: PackedMatrix | None = None, start: int = 0):
         super().__init__()
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        self.out_features, self.dtype = linear.out_features, linear.weight.dtype
+        self.joint_features = sum(part.out_features for part in parts_of(linear))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        for name, part in linear.named_children():
+            self.add_module(name, part.requires_grad_(False))
         self.joint, self.start = joint or PackedMatrix([linear]), start
         self.train(linear.training)
-
-    @property
-    def joint_features(self) -> int:
-        """How many of the joint matrix's outputs are this layer's."""
-        return self.out_features
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.joint(inputs)[..., self.start : self.start + self.joint_features]
@@ -132,19 +169,6 @@ class PackedLinear(nn.Module):
     def plain_weight(self) -> Tensor:
         """A copy of the weight, (out, in)."""
         return self.joint.plain_weight()[self.start : self.start + self.out_features].clone()
-
-    def unpacked(self) -> nn.Linear:
-        """The plain layer again, frozen."""
-        return self._restore(nn.Linear(self.in_features, self.out_features, device="meta"))
-
-    def _restore(self, linear: nn.Linear) -> nn.Linear:
-        linear.weight = nn.Parameter(self.plain_weight(), requires_grad=False)
-        linear.bias = self.bias
-        return linear.train(self.training)
-
-    def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -154,53 +178,19 @@ class PackedLinear(nn.Module):
         moved = fn(torch.empty(0, dtype=self.dtype))
         if moved.device.type != "cpu" or moved.dtype != self.dtype:
             raise RuntimeError(
-                f"a packed layer cannot become {moved.dtype} on {moved.device}: call unpack_linears first"
+                f"a packed layer cannot become {moved.dtype} on {moved.device}: load the network again for that"
             )
         return super()._apply(fn, recurse)
-
-
-class PackedDecoupledLinear(PackedLinear):
-    """An `IdeficsDecoupledLinear`: the few rows of `additional_fc` are kept plain too, and multiplied with the rest."""
-
-    def __init__(self, linear: IdeficsDecoupledLinear, joint: PackedMatrix | None = None, start: int = 0):
-        super().__init__(linear, joint, start)
-        self.out_additional_features = linear.out_additional_features
-        self.partially_freeze = linear.partially_freeze
-        if self.out_additional_features > 0:
-            self.additional_fc = linear.additional_fc.requires_grad_(False)
-
-    @property
-    def joint_features(self) -> int:
-        return self.out_features + self.out_additional_features
-
-    def unpacked(self) -> IdeficsDecoupledLinear:
-        with torch.device("meta"):
-            linear = IdeficsDecoupledLinear(
-                self.in_features,
-                self.out_features,
-                self.out_additional_features,
-                bias=self.bias is not None,
-                partially_freeze=self.partially_freeze,
-            )
-        if self.out_additional_features > 0:
-            linear.additional_fc = self.additional_fc
-        return self._restore(linear)
-
-
-PACKED_FORMS: dict[type[nn.Linear], type[PackedLinear]] = {
-    nn.Linear: PackedLinear,
-    IdeficsDecoupledLinear: PackedDecoupledLinear,
-}
 
 
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers below `model`, one by one, by packed ones, and freeze what they keep plain.
 
-    Those that a module names in `joint_linears` read the same inputs and become one matrix; below one that says
+    Those that a module names in `joint_linears` read the same inputs and become one matrix; below a module that says
     `sizes_recur` each number of rows has its own kernel. Left alone: layers on another device than the CPU or of a type
-    that oneDNN does not multiply here, small ones, those that share a weight with another module (a tied head would
-    need a second copy), and subclasses of `nn.Linear` that are not this package's. Without oneDNN on an AVX2 or AVX-512
-    processor nothing changes.
+    that oneDNN does not multiply on this machine, small ones, those that share a weight with another module (a tied
+    head would need a second copy), and other subclasses of `nn.Linear`. Without oneDNN on an AVX2 or AVX-512 processor
+    nothing changes.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     dtypes = packable_dtypes()
@@ -209,41 +199,7 @@ def pack_linears(model: nn.Module) -> None:
     }
     if packable:
         _leave_mapped_files(parameter for parameter in model.parameters() if id(parameter) not in packable)
-        for parent, names, sizes_recur in list(_groups(model, packable, sizes_recur=False)):
-            _pack(parent, names, sizes_recur)
-
-
-def _groups(
-    module: nn.Module, packable: Collection[int], sizes_recur: bool
-) -> Iterator[tuple[nn.Module, list[str], bool]]:
-    """Which children of which module are to be one matrix. Names only: a reference would keep a weight in memory."""
-    sizes_recur = getattr(module, "sizes_recur", sizes_recur)
-    names = [
-        name for name, child in module._modules.items() if isinstance(child, nn.Linear) and id(child.weight) in packable
-    ]
-    joint = [name for name in getattr(module, "joint_linears", ()) if name in names]
-    if joint:
-        yield module, joint, sizes_recur
-    for name, child in module._modules.items():
-        if name in names and name not in joint:
-            yield module, [name], sizes_recur
-        elif child is not None and name not in names:
-            yield from _groups(child, packable, sizes_recur)
-
-
-def _pack(parent: nn.Module, names: Sequence[str], sizes_recur: bool) -> None:
-    linears = [parent._modules[name] for name in names]
-    joint = PackedMatrix(linears, sizes_recur)
-    start = 0
-    for name, linear in zip(names, linears, strict=True):
-        packed = PACKED_FORMS[type(linear)](linear, joint, start)
-        setattr(parent, name, packed)
-        start += packed.joint_features
-
-
-def unpack_linears(model: nn.Module) -> None:
-    """Undo `pack_linears`, one by one; weights come back bit by bit as they were, frozen."""
-    _unpack(model)
+        _pack_below(model, packable, sizes_recur=False)
 
 
 def packable_dtypes() -> frozenset[torch.dtype]:
@@ -261,7 +217,7 @@ def packable_dtypes() -> frozenset[torch.dtype]:
 
 
 def _is_packable(module: nn.Module, dtypes: frozenset[torch.dtype]) -> bool:
-    if type(module) not in PACKED_FORMS:
+    if type(module) not in (nn.Linear, IdeficsDecoupledLinear):
         return False
     weight = module.weight
     return weight.device.type == "cpu" and weight.dtype in dtypes and min(weight.shape) >= SHORTEST_SIDE
@@ -278,11 +234,25 @@ def _leave_mapped_files(parameters: Iterable[nn.Parameter]) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _unpack(module: nn.Module) -> None:
-    """Only names are held while walking: a reference to a replaced layer would keep its weight in memory."""
-    for name in list(module._modules):
-        child = module._modules[name]
-        if isinstance(child, PackedLinear):
-            setattr(module, name, child.unpacked())
-        elif child is not None:
-            _unpack(child)
+def _pack_below(module: nn.Module, packable: Collection[int], sizes_recur: bool) -> None:
+    """Layers are found by name when their turn comes: a reference to a replaced one would keep its weight in memory."""
+    sizes_recur = getattr(module, "sizes_recur", sizes_recur)
+    names = [
+        name for name, child in module.named_children() if isinstance(child, nn.Linear) and id(child.weight) in packable
+    ]
+    joint = [name for name in getattr(module, "joint_linears", ()) if name in names]
+    for group in filter(None, [joint, *([name] for name in names if name not in joint)]):
+        _pack(module, group, sizes_recur)
+    for child in module.children():
+        if not isinstance(child, PackedLinear):
+            _pack_below(child, packable, sizes_recur)
+
+
+def _pack(parent: nn.Module, names: Sequence[str], sizes_recur: bool) -> None:
+    linears = [parent.get_submodule(name) for name in names]
+    joint = PackedMatrix(linears, sizes_recur)
+    start = 0
+    for name, linear in zip(names, linears, strict=True):
+        packed = PackedLinear(linear, joint, start)
+        setattr(parent, name, packed)
+        start += packed.joint_features

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import IdeficsConfig
 
-from idefics_cli.model.projections import project
+from idefics_cli.model.packed_linear import project_heads
 
 
 class IdeficsPerceiverAttention(nn.Module):
@@ -20,7 +20,7 @@ class IdeficsPerceiverAttention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int, qk_layer_norms: bool):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.head_dim = head_dim
         self.qk_layer_norms = qk_layer_norms
         self.context_layer_norm = nn.LayerNorm(embed_dim)
         self.latents_layer_norm = nn.LayerNorm(embed_dim)
@@ -35,15 +35,12 @@ class IdeficsPerceiverAttention(nn.Module):
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         latents = self.latents_layer_norm(latents)
         source = torch.cat([self.context_layer_norm(context), latents], dim=1)  # (images, patches + latents, dim)
-        query = self._split_heads(self.q_proj(latents))
-        key, value = map(self._split_heads, project(source, self.k_proj, self.v_proj))
+        (query,) = project_heads(latents, self.head_dim, self.q_proj)  # (images, heads, n, head_dim), as all below
+        key, value = project_heads(source, self.head_dim, self.k_proj, self.v_proj)
         if self.qk_layer_norms:
             query, key = self.q_layer_norm(query), self.k_layer_norm(key)
         output = nn.functional.scaled_dot_product_attention(query, key, value)
         return self.output_proj(output.transpose(1, 2).flatten(-2))  # (images, latents, dim)
-
-    def _split_heads(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (images, heads, n, head_dim)
 
 
 class IdeficsPerceiverMLP(nn.Module):

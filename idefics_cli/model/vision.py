@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics.configuration_idefics import IdeficsVisionConfig
 
 from idefics_cli.model.kv_interface import attention_function
-from idefics_cli.model.projections import activated, project
+from idefics_cli.model.packed_linear import project_heads
 
 
 class IdeficsVisionEmbeddings(nn.Module):
@@ -41,19 +41,15 @@ class IdeficsVisionEmbeddings(nn.Module):
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         patches = patches.flatten(2).transpose(1, 2)  # (images, patches, dim)
         class_embedding = self.class_embedding.expand(patches.shape[0], 1, -1)
-        positions = self.interpolated_positions(height, width) if interpolate_pos_encoding else self.positions()
-        return torch.cat([class_embedding, patches], dim=1) + positions
+        return torch.cat([class_embedding, patches], dim=1) + self.positions(height, width)
 
-    def positions(self) -> Tensor:
-        return self.position_embedding.weight.unsqueeze(0)  # (1, 1 + patches, dim)
-
-    def interpolated_positions(self, height: int, width: int) -> Tensor:
-        """The learned grid of positions stretched bicubically to an image of another size.
+    def positions(self, height: int, width: int) -> Tensor:
+        """(1, 1 + patches, dim): the learned grid, stretched bicubically to an image of another size.
 
         The scale is (size + 0.1) / grid, as DINO does it to be safe from rounding
         (https://github.com/facebookresearch/dino/issues/8): the published weights' users rely on the same values.
         """
-        positions = self.positions()
+        positions = self.position_embedding.weight.unsqueeze(0)
         grid_height, grid_width = height // self.patch_size, width // self.patch_size
         if (height, width) == (self.image_size, self.image_size):
             return positions
@@ -61,9 +57,8 @@ class IdeficsVisionEmbeddings(nn.Module):
         # bfloat16 has no bicubic kernel everywhere; fp32 is exact for what it holds
         scale = ((grid_height + 0.1) / self.grid_size, (grid_width + 0.1) / self.grid_size)
         stretched = nn.functional.interpolate(grid.float(), scale_factor=scale, mode="bicubic", align_corners=False)
-        stretched = stretched.to(positions.dtype)
         assert stretched.shape[-2:] == (grid_height, grid_width), (stretched.shape, grid_height, grid_width)
-        stretched = stretched.flatten(2).transpose(1, 2)  # (1, patches, dim)
+        stretched = stretched.to(positions.dtype).flatten(2).transpose(1, 2)  # (1, patches, dim)
         return torch.cat([positions[:, :1], stretched], dim=1)
 
 
@@ -78,7 +73,7 @@ class IdeficsVisionAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // self.num_heads
         if self.head_dim * self.num_heads != config.hidden_size:
-            raise ValueError(f"embed_dim {config.hidden_size} is no multiple of {self.num_heads} attention heads")
+            raise ValueError(f"embed_dim {config.hidden_size} is not a multiple of {self.num_heads} attention heads")
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_dropout
         self.is_causal = False
@@ -88,10 +83,8 @@ class IdeficsVisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        query, key, value = (
-            projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for projected in project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        )  # (images, heads, patches, head_dim)
+        # (images, heads, patches, head_dim)
+        query, key, value = project_heads(hidden_states, self.head_dim, self.q_proj, self.k_proj, self.v_proj)
         attend = attention_function(self.config._attn_implementation)
         dropout = self.dropout if self.training else 0.0
         output, _ = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, is_causal=False)
@@ -106,7 +99,11 @@ class IdeficsVisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(activated(hidden_states, self.fc1, self.activation_fn))
+        hidden_states = self.fc1(hidden_states)
+        if type(self.activation_fn) is GELUActivation and not torch.is_grad_enabled():
+            # In place: fresh memory for so large a tensor costs as much as the activation itself.
+            return self.fc2(torch.ops.aten.gelu_(hidden_states))
+        return self.fc2(self.activation_fn(hidden_states))
 
 
 class IdeficsVisionEncoderLayer(GradientCheckpointingLayer):

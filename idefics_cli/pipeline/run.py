@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from idefics_cli import __version__
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.errors import InputError, OutputError
+from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions
 from idefics_cli.pipeline.prefetch import Finished, FlowOptions, RunStats, run_rows
 from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
-from idefics_cli.rows import ImageOptions, InputRow, ReadOptions
+from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.validation import by_option
 from idefics_cli.writers.formats import Passthrough
 from idefics_cli.writers.output_file import FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
@@ -32,28 +34,11 @@ from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter,
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
 
-STDIN = STDOUT = "-"
+DECISIVE = (  # options that decide the rows, besides the task's own
+    *("--model", "--revision", "--dtype", "--draft"),
+    *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root"),
+)
 ROWS_AT_ONCE = 16  # read from files: one by one, threads would hand each other the interpreter for every row
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """All that a run is told besides its task. `batch_size` None: as many as memory holds.
-
-    `answers_column` is that of the references which the result will be scored against.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    request: ModelRequest
-    reading: ReadOptions
-    images: ImageOptions
-    batch_size: int | None = None
-    max_errors: int | None = None
-    overwrite: bool = False
-    retry_errors: bool = False
-    sidecar: bool = False
-    answers_column: str | None = None
 
 
 class Run:
@@ -73,15 +58,15 @@ class Run:
         observer: Observer,
         stdin: BinaryIO | None = None,
     ) -> None:
+        options = replace(options, reading=_reading(options, task))
         self.options, self.task, self.form, self.stats, self.observer = options, task, task.form, stats, observer
         self._check_model, self._load_model = check_model, load_model
         _require_manifests(options, task)
         _require_output_of_its_own(options, task)
-        self.inputs = open_inputs(options.inputs, _reading(options), stdin)
+        self.inputs = open_inputs(options.inputs, options.reading, stdin)
         names = shown_names(self.inputs.passthrough, [column.name for column in self.form.columns])
         passed = self.inputs.passthrough_rows, self.inputs.passthrough_batches
         self.passthrough = Passthrough(names, *passed, task.rows_each)
-        assert not options.sidecar or task.rows_each == 1, task.rows_each
         self.sidecars = SidecarWriter(options.overwrite) if options.sidecar else None
 
     def run(self, stdout: BinaryIO | None) -> bool:
@@ -162,20 +147,13 @@ class Run:
 
     def _settings(self, weights: str | None) -> dict[str, Any]:
         """What decides the rows: a run resumes only where all of it is the same. `weights` None: not known yet."""
-        options, reading = self.options, self.options.reading
-        model = {"model": options.request.model, "revision": options.request.revision, "dtype": options.request.dtype}
+        options = by_option(self.options)
         return {
             "version": __version__,
             "inputs": list(self.inputs.identity),
-            "rows": {"limit": reading.limit, "shard": reading.shard, "no_recursive": not reading.recursive},
-            "columns": {
-                "image_column": reading.image_column,
-                "id_column": reading.id_column,
-                "keep": list(self.passthrough.names),
-            },
-            "image_root": reading.image_root,
-            "images": {"draft": options.images.draft},
-            "model": model if weights is None else {**model, "weights": weights},
+            **{name: options[name] for name in DECISIVE},
+            "--keep": list(self.passthrough.names),
+            "model": {} if weights is None else {"weights": weights},
             "command": self.task.command,
             "task": self.task.settings,
         }
@@ -253,11 +231,19 @@ def _own_file(row: InputRow) -> Path:
     return row.sources[0]
 
 
-def _reading(options: RunOptions) -> ReadOptions:
-    """Rows have the columns that are passed through only for stdout; else the output takes them from the inputs."""
-    answers = () if options.answers_column is None else (options.answers_column,)
-    columns = tuple(dict.fromkeys((*options.reading.columns, *answers)))
-    return replace(options.reading, columns=columns, reads_passthrough=options.output == STDOUT)
+def _reading(options: RunOptions, task: Task) -> ReadOptions:
+    """With the columns that the task reads and the answers, which are kept too.
+
+    Rows have the columns that are passed through only for stdout; else the output takes them from the inputs.
+    """
+    reading, answers = options.reading, () if options.answers_column is None else (options.answers_column,)
+    return replace(
+        reading,
+        columns=tuple(dict.fromkeys((*task.columns, *answers))),
+        keep="all" if reading.keep == "all" else tuple(dict.fromkeys((*reading.keep, *answers))),
+        needs_image=reading.needs_image and task.needs_image,
+        reads_passthrough=options.output == STDOUT,
+    )
 
 
 def _require_manifests(options: RunOptions, task: Task) -> None:
@@ -279,7 +265,11 @@ def _require_manifests(options: RunOptions, task: Task) -> None:
 
 
 def _require_output_of_its_own(options: RunOptions, task: Task) -> None:
-    """Nothing that the run reads may be replaced, not even with --overwrite."""
+    """Nothing that the run reads may be replaced, not even with --overwrite, and no text by another of its image."""
+    if options.sidecar and task.rows_each > 1:
+        raise OutputError(
+            f"--sidecar writes one text per image, not {task.rows_each}: ask one question, or leave it out"
+        )
     if any(_are_one_file(options.output, name) for name in (*options.inputs, *task.files)):
         raise OutputError(f"{options.output} is what this run reads: name another output")
 

@@ -10,21 +10,51 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from idefics_cli.errors import IdeficsError, RowError, listed
 from idefics_cli.prompts.templates import Prompt, merge_texts
+from idefics_cli.validation import Help
 
 ChoiceNorm = Literal["none", "tokens", "bytes"]
 
 
+def parse_choices(text: str) -> tuple[str, ...]:
+    choices = checked_choices(split_choices(text))
+    if isinstance(choices, RowError):
+        raise IdeficsError(f"--choices {text!r}: {choices.message}")
+    return choices
+
+
 @dataclass(frozen=True)
 class ChoiceOptions:
-    """The same `words` to choose from for all rows, or each row's own in `column`."""
+    """The same `words` to choose from for all rows, or each row's own in `column`; without both, texts are decoded."""
 
-    words: tuple[str, ...] = ()
-    column: str | None = None
-    norm: ChoiceNorm = "none"
+    words: Annotated[
+        tuple[str, ...],
+        Help(
+            "Rank these answers by likelihood instead of decoding; the best is the text",
+            metavar="A,B",
+            flags=("--choices",),
+            parse=parse_choices,
+        ),
+    ] = ()
+    column: Annotated[
+        str | None, Help("Column of each row's own answers to rank", metavar="NAME", flags=("--choices-column",))
+    ] = None
+    norm: Annotated[ChoiceNorm, Help("What an answer's likelihood is divided by", flags=("--choice-norm",))] = "none"
+
+    def __post_init__(self) -> None:
+        if self.words and self.column is not None:
+            raise IdeficsError(
+                "--choices has the same answers for all rows and --choices-column each row's own: use one of them"
+            )
+        if self.norm != "none" and not self.are_given:
+            raise IdeficsError("--choice-norm needs answers to rank: add --choices A,B")
+
+    @property
+    def are_given(self) -> bool:
+        return bool(self.words) or self.column is not None
 
     def of(self, values: Mapping[str, Any]) -> Any:
         """What a row with these values chooses from, unchecked. A text, all that a cell of CSV can hold, is a list in
@@ -76,9 +106,14 @@ def split_answers(prompt_ids: Sequence[int], answered: Sequence[Sequence[int]]) 
     `answered` are prompt and answer tokenised as one text. Where an answer changes the prompt's last tokens, these
     count as the answer's, for all choices, so that all are judged after the same text.
     """
-    columns = zip(prompt_ids, *(ids[:-1] for ids in answered), strict=False)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    common = common_length(prompt_ids, *(ids[:-1] for ids in answered))
     return common, [tuple(ids[common:]) for ids in answered]
+
+
+def common_length(*token_ids: Sequence[int]) -> int:
+    """How many tokens all begin with."""
+    columns = zip(*token_ids, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def require_norm(norm: str) -> None:

@@ -1,7 +1,6 @@
-"""The work of `idefics embed`: each row's image -> its latents; the rows of what comes of it; and these in the place
-of images in other works.
+"""The task of `embed`: each row's image -> its latents, and these instead of images in the other tasks.
 
-Rows in, images out; what latents are in a file is the business of `data/embeddings.py`.
+How latents are stored, `writers/embeddings_file.py` knows.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class EmbeddingForm:
 
 
 class Embed(Task):
-    """The work of `embed`. A run goes on only with a model that sees images alike."""
+    """The task of `embed`. A run is only resumed with a model that makes the same latents."""
 
     command = "embed"
     columns = ()
@@ -53,7 +52,7 @@ class Embed(Task):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Without the fingerprint for as long as the model is not here to be looked at."""
+        """Without the fingerprint until the model is on this machine."""
         from idefics_cli.checkpoint import known_vision_fingerprint
 
         self._fingerprint = self._fingerprint or known_vision_fingerprint(self._request)
@@ -61,25 +60,21 @@ class Embed(Task):
 
     def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         def prepare(row: InputRow) -> EncodedImage | RowError:
-            return encoded_image(row, images, model)
+            """Safe in many threads."""
+            opened = open_images(row, images)
+            if isinstance(opened, RowError):
+                return opened
+            if len(opened) != 1:
+                return RowError("row_invalid", f"the row has {len(opened)} images, and embeddings have one per row")
+            return model.encode_image(opened[0])
 
         return Steps(prepare, model.embed_stream)
 
 
-def encoded_image(row: InputRow, images: WorkerPool, model: Idefics) -> EncodedImage | RowError:
-    """The row's one image as the model takes it, or why there is none. Safe in many threads."""
-    opened = open_images(row, images)
-    if isinstance(opened, RowError):
-        return opened
-    if len(opened) != 1:
-        return RowError("row_invalid", f"the row has {len(opened)} images, and each row of embeddings holds one")
-    return model.encode_image(opened[0])
-
-
 class StoredLatents:
-    """What `embed` has written, in the place of images. Raises InputError for what is no such file.
+    """A file of `embed` instead of images. Raises InputError for a file of another kind.
 
-    Whether it is this model's shows before the model is loaded where that one is here, else as soon as it is.
+    Another model's latents are refused before a model is loaded that is on this machine, else after.
     """
 
     def __init__(self, path: str) -> None:
@@ -103,7 +98,7 @@ class StoredLatents:
         self._file.require_model(fingerprint, model.latents_shape)
 
     def latents(self, row_id: str) -> Any | RowError:
-        """In an image's place, or why there are none. Safe in many threads."""
+        """What stands for an image, or why there is nothing. Safe in many threads."""
         return self._file.latents(row_id)
 
 

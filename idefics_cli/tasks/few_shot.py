@@ -1,15 +1,15 @@
-"""Worked examples from a file: which columns they are made of, and which of them a run or a row is shown.
+"""Worked examples (shots) from a manifest: which columns they are made of, and which of them stand before all rows.
 
-Shots come from any manifest, in its order. This module knows no network; similar images are found by `similar.py`.
+Knows no network; `similar_shots.py` finds shots with similar images.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
@@ -17,25 +17,9 @@ from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.tasks.options import ShotOptions
 
 ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}
-Selection = Literal["first", "random", "similar"]
-
-
-@dataclass(frozen=True)
-class ShotOptions:
-    """A manifest of worked examples, and which of them are shown.
-
-    `similar` shows each row the images nearest to its own, the nearest last (RICES: Yang et al. 2022, section 3.2;
-    Alayrac et al. 2022, appendix A.2); the others show all rows the same. `seed` decides what is random. Of 0 shots
-    none is shown with its images. `image_column` is what the run's inputs have theirs in, None: not said.
-    """
-
-    file: str
-    number: int
-    selection: Selection = "first"
-    seed: int = 0
-    image_column: str | None = None
 
 
 def open_shots(options: ShotOptions) -> Inputs:
@@ -44,7 +28,7 @@ def open_shots(options: ShotOptions) -> Inputs:
     Raises InputError for a file that cannot be read.
     """
     if not is_manifest(options.file):
-        raise InputError(f"--shots {options.file} is no manifest: name one, with a column of captions or answers")
+        raise InputError(f"--shots needs a manifest with a column of captions or answers: {options.file} is not one")
     usual = tuple(filter(None, (options.image_column, *ReadOptions.usual_image_columns)))
     shows = options.number > 0
     reading = ReadOptions(keep="all", usual_image_columns=usual, needs_image=shows, needs_id=False)
@@ -59,7 +43,7 @@ def read_shots(options: ShotOptions, rows: Inputs, task: str, fields: Sequence[s
     wanted = options.number or TEXT_ONLY_SHOTS if options.selection == "first" else None
     pool = [_read_shot(row, task, fields, options.file) for row in islice(rows.rows, wanted)]
     if len(pool) < options.number:
-        raise InputError(f"{options.file} holds {len(pool)} shots: lower --num-shots {options.number}")
+        raise InputError(f"{options.file} has {len(pool)} shots: lower --num-shots {options.number}")
     return pool
 
 
@@ -80,7 +64,7 @@ def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> S
 
 
 def _bad_shot(place: str, error: RowError) -> InputError:
-    return InputError(f"{place}, which is to be a shot, is bad ({error}): mend it, or take it out")
+    return InputError(f"{place} cannot be used as a shot ({error}): fix or remove it")
 
 
 def make_shot(values: Mapping[str, Any], images: tuple[Any, ...], task: str, fields: Sequence[str], place: str) -> Shot:
@@ -91,30 +75,21 @@ def make_shot(values: Mapping[str, Any], images: tuple[Any, ...], task: str, fie
     column = next((name for name in ANSWER_COLUMNS[task] if values.get(name) is not None), None)
     if column is None:
         raise InputError(
-            f"{place} has no answer to show: shots need a column {' or '.join(ANSWER_COLUMNS[task])}, and it has"
+            f"{place} has no answer: shots need a column {' or '.join(ANSWER_COLUMNS[task])}, and it has"
             f" {', '.join(values) or 'none'}"
         )
     references = references_of(values[column], place)
     if not references:
-        raise InputError(f"{place} has no answer to show: its {column} is empty")
+        raise InputError(f"{place} has no answer: its {column} is empty")
     texts = {name: text for name, value in values.items() if isinstance(text := field_text(name, value), str)}
     without = next((name for name in fields if name not in texts), None)
     if without is not None:
-        raise InputError(f"{place} has no text in a column {without!r}, which the prompt shows of each shot: add it")
+        raise InputError(f"{place} has no text in the column {without!r}, which the prompt needs: add it")
     return Shot(images or None, shot_answer(task, references), texts.get("question", ""), texts)
 
 
-def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> list[Shot]:
-    """The same shots for every row, so that what they cost is paid once; where 0 are asked for, those that can be shown
-    as texts only."""
-    assert options.selection != "similar" or not options.number, options
-    number = options.number or min(TEXT_ONLY_SHOTS, len(pool))
-    if options.selection == "random":
-        return random.Random(options.seed).sample(list(pool), number)
-    return list(pool[:number])
-
-
-def without_furthest(shots: Sequence[Shot]) -> Iterator[Sequence[Shot]]:
-    """All shots, then without the first, and so on down to none."""
-    for first in range(len(shots) + 1):
-        yield shots[first:]
+def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> Sequence[Shot]:
+    """The same shots for every row, so that what they cost is paid once; of 0 those that are shown as texts only."""
+    if options.selection != "random":
+        return pool
+    return random.Random(options.seed).sample(list(pool), options.number or min(TEXT_ONLY_SHOTS, len(pool)))

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 from idefics_cli.rows import InputRow
 
-QUESTION = "question"
-
 
 def with_questions(rows: Iterable[InputRow], questions: Sequence[str]) -> Iterator[InputRow]:
     """Each row once for every question. Of several, the k-th makes the id `ID#k`, so that no two ids are equal."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from idefics_cli.errors import InputError
 from idefics_cli.prompts.templates import Shot
 from idefics_cli.rows import RemoteFile
-from idefics_cli.tasks.few_shot import ShotOptions, opened
+from idefics_cli.tasks.options import ShotOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,17 +33,17 @@ OPENERS = 8
 class SimilarShots:
     """A pool of shots, to be asked in the model's thread. Raises InputError for a shot without an image.
 
-    `open_image` gives what the model takes, or a RowError; it is called from several threads at once.
+    `open_shot` gives the shot with its images opened; it is called from several threads at once.
     """
 
     def __init__(
-        self, options: ShotOptions, pool: Sequence[Shot], model: Idefics, open_image: Callable[[Any], Any]
+        self, options: ShotOptions, pool: Sequence[Shot], model: Idefics, open_shot: Callable[[Shot], Shot]
     ) -> None:
         self._options, self._pool, self._model = options, pool, model
         without = next((number for number, shot in enumerate(pool, start=1) if not shot.images), None)
         if without is not None:
             raise InputError(f"row {without} of {options.file} has no image: choose --shot-selection first or random")
-        self._opened = lru_cache(OPENED_KEPT)(lambda index: opened(pool[index], open_image, options.file))
+        self._opened = lru_cache(OPENED_KEPT)(lambda index: open_shot(pool[index]))
         self._vectors: Tensor | None = None
 
     def encode_pool(self, say: Callable[[str], None]) -> None:

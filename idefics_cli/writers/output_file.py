@@ -22,20 +22,6 @@ from idefics_cli.writers.journal import Journal, reason, shown_path, sync_folder
 
 REPLACES = "replaces"
 
-# Settings that are not options, and options that are not called as the setting is.
-PLAIN = {"version", "inputs", "command", "weights", "vision", "shots_file", "embeddings_file"}
-OPTIONS = {
-    "text": "--prompt",
-    "questions": "--question",
-    "cut_words": "--stop-words",
-    "words": "--choices",
-    "column": "--choices-column",
-    "norm": "--choice-norm",
-    "file": "--shots",
-    "number": "--num-shots",
-    "selection": "--shot-selection",
-}
-
 
 class FileOutput:
     """An output file, locked until `close`.
@@ -176,10 +162,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: tuple[st
 
 
 def setting_name(path: Sequence[str]) -> str:
-    """A setting as users know it: the option on the command line, or its path among the settings."""
-    if PLAIN.intersection(path):
-        return " ".join(path)
-    return OPTIONS.get(path[-1], f"--{path[-1].replace('_', '-')}")
+    """A setting as users know it: by its option, else by its path among the settings."""
+    return path[-1] if path[-1].startswith("-") else " ".join(path)
 
 
 def _are_lists_alike(one: object, other: object) -> bool:

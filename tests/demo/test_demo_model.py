@@ -11,8 +11,9 @@ from transformers.models.idefics.image_processing_pil_idefics import IdeficsImag
 
 from idefics_cli import Idefics
 from idefics_cli.checkpoint import DEMO_FOLDER
-from idefics_cli.demo.evaluate import caption_tasks, evaluate, question_tasks
+from idefics_cli.demo.evaluate import asked_of, evaluate
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+from idefics_cli.prompts.templates import PromptOptions
 
 FIRST_SEED = EVALUATION_SEEDS + 500_000
 
@@ -23,15 +24,8 @@ def demo() -> Idefics:
 
 
 def test_it_is_small_and_whole() -> None:
-    names = {path.name for path in DEMO_FOLDER.iterdir()}
-    wanted = {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "preprocessor_config.json",
-        "generation_config.json",
-    }
-    assert wanted <= names
+    files = ("config", "generation_config", "preprocessor_config", "tokenizer", "tokenizer_config")
+    assert {path.name for path in DEMO_FOLDER.iterdir()} == {"model.safetensors", *(f"{name}.json" for name in files)}
     assert (DEMO_FOLDER / "model.safetensors").stat().st_size <= 8_000_000
 
 
@@ -49,17 +43,14 @@ def test_transformers_reads_and_runs_it_alike(demo: Idefics, num_beams: int) -> 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
     processor = IdeficsProcessor(IdeficsImageProcessorPil.from_pretrained(DEMO_FOLDER), tokenizer)
     scenes = [scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + 6)]
-    tasks = [*caption_tasks(scenes, 1), *question_tasks(scenes)][:24]
-    results = demo.generate([task.prompt for task in tasks], num_beams=num_beams)
+    asked = [*asked_of(scenes, PromptOptions("caption", num_shots=1)), *asked_of(scenes, PromptOptions("vqa"))][:24]
+    prompts = [prompt for _, prompt, _ in asked]
+    results = demo.generate(prompts, num_beams=num_beams)
     forbidden = tokenizer.convert_tokens_to_ids(["<image>", "<fake_token_around_image>"])
-    for task, result in zip(tasks, results, strict=True):
-        inputs = processor(text=[list(task.prompt)], return_tensors="pt")
+    for prompt, result in zip(prompts, results, strict=True):
+        inputs = processor(text=[list(prompt)], return_tensors="pt")
         generated = theirs.generate(
-            **inputs,
-            num_beams=num_beams,
-            early_stopping=num_beams > 1,
-            max_new_tokens=30,
-            suppress_tokens=forbidden,
+            **inputs, num_beams=num_beams, early_stopping=num_beams > 1, max_new_tokens=30, suppress_tokens=forbidden
         )
         text = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert text.strip() == result.text

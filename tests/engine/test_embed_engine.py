@@ -15,8 +15,9 @@ from idefics_cli import Idefics, IdeficsError
 from idefics_cli.checkpoint import ModelRequest, weights_digest
 from idefics_cli.cli import app as cli
 from idefics_cli.model.vision import IdeficsVisionTransformer
+from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.prefetch import RunStats
-from idefics_cli.pipeline.run import Run, RunOptions
+from idefics_cli.pipeline.run import Run
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.tasks.embed import Embed

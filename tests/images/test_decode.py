@@ -121,9 +121,9 @@ def no_heif(monkeypatch):
     """As if the extra were not installed."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
-    images._readers.cache_clear()
+    images._has_heif.cache_clear()
     yield
-    images._readers.cache_clear()
+    images._has_heif.cache_clear()
 
 
 # Major brand, version, and what the file is compatible with: as iPhones, cameras and libheif write them.
@@ -138,7 +138,7 @@ HEIF_HEADS = {
 @pytest.mark.parametrize("head", HEIF_HEADS.values(), ids=HEIF_HEADS)
 def test_heif_without_its_extra(no_heif, head):
     data = (len(head) + 4).to_bytes(4, "big") + head + b"\0\0\0\x08mdat"
-    expected = "image_unreadable: HEIF images need the extra: pip install 'idefics-cli[heif]'"
+    expected = "image_unreadable: HEIF images need an extra: pip install 'idefics-cli[heif]'"
     assert str(refusal(data)) == expected
 
 
@@ -506,10 +506,10 @@ def test_reasons_name_the_kinds_that_are_known():
     "error", [RecursionError("deep"), struct.error("bad"), KeyError(3), MemoryError(), OSError(5, "I/O")]
 )
 def test_class_and_message_of_a_decoders_failure_are_kept(error, monkeypatch):
-    def fail(stream, name):
+    def fail(stream, formats):
         raise error
 
-    monkeypatch.setattr(images, "_readers", lambda: (("PNG", fail, lambda prefix: True),))
+    monkeypatch.setattr(Image, "open", fail)
     result = refusal(b"anything")
     assert result.code == "image_unreadable"
     assert result.message == f"{type(error).__name__}: {error}"
@@ -568,13 +568,6 @@ def test_the_limit_is_the_last_size_that_is_taken():
         assert refusal(source, ImageOptions(max_pixels=1199)).code == "image_too_large"
     assert load_image(data, ImageOptions(max_bytes=len(data))).size == (40, 30)
     assert refusal(data, ImageOptions(max_bytes=len(data) - 1)).code == "image_too_large"
-
-
-def test_a_larger_limit_can_be_asked_for():
-    """Beyond the size at which Pillow itself would warn."""
-    data = png(95_000, 1000, 1, 0, bytes(95_000 // 8))
-    assert refusal(data).code == "image_too_large"
-    assert load_image(data, ImageOptions(max_pixels=100_000_000)).size == (95_000, 1000)
 
 
 def test_a_large_file_is_not_read(tmp_path):

@@ -26,7 +26,7 @@ from PIL import Image, features
 from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
-from idefics_cli.rows import ImageOptions
+from idefics_cli.rows import ImageOptions, RemoteFile
 
 PROCESSOR = ImageProcessor(image_size=16, image_mean=(0.1, 0.2, 0.3))
 LIMITS = ImageOptions(max_pixels=100_000, max_bytes=1_000_000, workers=2)
@@ -52,7 +52,7 @@ def same(found: torch.Tensor | RowError, expected: torch.Tensor | RowError) -> b
 
 
 def pids(decoders: WorkerPool) -> list[int]:
-    return [child._process.pid for child in decoders._children._all]
+    return [worker.process.pid for worker in decoders._running]
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +63,27 @@ def decoders() -> Iterator[WorkerPool]:
 
 @pytest.fixture
 def breaking() -> Iterator[WorkerPool]:
-    with WorkerPool(PROCESSOR, FAST, decode=breaking_decoders.breaking) as opened:
+    with WorkerPool(PROCESSOR, FAST, prepare=breaking_decoders.breaking) as opened:
         yield opened
 
 
 # ---- the same as without
 
 
-class Stored:
-    """A remote file. What is no bytes is raised."""
+class Storage:
+    """A remote file system of one file; an exception is raised instead."""
 
     def __init__(self, content: bytes | Exception) -> None:
         self.content = content
 
-    def read(self, max_bytes: int) -> bytes:
+    def open_input_stream(self, key: str, compression: None) -> io.BytesIO:
         if isinstance(self.content, Exception):
             raise self.content
-        return self.content[:max_bytes]
+        return io.BytesIO(self.content)
+
+
+def stored(content: bytes | Exception) -> RemoteFile:
+    return RemoteFile("s3://bucket/cat.jpg", Storage(content), "cat.jpg")
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
@@ -92,7 +96,7 @@ def test_pixels_are_those_of_the_processor(decoders, image_format, tmp_path):
     path.write_bytes(data)
     expected = PROCESSOR.prepare(data, LIMITS)
     assert expected.shape == (3, 16, 16)
-    for source in (data, bytearray(data), memoryview(data), path, str(path), Stored(data)):
+    for source in (data, bytearray(data), memoryview(data), path, str(path), stored(data)):
         assert same(decoders.prepare(source), expected), source
 
 
@@ -133,12 +137,19 @@ def test_broken_images_are_told_in_the_same_words(decoders, image_format, change
     assert same(decoders.prepare(data), PROCESSOR.prepare(data, LIMITS))
 
 
+def test_more_pixels_than_pillow_takes_by_itself():
+    """A warning from 90 million on and an error from 179 million on; it would be for the whole process to decide."""
+    large = saved(Image.new("1", (19_000, 10_000)))
+    with WorkerPool(PROCESSOR, ImageOptions(max_pixels=200_000_000, workers=1)) as decoders:
+        assert isinstance(decoders.prepare(large), torch.Tensor)
+
+
 def test_remote_files_that_cannot_be_read(decoders):
-    missing = decoders.prepare(Stored(FileNotFoundError("bucket/cat.jpg")))
-    assert missing == RowError("image_missing", "no such file: bucket/cat.jpg")
-    refused = decoders.prepare(Stored(PermissionError("forbidden")))
+    missing = decoders.prepare(stored(FileNotFoundError("bucket/cat.jpg")))
+    assert missing == RowError("image_missing", "file not found: bucket/cat.jpg")
+    refused = decoders.prepare(stored(PermissionError("forbidden")))
     assert refused == RowError("image_unreadable", "PermissionError: forbidden")
-    assert decoders.prepare(Stored(bytes(2_000_000))).code == "image_too_large"
+    assert decoders.prepare(stored(bytes(2_000_000))).code == "image_too_large"
 
 
 def test_many_threads(decoders):
@@ -154,16 +165,15 @@ def test_many_threads(decoders):
 
 
 ENDS = {
-    b"segmentation fault": "the decoder process died (signal SIGSEGV)",
-    b"abort": "the decoder process died (signal SIGABRT)",
-    b"exit": "the decoder process died (exit status 3)",
-    b"exit at once": "the decoder process died (exit status 4)",
-    b"nonsense": "the decoder process died (it answered nonsense)",
-    b"longest nonsense": "the decoder process died (it answered nonsense)",
+    b"segmentation fault": "the worker process died (signal SIGSEGV)",
+    b"abort": "the worker process died (signal SIGABRT)",
+    b"exit": "the worker process died (exit status 4)",
+    b"nonsense": "the worker process died (incomplete or invalid answer)",
+    b"longest nonsense": "the worker process died (incomplete or invalid answer)",
     b"sleep": "decoding took longer than 2 s",
     b"spin": "decoding took longer than 2 s",
-    b"out of memory": "MemoryError: more memory than a decoder may take",
-    b"bomb": "MemoryError: more memory than a decoder may take",
+    b"out of memory": "decoding needs more memory than a worker may use",
+    b"bomb": "decoding needs more memory than a worker may use",
 }
 
 
@@ -199,7 +209,7 @@ def test_faults_among_many_threads_leave_nothing_behind():
     sources = [*good, *faults] * 3
     before = os.listdir("/proc/self/fd")
     with WorkerPool(
-        PROCESSOR, replace(LIMITS, workers=3, decode_timeout=2.0), decode=breaking_decoders.breaking
+        PROCESSOR, replace(LIMITS, workers=3, decode_timeout=2.0), prepare=breaking_decoders.breaking
     ) as decoders:
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(decoders.prepare, sources))
@@ -215,7 +225,7 @@ def test_faults_among_many_threads_leave_nothing_behind():
 
 @on_linux
 def test_a_decoder_process_is_light():
-    with WorkerPool(PROCESSOR, LIMITS, decode=breaking_decoders.describing) as decoders:
+    with WorkerPool(PROCESSOR, LIMITS, prepare=breaking_decoders.describing) as decoders:
         data = saved(image(), "AVIF" if features.check("avif") else "PNG")
         assert decoders.prepare(data).message == "heavy [], threads 1"
 
@@ -232,7 +242,7 @@ def test_processes_start_as_they_are_needed():
 
 
 def test_close_does_not_wait_for_a_decoder():
-    decoders = WorkerPool(PROCESSOR, replace(LIMITS, decode_timeout=1000), decode=breaking_decoders.breaking)
+    decoders = WorkerPool(PROCESSOR, replace(LIMITS, decode_timeout=1000), prepare=breaking_decoders.breaking)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(decoders.prepare, source) for source in [b"sleep", b"spin"] * 2]
         while len(pids(decoders)) < 2:
@@ -280,9 +290,9 @@ def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
         decoders = WorkerPool(ImageProcessor(), options, breaking_decoders.breaking)
         for fault in (b"sleep", b"spin"):
             threading.Thread(target=decoders.prepare, args=(fault,), daemon=True).start()
-        while len(decoders._children._all) < 2 or not all(child._is_ready for child in decoders._children._all):
+        while len(decoders._running) < 2 or not all(worker.process.stderr.closed for worker in decoders._running):
             time.sleep(0.01)
-        print(*(child._process.pid for child in decoders._children._all), flush=True)
+        print(*(worker.process.pid for worker in decoders._running), flush=True)
         time.sleep(1000)
     """
     with run_script(body, tmp_path) as parent:
@@ -353,7 +363,7 @@ def test_no_process_can_be_started(monkeypatch, tmp_path):
     with WorkerPool(PROCESSOR, LIMITS) as decoders, ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(decoders.prepare, saved(image())) for _ in range(4)]
         for future in waiting:
-            with pytest.raises(IdeficsError, match=r"no process can be started .*no-python.*ulimit"):
+            with pytest.raises(IdeficsError, match=r"cannot start a process .*no-python.*ulimit"):
                 future.result(timeout=30)
 
 
@@ -380,4 +390,4 @@ def test_fewer_processes_than_asked_for(monkeypatch):
     with WorkerPool(PROCESSOR, replace(LIMITS, workers=4)) as decoders, ThreadPoolExecutor(4) as pool:
         sources = [saved(image(seed)) for seed in range(8)]
         assert all(map(same, pool.map(decoders.prepare, sources), map(PROCESSOR.prepare, sources)))
-    assert len(attempts) == 2
+    assert len(attempts) <= 4

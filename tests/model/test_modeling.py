@@ -7,9 +7,10 @@ import torch
 from tiny_models import Shape, random_inputs, randomize, relative_error, tiny_config
 from torch import Tensor
 
-from idefics_cli.model.decoder import IdeficsDecoupledEmbedding, IdeficsDecoupledLinear, IdeficsRotaryEmbedding
+from idefics_cli.model.decoder import IdeficsDecoupledEmbedding, IdeficsRotaryEmbedding
 from idefics_cli.model.kv_interface import PlainMemory, eager_attention, image_visibility
 from idefics_cli.model.modeling import IdeficsForVisionText2Text, freeze_model
+from idefics_cli.model.packed_linear import IdeficsDecoupledLinear
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_decoupled_embedding_and_linear_freeze_only_the_old_vocabulary() -> None
 
 
 def test_a_padding_index_beyond_the_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="padding_idx"):
+    with pytest.raises(AssertionError, match="Padding_idx"):
         IdeficsDecoupledEmbedding(5, 2, 3, padding_idx=7)
 
 
@@ -189,8 +190,8 @@ class HoldingMemory:
         causal = torch.full((query.shape[2], query.shape[2]), -torch.inf).triu(1)
         return eager_attention(layer, query, key, value, causal, layer.scaling)
 
-    def attend_image(self, layer, query: Tensor, image_hidden_states: Tensor | None):
-        assert image_hidden_states is None
+    def attend_image(self, layer, query: Tensor, key: Tensor | None, value: Tensor | None):
+        assert key is None and value is None
         output, weights = eager_attention(layer, query, *self.images[layer.layer_idx], self.mask, layer.scaling)
         return output * self.gate[:, :, None, None], weights
 

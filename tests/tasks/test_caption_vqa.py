@@ -85,34 +85,15 @@ def test_an_own_prompt_without_a_place_for_images_stands_behind_them(prompts: Pr
     assert instruct[0] == "User:[1]What?<end_of_utterance>\nAssistant:"
 
 
-def test_the_official_question_template_for_captions_takes_the_column(prompts: Prompts, manifest: Path) -> None:
-    assert prompts("caption", manifest, "--template", "vqa", "--bare")[0].endswith("Question: What is x? Answer:")
-
-
-def test_what_stands_in_a_field_is_never_a_template(prompts: Prompts, tmp_path: Path) -> None:
-    save_image(tmp_path / "1.png", 1)
-    question = "{image} {place} <image><end_of_utterance> http://a.example/b.png"
-    rows = write_manifest(tmp_path / "rows.jsonl", [{"image": "1.png", "question": question}])
-    assert prompts("vqa", rows, "--prompt", "{question}") == [f"[1]{question}"]
-
-
-def test_prompts_that_cannot_be_are_refused_before_the_model_is_loaded(
+def test_prompts_that_need_other_columns_are_refused_before_the_model_is_loaded(
     refused: Callable[..., str], manifest: Path, photos: Path
 ) -> None:
     assert "rows.jsonl has no column 'colour'" in refused("caption", manifest, "--prompt", "{colour} {image}")
     assert "'image', 'question', 'place', 'year'" in refused("vqa", manifest, "--prompt", "{colour}")
-    no_columns = refused("caption", photos, "--prompt", "{colour} and {size}")
-    assert "is not a manifest" in no_columns and "colour, size" in no_columns
-    assert "is not a manifest" in refused("caption", photos, "--template", "vqa")
-    assert "is not a manifest" in refused("vqa", photos, "-q", "Why?", "--prompt", "{place} {question}")
-    assert "{{ or }}" in refused("caption", photos, "--prompt", "a } brace")
-    assert "write {name}" in refused("caption", photos, "--prompt", "{image!r}")
-    assert "instruct-vqa" in refused("caption", photos, "--template", "nothing")
+    assert "colour, size" in refused("caption", photos, "--prompt", "{colour} and {size}")
+    assert "question" in refused("caption", photos, "--template", "vqa")
+    assert "place" in refused("vqa", photos, "-q", "Why?", "--prompt", "{place} {question}")
     assert "asks no question" in refused("vqa", manifest, "--template", "caption")
-    assert "exclude each other" in refused("vqa", manifest, "--template", "vqa", "--prompt", "Why?")
-    assert "leave --shots" in refused("vqa", manifest, "--bare", "--shots", manifest)
-    assert "--shots FILE" in refused("vqa", manifest, "--num-shots", "2")
-    assert "--shots FILE" in refused("vqa", manifest, "--shot-selection", "similar")
 
 
 def test_a_template_for_the_other_kind_of_model_is_one_line(run: Callable[..., Result], photos: Path) -> None:
@@ -161,12 +142,6 @@ def test_rows_ask_about_several_images(prompts: Prompts, tmp_path: Path) -> None
     manifest = write_manifest(tmp_path / "r.jsonl", [{"image": ["1.png", "2.png"], "question": "Which?"}])
     assert prompts("vqa", manifest, "--bare") == [f"{VQA_PREFIX}Image:[1][2]Question: Which? Answer:"]
     assert prompts("vqa", manifest, "--prompt", "{image} or {image}? {question}") == ["[1] or [2]? Which?"]
-
-
-def test_images_without_a_place_are_a_row_with_an_error(run: Callable[..., Result], manifest: Path) -> None:
-    result = run("caption", manifest, "--prompt", "{image} or {image}?")
-    assert result.exit_code == 3
-    assert rows_of(result.stdout)[0]["error"].startswith("row_invalid: 1 images for the 2 places")
 
 
 # What the model and the result are told

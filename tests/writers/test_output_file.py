@@ -152,7 +152,7 @@ def test_a_difference_is_named(tmp_path: Path) -> None:
     other = {**SETTINGS, "model": {"name": "other"}, "inputs": [{"name": "b.csv"}]}
     with pytest.raises(OutputError) as caught:
         output.require_same(other)
-    assert "(--name: was 'demo', now 'other'; inputs 1 name: was 'a.csv', now 'b.csv')" in str(caught.value)
+    assert "inputs 1 name: was 'a.csv', now 'b.csv'; model name: was 'demo', now 'other'" in str(caught.value)
     output.close()
 
 

@@ -1,0 +1,67 @@
+"""What a run over rows is told, whatever is done with each row. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.errors import IdeficsError
+from idefics_cli.rows import ImageOptions, ReadOptions
+from idefics_cli.validation import Help
+
+STDIN = STDOUT = "-"
+
+
+def parse_batch_size(text: str) -> int | None:
+    """None: as many as memory holds."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise IdeficsError(f"invalid batch size {text!r}: expected auto or a number above 0")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """All that a run is told besides its task. `batch_size` None: as many rows as memory holds.
+
+    `answers_column` holds the references that the finished result is scored against.
+    """
+
+    inputs: Annotated[
+        tuple[str, ...],
+        Help(
+            "Image files, folders, manifests (.parquet, .jsonl, .csv, .tsv, also .gz), .tar, or - for paths from stdin",
+            metavar="INPUT",
+        ),
+    ]
+    output: Annotated[str, Help("Where rows go", metavar="F.jsonl|F.parquet|-", flags=("-o", "--output"))] = STDOUT
+    request: ModelRequest = field(default_factory=ModelRequest)
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    images: ImageOptions = field(default_factory=ImageOptions)
+    batch_size: Annotated[
+        int | None,
+        Help("Rows that the model works on together", metavar="auto|N", default="auto", parse=parse_batch_size),
+    ] = None
+    max_errors: Annotated[int | None, Help("Stop after N failed rows", min=1)] = None
+    overwrite: Annotated[bool, Help("Start over and replace the existing output")] = False
+    retry_errors: Annotated[bool, Help("Redo the failed rows of a finished output")] = False
+    sidecar: Annotated[bool, Help("Also write each text into a .txt file beside its image")] = False
+    answers_column: Annotated[
+        str | None, Help("Column of right answers: kept, and scored at the end", metavar="NAME")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.reading.null and STDIN not in self.inputs:
+            raise IdeficsError("--null says how stdin is read: add - to the inputs")
+        if self.overwrite and self.retry_errors:
+            raise IdeficsError("--overwrite discards what --retry-errors would redo: use one of them")
+        if self.output != STDOUT:
+            return
+        if self.overwrite and not self.sidecar:
+            raise IdeficsError("--overwrite needs an output file: add -o F.jsonl")
+        if self.retry_errors:
+            raise IdeficsError("--retry-errors needs the finished output: add -o F.jsonl")
+        if self.answers_column is not None:
+            raise IdeficsError("--answers-column scores the finished output: add -o F.jsonl")
