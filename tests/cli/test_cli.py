@@ -210,7 +210,7 @@ def test_one_id_twice_on_stdin_is_refused_at_the_second(
     path = str(photos / "a.jpg")
     result = run("caption", "-", "-o", tmp_path / "f.jsonl", input=f"{path}\n{path}\n".encode())
     assert result.exit_code == 2
-    assert re.search(r"^Error: rows 1 and 2 have one id.*1 row finished so far: safe in .*part\.", result.stderr)
+    assert re.search(r"^Error: rows 1 and 2 have the same id.*1 row finished so far: safe in .*part\.", result.stderr)
     assert result.stderr.endswith("The same command continues from there once that is fixed.\n")
 
 
@@ -320,7 +320,7 @@ def test_stdout_to_a_full_disk_is_one_line(photos: Path) -> None:
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == 2
     assert stderr.splitlines()[1:] == [
-        b"Error: cannot write to stdout: No space left on device; make room and run again."
+        b"Error: cannot write to stdout: No space left on device; free some space and run again."
     ]
 
 
