@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
-from idefics_cli.storage.files import file_digest, local_file
 from idefics_cli.validation import Help
 
 if TYPE_CHECKING:
@@ -94,6 +93,8 @@ def check_model_request(request: ModelRequest) -> None:
 
 def weights_digest(request: ModelRequest) -> str | None:
     """Equal for equal checkpoints: a digest of every file's size, head and tail; None for one not downloaded yet."""
+    from idefics_cli.storage.files import file_digest, local_file  # imports fsspec
+
     checkpoint = _downloaded(request)
     if checkpoint is None:
         return None
@@ -106,6 +107,7 @@ def weights_digest(request: ModelRequest) -> str | None:
 
 def known_vision_fingerprint(request: ModelRequest) -> str | None:
     """`vision_fingerprint` of a model, or None for one not downloaded yet."""
+
     checkpoint = _downloaded(request)
     return None if checkpoint is None else vision_fingerprint(checkpoint)
 

@@ -1,4 +1,4 @@
-"""A result's own columns: their Arrow types, and the JSON of the values that rows hold.
+"""Columns: a result's own, the JSON of the values that rows hold, and the Arrow types of columns that declare none.
 
 JSON has no bytes, times or exact decimals: `json_value` writes them as text, and nothing reads them back. pyarrow is
 imported only where arrays are made.

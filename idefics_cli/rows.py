@@ -1,4 +1,4 @@
-"""A row of the input and where its images are, and the options of reading. Imports nothing heavy."""
+"""A row of the input and where its images are, and the options of reading and of images. Imports nothing heavy."""
 
 from __future__ import annotations
 

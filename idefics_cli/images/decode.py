@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
@@ -29,7 +28,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from idefics_cli.errors import RowError
 from idefics_cli.rows import ImageOptions
-from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, shown
+from idefics_cli.storage.filenames import ADDRESS, shown
+from idefics_cli.storage.files import IrregularFile, open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 # A file's first box lists what the file is compatible with.
@@ -79,7 +79,7 @@ def _read(source: object, options: ImageOptions) -> bytes | RowError:
     if not isinstance(source, str | os.PathLike):
         return RowError("row_invalid", f"an image is a path, bytes or a Pillow image, not {_kind(source)}")
     path = os.fsdecode(source)
-    if _is_address(path) and not (isinstance(source, os.PathLike) and os.path.lexists(path)):
+    if ADDRESS.match(path) and not (isinstance(source, os.PathLike) and os.path.lexists(path)):
         remedy = "download it first, for example with img2dataset"
         return RowError("image_not_allowed", f"{shown(path)} is an address, not a file: {remedy}")
     return _read_file(path, options)
@@ -92,21 +92,13 @@ def _kind(source: object) -> str:
     return f"{type(source).__name__}: use its read()" if hasattr(source, "read") else type(source).__name__
 
 
-def _is_address(path: str) -> bool:
-    return WEB_ADDRESS.match(path) is not None or REMOTE_ADDRESS.match(path) is not None
-
-
 def _read_file(path: str, options: ImageOptions) -> bytes | RowError:
     try:
-        # Looked at before it is opened, since opening a FIFO or a device already does something to it; and again
-        # afterwards, since the name may have come to mean another file.
-        refusal = _refuse_irregular(path, os.stat(path).st_mode)
-        if refusal:
-            return refusal
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            refusal = _refuse_irregular(path, status.st_mode) or _refuse_bytes(status.st_size, options)
-            return refusal or file.read(status.st_size)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return _refuse_bytes(size, options) or file.read(size)
+    except IrregularFile as error:
+        return RowError("image_not_allowed", f"{shown(path)} {error}")
     except (FileNotFoundError, NotADirectoryError):
         return RowError("image_missing", f"file not found: {shown(path)}")
     except ValueError as error:
@@ -114,18 +106,6 @@ def _read_file(path: str, options: ImageOptions) -> bytes | RowError:
     except OSError as error:
         code = "image_missing" if error.errno == errno.ENAMETOOLONG else "image_unreadable"
         return RowError(code, f"{type(error).__name__}: {error.strerror}: {shown(path)}")
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-
-
-def _refuse_irregular(path: str, mode: int) -> RowError | None:
-    if stat.S_ISREG(mode):
-        return None
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
-    kind = kinds.get(stat.S_IFMT(mode), "device")
-    return RowError("image_not_allowed", f"{shown(path)} is a {kind}: only regular files are opened")
 
 
 def _refuse_bytes(num_bytes: int, options: ImageOptions) -> RowError | None:

@@ -7,17 +7,17 @@ No image is opened here, nothing is fetched from the web, and nothing is known o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.arrow_values import inferred_array, inferred_types
 from idefics_cli.readers.folder import FileListing, list_file, list_folder
 from idefics_cli.readers.manifest import is_manifest, open_manifest
 from idefics_cli.readers.stdin_paths import PathList
 from idefics_cli.readers.table import Chunk, Record
+from idefics_cli.readers.undeclared_types import inferred_array, inferred_types
 from idefics_cli.rows import ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import find
@@ -97,7 +97,7 @@ class Inputs:
         self.total = self._count()
         self.identity = [dict(source.identity) for source in sources]
         self.passthrough = _merged([source.passthrough for source in sources])
-        self.rows: Iterator[InputRow] = self._rows()
+        self.rows = self._rows()
 
     def skip(self, count: int) -> Iterator[InputRow]:
         """The next `count` rows, or as many as there are, without images and values; before `rows` is read."""
@@ -105,24 +105,6 @@ class Inputs:
         for row in islice(self._walk(ids_only=True), number):
             self._skipped += 1
             yield row
-
-    def pass_over(self, ids: Iterable[str]) -> None:
-        """Skip one row for each of `ids`. Raises InputError where the rows now are others, or fewer."""
-        for old in ids:
-            row = next(self.skip(1), None)
-            if row is None or row.id != old:
-                now = "ends" if row is None else f"is now {shown(row.id)}"
-                raise InputError(
-                    f"the input {now} where the unfinished output has {shown(old)}: restore the input, or start over"
-                    " with --overwrite"
-                )
-
-    def peek(self) -> InputRow | None:
-        """The row that `rows` gives next, None after the last. Waits for it where rows are long in coming."""
-        row = next(self.rows, None)
-        if row is not None:
-            self.rows = chain([row], self.rows)
-        return row
 
     def resolve(self, value: object, index: int = 0) -> ImageSource | RowError:
         """An image value that stands in the row of this `index` -> what opens it."""

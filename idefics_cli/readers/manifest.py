@@ -85,8 +85,8 @@ class Manifest:
     @property
     def identity(self) -> dict[str, Any]:
         """As the file is now."""
-        size = self._file.filesystem.size(self._file.path)
-        return {"kind": "manifest", "name": self._file.name, "bytes": size, "digest": file_digest(self._file)}
+        size, digest = self._file.info()["size"], file_digest(self._file)
+        return {"kind": "manifest", "name": self._file.name, "bytes": size, "digest": digest}
 
     def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
         columns = [self._id] if ids_only else [self._image, self._id, *self._values]

@@ -6,6 +6,8 @@ are refused before they are read.
 
 from __future__ import annotations
 
+import datetime
+import decimal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,7 +19,6 @@ import pyarrow.parquet as pq
 
 from idefics_cli.columns import json_value
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.arrow_values import ends_at_nanoseconds, python_values
 from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Chunk, Record, image_columns
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import BUFFER_BYTES, File, cannot_read
@@ -137,7 +138,7 @@ class ParquetTable:
         """Whatever Arrow finds wrong with the file is the user's to fix."""
         try:
             yield
-        except (pa.ArrowException, OSError, MemoryError) as error:
+        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
             raise cannot_read(self._file.name, error, "fetch or make it again") from error
 
     # ---- bombs
@@ -185,7 +186,14 @@ def _dictionary_bytes(chunk: ColumnChunkMetaData) -> int:
 
 
 def _strided(batch: pa.RecordBatch, first: int, step: int) -> pa.RecordBatch:
-    return batch.slice(first) if step == 1 else batch.take(pa.array(range(first, batch.num_rows, step), pa.int64()))
+    if step == 1:
+        return batch.slice(first)
+    places = range(first, batch.num_rows, step)
+    try:
+        return batch.take(pa.array(places, pa.int64()))
+    except pa.ArrowNotImplementedError:  # of views
+        arrays = (pa.concat_arrays([array.slice(place, 1) for place in places]) for array in batch)
+        return pa.RecordBatch.from_arrays(list(arrays), schema=batch.schema)
 
 
 def json_rows(batch: pa.RecordBatch) -> Iterator[Record]:
@@ -206,7 +214,7 @@ def _records(batch: pa.RecordBatch, numbers: range) -> Iterator[Record]:
     """The rows of a batch, which have these numbers in the file."""
     names = batch.schema.names
     try:
-        values = [python_values(array) if ends_at_nanoseconds(array.type) else array.to_pylist() for array in batch]
+        values = [_python_values(array) for array in batch]
     except (ValueError, OverflowError, pa.ArrowException):
         yield from (_record(batch, i, numbers[i]) for i in range(batch.num_rows))
         return
@@ -227,11 +235,35 @@ def _record(batch: pa.RecordBatch, place: int, number: int) -> Record:
 
 
 def _value(array: pa.Array, place: int) -> Any:
-    """The value there; what counts nanoseconds as `python_values` has it, a moment as ISO text."""
-    if not (pa.types.is_timestamp(array.type) or ends_at_nanoseconds(array.type)):
+    """The value there; a moment finer than Python's as ISO text."""
+    if not pa.types.is_timestamp(array.type):
+        return _python_values(array.slice(place, 1))[0]
+    try:
         return array[place].as_py()
-    (value,) = python_values(array.slice(place, 1))
-    return value.replace(" ", "T", 1) if isinstance(value, str) else value  # durations' numbers have no blank
+    except ValueError:
+        # In UTC: Arrow writes offsets without their seconds, which zones have in the years before there were zones.
+        moment = array[place].cast(pa.timestamp("ns", "UTC") if array.type.tz else array.type)
+        return str(moment.cast(pa.string())).replace(" ", "T", 1)
+
+
+def _python_values(array: pa.Array) -> list[Any]:
+    """`to_pylist`; of times and durations finer than Python's ISO text, and a decimal number of microseconds."""
+    is_fine = (pa.types.is_time64(array.type) or pa.types.is_duration(array.type)) and array.type.unit == "ns"
+    if not is_fine:
+        return array.to_pylist()
+    value_of = _duration_value if pa.types.is_duration(array.type) else _time_value
+    return [None if count is None else value_of(count) for count in array.cast(pa.int64()).to_pylist()]
+
+
+def _duration_value(nanoseconds: int) -> datetime.timedelta | str:
+    microseconds, rest = divmod(nanoseconds, 1000)
+    return str(decimal.Decimal(nanoseconds) / 1000) if rest else datetime.timedelta(microseconds=microseconds)
+
+
+def _time_value(nanoseconds: int) -> datetime.time | str:
+    microseconds, rest = divmod(nanoseconds, 1000)
+    time = (datetime.datetime.min + datetime.timedelta(microseconds=microseconds)).time()
+    return f"{time.isoformat('microseconds')}{rest:03}" if rest else time
 
 
 def _item_type(kind: pa.DataType) -> pa.DataType:

@@ -22,7 +22,7 @@ from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name, is_hidden, 
 from idefics_cli.storage.files import READ_BYTES, File, open_stream
 
 MAX_MEMBER_BYTES = 256 << 20
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 64 << 10
 SAMPLE_ARCHIVE_BYTES = 64 << 20
 EXTENDED_HEADERS = (  # which are read into memory
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),

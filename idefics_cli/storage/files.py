@@ -55,7 +55,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 def _require_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise IrregularFile(f"it is a {KINDS.get(stat.S_IFMT(mode), 'device')}, not a regular file")
+        raise IrregularFile(f"is a {KINDS.get(stat.S_IFMT(mode), 'device')}: only regular files are opened")
 
 
 class LocalFiles(LocalFileSystem):
@@ -65,7 +65,7 @@ class LocalFiles(LocalFileSystem):
     def _strip_protocol(cls, path: Any) -> str:
         return os.fspath(path)
 
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> io.FileIO:
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> BinaryIO:
         assert mode == "rb", mode
         return open_regular(path)
 
@@ -92,6 +92,13 @@ class File:
     def child(self, path: str) -> File:
         """What lies at the relative `path` below this folder."""
         return File(posixpath.join(self.name, escape_name(path)), posixpath.join(self.path, path), self.filesystem)
+
+    def info(self) -> dict[str, Any]:
+        """What fsspec knows of it as it is now, among others its `size` and `type`."""
+        try:
+            return self.filesystem.info(self.path)
+        except (OSError, ValueError) as error:
+            raise cannot_read(self.name, error) from error
 
     def open(self) -> BinaryIO:
         """Its bytes from the start, seekable."""
@@ -131,10 +138,7 @@ def _remote_place(address: str) -> File:
 def find(name: str) -> File:
     """The file or folder of this path or address. Raises InputError where there is none."""
     found = place(name)
-    try:
-        info = found.filesystem.info(found.path)
-    except (OSError, ValueError) as error:
-        raise cannot_read(found.name, error) from error
+    info = found.info()
     if info["type"] not in ("file", "directory"):
         raise InputError(f"{found.name} is not a regular file: name image files, folders, manifests or `-`")
     return replace(found, size=info["size"], is_folder=info["type"] == "directory")

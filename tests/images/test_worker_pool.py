@@ -76,7 +76,7 @@ class Storage:
     def __init__(self, content: bytes | Exception) -> None:
         self.content = content
 
-    def open_input_stream(self, key: str, compression: None) -> io.BytesIO:
+    def open(self, key: str, mode: str, seekable: bool) -> io.BytesIO:
         if isinstance(self.content, Exception):
             raise self.content
         return io.BytesIO(self.content)

@@ -1,9 +1,7 @@
-"""Values of pass-through columns: Arrow's as Python values, and those of undeclared columns as Arrow's."""
+"""The Arrow types of columns whose inputs declare none (JSON lines, CSV, archives), and their values in these."""
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,47 +11,8 @@ from idefics_cli.columns import encodable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 MOST_FIELDS = 200
 DEEPEST = 20  # nested lists and objects
-
-
-def python_values(array: pa.Array) -> list[Any]:
-    """`to_pylist`, with text where Python's types end at microseconds.
-
-    Such text is a moment or a time in ISO 8601, or the microseconds of a duration as a decimal number.
-    """
-    import pyarrow as pa
-
-    if pa.types.is_timestamp(array.type) and array.type.unit == "ns":
-        # In UTC: Arrow writes offsets without their seconds, which zones have in the years before there were zones.
-        moments = array.cast(pa.timestamp("ns", "UTC")) if array.type.tz else array
-        return moments.cast(pa.string()).to_pylist()
-    if ends_at_nanoseconds(array.type):
-        value_of = _duration_value if pa.types.is_duration(array.type) else _time_value
-        return [None if count is None else value_of(count) for count in array.cast(pa.int64()).to_pylist()]
-    return array.to_pylist()
-
-
-def ends_at_nanoseconds(of: pa.DataType) -> bool:
-    """Times of day and durations that count nanoseconds, which `to_pylist` refuses, or rounds where pandas is there."""
-    import pyarrow.types as kinds
-
-    return (kinds.is_time64(of) or kinds.is_duration(of)) and of.unit == "ns"
-
-
-def _duration_value(nanoseconds: int) -> datetime.timedelta | str:
-    microseconds, rest = divmod(nanoseconds, 1000)
-    return str(decimal.Decimal(nanoseconds) / 1000) if rest else datetime.timedelta(microseconds=microseconds)
-
-
-def _time_value(nanoseconds: int) -> datetime.time | str:
-    microseconds, rest = divmod(nanoseconds, 1000)
-    time = (EPOCH + datetime.timedelta(microseconds=microseconds)).time()
-    return f"{time.isoformat('microseconds')}{rest:03}" if rest else time
-
-
-# ---- undeclared columns
 
 
 def inferred_types(
