@@ -107,6 +107,7 @@ def weights_digest(request: ModelRequest) -> str | None:
 
 def known_vision_fingerprint(request: ModelRequest) -> str | None:
     """`vision_fingerprint` of a model, or None for one not downloaded yet."""
+
     checkpoint = _downloaded(request)
     return None if checkpoint is None else vision_fingerprint(checkpoint)
 

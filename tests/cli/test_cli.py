@@ -320,7 +320,7 @@ def test_stdout_to_a_full_disk_is_one_line(photos: Path) -> None:
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == 2
     assert stderr.splitlines()[1:] == [
-        b"Error: cannot write to stdout: No space left on device; make room and run again."
+        b"Error: cannot write to stdout: No space left on device; free some space and run again."
     ]
 
 
