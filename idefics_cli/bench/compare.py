@@ -97,7 +97,7 @@ class Bench:
         if failed is not None:
             raise IdeficsError(f"an image has no latents ({failed}): use another --device or --dtype")
         self.engine.latents.clear()
-        return [replace(each, pixels=tuple(latents[key] for key in each.image_keys), image_keys=()) for each in prompts]
+        return [replace(each, pixels=tuple(latents[key] for key in each.image_keys)) for each in prompts]
 
     def with_floors(self, run: Run, number: int) -> Run:
         """The run with the floor of each phase, timed now: within minutes a shared machine changes its pace.
