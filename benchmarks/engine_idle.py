@@ -25,6 +25,7 @@ from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.engine.scheduler import stream
 from idefics_cli.errors import RowError
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
@@ -80,7 +81,7 @@ def run_once(
     stats = RunStats()
     steps = Steps(
         partial(prepare, images=images, input_ids=input_ids),
-        lambda source: ((number, Captioned()) for number, _ in engine.stream(source, options.decoding)),
+        lambda source: ((number, Captioned()) for number, _ in stream(engine, source, options.decoding)),
     )
     waited: list[float] = []  # by the time that each row was out
     flow = FlowOptions(options.batch_size, options.workers)

@@ -29,6 +29,7 @@ from idefics_cli.engine.prompt_source import (
     IterableSource,
     PromptSource,
 )
+from idefics_cli.engine.scheduler import stream
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
 from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
@@ -215,7 +216,7 @@ class Idefics:
         out of texts.
         """
         banned = self.encoder.banned_sequences(banned_words)
-        for number, outcome in self.engine.stream(source, self._decoding_options(decoding), banned):
+        for number, outcome in stream(self.engine, source, self._decoding_options(decoding), banned):
             yield number, Result(error=outcome) if isinstance(outcome, RowError) else self._result(outcome)
 
     def score_stream(self, source: PromptSource, choice_norm: ChoiceNorm = "none") -> Iterator[tuple[int, Result]]:

@@ -18,7 +18,7 @@ from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
 from idefics_cli.prompts.postprocess import PostProcess
-from idefics_cli.prompts.templates import END_OF_UTTERANCE
+from idefics_cli.prompts.templates import END_OF_UTTERANCE, TASKS, PromptOptions, choose_template, shared_start
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +292,28 @@ def test_answers_encode_an_image_once(base: Idefics) -> None:
     results = base.answer(asked, max_new_tokens=3)
     assert base.engine.times.images == 2 and all(result.error is None for result in results)
     assert results[2].token_ids == base.answer([asked[2]], max_new_tokens=3)[0].token_ids
+
+
+def test_instruction_and_shots_of_the_published_prompt_are_read_once(base: Idefics) -> None:
+    base.engine.clear_caches()
+    start = shared_start(choose_template(PromptOptions("vqa"), False), TASKS["vqa"].text_only_shots)
+    shared_len = len(base.encoder.encode(start))
+    read = []
+    for seed in 30, 31:
+        base.engine.times.reset()
+        base.answer([(image(seed), "what is this?")], max_new_tokens=2)
+        read.append(base.engine.times.prompt_tokens)
+    assert read[0] - read[1] == shared_len > 50
+
+
+@pytest.mark.parametrize("rest", ["hello", "", " x", "\n", image(1)])
+def test_what_prompts_share_are_whole_tokens(base: Idefics, rest: str | Image.Image) -> None:
+    """A text that follows may change the last token of what stands before it."""
+    for start in ("Question: how man",), (image(2), "a"), (image(2),), ():
+        encoded, alone = base.encode([*start, rest], 5, start), base.encoder.encode(start)
+        shared = encoded.input_ids[: encoded.shared_len]
+        assert shared == alone[: encoded.shared_len] and len(shared) >= (len(alone) - 2 if start else 0)
+        assert bool(shared) is bool(start)
 
 
 def test_no_prompts_no_results(base: Idefics) -> None:

@@ -38,7 +38,7 @@ from idefics_cli.bench.subjects import (
 )
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.cli import app as cli
-from idefics_cli.engine.model_runner import PhaseTimes
+from idefics_cli.engine.engine import PhaseTimes
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.reference import collate
 from idefics_cli.errors import IdeficsError
