@@ -10,6 +10,6 @@ idefics vqa images --model demo -q "How many objects are there?" -q "What color 
 # A manifest with questions of its own, scored at the end against its column of right answers.
 idefics vqa questions.jsonl --model demo -o "$output_folder/answers.jsonl" --keep kind --answers-column answers
 
-# The same behind two worked examples, as Parquet; then by kind of question.
+# The same after two examples, as Parquet; then scores by kind of question.
 idefics vqa questions.jsonl --model demo -o "$output_folder/answers.parquet" --shots shots.jsonl --num-shots 2 --keep answers,kind
 idefics score "$output_folder/answers.parquet" --by kind

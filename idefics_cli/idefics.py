@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,13 +49,23 @@ from idefics_cli.model.packed_linear import pack_linears
 from idefics_cli.prompts.choices import (
     ChoiceNorm,
     checked_choices,
+    common_length,
     normalised,
     require_norm,
     split_answers,
     with_answer,
 )
 from idefics_cli.prompts.postprocess import PostProcess
-from idefics_cli.prompts.templates import TASKS, Prompt, PromptOptions, SpecialToken, build_prompt, leading_shots
+from idefics_cli.prompts.templates import (
+    TASKS,
+    Prompt,
+    PromptOptions,
+    SpecialToken,
+    build_prompt,
+    choose_template,
+    leading_shots,
+    shared_start,
+)
 from idefics_cli.prompts.tokenize import PromptEncoder
 from idefics_cli.result import Candidate, Embedding, Result
 from idefics_cli.rows import ImageOptions
@@ -83,6 +93,7 @@ class Idefics:
         self.checkpoint = checkpoint
         self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
         self.engine = Engine(model, vocabulary_of(encoder), batch_size)
+        self._encode_start = lru_cache(maxsize=16)(encoder.encode)
 
     @classmethod
     def from_pretrained(
@@ -155,6 +166,7 @@ class Idefics:
     ) -> list[Result]:
         options, about, instruct = PromptOptions(task), TASKS[task], self.is_instruct
         shots = leading_shots(options, (), instruct)
+        start = shared_start(choose_template(options, instruct), shots)
         built = (
             fields
             if isinstance(fields, RowError)
@@ -163,7 +175,7 @@ class Idefics:
         )
         decoding = {"max_new_tokens": about.max_new_tokens, **decoding}
         postprocess = PostProcess(about.cut_words)
-        return [result.finished(postprocess) for result in self._results(built, about.banned_words, decoding)]
+        return [result.finished(postprocess) for result in self._results(built, about.banned_words, decoding, start)]
 
     def generate(self, prompts: Iterable[Prompt | Sequence], **decoding: object) -> list[Result]:
         """Continue each prompt, a sequence of texts and images that stands verbatim behind `<s>`.
@@ -175,11 +187,15 @@ class Idefics:
         return self._results(prompts, (), decoding)
 
     def _results(
-        self, prompts: Iterable[Prompt | Sequence | RowError], banned_words: Sequence[str], decoding: dict[str, object]
+        self,
+        prompts: Iterable[Prompt | Sequence | RowError],
+        banned_words: Sequence[str],
+        decoding: dict[str, object],
+        start: Prompt = (),
     ) -> list[Result]:
         options = self._decoding_options(decoding)
         encoded = (
-            prompt if isinstance(prompt, RowError) else self.encode(prompt, options.max_new_tokens)
+            prompt if isinstance(prompt, RowError) else self.encode(prompt, options.max_new_tokens, start)
             for prompt in prompts
         )
         return in_order(encoded, lambda source: self.stream(source, banned_words=banned_words, **decoding))
@@ -270,8 +286,11 @@ class Idefics:
             )
         return options
 
-    def encode(self, prompt: Prompt | Sequence, max_new_tokens: int) -> EncodedPrompt | RowError:
-        """A prompt as `stream` takes it, with room for so many tokens, or why there is none. Safe in many threads."""
+    def encode(self, prompt: Prompt | Sequence, max_new_tokens: int, start: Prompt = ()) -> EncodedPrompt | RowError:
+        """A prompt as `stream` takes it, with space for so many tokens, or why there is none. Safe in many threads.
+
+        `start` is what further prompts begin with too, such as shots: that is read once.
+        """
         items = self._items(prompt)
         if isinstance(items, RowError):
             return items
@@ -281,9 +300,16 @@ class Idefics:
             return RowError(
                 "prompt_too_long", f"{len(input_ids)} tokens, and the model takes {longest} before its answer"
             )
-        return EncodedPrompt(input_ids, *_images_of(items))
+        return EncodedPrompt(input_ids, *_images_of(items), self._shared_len(start, input_ids))
 
-    def encode_choices(self, prompt: Prompt | Sequence, choices: Sequence[str]) -> EncodedChoices | RowError:
+    def _shared_len(self, start: Prompt, input_ids: Sequence[int]) -> int:
+        """How many tokens are those of `start` alone: what follows it may change its last ones."""
+        texts = tuple(item if isinstance(item, (str, SpecialToken)) else None for item in start)
+        return common_length(self._encode_start(texts), input_ids) if start else 0
+
+    def encode_choices(
+        self, prompt: Prompt | Sequence, choices: Sequence[str], start: Prompt = ()
+    ) -> EncodedChoices | RowError:
         """A prompt with the answers to choose from, as `score_stream` takes it. Safe in many threads.
 
         Prompt and choice are tokenised as one text, with a blank between them.
@@ -298,8 +324,8 @@ class Idefics:
         if longest > room:
             return RowError("prompt_too_long", f"{longest} tokens with the longest choice, and the model takes {room}")
         common, choice_ids = split_answers(prompt_ids, answered)
-        images = _images_of(items)
-        return EncodedChoices(prompt_ids[:common], *images, choices=checked, choice_ids=tuple(choice_ids))
+        shared_len = self._shared_len(start, prompt_ids[:common])
+        return EncodedChoices(prompt_ids[:common], *_images_of(items), shared_len, checked, tuple(choice_ids))
 
     def encode_image(self, image: ImageSource | PreparedImage) -> EncodedImage | RowError:
         """An image as `embed_stream` takes it, or why there is none. Safe in many threads.

@@ -91,7 +91,7 @@ class FakeCaptioner:
     def image_workers(self, options: ImageOptions) -> Any:
         return nullcontext(FakeOpener(options))
 
-    def encode(self, prompt: Prompt, max_new_tokens: int) -> str | RowError:
+    def encode(self, prompt: Prompt, max_new_tokens: int, start: Prompt = ()) -> str | RowError:
         if sum(len(item) for item in prompt if isinstance(item, str)) > self.room:
             return RowError("prompt_too_long", f"more than {self.room} letters")
         text = prompt_text(prompt)

@@ -105,7 +105,13 @@ def test_a_config_with_fields_of_a_wrong_type(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"hidden_act": "no such"}, {"alpha_type": "no such"}, {"num_attention_heads": 7}, {"cross_layer_interval": 0}],
+    [
+        {"hidden_act": "no such"},
+        {"alpha_type": "no such"},
+        {"num_attention_heads": 7},
+        {"cross_layer_interval": 0},
+        {"pad_token_id": 10_000},
+    ],
 )
 def test_a_config_of_which_no_network_can_be_made(folder: Path, change: dict) -> None:
     edit_json(folder / "config.json", **change)
@@ -153,13 +159,13 @@ def test_a_missing_tensor_is_named(folder: Path) -> None:
     assert "1 missing (model.layers.2.mlp.up_proj.weight)" in refusal(folder)
 
 
-def test_unexpected_and_misshapen_tensors_are_named(folder: Path) -> None:
+def test_unexpected_tensors_and_wrong_shapes_are_named(folder: Path) -> None:
     edit_tensors(
         folder, lambda tensors: tensors.update({"model.extra": torch.ones(2), "model.norm.weight": torch.ones(3)})
     )
     said = refusal(folder)
     assert "1 unexpected (model.extra)" in said
-    assert "1 misshapen (model.norm.weight (3,) instead of (32,))" in said
+    assert "1 of another shape (model.norm.weight (3,) instead of (32,))" in said
 
 
 def test_relics_of_2023_are_ignored(folder: Path) -> None:
@@ -232,7 +238,7 @@ def test_a_device_that_does_not_hold_the_model(folder: Path, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(IdeficsForVisionText2Text, "to", full)
-    with pytest.raises(DeviceError, match="does not hold the model"):
+    with pytest.raises(DeviceError, match="out of memory"):
         load(folder)
 
 
@@ -241,7 +247,7 @@ def test_a_machine_that_does_not_hold_the_model(folder: Path, monkeypatch: pytes
         return torch.empty(1 << 62, dtype=torch.uint8)
 
     monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", full)
-    with pytest.raises(DeviceError, match=r"'cpu' does not hold the model's \d.* GB: use a larger machine"):
+    with pytest.raises(DeviceError, match=r"model's \d.* GB do not fit on cpu: use a machine with more memory"):
         load(folder)
 
 
@@ -275,7 +281,7 @@ def test_unknown_dtype_and_device(folder: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_on_a_machine_without(folder: Path) -> None:
     for device in ("cuda", "cuda:3"):
-        with pytest.raises(DeviceError, match="use --device cpu"):
+        with pytest.raises(DeviceError, match=r"CUDA is not available: torch .*; use --device cpu"):
             check_model_request(ModelRequest(str(folder), device=device))
 
 
@@ -290,7 +296,7 @@ def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hub_model_that_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert "not in the cache" in refusal("nobody/nothing")
+    assert "not cached" in refusal("nobody/nothing")
 
 
 def test_a_line_that_breaks_while_a_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 from tiny_models import save_checkpoint
 
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
-from idefics_cli.engine.engine import Stream
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
 from idefics_cli.prompts.postprocess import PostProcess
@@ -315,11 +314,11 @@ def test_prompts_are_taken_a_few_batches_ahead_only(base: Idefics, monkeypatch: 
             taken.append(number)
             yield ["hello"]
 
-    admitted_at = []
-    admit = Stream._admit
-    monkeypatch.setattr(Stream, "_admit", lambda self, group: admitted_at.append(len(taken)) or admit(self, group))
+    taken_at = []
+    decode = base.model.model.decode
+    monkeypatch.setattr(base.model.model, "decode", lambda *args: taken_at.append(len(taken)) or decode(*args))
     assert len(base.generate(stream(), num_beams=1, max_new_tokens=1)) == 60
-    assert admitted_at[0] == 12  # four batches of three
+    assert taken_at[0] == 12  # four batches of three
 
 
 def test_a_stream_gives_what_generate_gives(base: Idefics, prompts: list) -> None:

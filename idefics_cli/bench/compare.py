@@ -21,7 +21,8 @@ from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import FIRST_CALL, Subject, transformers_model
 from idefics_cli.engine import reference
 from idefics_cli.engine.embed import embed
-from idefics_cli.engine.engine import Engine, PhaseTimes
+from idefics_cli.engine.engine import Engine
+from idefics_cli.engine.model_runner import PhaseTimes
 from idefics_cli.engine.options import DecodingOptions, Hypothesis
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.errors import IdeficsError, RowError

@@ -146,7 +146,8 @@ class RandomPrompts:
     def _prompt(self, image: Tensor, generator: torch.Generator) -> EncodedPrompt:
         least, most = self.OWN_WORDS
         own = self._ids(int(torch.randint(least, most + 1, (), generator=generator)), generator)
-        return EncodedPrompt([*self._start, *self._opening, *own, *self._closing], (*self._shots, image))
+        input_ids = [*self._start, *self._opening, *own, *self._closing]
+        return EncodedPrompt(input_ids, (*self._shots, image), shared_len=len(self._start) if self._shots else 0)
 
     def _ids(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(*self._words, (count,), generator=generator).tolist()
@@ -179,7 +180,10 @@ class ScenePrompts:
 
     def _prompt(self, query: Shot) -> EncodedPrompt:
         prompt = few_shot_prompt(self._template, self._shots, replace(query, answer=""))
-        return EncodedPrompt(self.encoder.encode(prompt), tuple(i for i in prompt if isinstance(i, Tensor)))
+        input_ids, pixels = self.encoder.encode(prompt), tuple(item for item in prompt if isinstance(item, Tensor))
+        query_image = len(input_ids) - 1 - input_ids[::-1].index(self.encoder.image_token_id)
+        # All prompts are alike up to the query's image and the token that opens it.
+        return EncodedPrompt(input_ids, pixels, shared_len=query_image - 1 if self._shots else 0)
 
 
 # ---- both

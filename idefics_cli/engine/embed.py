@@ -7,40 +7,48 @@ one, the vision tower's last hidden states. Knows nothing of text and files.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from idefics_cli.engine.memory_budget import Limit
+from idefics_cli.engine.memory_budget import AdaptiveBatchSize, attempt
+from idefics_cli.engine.model_runner import ModelRunner
+from idefics_cli.engine.prompt_source import EncodedImage, PromptSource
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
 from idefics_cli.errors import RowError
-from idefics_cli.model.memory_errors import naming_memory_errors
-
-if TYPE_CHECKING:
-    from idefics_cli.engine.engine import Engine
-    from idefics_cli.engine.prompt_source import EncodedImage, PromptSource
 
 
-def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | RowError]]:
-    """(number, latents (seq, dim)) of each thing with one image, in order; numbers count from 0 as they are taken.
+def embed(runner: ModelRunner, source: PromptSource) -> Iterator[tuple[int, Tensor | RowError]]:
+    """(number, latents (seq, dim)) of each image, in order; numbers count from 0 as they are taken.
 
     Latents have the model's dtype and are on the host. A RowError stands in the place of an image that the device's
-    memory does not hold alone, or whose numbers overflow; IdeficsError is raised where those of the first ones do all.
+    memory does not hold alone, or whose values are not finite; IdeficsError is raised where those of all first ones are
+    not.
     """
-    num_taken, limit, overflows = 0, Limit(engine.row_limit.now), Overflows(engine.model.dtype)
-    while taken := source.take(limit.now, wait=True):
+    num_taken, overflows = 0, Overflows(runner.model.dtype)
+    batch_size = AdaptiveBatchSize(runner.batch_size.now)
+    while taken := source.take(batch_size.now, wait=True):
         while taken:
-            batch, latents = taken[: limit.now], _latents(engine, taken[: limit.now])
-            if latents is None and len(batch) > 1:
-                limit.halve(len(batch))
-                continue
-            if latents is None:
-                limit.forget()
+            batch = taken[: batch_size.now]
+            latents = attempt(partial(_latents, runner, batch))
+            if latents is not None:
+                batch_size.record_success(len(batch))
             else:
-                limit.end_well(len(batch))
+                runner.free_memory()
+                if batch_size.shrink(len(batch)):
+                    continue
+                batch_size.reset()
             yield from enumerate(_outcomes(latents, overflows), start=num_taken)
             num_taken, taken = num_taken + len(batch), taken[len(batch) :]
+
+
+@torch.no_grad()
+def _latents(runner: ModelRunner, batch: list[EncodedImage]) -> Tensor:
+    """(images, seq, dim)"""
+    keys = [each.image_keys[0] for each in batch]
+    distinct = list(dict.fromkeys(keys))
+    return runner.encode_images(batch, distinct).cpu()[[distinct.index(key) for key in keys]]
 
 
 def _outcomes(latents: Tensor | None, overflows: Overflows) -> list[Tensor | RowError]:
@@ -49,17 +57,3 @@ def _outcomes(latents: Tensor | None, overflows: Overflows) -> list[Tensor | Row
     is_finite = latents.isfinite().all(dim=(1, 2)).tolist()
     overflows.look_at([not each for each in is_finite])
     return [each if is_good else overflows.error for each, is_good in zip(latents, is_finite, strict=True)]
-
-
-def _latents(engine: Engine, batch: list[EncodedImage]) -> Tensor | None:
-    """(images, seq, dim), or None where memory has ended."""
-    try:
-        with torch.no_grad(), naming_memory_errors():
-            found = engine.encode(batch, list(dict.fromkeys(each.image_keys[0] for each in batch)))
-    except torch.OutOfMemoryError:
-        found = None  # handled below, when the exception and the tensors it holds are gone
-    if found is None:
-        engine.free_memory()
-        return None
-    place = {key: number for number, key in enumerate(dict.fromkeys(each.image_keys[0] for each in batch))}
-    return found.cpu()[[place[each.image_keys[0]] for each in batch]]

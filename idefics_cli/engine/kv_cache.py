@@ -1,8 +1,6 @@
 """Where keys and values live: per image, per run (the shared prefix), per row (its prompt and its tree of beams).
 
-Each is written once and read in place. The two memories here answer the same two questions as the network's plain one
-(`model/memory.py`), so the forward pass is the same: one while prompts are read, one while texts are written. Tensors
-only: no text, no files, and no choice of tokens.
+Each is written once and read in place (`tree_attention.py`). Tensors only: no text, no files, and no choice of tokens.
 """
 
 from __future__ import annotations
@@ -15,13 +13,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from idefics_cli.engine.varlen import RaggedRows
-from idefics_cli.model.kv_interface import AttentionOutput
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.model.kv_interface import image_seq_len
 
 if TYPE_CHECKING:
     from transformers import IdeficsConfig
-
-    from idefics_cli.model.decoder import IdeficsAttention
 
 Value = TypeVar("Value")
 
@@ -55,10 +51,6 @@ class BoundedCache(Generic[Value]):
     def keys(self) -> list[Hashable]:
         return list(self._entries)
 
-    def values(self) -> list[Value]:
-        """All that is kept, without its counting as use."""
-        return [value for value, _ in self._entries.values()]
-
     def clear(self) -> None:
         self._entries.clear()
         self.num_bytes = 0
@@ -78,102 +70,51 @@ def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> list[Tensor]
     ]
 
 
-# ---- attention over parts
-
-
-def attend_part(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Attention over one part of the keys: output (rows, heads, queries, head_dim) and the log-sum-exp of its scores.
-
-    `mask` is additive and broadcasts to (rows, heads, queries, keys).
-    """
-    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling
-        )
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    if is_causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, -torch.inf)
-    if mask is not None:
-        scores = scores + mask
-    log_sum = scores.logsumexp(dim=-1)
-    return (scores - log_sum[..., None]).exp().to(value.dtype) @ value, log_sum
-
-
-def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of a few queries: output (rows, heads, queries, head_dim); `mask` is additive.
-
-    On the CPU the fused kernel is built for many queries: for a handful, two products and a softmax are faster, and in
-    fp32 as exact. In half precision the fused kernel keeps its scores in fp32, so it stays.
-    """
-    if query.device.type != "cpu" or query.dtype != torch.float32:
-        return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    scores = (query * scaling) @ key.transpose(-1, -2)  # (rows, heads, queries, keys)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ value
-
-
-def merge_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over two parts together, from each part's output and log-sum-exp (Milakov & Gimelshein 2018)."""
-    (output, log_sum), (other_output, other_log_sum) = first, second
-    # Each part's share of the whole sum of exponentials; a sigmoid stays exact where one of them vanishes.
-    share = torch.sigmoid(log_sum.float() - other_log_sum.float()).unsqueeze(-1)
-    return (output.float() * share + other_output.float() * (1 - share)).to(output.dtype)
-
-
-# ---- what is kept
-
-
 @dataclass(frozen=True)
-class SharedPrefix:
-    """Keys and values of what a run's prompts start with: for each layer (1, heads, tokens, head_dim).
+class Prefix:
+    """A start that prompts share, once it is read: for each layer keys and values (2, 1, heads, tokens, head_dim).
 
-    `last_image` is the key of the image that tokens behind the prefix still see, or None.
+    `last_image` is the key of the image that tokens after the prefix still see, or None.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    length: int
-    last_image: Hashable | None
+    content: tuple[int, ...] = ()
+    num_images: int = 0
+    key_values: Sequence[Tensor] = ()
+    last_image: bytes | None = None
 
-    def attend(self, layer_idx: int, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """All rows' queries (rows, heads, queries, head_dim) as one block against the one prefix."""
-        rows, heads, queries, head_dim = query.shape
-        block = query.transpose(0, 1).reshape(1, heads, rows * queries, head_dim)
-        output, log_sum = attend_part(block, self.keys[layer_idx], self.values[layer_idx], None, scaling)
-        output = output.view(heads, rows, queries, head_dim).transpose(0, 1)
-        return output, log_sum.reshape(heads, rows, queries).transpose(0, 1)
+    @property
+    def length(self) -> int:
+        return len(self.content)
 
-
-NO_PREFIX = SharedPrefix((), (), 0, None)
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.nbytes for each in self.key_values)
 
 
+NO_PREFIX = Prefix()
+
+SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom grows
+# Beams share most of their past: at first the tree has space for one path, and for what each beam has of its own.
+PATH_SLOTS, OWN_SLOTS = 32, 6
+TREE_STEP = 3  # tokens of every beam that the tree's storage grows by
 TABLES = ("sees_image", "prompt_lengths", "prompt_widths", "ancestors", "newest")  # a store's, (rows, ...) each
 
 
-class RowStore:
-    """Room for `rows` rows: their prompts' and beams' keys and values, and those of the one image each still sees.
+class KVStore:
+    """Space for `rows` rows: their prompts' and beams' keys and values, and those of the one image each still sees.
 
     A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. Prompts that were read together
-    begin in one slot, and the longest of them fills the part up to its end (`prompt_widths`), so that a step only reads
-    as many slots as the longest of its rows needs. A token stays in its slot; `ancestors` (rows, beams, tree slots)
-    says which of them a beam's own path holds, so another order of beams is another order of this table's lines. A slot
-    that no path holds any more is given out again: beams share most of their past, and few slots are in use however
-    long the texts become.
+    begin in one slot, and the longest of them fills the part up to its end (`widths`), so that a step only reads as
+    many slots as the longest of its rows needs. A token stays in its slot; `ancestors` (rows, beams, tree slots) says
+    which of them a beam's own path holds, so another order of beams is another order of this table's lines. A slot that
+    no path holds any more is given out again: beams share most of their past, and few slots are in use however long the
+    texts become. `used` tree slots are, known without asking the device.
     """
 
-    def __init__(
-        self,
-        config: IdeficsConfig,
-        num_beams: int,
-        max_new_tokens: int,
-        image_seq_len: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.rows = self.prompt_slots = self.tree_slots = 0
-        self.num_beams, self.most_tree_slots = num_beams, max_new_tokens * num_beams
+    def __init__(self, config: IdeficsConfig, options: DecodingOptions, device: torch.device, dtype: torch.dtype):
+        self.rows = self.prompt_slots = self.tree_slots = self.used = 0
+        self.widths: list[int] = []  # of the rows in use; `prompt_widths` on the host
+        self.num_beams, self.max_new_tokens = options.num_beams, options.max_new_tokens
         heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         gated_layers = -(-config.num_hidden_layers // config.cross_layer_interval)
 
@@ -182,17 +123,30 @@ class RowStore:
 
         # For each layer (2, rows, heads, slots, head_dim): a head's slots lie side by side, as attention reads them.
         self.key_values = [empty(2, 0, heads, 0, head_dim, of=dtype) for _ in range(config.num_hidden_layers)]
-        self.image_key_values = empty(gated_layers, 2, 0, heads, image_seq_len, head_dim, of=dtype)
+        self.image_key_values = empty(gated_layers, 2, 0, heads, image_seq_len(config), head_dim, of=dtype)
         self.sees_image = empty(0, of=torch.bool)
         self.prompt_lengths = empty(0, of=torch.long)
         self.prompt_widths = empty(0, of=torch.long)
-        self.ancestors = empty(0, num_beams, 0, of=torch.bool)
-        self.newest = empty(0, num_beams, of=torch.long)  # the slot of each beam's newest token
+        self.ancestors = empty(0, self.num_beams, 0, of=torch.bool)
+        self.newest = empty(0, self.num_beams, of=torch.long)  # the slot of each beam's newest token
+
+    def reserve(self, rows: int, prompt_length: int = 0, expected: int = 0) -> None:
+        """Make space for so many rows, for prompts of this length, and for every beam's next token.
+
+        Where more rows are needed, there will be `expected` of them.
+        """
+        rows = max(rows, expected) if rows > self.rows else rows
+        prompt_slots = -(-prompt_length // SLOT_STEP) * SLOT_STEP
+        first_slots = min(self.max_new_tokens, PATH_SLOTS) + OWN_SLOTS * self.num_beams
+        tree_slots = self.tree_slots or first_slots
+        if self.used + self.num_beams > tree_slots:
+            tree_slots += TREE_STEP * self.num_beams
+        self.grow(rows, prompt_slots, tree_slots)
 
     def grow(self, rows: int, prompt_slots: int, tree_slots: int) -> None:
-        """Make room for at least so much. What is there keeps its row, and its slot counted from the tree's first."""
+        """Make space for at least so much. What is there keeps its row, and its slot counted from the tree's first."""
         rows, prompt_slots = max(rows, self.rows), max(prompt_slots, self.prompt_slots)
-        tree_slots = max(min(tree_slots, self.most_tree_slots), self.tree_slots)
+        tree_slots = max(min(tree_slots, self.max_new_tokens * self.num_beams), self.tree_slots)
         if (rows, prompt_slots, tree_slots) == (self.rows, self.prompt_slots, self.tree_slots):
             return
         for layer, old in enumerate(self.key_values):  # one by one, so that no more than one is there twice
@@ -211,13 +165,14 @@ class RowStore:
         return [layer[:, rows, :, self.prompt_slots - width : self.prompt_slots] for layer in self.key_values]
 
     def admit(self, rows: slice, prompt_lengths: Sequence[int], images: Sequence[Tensor], sees_image: Tensor) -> None:
-        """New rows, whose prompts are there: each of `images` (layers, 2, heads, seq, head_dim) is what one sees from
-        now on."""
+        """New rows after those in use, whose prompts are there: each of `images` (layers, 2, heads, seq, head_dim) is
+        what one sees from now on."""
         for row, image in zip(range(rows.start, rows.stop), images, strict=True):
             self.image_key_values[:, :, row] = image
         self.sees_image[rows] = sees_image
         self.prompt_lengths[rows] = torch.tensor(prompt_lengths, device=self.prompt_lengths.device)
         self.prompt_widths[rows] = max(prompt_lengths)
+        self.widths += [max(prompt_lengths)] * len(prompt_lengths)
         self.ancestors[rows] = False
 
     def advance(self, rows: slice, parents: Tensor) -> None:
@@ -243,15 +198,16 @@ class RowStore:
         return (self.ancestors[:num_rows].any(dim=1) * numbers).amax(dim=1)
 
     def erase(self, rows: list[int]) -> None:
-        """Zeros in the place of numbers that have overflowed: no mask hides them from who gets these slots next."""
+        """Zeros in place of non-finite values: no mask hides them from the row that uses these slots next."""
         if not rows:
             return
         index = torch.tensor(rows, device=self.newest.device)
         for key_values in self.key_values:
             key_values.index_fill_(1, index, 0)
 
-    def keep(self, sources: list[int]) -> None:
-        """Row i becomes what row `sources[i]` was: one behind all that are kept, or itself, which is not touched."""
+    def compact(self, sources: list[int]) -> None:
+        """Row i becomes what row `sources[i]` was: itself, which is not touched, or one after all that stay."""
+        self.widths = [self.widths[source] for source in sources]
         moves = [(target, source) for target, source in enumerate(sources) if source != target]
         if not moves:
             return
@@ -274,129 +230,6 @@ def fill(new: Tensor, old: Tensor, first_slot: int) -> None:
 
 
 def enlarged(table: Tensor, axis: int, size: int) -> Tensor:
-    """With zeros behind it up to `size` along `axis`."""
+    """With zeros after it up to `size` along `axis`."""
     missing = [size - length if each == axis else length for each, length in enumerate(table.shape)]
     return torch.cat([table, table.new_zeros(missing)], dim=axis) if missing[axis] else table
-
-
-@dataclass(frozen=True)
-class RowImages:
-    """The images that each row sees while it is read, the same number for all: (layers, 2, heads, seq, head_dim) each.
-
-    A row with fewer has others in addition, which no token of it sees.
-    """
-
-    rows: Sequence[Sequence[Tensor]]
-
-    @property
-    def seq_len(self) -> int:
-        return self.rows[0][0].shape[3]
-
-    def of_layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, each (rows, heads, images * seq, head_dim)."""
-        joined = [torch.cat([image[layer_idx] for image in row], dim=2) for row in self.rows]
-        key, value = torch.stack(joined, dim=1)
-        return key, value
-
-
-@dataclass(frozen=True)
-class PrefillMemory:
-    """While prompts are read: their tokens come in one line, and each sees the prefix and what is before it in its row.
-
-    Keys and values go into `key_values`, for each layer (2, rows, heads, width, head_dim). `image_mask`
-    (rows, 1, width, images * seq) is additive and `image_gate` (rows, width) open where a token sees one.
-    """
-
-    prefix: SharedPrefix
-    key_values: Sequence[Tensor]
-    images: RowImages
-    image_mask: Tensor
-    image_gate: Tensor
-    rows: RaggedRows
-
-    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
-        output = self._attend_own(layer, *map(self.rows.side_by_side, (query, key, value)))
-        return self.rows.in_line(output.transpose(1, 2)), None  # (1, line, heads, head_dim)
-
-    def _attend_own(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(rows, heads, width, head_dim) each, as the output is."""
-        for index, states in enumerate((key, value)):
-            self.key_values[layer.layer_idx][index].copy_(states)
-        if self.prefix.length == 0:
-            return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scaling)
-        own = attend_part(query, key, value, None, layer.scaling, is_causal=True)
-        return merge_parts(own, self.prefix.attend(layer.layer_idx, query, layer.scaling))
-
-    def attend_image(
-        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
-    ) -> AttentionOutput:
-        key, value = self.images.of_layer(layer.layer_idx)
-        query = self.rows.side_by_side(query)
-        output = nn.functional.scaled_dot_product_attention(query, key, value, self.image_mask, scale=layer.scaling)
-        output = output.transpose(1, 2).masked_fill(~self.image_gate[:, :, None, None], 0.0)
-        return self.rows.in_line(output), None
-
-
-@dataclass(frozen=True)
-class DecodeMemory:
-    """While texts are written: the k beams of a row are k queries of one attention over the row's slots.
-
-    The newest tokens come in one line: `rows`, of as many tokens as there are beams. `written` (rows * heads * beams,)
-    is where they go, counted over the first three axes of a layer's (rows, heads, slots, head_dim); `mask`
-    (rows, 1, beams, slots in use) is additive. `slots` are those in use.
-    """
-
-    store: RowStore
-    prefix: SharedPrefix
-    rows: RaggedRows
-    slots: slice
-    written: Tensor
-    mask: Tensor
-    image_gate: Tensor
-
-    @classmethod
-    def of(cls, store: RowStore, prefix: SharedPrefix, rows: RaggedRows, longest: int, used: int) -> DecodeMemory:
-        """`longest` is the largest of these rows' `prompt_widths`, and no path of theirs holds a tree slot behind the
-        first `used`."""
-        num_rows, beams, device = rows.num_rows, rows.width, store.newest.device
-        _, _, heads, slots, _ = store.key_values[0].shape
-        first = torch.arange(num_rows * heads, device=device) * slots + store.prompt_slots
-        written = first.view(num_rows, heads, 1) + store.newest[:num_rows, None]  # (rows, heads, beams)
-        visible = torch.cat(
-            [
-                store.holds_prompt(num_rows, longest)[:, None].expand(-1, beams, -1),
-                store.ancestors[:num_rows, :, :used],
-            ],
-            dim=2,
-        )  # (rows, beams, slots in use)
-        dtype = store.image_key_values.dtype
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
-        return cls(
-            store=store,
-            prefix=prefix,
-            rows=rows,
-            slots=slice(store.prompt_slots - longest, store.prompt_slots + used),
-            written=written.flatten(),
-            mask=mask[:, None],
-            image_gate=store.sees_image[:num_rows, None, None, None],
-        )
-
-    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
-        query, key, value = map(self.rows.side_by_side, (query, key, value))  # (rows, heads, beams, head_dim)
-        stored = self.store.key_values[layer.layer_idx]  # (2, rows, heads, slots, head_dim)
-        for index, states in enumerate((key, value)):
-            stored[index].flatten(0, 2).index_copy_(0, self.written, states.flatten(0, 2))
-        key, value = stored[:, : self.rows.num_rows, :, self.slots]  # (rows, heads, slots in use, head_dim)
-        if self.prefix.length == 0:
-            output = attend_few(query, key, value, self.mask, layer.scaling)
-        else:
-            own = attend_part(query, key, value, self.mask, layer.scaling)
-            output = merge_parts(own, self.prefix.attend(layer.layer_idx, query, layer.scaling))
-        return self.rows.in_line(output.transpose(1, 2)), None  # (1, line, heads, head_dim)
-
-    def attend_image(
-        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
-    ) -> AttentionOutput:
-        key, value = self.store.image_key_values[layer.layer_idx, :, : self.rows.num_rows]
-        output = attend_few(self.rows.side_by_side(query), key, value, None, layer.scaling)
-        return self.rows.in_line(output.transpose(1, 2).masked_fill(~self.image_gate, 0.0)), None

@@ -1,110 +1,130 @@
-"""Reading prompts: the one forward pass over a group's own tokens, behind what they share.
+"""Prompts on their way into the engine: taken and queued, the start they share found or read, then read in batches.
 
-Prompts come with their images' content known, so that equal starts and equal images are found by comparing. Knows
-where keys and values go (`cache.py`), and nothing of beams, of the stream that prompts come from, or of text.
+Knows where keys and values go (`kv_cache.py`), and nothing of beams or of text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from idefics_cli.engine.kv_cache import NO_PREFIX, PrefillMemory, RowImages, SharedPrefix
+from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, Prefix
 from idefics_cli.engine.options import Vocabulary
-from idefics_cli.engine.prompt_source import EncodedPrompt
-from idefics_cli.engine.varlen import RaggedRows
+from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
+from idefics_cli.engine.tree_attention import PrefillMemory
+from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.model.kv_interface import image_attention_mask, image_visibility
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A prompt in line. `content` is what its tokens stand for, images by what they show: equal starts are shared."""
+@dataclass(frozen=True, eq=False)
+class QueuedPrompt:
+    """A prompt in the queue, by its number in the stream. `content` is what its tokens stand for, images by what they
+    show; `shared` is the start of it that other prompts have too."""
 
     index: int
-    input_ids: tuple[int, ...]
-    image_keys: tuple[bytes, ...]
-    pixels: tuple[Tensor, ...] = field(repr=False)
+    prompt: EncodedPrompt = field(repr=False)
     content: tuple[int, ...] = field(repr=False)
+    shared: tuple[int, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, index: int, prompt: EncodedPrompt, image_token_id: int) -> Waiting:
+    def of(cls, index: int, prompt: EncodedPrompt, image_token_id: int) -> QueuedPrompt:
         assert prompt.input_ids, "a prompt has at least one token"
         num_images, keys = prompt.input_ids.count(image_token_id), prompt.image_keys
-        assert num_images == len(keys) == len(prompt.pixels), (num_images, len(keys), len(prompt.pixels))
+        assert num_images == len(keys), f"{num_images} image tokens for {len(keys)} images"
         in_order = iter(keys)
         content = tuple(
             -1 - int.from_bytes(next(in_order), "big") if token_id == image_token_id else token_id
             for token_id in prompt.input_ids
         )
-        return cls(index, tuple(prompt.input_ids), keys, prompt.pixels, content)
+        return cls(index, prompt, content, content[: min(prompt.shared_len, len(content) - 1)])
 
-    def goes_on_from(self, start: tuple[int, ...]) -> bool:
-        """Whether the prompt begins with it and has a token of its own behind it."""
+    def extends(self, start: tuple[int, ...]) -> bool:
+        """Whether the prompt begins with it and has a token of its own after it."""
         return len(self.content) > len(start) and self.content[: len(start)] == start
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """A start that prompts share: its content, the number of its images, and its keys and values."""
+class Intake:
+    """Takes prompts from a source, numbered from 0.
 
-    content: tuple[int, ...]
-    num_images: int
-    shared: SharedPrefix
-
-    def starts(self, prompt: Waiting) -> bool:
-        """Whether the prompt may be read behind it."""
-        return prompt.goes_on_from(self.content)
-
-
-NOTHING_SHARED = Prefix((), 0, NO_PREFIX)
-
-
-def common_start(prompts: Sequence[Waiting], sharing: int) -> tuple[int, ...]:
-    """The longest content with which the first prompt and at least so many of all begin; nothing for one alone.
-
-    It is short of the whole of any of them.
+    Prompts that do not say what they share are given the common start of those that first came together.
     """
-    if len(prompts) < 2:
-        return ()
-    first = prompts[0].content
-    lengths = sorted((shared_length(first, prompt.content) for prompt in prompts), reverse=True)
-    return first[: lengths[max(2, sharing) - 1]]
+
+    def __init__(self, source: PromptSource, image_token_id: int):
+        self._source, self._image_token_id = source, image_token_id
+        self._num_taken = 0
+        self._start: tuple[int, ...] | None = None
+
+    def take(self, most: int, wait: bool) -> list[QueuedPrompt]:
+        taken = self._source.take(most, wait)
+        prompts = [
+            QueuedPrompt.of(number, prompt, self._image_token_id)
+            for number, prompt in enumerate(taken, start=self._num_taken)
+        ]
+        self._num_taken += len(prompts)
+        if self._start is None and len(prompts) > 1:
+            self._start = common_start(prompts)
+        return [self._sharing_start(prompt) for prompt in prompts]
+
+    def _sharing_start(self, prompt: QueuedPrompt) -> QueuedPrompt:
+        start = self._start
+        return replace(prompt, shared=start) if start and not prompt.shared and prompt.extends(start) else prompt
 
 
-def shared_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    """How many tokens two prompts begin with, leaving each at least one of its own."""
-    most = min(len(first), len(second)) - 1
-    if first[:most] == second[:most]:
-        return most
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+def common_start(prompts: Sequence[QueuedPrompt]) -> tuple[int, ...]:
+    """The longest content with which all begin, where it is most of one of them; else nothing.
+
+    To read a few tokens again costs less than attention in two parts. Every prompt keeps a token of its own.
+    """
+    contents = [prompt.content for prompt in prompts]
+    shortest, first, last = min(map(len, contents)), min(contents), max(contents)
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))  # in these two, and all between
+    length = min(sum(1 for _ in same), shortest - 1)
+    return first[:length] if 2 * length > shortest else ()
 
 
-class Reading:
-    """What is read of a group of prompts: their own tokens behind `prefix`, or their start up to `stop`.
+class PrefixCache(BoundedCache[Prefix]):
+    """Starts that prompts share, each read once and kept within `max_bytes`, the least recently used dropped."""
+
+    def __init__(self, max_bytes: int, prefill: Callable[[QueuedPrompt], Prefix]):
+        super().__init__(max_bytes)
+        self._prefill = prefill
+
+    def get_or_prefill(self, prompt: QueuedPrompt) -> Prefix:
+        """What the prompt is read after; another content than it says it shares only costs time."""
+        if not prompt.shared:
+            return NO_PREFIX
+        prefix = self.get(prompt.shared)
+        if prefix is None:
+            prefix = self._prefill(prompt)
+            self.put(prompt.shared, prefix, prefix.num_bytes)
+        return prefix
+
+
+class PrefillBatch:
+    """What is read of some prompts after `prefix`: their own tokens, and their `tails` after these.
 
     Each token sees the last image at or before it; the one that the prefix ended in comes before the prompts' own.
     """
 
     def __init__(
         self,
-        prompts: Sequence[Waiting],
+        prompts: Sequence[QueuedPrompt],
         prefix: Prefix,
         vocabulary: Vocabulary,
-        stop: int | None = None,
+        tails: Sequence[Sequence[int]] | None = None,
     ):
         self.prefix, self.vocabulary = prefix, vocabulary
-        self.own_ids = [prompt.input_ids[len(prefix.content) : stop] for prompt in prompts]
+        own_ids = [prompt.prompt.input_ids[prefix.length :] for prompt in prompts]
+        self.prompt_lengths = [len(ids) for ids in own_ids]
+        self.own_ids = own_ids if tails is None else [[*ids, *tail] for ids, tail in zip(own_ids, tails, strict=True)]
         self.lengths = [len(ids) for ids in self.own_ids]
-        self.inherited = [prefix.shared.last_image] if prefix.shared.last_image is not None else []
-        self.image_keys = [
-            [*self.inherited, *prompt.image_keys[prefix.num_images :][: ids.count(vocabulary.image_token_id)]]
-            for prompt, ids in zip(prompts, self.own_ids, strict=True)
-        ]
+        self.inherited = [] if prefix.last_image is None else [prefix.last_image]
+        self.image_keys = [[*self.inherited, *prompt.prompt.image_keys[prefix.num_images :]] for prompt in prompts]
         self.most_images = max(1, *map(len, self.image_keys))
 
     @property
@@ -112,47 +132,61 @@ class Reading:
         """The distinct images in sight."""
         return list(dict.fromkeys(key for keys in self.image_keys for key in keys))
 
-    def arrange(self, images: Mapping[bytes, Tensor]) -> RowImages:
-        """What each row sees of `images`, which has all that are wanted, and one that nobody sees where none is.
+    def arrange(self, images: Mapping[bytes, Tensor]) -> list[list[Tensor]]:
+        """What each row sees of `images`, as many for all; `images` has all that are wanted, or one that nothing sees.
 
-        A row's own first image fills it up, so that numbers that overflow stay within their row; where it has none, any
+        A row's own first image fills it up, so that non-finite values stay within their row; where it has none, any
         does: what is seen of that is thrown away.
         """
         any_image = next(iter(images.values()))
         seen = [[images[key] for key in keys] or [any_image] for keys in self.image_keys]
-        return RowImages([row + row[:1] * (self.most_images - len(row)) for row in seen])
+        return [row + row[:1] * (self.most_images - len(row)) for row in seen]
 
-    def run(self, model: IdeficsForVisionText2Text, images: RowImages, key_values: Sequence[Tensor]) -> Tensor:
-        """The last tokens' logits, (rows, vocabulary).
+    def last_images(self, images: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """What each row still sees after its prompt, (layers, 2, heads, seq, head_dim) each."""
+        return [row[max(len(keys) - 1, 0)] for row, keys in zip(images, self.image_keys, strict=True)]
+
+    def sees_image(self) -> Tensor:
+        """(rows,): whether tokens after the prompt see an image."""
+        last = torch.tensor(self.lengths) - 1
+        return self._sees(self._padded())[torch.arange(len(last)), last].any(dim=-1)
+
+    def logits(
+        self, model: IdeficsForVisionText2Text, images: Sequence[Sequence[Tensor]], key_values: Sequence[Tensor]
+    ) -> Tensor:
+        """The last tokens', (rows, vocabulary).
 
         `key_values`, for each layer (2, rows, heads, width, head_dim), is filled; the longest row has `width` tokens.
         """
-        input_ids = self._padded().to(model.device)  # (rows, width)
-        image_mask, image_gate = image_visibility(self._sees(input_ids), images.seq_len, model.dtype)
-        rows = RaggedRows(self.lengths, model.device, model.model.line_length(sum(self.lengths)))
-        memory = PrefillMemory(self.prefix.shared, key_values, images, image_mask, image_gate, rows)
-        positions = torch.arange(rows.width, device=model.device).expand_as(input_ids) + self.prefix.shared.length
-        embeddings = model.model.embed_tokens(rows.in_line(input_ids))  # (1, line, hidden)
-        hidden_states = model.model.decode(embeddings, rows.in_line(positions), memory)
+        rows, hidden_states = self.forward(model, images, key_values)
         return model.lm_head(rows.last(hidden_states))
 
-    def last_images(self, images: RowImages) -> list[Tensor]:
-        """What each row still sees behind its prompt, (layers, 2, heads, seq, head_dim) each."""
-        return [row[max(len(keys) - 1, 0)] for row, keys in zip(images.rows, self.image_keys, strict=True)]
+    def forward(
+        self,
+        model: IdeficsForVisionText2Text,
+        images: Sequence[Sequence[Tensor]],
+        key_values: Sequence[Tensor] = (),
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> tuple[PackedRows, Tensor]:
+        """The one pass over all rows, packed: hidden states (1, packed, hidden).
 
-    def sees_image(self) -> Tensor:
-        """(rows,): whether tokens behind the prompt see an image."""
-        return self._last(self._sees(self._padded())).any(dim=-1)
+        `mask` is `PrefillMemory`'s; `offsets` (rows, width) are the tokens' places after the prefix, by default in
+        order.
+        """
+        device = model.device
+        input_ids = self._padded().to(device)  # (rows, width)
+        image_mask, image_gate = image_visibility(self._sees(input_ids), images[0][0].shape[3], model.dtype)
+        rows = PackedRows(self.lengths, device, model.model.line_length(sum(self.lengths)))
+        memory = PrefillMemory(self.prefix, rows, key_values, images, image_mask, image_gate, mask)
+        if offsets is None:
+            offsets = torch.arange(rows.width, device=device).expand_as(input_ids)
+        embeddings = model.model.embed_tokens(rows.pack(input_ids))  # (1, packed, hidden)
+        return rows, model.model.decode(embeddings, rows.pack(offsets + self.prefix.length), memory)
 
     def _padded(self) -> Tensor:
-        width = max(self.lengths)
-        pad = self.vocabulary.pad_token_id
+        width, pad = max(self.lengths), self.vocabulary.pad_token_id
         return torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in self.own_ids])
-
-    def _last(self, states: Tensor) -> Tensor:
-        """(rows, tokens, ...) -> (rows, ...) at each row's last token."""
-        last = torch.tensor(self.lengths, device=states.device) - 1
-        return states[torch.arange(len(last), device=states.device), last]
 
     def _sees(self, input_ids: Tensor) -> Tensor:
         """(rows, tokens, images)."""

@@ -42,9 +42,9 @@ CONTRACTIONS["somebody'd"] = "somebodyd"  # stands in their table the wrong way 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """Mean over the references of min(1, matches among the others / 3), in 0..1.
 
-    As in the authors' code the texts are normalised unless all references are the same; fewer references than four
-    cannot reach 1. A single one, for which their formula gives 0 whatever the answer, counts as IDEFICS's authors have
-    it: 1 if the two are equal when normalised.
+    As in the authors' code the texts are normalised unless all references are the same; fewer than four references
+    cannot reach 1. With a single one their formula always gives 0; it counts as IDEFICS's authors have it: 1 if
+    the two are equal when normalised.
     """
     assert references, "VQA accuracy needs references"
     texts = [_without_breaks(text) for text in (answer, *references)]
@@ -78,7 +78,7 @@ def _without_punctuation(text: str) -> str:
 
 
 def exact_match(text: str, references: Sequence[str]) -> float:
-    """1 if the text is one of the references to the letter; white space at the ends and in runs does not count."""
+    """1 if the text is exactly one of the references; white space at the ends and in runs does not count."""
     return float(one_line(text) in map(one_line, references))
 
 
@@ -102,7 +102,7 @@ def cider(texts: Sequence[str], references: Sequence[Sequence[str]], tokenizatio
 
 
 def require_cider(tokenization: str) -> None:
-    """Raises IdeficsError for what CIDEr lacks on this machine, with what brings it."""
+    """Raises IdeficsError for what CIDEr needs and this machine lacks."""
     try:
         import pycocoevalcap.cider.cider  # noqa: F401
     except ImportError as error:
@@ -110,10 +110,7 @@ def require_cider(tokenization: str) -> None:
     if tokenization == "treebank":
         _treebank_tokenizer()
     elif shutil.which("java") is None:
-        raise IdeficsError(
-            "CIDEr's words are found by the Penn Treebank tokenizer, which needs Java: install a Java runtime, or use "
-            "--tokenization treebank (in Python; figures may differ a little)"
-        )
+        raise IdeficsError("CIDEr splits words with Java: install a Java runtime, or use --tokenization treebank")
 
 
 def tokenize(texts: Sequence[str], tokenization: str) -> list[str]:

@@ -127,7 +127,7 @@ class Scores:
         if not self.total.rows:
             raise InputError(
                 f"none of the {self.unscored} rows has references in {self.options.answers_column!r}: "
-                "name their column with --answers-column"
+                "name another --answers-column"
             )
         if self._captions:
             groups, texts, references = zip(*self._captions, strict=True)
@@ -176,7 +176,7 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
 
 
 def closing_tokenization() -> Literal["ptb", "treebank"]:
-    """As the published figures do, where there is a Java for it."""
+    """How a run scores its own file: as the published figures do, where Java is installed."""
     return "treebank" if shutil.which("java") is None else "ptb"
 
 

@@ -181,7 +181,8 @@ class IdeficsAttention(nn.Module):
         if self.is_cross_attention:
             (query,) = project_heads(hidden_states, self.head_dim, self.q_proj)
             query = self.q_layer_norm(query) if self.qk_layer_norms else query
-            output, weights = memory.attend_image(self, query, image_hidden_states)
+            projected = (None, None) if image_hidden_states is None else self.project_image(image_hidden_states)
+            output, weights = memory.attend_image(self, query, *projected)
         else:
             query, key, value = project_heads(hidden_states, self.head_dim, self.q_proj, self.k_proj, self.v_proj)
             query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)

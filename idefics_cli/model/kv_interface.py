@@ -1,26 +1,23 @@
-"""The seam between the network and generation: where keys and values live.
+"""The seam between the network and generation: what a token sees, and where keys and values live.
 
 An attention layer projects (and rotates) its query, key and value and asks a *memory* for the rest. The plain memory
 here serves training, `generate()` and the tests: whole sequences, transformers' `Cache`, a causal mask, and images
 projected on the spot. Another memory may keep keys and values wherever it likes; the forward pass stays the same one.
 
-This module knows no text, no beams and no files.
+This module knows no text, no beams, no files, and no layer but by its `layer_idx` and `scaling`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import IdeficsConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-if TYPE_CHECKING:
-    from idefics_cli.model.decoder import IdeficsAttention
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 
@@ -31,13 +28,16 @@ class Memory(Protocol):
     The second element of each result holds the attention weights where the implementation computes them, else None.
     """
 
-    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         """Store the new tokens' key and value for this layer and attend to all that each query may see."""
 
     def attend_image(
-        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
+        self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> AttentionOutput:
-        """Attend to the images each query may see; exactly zero for a query that sees none."""
+        """Attend to the images each query may see; exactly zero for a query that sees none.
+
+        `key` and `value` (rows, heads, images * seq, head_dim) are those of all images; None: the memory has its own.
+        """
 
 
 def eager_attention(
@@ -108,7 +108,7 @@ def image_visibility(image_attention_mask: Tensor, image_seq_len: int, dtype: to
 
 @dataclass(frozen=True)
 class PlainMemory:
-    """Whole sequences: every layer sees all keys so far through `causal_mask`, and projects the images itself.
+    """Whole sequences: every layer sees all keys so far through `causal_mask`, and the images that it projects itself.
 
     `causal_mask` is what transformers' `create_causal_mask` returns (None where plain causality is enough),
     `image_mask` (rows, 1, tokens, images * seq) is additive, `image_gate` (rows, tokens) boolean.
@@ -120,21 +120,20 @@ class PlainMemory:
     image_gate: Tensor
     past_key_values: Cache | None = None
 
-    def attend(self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         if self.past_key_values is not None:
             key, value = self.past_key_values.update(key, value, layer.layer_idx)
         return self._attention(layer, query, key, value, self.causal_mask)
 
     def attend_image(
-        self, layer: IdeficsAttention, query: Tensor, image_hidden_states: Tensor | None
+        self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> AttentionOutput:
-        assert image_hidden_states is not None, "the plain memory projects image_hidden_states itself, got None"
-        key, value = layer.project_image(image_hidden_states)
+        assert key is not None and value is not None, "the plain memory holds no image's keys and values"
         output, weights = self._attention(layer, query, key, value, self.image_mask)
         return output.masked_fill(~self.image_gate[:, :, None, None], 0.0), weights
 
     def _attention(
-        self, layer: IdeficsAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> AttentionOutput:
         attend = attention_function(self.attention)
         dropout = layer.dropout if layer.training else 0.0

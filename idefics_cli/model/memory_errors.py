@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-# How errors say so that are no torch.OutOfMemoryError: on the CPU (POSIX, Windows), on MPS, in CUDA's libraries.
+# What other errors say where memory has ended: on the CPU (POSIX, Windows), on MPS, in CUDA's libraries.
 NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",

@@ -106,9 +106,14 @@ def split_answers(prompt_ids: Sequence[int], answered: Sequence[Sequence[int]]) 
     `answered` are prompt and answer tokenised as one text. Where an answer changes the prompt's last tokens, these
     count as the answer's, for all choices, so that all are judged after the same text.
     """
-    columns = zip(prompt_ids, *(ids[:-1] for ids in answered), strict=False)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    common = common_length(prompt_ids, *(ids[:-1] for ids in answered))
     return common, [tuple(ids[common:]) for ids in answered]
+
+
+def common_length(*token_ids: Sequence[int]) -> int:
+    """How many tokens all begin with."""
+    columns = zip(*token_ids, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def require_norm(norm: str) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Annotated, Any
 
 from idefics_cli.errors import IdeficsError, RowError, listed
@@ -28,9 +29,6 @@ Prompt = tuple[Any, ...]
 END_OF_UTTERANCE = SpecialToken("<end_of_utterance>")
 IMAGE_FIELD = "image"
 TEXT_ONLY_SHOTS = 2
-
-
-# ---- templates
 
 
 @dataclass(frozen=True)
@@ -81,26 +79,21 @@ class Template:
 
     def query(self, shot: Shot) -> Prompt:
         """The same up to the answer."""
-        images = iter(self._image_groups(shot.images))
-        asked = (piece for text, name in parse_text(self.text) for piece in (text, *_filled(name, shot, images)))
+        assert self.takes(len(shot.images)), f"{len(shot.images)} images for {self.fields}"
+        images, at_each = iter(shot.images), None if self.fields.count(IMAGE_FIELD) == 1 else 1
+        asked: list[Any] = []
+        for text, name in parse_text(self.text):
+            asked.append(text)
+            if name == IMAGE_FIELD:
+                asked += islice(images, at_each)
+            elif name is not None:
+                asked.append(shot.text(name))
         return ("User:", *asked, END_OF_UTTERANCE, "\nAssistant:") if self.instruct else tuple(asked)
 
     def takes(self, num_images: int) -> bool:
         """Whether so many images have a place: one at each `{image}`, all at the only one, or none at all."""
         marks = self.fields.count(IMAGE_FIELD)
         return num_images in (0, marks) or marks == 1
-
-    def _image_groups(self, images: Prompt) -> list[Prompt]:
-        marks = self.fields.count(IMAGE_FIELD)
-        assert self.takes(len(images)), f"{len(images)} images for {marks} places"
-        return [images] if marks == 1 else [(image,) for image in images] or [()] * marks
-
-
-def _filled(name: str | None, shot: Shot, images: Iterator[Prompt]) -> Prompt:
-    """What stands in the place of a field."""
-    if name == IMAGE_FIELD:
-        return next(images)
-    return () if name is None else (shot.text(name),)
 
 
 @functools.lru_cache
@@ -133,9 +126,6 @@ TEMPLATES = {
     "instruct-caption": INSTRUCT_CAPTION,
     "instruct-vqa": INSTRUCT_QUESTION,
 }
-
-
-# ---- tasks and their options
 
 
 @dataclass(frozen=True)
@@ -247,9 +237,6 @@ def leading_shots(options: PromptOptions, pool: Sequence[Shot], instruct: bool) 
     return tuple(replace(shot, image=None) for shot in texts)
 
 
-# ---- rows -> prompts
-
-
 def build_prompt(
     options: PromptOptions, fields: Mapping[str, Any], images: Sequence[Any], shots: Sequence[Shot], instruct: bool
 ) -> Prompt | RowError:
@@ -267,9 +254,9 @@ def build_prompt(
             "{{ and }} for braces"
         )
     texts = {name: field_text(name, fields[name]) for name in names}
-    error = next((text for text in texts.values() if isinstance(text, RowError)), None)
-    if error is not None:
-        return error
+    for text in texts.values():
+        if isinstance(text, RowError):
+            return text
     if not template.takes(len(images)):
         places = template.fields.count(IMAGE_FIELD)
         return RowError("row_invalid", f"{len(images)} images for the {places} places in the prompt")
@@ -289,8 +276,14 @@ def field_text(name: str, value: Any) -> str | RowError:
 def few_shot_prompt(template: Template, shots: Sequence[Shot], query: Shot) -> Prompt:
     """Prefix, `shots` in their order, then `query` (a shot without an answer); no white space at either end."""
     assert not query.answer, f"the query is not to hold its answer: {query.answer!r}"
+    return strip(merge_texts((*shared_start(template, shots), *template.query(query))))
+
+
+def shared_start(template: Template, shots: Sequence[Shot]) -> Prompt:
+    """Prefix and `shots`: what all prompts with these shots begin with."""
     examples = (item for shot in shots for item in template.shot(shot))
-    return strip(merge_texts((template.prefix, *examples, *template.query(query))))
+    first, *rest = merge_texts((template.prefix, *examples)) or ("",)
+    return merge_texts((first.lstrip() if isinstance(first, str) else first, *rest))
 
 
 def shot_answer(task: str, references: Sequence[str]) -> str:

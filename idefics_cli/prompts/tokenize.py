@@ -66,10 +66,13 @@ class PromptEncoder:
     def _build_twin(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._bos = SpecialToken(str(tokenizer.bos_token))
         marked = (self._bos.name, str(tokenizer.eos_token), IMAGE, FAKE, END_OF_UTTERANCE.name)
-        special_ids = self._known_ids({*marked, *tokenizer.all_special_tokens})
+        names = dict.fromkeys((*marked, *tokenizer.all_special_tokens))
+        ids = {name: self._tokenizer.token_to_id(name) for name in names}
+        special_ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
         self._special_ids = frozenset(special_ids.values())
-        self._twin = _literal_twin(self._tokenizer, special_ids.keys())
-        self._markers = _add_markers(self._twin, self._tokenizer, self._known_ids(marked), self._bos.name)
+        self._twin = _literal_twin(self._tokenizer, special_ids)
+        marked_ids = {name: special_ids[name] for name in marked if name in special_ids}
+        self._markers = _add_markers(self._twin, self._tokenizer, marked_ids, self._bos.name)
         # The first half is for vocabularies in which the letters of a special token can add up to it after all.
         unknown_token_id = _first_known(tokenizer.unk_token_id, self.pad_token_id)
         self._own_ids = dict.fromkeys(self._special_ids, unknown_token_id)
@@ -77,10 +80,6 @@ class PromptEncoder:
         expected = [self.bos_token_id, self.fake_token_id, self.image_token_id, self.fake_token_id]
         if (found := self.encode((object(),))) != expected:
             raise CheckpointError(f"the tokenizer splits its special tokens, {expected} as {found}: restore its files")
-
-    def _known_ids(self, names: Iterable[str]) -> dict[str, int]:
-        ids = {name: self._tokenizer.token_to_id(name) for name in names}
-        return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt after one `<s>`: `<image>` once for every image, no special token for any text.

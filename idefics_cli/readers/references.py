@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from idefics_cli.errors import InputError
+from idefics_cli.errors import InputError, listed
 
 STRUCT_FIELDS = ("answer", "caption", "text")  # where a reference that is a struct keeps its words
 
 
 def references_of(value: Any, place: str = "this row") -> list[str]:
     """The references in a cell: a text, a list of texts, the datasets library's structs (a list of them, or one that
-    holds lists). Nothing, or nothing but nulls, is no references."""
+    holds lists). An empty cell, or one of nulls only, gives none."""
     if isinstance(value, Mapping):
         return references_of(_words(value, place), place)
     if not isinstance(value, (list, tuple)):
@@ -25,7 +25,7 @@ def _words(struct: Mapping[str, Any], place: str) -> Any:
     for name in STRUCT_FIELDS:
         if name in struct:
             return struct[name]
-    raise InputError(f"{place}: a reference with the fields {', '.join(struct)}: it needs {' or '.join(STRUCT_FIELDS)}")
+    raise InputError(f"{place}: a reference has the fields {listed(struct)}: it needs {' or '.join(STRUCT_FIELDS)}")
 
 
 def _text(value: Any, place: str) -> str:

@@ -14,7 +14,16 @@ from idefics_cli.errors import RowError
 from idefics_cli.pipeline.prefetch import Steps
 from idefics_cli.pipeline.task import Observer, Task, open_images, say_once
 from idefics_cli.prompts.postprocess import PostProcess
-from idefics_cli.prompts.templates import TASKS, Shot, build_prompt, field_text, leading_shots
+from idefics_cli.prompts.templates import (
+    TASKS,
+    Prompt,
+    Shot,
+    build_prompt,
+    choose_template,
+    field_text,
+    leading_shots,
+    shared_start,
+)
 from idefics_cli.result import Outcome
 from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import StoredLatents, stored_latents
@@ -106,6 +115,8 @@ class CaptionVqa(Task):
             return Steps(prompts.without_shots, lambda source: decode(SimilarPrompts(source, prompts, similar)))
         chosen = chosen_for_all(shots, self._pool)
         leading = [prompts.open_shot(shot) for shot in leading_shots(self.options.prompts, chosen, model.is_instruct)]
+        start = shared_start(choose_template(self.options.prompts, model.is_instruct), leading)
+        prompts = replace(prompts, start=start)
         return Steps(lambda row: prompts.of(row, leading), decode)
 
     def _decode(self, model: Idefics) -> Callable[[PromptSource], Iterator[tuple[int, Outcome]]]:
@@ -134,7 +145,8 @@ def question_of(row: InputRow, column: str) -> str | RowError:
 class RowPrompts:
     """A row -> its prompt as the model takes it, or why there is none. Safe in many threads.
 
-    `on_shots_dropped` is told the id of a row that is too long for all its shots.
+    `on_shots_dropped` is told the id of a row that is too long for all its shots. `start` is what all prompts begin
+    with.
     """
 
     options: CaptionVqaOptions
@@ -142,6 +154,7 @@ class RowPrompts:
     images: WorkerPool
     embeddings: StoredLatents | None
     on_shots_dropped: Callable[[str], None]
+    start: Prompt = ()
 
     def open_shot(self, shot: Shot) -> Shot:
         """With its images as they stand in many prompts: what identifies each is computed here, once."""
@@ -197,8 +210,8 @@ class RowPrompts:
         if isinstance(prompt, RowError):
             return prompt
         if self.options.choices.are_given:
-            return self.model.encode_choices(prompt, self.options.choices.of(row.values))
-        return self.model.encode(prompt, self.options.decoding.max_new_tokens)
+            return self.model.encode_choices(prompt, self.options.choices.of(row.values), self.start)
+        return self.model.encode(prompt, self.options.decoding.max_new_tokens, self.start)
 
 
 @dataclass(frozen=True)

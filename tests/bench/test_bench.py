@@ -38,7 +38,7 @@ from idefics_cli.bench.subjects import (
 )
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.cli import app as cli
-from idefics_cli.engine.engine import PhaseTimes
+from idefics_cli.engine.model_runner import PhaseTimes
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.reference import collate
 from idefics_cli.errors import IdeficsError
@@ -121,7 +121,7 @@ def test_shots_stay_and_images_change_from_draw_to_draw() -> None:
     first, second = drawn.draw(0), drawn.draw(1)
     prompts = [*first, *second]
     assert all(prompt.pixels[:2] == first[0].pixels[:2] for prompt in prompts)
-    assert all(prompt.input_ids[:47] == first[0].input_ids[:47] for prompt in prompts)
+    assert all(prompt.input_ids[:47] == first[0].input_ids[:47] and prompt.shared_len == 47 for prompt in prompts)
     assert len({prompt.pixels[2].sum().item() for prompt in prompts}) == len(prompts)
     again = RandomPrompts(random_config("tiny"), replace(OPTIONS, shots=2)).draw(0)
     assert [prompt.input_ids for prompt in again] == [prompt.input_ids for prompt in first]
@@ -145,6 +145,9 @@ def test_a_checkpoint_is_asked_about_scenes(tmp_path: Path, instruct: bool) -> N
     assert texts[0] != texts[1] and texts[2] != texts[3]
     assert all(len(prompt.pixels) == 2 for prompt in drawn)
     assert drawn[0].pixels[1].equal(drawn[1].pixels[1])
+    start = drawn[0].shared_len
+    assert start > 20 and all(each.input_ids[:start] == drawn[0].input_ids[:start] for each in drawn)
+    assert drawn[0].input_ids[:start].count(prompts.encoder.image_token_id) == 1
     assert ("Assistant" in texts[0]) == instruct
     captions = checkpoint_subject(replace(options, questions_per_image=1), CPU, FP32).prompts.draw(0)
     assert len(captions) == 4 and len({len(prompt.pixels) for prompt in captions}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -28,14 +29,14 @@ from slow_search import slow_beam_search
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from idefics_cli.bench.memory import resident_bytes
-from idefics_cli.engine import engine as engine_module
-from idefics_cli.engine import memory_budget as room
-from idefics_cli.engine import reference
-from idefics_cli.engine.engine import Engine, Stream, survivors
-from idefics_cli.engine.kv_cache import RowStore
+from idefics_cli.engine import memory_budget, model_runner, reference, scheduler
+from idefics_cli.engine.engine import Engine
+from idefics_cli.engine.kv_cache import KVStore
 from idefics_cli.engine.options import DecodingOptions, Hypothesis
 from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
+from idefics_cli.engine.scheduler import Scheduler, compaction_order
+from idefics_cli.engine.tree_attention import DecodeMemory, PrefillMemory
 from idefics_cli.errors import IdeficsError
 
 few = settings(max_examples=25, deadline=None)
@@ -67,9 +68,14 @@ def test_the_engine_finds_what_generate_finds(network, some, chosen, rows) -> No
 
 
 @few
-@given(model, prompts(max_images=4), st.lists(prompts(max_images=2), min_size=2, max_size=6), options())
-def test_shots_that_prompts_share_are_read_once_and_change_nothing(network, shots, some, chosen) -> None:
+@given(model, prompts(max_images=4), st.lists(prompts(max_images=2), min_size=2, max_size=6), options(), st.data())
+def test_shots_that_prompts_share_change_nothing(network, shots, some, chosen, data) -> None:
+    """Whatever length prompts say that they share: it may hold an image of their own, or all of them."""
     some = [behind(shots, prompt) for prompt in some]
+    lengths = st.sampled_from([0, len(shots.input_ids), None])
+    said = [data.draw(lengths) for _ in some]
+    said = [data.draw(st.integers(0, len(p.input_ids))) if n is None else n for p, n in zip(some, said, strict=True)]
+    some = [replace(prompt, shared_len=length) for prompt, length in zip(some, said, strict=True)]
     runner = engine(network)
     for _ in range(2):  # the second time prefix and images are known
         for prompt, got in zip(some, decode(runner, some, chosen), strict=True):
@@ -151,7 +157,7 @@ def test_each_image_is_encoded_once_and_each_prompt_read_once() -> None:
     assert runner.times.images == 2, "the second call knows them"
 
 
-def test_images_of_prompts_in_line_fill_the_vision_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_prompts_in_the_queue_fill_the_vision_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, batches = engine(MODELS[0], rows=2), []
     encode = runner.model.model.encode_images
 
@@ -163,7 +169,7 @@ def test_images_of_prompts_in_line_fill_the_vision_batch(monkeypatch: pytest.Mon
     some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5 + number], (IMAGES[number],)) for number in range(7)]
     decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert batches == [7]
-    runner.image_limit.now = 3
+    runner.image_batch_size.now = 3
     runner.clear_caches()
     decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert batches == [7, 3, 3, 1]
@@ -176,37 +182,38 @@ def test_a_shared_start_is_read_once_for_all_calls() -> None:
     own = sum(len(prompt.input_ids) - len(shots.input_ids) for prompt in some)
     decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert runner.times.prompt_tokens == own + len(shots.input_ids)
-    decode(runner, some[:1], DecodingOptions(max_new_tokens=3))
+    decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert len(runner.prefixes) == 1
-    last = len(some[0].input_ids) - len(shots.input_ids)
-    assert runner.times.prompt_tokens == own + len(shots.input_ids) + last
+    assert runner.times.prompt_tokens == 2 * own + len(shots.input_ids)
 
 
 @pytest.mark.parametrize("questions", [1, 2])
-def test_shots_are_read_once_where_each_call_asks_about_another_image(questions: int) -> None:
-    """From the second or third call on, though all that a call has in common holds its image too."""
+def test_a_start_that_prompts_say_they_share_is_read_once_whoever_comes_first(questions: int) -> None:
+    """Though each call asks about one image alone, and all that its prompts have in common holds it too."""
     runner = engine(MODELS[0])
     shots = [1, *(3 + i % 30 for i in range(100))]
     read = []
-    for image in IMAGES[:5]:
+    for image in IMAGES[:3]:
         asked = [[*shots, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 13), word] for word in range(20, 20 + questions)]
-        some = [EncodedPrompt(ids, (image,)) for ids in asked]
+        some = [EncodedPrompt(ids, (image,), shared_len=len(shots)) for ids in asked]
         before = runner.times.prompt_tokens
         got = decode(runner, some, DecodingOptions(max_new_tokens=3))
         for texts, prompt in zip(got, some, strict=True):
             assert_same(texts, decode(engine(MODELS[0]), [prompt], DecodingOptions(max_new_tokens=3))[0])
         read.append(runner.times.prompt_tokens - before)
-    own = len(asked[0]) - len(shots) - 1  # the token before an image is the same in all
-    assert read[-2:] == [own * questions] * 2, read
+    own = (len(asked[0]) - len(shots)) * questions
+    assert read == [len(shots) + own, own, own]
 
 
-def test_a_long_start_is_not_read_again_for_a_few_tokens() -> None:
-    runner = engine(MODELS[0], rows=4)
-    shots = [1, *(3 + i % 30 for i in range(200))]
-    some = [EncodedPrompt([*shots, 30 + i // 8 % 8, 20, 21, *[5] * (i // 4 % 3), 3 + i % 25]) for i in range(80)]
-    decode(runner, some, DecodingOptions(max_new_tokens=3, min_new_tokens=3))
-    own = sum(len(prompt.input_ids) - len(shots) for prompt in some)
-    assert runner.times.prompt_tokens <= own + len(shots) + len(some), "every prompt may read a token of the start"
+def test_rows_with_another_shared_start_follow_when_the_running_ones_are_done() -> None:
+    """Each start is read once, though prompts of both come in turn."""
+    starts = [[1, *range(3, 20)], [1, *range(20, 38)]]
+    some = [EncodedPrompt([*starts[i % 2], 5 + i, 7], shared_len=len(starts[i % 2])) for i in range(12)]
+    runner = engine(MODELS[0], 3)
+    chosen = DecodingOptions(num_beams=2, max_new_tokens=4)
+    for prompt, got in zip(some, decode(runner, some, chosen), strict=True):
+        assert_same(got, reference.generate(MODELS[0], tensors_of(prompt), chosen, VOCABULARY)[0])
+    assert runner.times.prompt_tokens == sum(map(len, starts)) + 2 * len(some)
 
 
 def test_where_memory_ends_images_are_encoded_fewer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +232,7 @@ def test_where_memory_ends_images_are_encoded_fewer_at_a_time(monkeypatch: pytes
     monkeypatch.setattr(runner.model.model, "encode_images", scarce)
     for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
         assert_same(got, wanted)
-    assert sizes[:3] == [16, 8, 4] and max(sizes[3:]) == 2 and runner.row_limit.now == 4
+    assert sizes[:3] == [16, 8, 4] and max(sizes[3:]) == 2 and runner.batch_size.now == 4
 
 
 def test_rows_that_end_make_room_at_once() -> None:
@@ -262,86 +269,92 @@ class CountingOperations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@torch.inference_mode()
+def steps_of(some: list[EncodedPrompt], chosen: DecodingOptions, rows: int) -> Iterator[Scheduler]:
+    """The stream's scheduler: before each decode step, and after it."""
+    runner = engine(MODELS[0], rows)
+    running = Scheduler(runner, IterableSource(some), chosen, runner.vocabulary)
+    running.advance(running.admit())
+    while running.rows:
+        yield running
+        running.decode_step()
+        yield running
+        running.evict()
+
+
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_step_takes_as_many_operations_for_many_rows_and_beams_as_for_few(
-    shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counts = {}
-    step = Stream._step
-    monkeypatch.setattr(engine_module, "TREE_STEP", 6)  # room for all that is written: the storage never grows
+def test_a_step_takes_as_many_operations_for_many_rows_and_beams_as_for_few(shared: bool) -> None:
+    counts = set()
     for rows, beams in ((2, 2), (2, 6), (8, 2), (8, 6)):
-        counted = []
-
-        def counting(self, counted=counted):
-            with CountingOperations() as operations:
-                step(self)
-            counted.append(operations.count)
-
-        monkeypatch.setattr(Stream, "_step", counting)
         some = some_prompts(rows)
         if shared:
             some = [behind(EncodedPrompt([1, *range(3, 20)]), prompt) for prompt in some]
         chosen = DecodingOptions(num_beams=beams, max_new_tokens=6, min_new_tokens=6)
-        decode(engine(MODELS[0], rows), some, chosen)
-        counts[rows, beams] = set(counted)
-    assert len(set.union(*counts.values())) == 1, counts
+        steps = steps_of(some, chosen, rows)
+        for _ in steps:
+            with CountingOperations() as operations:
+                next(steps)
+            counts.add(operations.count)
+    assert len(counts) == 1, counts
 
 
-def test_reordering_moves_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step leaves in a slot stays there as long as a path holds it, whichever beams go on."""
-    step, advance, reordered = Stream._step, RowStore.advance, []
+def test_reordering_moves_no_key() -> None:
+    """What a step leaves in a slot stays there as long as a path holds it, whichever beams continue."""
 
-    def watching(self):
-        store, rows = self.store, len(self.rows)
-        seen = keys_of(store, rows)
-        held = store.ancestors[:rows].any(dim=1)  # (rows, slots)
-        held &= ~torch.zeros_like(held).scatter(1, store.newest[:rows], True)  # written in this step
-        step(self)
-        held &= store.ancestors[:rows, :, : held.shape[1]].any(dim=1)
-        assert torch.equal(keys_of(store, rows)[:, : held.shape[1]][held], seen[held])
-
-    def noting(self, rows, parents):
-        reordered.append(bool((parents != torch.arange(self.num_beams)).any()))
-        advance(self, rows, parents)
-
-    def keys_of(store, rows):
+    def keys_of(store: KVStore) -> torch.Tensor:
         """(rows, slots, layers, 2, heads, head_dim)."""
-        return torch.stack(store.key_values)[:, :, :rows, :, store.prompt_slots :].permute(2, 4, 0, 1, 3, 5)
+        return torch.stack(store.key_values)[..., store.prompt_slots :, :].permute(2, 4, 0, 1, 3, 5)
 
-    monkeypatch.setattr(RowStore, "advance", noting)
-    monkeypatch.setattr(Stream, "_step", watching)
-    chosen = DecodingOptions(num_beams=5, max_new_tokens=8, min_new_tokens=8)
-    decode(engine(MODELS[0], 3), some_prompts(3), chosen)
-    assert any(reordered)
+    reordered = False
+    steps = steps_of(some_prompts(3), DecodingOptions(num_beams=5, max_new_tokens=8, min_new_tokens=8), 3)
+    for running in steps:
+        store = running.store
+        seen, tokens = keys_of(store), running.state.tokens
+        held = store.ancestors.any(dim=1)  # (rows, slots)
+        held &= ~torch.zeros_like(held).scatter(1, store.newest, True)  # written in this step
+        next(steps)
+        held &= store.ancestors[:, :, : held.shape[1]].any(dim=1)
+        assert torch.equal(keys_of(store)[:, : held.shape[1]][held], seen[held])
+        written = slice(int(running.state.length[0]) - 1)
+        reordered |= not torch.equal(running.state.tokens[..., written], tokens[..., written])
+    assert reordered
+
+
+def watch_decoding(monkeypatch: pytest.MonkeyPatch, watch: Callable[[PrefillMemory | DecodeMemory], None]) -> None:
+    """`watch` sees the memory of each pass over the first model, before it."""
+    decode = MODELS[0].model.decode
+
+    def watched(states: torch.Tensor, positions: torch.Tensor, memory: PrefillMemory | DecodeMemory) -> torch.Tensor:
+        watch(memory)
+        return decode(states, positions, memory)
+
+    monkeypatch.setattr(MODELS[0].model, "decode", watched)
 
 
 def test_short_prompts_do_not_read_what_a_long_one_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode_memory, seen = engine_module.DecodeMemory.of, []
+    seen = []
 
-    def watching(store, *args, **named):
-        memory = decode_memory(store, *args, **named)
-        seen.append((store.prompt_slots, memory.slots.stop - memory.slots.start))
-        return memory
+    def watch(memory: PrefillMemory | DecodeMemory) -> None:
+        if isinstance(memory, DecodeMemory):
+            seen.append((memory.store.prompt_slots, memory.slots.stop - memory.slots.start))
 
-    monkeypatch.setattr(engine_module.DecodeMemory, "of", watching)
+    watch_decoding(monkeypatch, watch)
     some = [EncodedPrompt([1, 10 + number, *[9] * length]) for number, length in enumerate((90, 80, *[5] * 8))]
     chosen = DecodingOptions(num_beams=2, max_new_tokens=3, min_new_tokens=3)
-    results = decode(engine(MODELS[0], 1), some, chosen)
-    for prompt, got in zip(some, results, strict=True):
-        assert_same(got, reference.generate(MODELS[0], tensors_of(prompt), chosen, VOCABULARY)[0])
-    assert seen[-1][0] >= 91, "the room that a long prompt needed is kept"
+    decode(engine(MODELS[0], 1), some, chosen)
+    assert seen[-1][0] >= 91, "the space that a long prompt needed is kept"
     assert max(slots for _, slots in seen) > 91 and seen[-1][1] <= 7 + 2 * 3
 
 
-def test_an_image_is_projected_once_while_prompts_in_line_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    project, projected, held = engine_module.project_images, [], []
+def test_an_image_is_projected_once_while_prompts_in_the_queue_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    project, projected, held = model_runner.project_images, [], []
 
     def counting(latents, layers):
         projected.append(len(latents))
         held.append(len(runner.image_key_values.keys()))
         return project(latents, layers)
 
-    monkeypatch.setattr(engine_module, "project_images", counting)
+    monkeypatch.setattr(model_runner, "project_images", counting)
     runner, chosen = engine(MODELS[0], 2), DecodingOptions(max_new_tokens=2)
     # Read two by two, the shortest first: images 0 and 1 are asked about again at the end, 2 and 3 only once.
     shown = [0, 1, 2, 3, 0, 1]
@@ -351,72 +364,69 @@ def test_an_image_is_projected_once_while_prompts_in_line_show_it(monkeypatch: p
     ]
     decode(runner, some, chosen)
     assert projected == [2, 2] and held == [0, 2]
-    assert runner.image_key_values.num_bytes == 0, "nobody is in line any more"
+    assert runner.image_key_values.num_bytes == 0, "the queue is empty"
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_where_memory_ends_rows_are_halved_and_begin_again(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_memory_ends_rows_are_halved_and_start_over(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     some = some_prompts(9)
     chosen = DecodingOptions(num_beams=3, max_new_tokens=5)
     expected = decode(engine(MODELS[0], 9), some, chosen)
-    step = Stream._step
 
-    def scarce(self):
-        if len(self.rows) > limit:
+    def scarce(memory: PrefillMemory | DecodeMemory) -> None:
+        if isinstance(memory, DecodeMemory) and memory.rows.num_rows > limit:
             raise torch.OutOfMemoryError("no more")
-        step(self)
 
-    monkeypatch.setattr(Stream, "_step", scarce)
+    watch_decoding(monkeypatch, scarce)
     runner = engine(MODELS[0], 8)
     for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
         assert_same(got, wanted)
-    assert runner.row_limit.now == {1: 1, 3: 2}[limit]
+    assert runner.batch_size.now == {1: 1, 3: 2}[limit]
 
 
 def test_rows_are_as_many_as_before_when_memory_has_long_been_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever had taken it; and within one stream, whose texts are the same."""
-    monkeypatch.setattr(room, "PATIENCE", 2)
+    monkeypatch.setattr(memory_budget, "PATIENCE", 2)
     some = some_prompts(60)
     chosen = DecodingOptions(num_beams=2, max_new_tokens=4, min_new_tokens=4)
     expected = decode(engine(MODELS[0], 8), some, chosen)
-    runner, sizes, step = engine(MODELS[0], 8), [], Stream._step
+    sizes = []
 
-    def scarce(self):
-        sizes.append(len(self.rows))
-        if len(sizes) < 8 and len(self.rows) > 2:
-            raise RuntimeError("MPS backend out of memory")
-        step(self)
+    def scarce(memory: PrefillMemory | DecodeMemory) -> None:
+        if isinstance(memory, DecodeMemory):
+            sizes.append(memory.rows.num_rows)
+            if len(sizes) < 8 and sizes[-1] > 2:
+                raise RuntimeError("MPS backend out of memory")
 
-    monkeypatch.setattr(Stream, "_step", scarce)
+    watch_decoding(monkeypatch, scarce)
+    runner = engine(MODELS[0], 8)
     for got, wanted in zip(decode(runner, some, chosen), expected, strict=True):
         assert_same(got, wanted)
-    assert sizes[:3] == [8, 4, 2] and max(sizes[3:8]) == 2 and max(sizes[8:]) == 8 == runner.row_limit.now
+    assert sizes[:3] == [8, 4, 2] and max(sizes[3:8]) == 2 and max(sizes[8:]) == 8 == runner.batch_size.now
 
 
 def test_a_row_that_does_not_fit_alone_has_no_text_and_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     some = some_prompts(5)
     some[2] = EncodedPrompt([1, *[9] * 50])
     chosen = DecodingOptions(max_new_tokens=3)
-    admit = Stream._admit
 
-    def scarce(self, group):
-        if any(len(prompt.input_ids) > 40 for prompt in group):
+    def scarce(memory: PrefillMemory | DecodeMemory) -> None:
+        if isinstance(memory, PrefillMemory) and memory.rows.width > 40:
             raise torch.OutOfMemoryError("no more")
-        admit(self, group)
 
-    monkeypatch.setattr(Stream, "_admit", scarce)
+    watch_decoding(monkeypatch, scarce)
     runner = engine(MODELS[0], 4)
     results = decode(runner, some, chosen)
     assert results.pop(2) == TOO_LARGE and all(isinstance(texts, list) and texts for texts in results)
-    assert runner.row_limit.now == 4, "one prompt that is too large says nothing about the others"
+    assert runner.batch_size.now == 4, "one prompt that is too large says nothing about the others"
 
 
-def test_numbers_that_all_overflow_are_the_formats_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = engine_module.Reading.run
-    monkeypatch.setattr(engine_module.Reading, "run", lambda self, *args: read(self, *args) * torch.nan)
+def test_values_that_are_never_finite_are_the_formats_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = MODELS[0].lm_head
+    monkeypatch.setattr(head, "forward", lambda states: type(head).forward(head, states) * torch.nan)
     chosen = DecodingOptions(max_new_tokens=2)
     for rows in 1, 4, 20:
-        with pytest.raises(IdeficsError, match="the model's numbers overflow in float32: use another checkpoint"):
+        with pytest.raises(IdeficsError, match=r"non-finite values \(NaN/Inf\) in float32: use another checkpoint"):
             decode(engine(MODELS[0], rows), some_prompts(16), chosen)
         few_left = decode(engine(MODELS[0], rows), some_prompts(15), chosen)
         assert few_left == [Overflows(torch.float32).error] * 15
@@ -428,20 +438,20 @@ def test_numbers_that_all_overflow_are_the_formats_fault(monkeypatch: pytest.Mon
 def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_texts(
     num_beams: int, at_token: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right behind the prompt or later, among others in work."""
+    """Right after the prompt or later, among other running rows."""
     some = some_prompts(7)
     some[3] = EncodedPrompt([1, 9, 10, 11])
-    chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=6, min_new_tokens=4)
+    # Where n-grams are not to be repeated, all of each prompt is known to a step.
+    chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=6, min_new_tokens=4, no_repeat_ngram_size=9)
     expected = decode(engine(MODELS[0], rows), some, chosen)
-    step = engine_module.beam_step
+    step = scheduler.beam_step
 
     def overflowing(logits, state, rules, context):
         is_spoilt = torch.tensor([ids[-4:] == [1, 9, 10, 11] for ids in context.tolist()])
         logits = torch.where((is_spoilt & (state.length == at_token))[:, None, None], torch.nan, logits)
         return step(logits, state, rules, context)
 
-    monkeypatch.setattr(engine_module, "beam_step", overflowing)
-    monkeypatch.setattr(engine_module, "longest_start", lambda sequences: None)  # all of each prompt is known
+    monkeypatch.setattr(scheduler, "beam_step", overflowing)
     got = decode(engine(MODELS[0], rows), some, chosen)
     assert got.pop(3) == Overflows(torch.float32).error and expected.pop(3)
     for texts, wanted in zip(got, expected, strict=True):
@@ -457,7 +467,7 @@ def test_numbers_that_overflow_stay_within_their_row(where: str, rows: int, num_
     prefix, one, two = [1, FAKE_ID, IMAGE_ID, FAKE_ID], (IMAGES[1],), (IMAGES[2], IMAGES[3])
     bad = {
         "image": EncodedPrompt([*prefix, 5, 6, 7], (spoilt,)),
-        "image at the end": EncodedPrompt(prefix, (spoilt,)),  # first in line of those with an image
+        "image at the end": EncodedPrompt(prefix, (spoilt,)),  # first in the queue of those with an image
         "first of two images": EncodedPrompt([*prefix, 5, *prefix[1:], 6, 7], (spoilt, IMAGES[1])),
         "first token": EncodedPrompt([bad_token, *prefix[1:], 5, 6], one),
         "later token": EncodedPrompt([*prefix, 5, bad_token, 6, 7], one),
@@ -509,11 +519,10 @@ def test_the_prefix_in_use_is_kept_longest() -> None:
     assert [key[1] for key in runner.prefixes.keys()] == [5, 3, 7]  # noqa: SIM118
 
 
-def test_an_endless_stream_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_stream_takes_bounded_memory() -> None:
     """What is kept does not grow with the number of prompts."""
-    monkeypatch.setattr(engine_module, "LATENTS_BYTES", 20_000)
-    monkeypatch.setattr(engine_module, "IMAGE_KEYS_BYTES", 200_000)
     runner = engine(MODELS[0], rows=8)
+    runner.latents.max_bytes, runner.image_key_values.max_bytes = 20_000, 200_000
     chance = torch.Generator().manual_seed(0)
     held = []
 
@@ -556,13 +565,13 @@ def test_ten_thousand_prompts_of_mixed_lengths_take_constant_memory() -> None:
 
 def test_memory_decides_how_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     network = MODELS[0]
-    row_bytes = 2 * (4 * room.SLOTS_ASSUMED + 2 * 5) * 32 * 4
+    row_bytes = 2 * (4 * memory_budget.SLOTS_ASSUMED + 2 * 5) * 32 * 4
     for free, rows in ((0, 1), (6 * row_bytes, 3), (10_000 * row_bytes, 16)):
-        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
-        assert room.rows_that_fit(network) == rows
+        monkeypatch.setattr(memory_budget, "free_bytes", lambda device, free=free: free)
+        assert memory_budget.rows_that_fit(network) == rows
 
 
-def test_survivors_close_ranks() -> None:
-    assert survivors([False, True, False, True, False]) == [0, 4, 2]
-    assert survivors([True, True]) == []
-    assert survivors([True, False, False]) == [2, 1]
+def test_rows_that_stay_fill_the_gaps() -> None:
+    assert compaction_order([False, True, False, True, False]) == [0, 4, 2]
+    assert compaction_order([True, True]) == []
+    assert compaction_order([True, False, False]) == [2, 1]

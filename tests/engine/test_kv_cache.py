@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_config
 
-from idefics_cli.engine.engine import survivors
-from idefics_cli.engine.kv_cache import TABLES, BoundedCache, RowStore, attend_part, merge_parts
+from idefics_cli.engine.kv_cache import TABLES, BoundedCache, KVStore
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.scheduler import compaction_order
+from idefics_cli.engine.tree_attention import attend_part, merge_parts
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,8 +73,9 @@ def test_the_least_used_go_first() -> None:
     assert cache.keys() == ["huge"], "what is larger than all is held alone"
 
 
-def tree(beams: int, tokens: int) -> RowStore:
-    store = RowStore(tiny_config(), beams, tokens, 5, torch.device("cpu"), torch.float32)
+def tree(beams: int, tokens: int) -> KVStore:
+    options = DecodingOptions(num_beams=beams, max_new_tokens=tokens)
+    store = KVStore(tiny_config(), options, torch.device("cpu"), torch.float32)
     store.grow(1, 4, beams * tokens)
     return store
 
@@ -105,7 +108,7 @@ def test_a_single_path_needs_few_slots() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=9))
-def test_rows_that_are_left_close_ranks(done: list[bool]) -> None:
+def test_rows_that_stay_are_compacted(done: list[bool]) -> None:
     """Each tensor's rows are those that were picked, and rows that need not move are not written to."""
     store = tree(2, 3)
     store.grow(len(done), 4, 6)
@@ -114,8 +117,10 @@ def test_rows_that_are_left_close_ranks(done: list[bool]) -> None:
     for tensor in tensors.values():
         tensor.copy_(torch.randint(0, 2 if tensor.dtype == torch.bool else 1000, tensor.shape))
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    sources = survivors(done)
-    store.keep(sources)
+    store.widths = list(range(len(done)))
+    sources = compaction_order(done)
+    store.compact(sources)
+    assert store.widths == sources
     assert sorted(sources) == [row for row, is_done in enumerate(done) if not is_done]
     for name, tensor in tensors.items():
         assert torch.equal(tensor[: len(sources)], before[name][sources]), name

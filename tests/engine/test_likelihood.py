@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -25,12 +24,13 @@ from prompts_for_tests import (
 from tiny_models import IMAGE_SIZE, tiny_config
 from transformers import IdeficsForVisionText2Text as TheirModel
 
-from idefics_cli.engine import likelihood as scoring
+from idefics_cli.engine import likelihood
 from idefics_cli.engine.engine import Engine
-from idefics_cli.engine.likelihood import ChoicesReading, Scoring, parts_of
+from idefics_cli.engine.likelihood import Scoring, parts_of
 from idefics_cli.engine.prompt_source import EncodedChoices, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
+from idefics_cli.engine.tree_attention import PrefillMemory
 from idefics_cli.errors import IdeficsError
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -112,8 +112,8 @@ def test_transformers_finds_the_same(place, prompt) -> None:
 def test_company_and_the_number_of_choices_in_a_row_change_nothing(network, some, most_tokens) -> None:
     expected = [score(engine(network, 1), [prompt])[0] for prompt in some]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "CHOICE_TOKENS_PER_ROW", most_tokens)
-        patch.setattr(scoring, "PLACES_AT_ONCE", most_tokens)
+        patch.setattr(likelihood, "CHOICE_TOKENS_PER_ROW", most_tokens)
+        patch.setattr(likelihood, "PLACES_AT_ONCE", most_tokens)
         for got, wanted in zip(score(engine(network), some), expected, strict=True):
             assert_close(got, wanted)
 
@@ -146,18 +146,22 @@ def test_shots_are_read_once_for_all_rows() -> None:
     assert runner.times.prompt_tokens == own + len(shots.input_ids)
 
 
+def end_memory(monkeypatch: pytest.MonkeyPatch, is_too_much: Callable[[PrefillMemory], bool]) -> None:
+    decode = MODELS[0].model.decode
+
+    def scarce(states: torch.Tensor, positions: torch.Tensor, memory: PrefillMemory) -> torch.Tensor:
+        if is_too_much(memory):
+            raise torch.OutOfMemoryError("no more")
+        return decode(states, positions, memory)
+
+    monkeypatch.setattr(MODELS[0].model, "decode", scarce)
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_where_memory_ends_rows_are_halved(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     some = some_questions(9)
     expected = score(engine(MODELS[0]), some)
-    read = ChoicesReading.log_likelihoods
-
-    def scarce(self, network, images):
-        if len(self.own_ids) > limit:
-            raise torch.OutOfMemoryError("no more")
-        return read(self, network, images)
-
-    monkeypatch.setattr(ChoicesReading, "log_likelihoods", scarce)
+    end_memory(monkeypatch, lambda memory: memory.rows.num_rows > limit)
     for got, wanted in zip(score(engine(MODELS[0], 8), some), expected, strict=True):
         assert_close(got, wanted)
 
@@ -168,14 +172,7 @@ def test_choices_that_do_not_fit_together_are_halved_and_one_too_large_ends_its_
     some = some_questions(4, num_choices=5)
     some[2] = asked(some[2], [(5, 6), (7,) * 60, (8,), (9, 9)])
     expected = [plainly(MODELS[0], prompt) for prompt in some]
-    read = ChoicesReading.log_likelihoods
-
-    def scarce(self, network, images):
-        if any(len(choices) > 2 or max(map(len, choices)) > 40 for choices in self.choices):
-            raise torch.OutOfMemoryError("no more")
-        return read(self, network, images)
-
-    monkeypatch.setattr(ChoicesReading, "log_likelihoods", scarce)
+    end_memory(monkeypatch, lambda memory: memory.rows.width > 18)
     got = score(engine(MODELS[0]), some)
     assert got.pop(2) == TOO_LARGE and expected.pop(2)
     for scores, wanted in zip(got, expected, strict=True):
@@ -185,29 +182,9 @@ def test_choices_that_do_not_fit_together_are_halved_and_one_too_large_ends_its_
 def test_numbers_that_all_overflow_are_the_formats_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     head = MODELS[0].lm_head
     monkeypatch.setattr(head, "forward", lambda states: type(head).forward(head, states) * torch.nan)
-    with pytest.raises(IdeficsError, match="overflow in float32"):
+    with pytest.raises(IdeficsError, match="in float32: use another checkpoint"):
         score(engine(MODELS[0]), some_questions(16))
     assert score(engine(MODELS[0]), some_questions(2)) == [Overflows(torch.float32).error] * 2
-
-
-def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = some_questions(5)
-    some[3] = asked(some[3], [(5,), (7, 7, 7)])
-    expected = score(engine(MODELS[0], 2), some)
-    read = ChoicesReading.log_likelihoods
-
-    def overflowing(self, network, images):
-        found = read(self, network, images)
-        return [
-            [math.nan if ids == (7, 7, 7) else score for ids, score in zip(choices, scores, strict=True)]
-            for choices, scores in zip(self.choices, found, strict=True)
-        ]
-
-    monkeypatch.setattr(ChoicesReading, "log_likelihoods", overflowing)
-    got = score(engine(MODELS[0], 2), some)
-    assert got.pop(3) == Overflows(torch.float32).error and expected.pop(3)
-    for scores, wanted in zip(got, expected, strict=True):
-        assert_close(scores, wanted)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 9])

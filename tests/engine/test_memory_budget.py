@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idefics_cli.engine.memory_budget import PATIENCE, Limit
+from idefics_cli.engine.memory_budget import PATIENCE, AdaptiveBatchSize
 from idefics_cli.model.memory_errors import naming_memory_errors
 
 
@@ -31,27 +31,27 @@ def test_other_errors_keep_theirs() -> None:
 
 @given(st.integers(1, 64), st.lists(st.none() | st.integers(1, 64), max_size=60))
 def test_no_more_than_wanted_and_never_none(wanted: int, happened: list[int | None]) -> None:
-    limit = Limit(wanted)
+    limit = AdaptiveBatchSize(wanted)
     for count in happened:
         before = limit.now
         if count is None:
-            limit.halve(before)
+            limit.shrink(before)
             assert limit.now == max(1, before // 2)
         else:
-            limit.end_well(min(count, before))
+            limit.record_success(min(count, before))
             assert limit.now in (before, min(wanted, 2 * before))
         assert 1 <= limit.now <= wanted
 
 
 def test_more_are_tried_again_each_time_half_as_often() -> None:
     """Where 4 fit and 8 do not, for ever."""
-    limit, tried, num_ended = Limit(8), [], 0
-    limit.halve(8)
+    limit, tried, num_ended = AdaptiveBatchSize(8), [], 0
+    limit.shrink(8)
     while num_ended < 5000:
         if limit.now == 8:
             tried.append(num_ended)
-            limit.halve(8)
-        limit.end_well(4)
+            limit.shrink(8)
+        limit.record_success(4)
         num_ended += 4
     waits = [later - sooner for sooner, later in zip([0, *tried], tried, strict=False)]
     assert waits[0] == PATIENCE * 8 and len(waits) == 5

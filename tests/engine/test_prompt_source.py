@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from prompts_for_tests import IMAGE_ID, IMAGES, MODELS, behind
 from test_engine import assert_same, decode, engine, some_prompts
 
-from idefics_cli.engine.engine import WINDOWS_AHEAD, Stream
 from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.prefill import Waiting, common_start
+from idefics_cli.engine.prefill import QueuedPrompt, common_start
 from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource, content_key
+from idefics_cli.engine.scheduler import WINDOWS_AHEAD, Scheduler
 
 OPTIONS = DecodingOptions(num_beams=2, max_new_tokens=6)
 SHOTS = EncodedPrompt([1, *range(3, 33)])
@@ -44,16 +44,16 @@ def test_prompts_that_trickle_in_are_numbered_as_taken_and_waited_for_only_when_
     source = Trickle(some)
     idle = []
     runner = engine(MODELS[0], rows=4)
-    stream = Stream(runner, OPTIONS, runner.vocabulary)
+    stream = Scheduler(runner, source, OPTIONS, runner.vocabulary)
     take = source.take
 
     def watching(most: int, wait: bool) -> list[EncodedPrompt]:
         if wait:
-            idle.append(not stream.rows and not stream.line)
+            idle.append(not stream.rows and not stream.queue)
         return take(most, wait)
 
     source.take = watching
-    results = dict(stream.run(source))
+    results = dict(stream.run())
     assert all(idle) and source.waited[-1] == len(some)
     for number, prompt in enumerate(some):
         assert_same(results.pop(number), decode(engine(MODELS[0], 1), [prompt], OPTIONS)[0])
@@ -80,15 +80,15 @@ def test_shots_are_shared_though_the_first_prompt_came_alone() -> None:
         def take(self, most: int, wait: bool) -> list[EncodedPrompt]:
             return super().take(1 if wait else most, wait)
 
-    runner = engine(MODELS[0], rows=4)
-    list(runner.stream(FirstAlone(some), OPTIONS))
     own = sum(len(prompt.input_ids) - len(SHOTS.input_ids) for prompt in some)
-    read = len(SHOTS.input_ids) * 2  # by the first, and for all others
-    assert read <= runner.times.prompt_tokens - own <= read + 8 * len(SHOTS.input_ids)
+    for shared_len, times_read in ((0, 2), (len(SHOTS.input_ids), 1)):  # by the first, and for all others
+        runner = engine(MODELS[0], rows=4)
+        list(runner.stream(FirstAlone([replace(each, shared_len=shared_len) for each in some]), OPTIONS))
+        assert runner.times.prompt_tokens - own == len(SHOTS.input_ids) * times_read
 
 
 def test_a_prompt_unlike_all_others_is_not_left_behind() -> None:
-    """Others that share a start keep coming; it is written when it is first in line."""
+    """Others that share a start keep coming; it is written when it is first in the queue."""
     odd = EncodedPrompt([1, *[9] * 50])
     some = [behind(SHOTS, prompt) for prompt in some_prompts(80)]
     some.insert(5, odd)
@@ -100,7 +100,7 @@ def test_a_prompt_unlike_all_others_is_not_left_behind() -> None:
 def test_what_a_few_prompts_share_does_not_hold_rows_back() -> None:
     """Five questions about each image: no start of its own for every image."""
     some = [
-        EncodedPrompt([1, *range(3, 7), 64, IMAGE_ID, 64, 5, word], (IMAGES[number // 5],))
+        EncodedPrompt([1, *range(3, 7), 64, IMAGE_ID, 64, *range(5, 12), word], (IMAGES[number // 5],))
         for number, word in enumerate(range(10, 40))
     ]
     runner = engine(MODELS[0], rows=6)
@@ -108,14 +108,14 @@ def test_what_a_few_prompts_share_does_not_hold_rows_back() -> None:
     assert len(runner.prefixes) == 0
 
 
-def test_the_start_that_some_share() -> None:
-    line = [Waiting.of(0, EncodedPrompt([1, 2, 3, *own]), IMAGE_ID) for own in ([4, 5, 6], [4, 5, 7], [8, 9], [8, 7])]
-    assert common_start(line, 4) == (1, 2, 3)
-    assert common_start(line, 2) == (1, 2, 3, 4, 5)
-    assert common_start(line[:2], 1) == (1, 2, 3, 4, 5)
-    assert common_start(line[:1], 1) == ()
-    whole = [line[0], Waiting.of(1, EncodedPrompt([1, 2, 3]), IMAGE_ID)]
-    assert common_start(whole, 2) == (1, 2), "the shorter prompt keeps a token of its own"
+def test_the_common_start_is_most_of_a_prompt_and_leaves_it_a_token() -> None:
+    def start(*prompts: list[int]) -> tuple[int, ...]:
+        return common_start([QueuedPrompt.of(0, EncodedPrompt(ids), IMAGE_ID) for ids in prompts])
+
+    assert start([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 3, 7]) == (1, 2, 3)
+    assert start([1, 2, 3, 4, 5], [1, 2, 6, 7, 8], [1, 2, 9, 9, 9]) == ()
+    assert start([1, 2, 3], [1, 2, 3]) == (1, 2)
+    assert start([1], [1, 2]) == ()
 
 
 def test_keys_tell_images_apart_and_are_made_once() -> None:
@@ -125,4 +125,4 @@ def test_keys_tell_images_apart_and_are_made_once() -> None:
     assert content_key(torch.zeros(3, 2, 8)) != content_key(torch.zeros(3, 4, 4))
     known = EncodedPrompt([1, IMAGE_ID], (IMAGES[0],), (b"known",))
     assert known.image_keys == (b"known",)
-    assert Waiting.of(0, known, IMAGE_ID).image_keys == (b"known",)
+    assert QueuedPrompt.of(0, known, IMAGE_ID).prompt is known

@@ -106,21 +106,14 @@ def test_normalised_letter_by_letter(text):
     ("answer", "normalised"),
     [
         ("A red car.", "red car"),
-        ("Two", "2"),
         ("None", "0"),
-        ("dont", "don't"),
         ("DONT", "don't"),
         ("t-shirt", "t shirt"),
-        ("t -shirt", "t shirt"),
         ("red, blue", "red blue"),
-        ("red,blue", "red blue"),
-        ("1,000", "1000"),
-        ("1,000 t-shirts", "1000 tshirts"),  # a comma in a number takes every sign away without a blank
+        ("1,000 t-shirts", "1000 tshirts"),  # a comma in a number removes every sign without a blank
         ("3.5", "3.5"),
         ("somebody'd", "somebodyd"),
         ("." * 40, "." * 8),
-        (" yes\n", "yes"),
-        ("it's", "it's"),
         ("the", ""),
     ],
 )
@@ -135,25 +128,18 @@ def test_the_contractions_are_the_authors():
     assert digest == "853d25c89947b7f6d41f6c5f81b2d6c3119927f4b16f557fc1b03af6ef45605e"
 
 
-@pytest.mark.parametrize(("matches", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
-def test_accuracy_by_matches_among_ten(matches, accuracy):
-    assert vqa_accuracy("red", ["red"] * matches + ["blue"] * (10 - matches)) == pytest.approx(accuracy)
-
-
-def test_references_that_all_agree_are_compared_as_they_stand():
-    assert vqa_accuracy("Yes", ["yes"] * 10) == 0
-    assert vqa_accuracy("Yes", ["yes"] * 9 + ["no"]) == 1
-    assert vqa_accuracy(" yes\n", ["yes"] * 10) == 1
-
-
-def test_few_references_cannot_reach_one_and_a_single_one_is_equal_or_not():
+def test_accuracy_by_hand():
+    of_ten = [vqa_accuracy("red", ["red"] * matches + ["blue"] * (10 - matches)) for matches in (0, 1, 2, 3, 4, 10)]
+    assert of_ten == pytest.approx([0, 0.3, 0.6, 0.9, 1, 1])
+    # References that all agree are compared as they stand.
+    assert [vqa_accuracy("Yes", [*["yes"] * 9, other]) for other in ("yes", "no")] == [0, 1]
+    # Few references cannot reach 1, and a single one is equal or not.
     assert vqa_accuracy("red", ["red", "red"]) == pytest.approx(1 / 3)
     assert vqa_accuracy("red", ["red", "blue"]) == pytest.approx(1 / 6)
-    assert vqa_accuracy("Two.", ["two"]) == 1
-    assert vqa_accuracy("three", ["two"]) == 0
+    assert [vqa_accuracy(answer, ["two"]) for answer in ("Two.", "three")] == [1, 0]
 
 
-def test_exact_match_overlooks_white_space_and_nothing_else():
+def test_exact_match_ignores_white_space_and_nothing_else():
     assert exact_match(" a  red\ncar", ["x", "a red car "]) == 1
     assert exact_match("A red car", ["a red car"]) == exact_match("", ["a"]) == 0
 
@@ -192,20 +178,8 @@ def test_cider_is_the_reference_packages():
 @NEEDS_JAVA
 def test_every_text_is_one_line_to_the_tokenizer():
     pytest.importorskip("pycocoevalcap", reason=NEEDS_CIDER)
-    awkward = [
-        "",
-        " ",
-        "a\nb",
-        "a\r\u2028b\x85c",
-        "\0x",
-        "\ud800 y",
-        "🐎 é",
-        "<image> </s>",
-        "a" * 5000,
-        "-",
-        "\ufeff",
-        "\x1a",
-    ]
+    blank = ["", " ", "a\nb", "a\r\u2028b\x85c", "-", "\ufeff"]
+    awkward = [*blank, "\0x", "\x1a", "\ud800 y", "🐎 é", "<image> </s>", "a" * 5000]
     assert tokenize([*awkward, "last one"], "ptb")[-1] == "last one"
     assert tokenize(awkward, "ptb")[:4] == ["", "", "a b", "a b c"]
     assert len(tokenize(awkward, "ptb")) == len(awkward)

@@ -190,8 +190,8 @@ class HoldingMemory:
         causal = torch.full((query.shape[2], query.shape[2]), -torch.inf).triu(1)
         return eager_attention(layer, query, key, value, causal, layer.scaling)
 
-    def attend_image(self, layer, query: Tensor, image_hidden_states: Tensor | None):
-        assert image_hidden_states is None
+    def attend_image(self, layer, query: Tensor, key: Tensor | None, value: Tensor | None):
+        assert key is None and value is None
         output, weights = eager_attention(layer, query, *self.images[layer.layer_idx], self.mask, layer.scaling)
         return output * self.gate[:, :, None, None], weights
 

@@ -1,7 +1,7 @@
-"""Prompts as the M4 evaluation writes them: `python tests/golden/m4_prompts.py > tests/golden/m4_prompts.json`.
+"""Prompts as the M4 evaluation writes them: `python tests/parity/m4_prompts.py > tests/parity/m4_prompts.json`.
 
 Written from its published templates alone, without this package: the shots, then the query as a shot with an empty
-answer (of which instruct models are not shown the end), the whole stripped, behind `<s>`.
+answer (of which instruct models are not shown the end), the whole stripped, after `<s>`.
 """
 
 import json

@@ -63,27 +63,27 @@ def test_a_struct_of_parquet_has_all_fields_and_the_others_are_null() -> None:
 # ---- conversations
 
 
-def test_a_question_to_an_instruct_model() -> None:
-    expected = ("User:", ImageItem("cat.jpg"), "what is it?", END, "\nAssistant:")
-    assert interleaved_prompt([user(IMAGE, TEXT)]) == expected
+SURE = {"type": "text", "text": "Sure?"}
+FIRST = ("User:", ImageItem("cat.jpg"), "what is it?", END)
 
 
-def test_a_dialogue_of_several_turns() -> None:
-    prompt = interleaved_prompt([user(IMAGE, TEXT), assistant("A cat."), user({"type": "text", "text": "Sure?"})])
-    first = ("User:", ImageItem("cat.jpg"), "what is it?", END, "\nAssistant: A cat.", END)
-    assert prompt == (*first, "\nUser: Sure?", END, "\nAssistant:")
+@pytest.mark.parametrize(
+    ("messages", "prompt"),
+    [
+        ([user(IMAGE, TEXT)], (*FIRST, "\nAssistant:")),
+        (
+            [user(IMAGE, TEXT), assistant("A cat."), user(SURE)],
+            (*FIRST, "\nAssistant: A cat.", END, "\nUser: Sure?", END, "\nAssistant:"),
+        ),
+        ([{"role": "user", "content": "Hello"}], ("User: Hello", END, "\nAssistant:")),
+        ([{"role": "system", "content": "Be brief."}, user(SURE)], ("Be brief.\nUser: Sure?", END, "\nAssistant:")),
+    ],
+)
+def test_a_conversation_is_written_as_instruct_models_were_taught(messages: list, prompt: tuple) -> None:
+    assert interleaved_prompt(messages) == prompt
 
 
-def test_content_may_be_a_plain_text() -> None:
-    assert interleaved_prompt([{"role": "user", "content": "Hello"}]) == ("User: Hello", END, "\nAssistant:")
-
-
-def test_a_system_message_stands_first() -> None:
-    prompt = interleaved_prompt([{"role": "system", "content": "Be brief."}, user(TEXT)])
-    assert prompt == ("Be brief.\nUser: what is it?", END, "\nAssistant:")
-
-
-# ---- what is no prompt
+# ---- malformed prompts
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_system_message_stands_first() -> None:
         ([{"role": ["user"], "content": "x"}], "message of"),
     ],
 )
-def test_what_is_no_prompt_is_a_bad_row_that_says_why(value: Any, said: str) -> None:
+def test_a_malformed_prompt_is_a_bad_row_that_says_why(value: Any, said: str) -> None:
     error = interleaved_prompt(value)
     assert isinstance(error, RowError) and error.code == "row_invalid", error
     assert said in error.message

@@ -1,11 +1,11 @@
-"""Text, masks and batches on their own; beside transformers they stand in `parity/`."""
+"""Texts and token ids on their own; `parity/` compares them with transformers."""
 
 from __future__ import annotations
 
 import functools
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,17 +17,11 @@ from tiny_tokenizers import BASE_TOKENS, INSTRUCT_TOKENS, llama_tokenizer, verba
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from idefics_cli.engine.prompt_source import EncodedPrompt
-from idefics_cli.engine.reference import collate
 from idefics_cli.errors import CheckpointError, IdeficsError
-from idefics_cli.idefics import vocabulary_of
-from idefics_cli.images.preprocess import ImageProcessor
-from idefics_cli.model.kv_interface import image_attention_mask
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import INSTRUCT_CAPTION, TASKS, Shot, SpecialToken, few_shot_prompt
 from idefics_cli.prompts.tokenize import PromptEncoder
 
-IMAGE_ID, EOS_ID = 9, 2
 IMAGE = Image.new("RGB", (5, 4), "teal")
 KINDS = ("verbatim", "legacy", "normalized", "llama")
 
@@ -47,34 +41,23 @@ def encoder_of(kind: str) -> PromptEncoder:
 # ---- special tokens
 
 
-def test_ids_come_from_the_tokenizer():
-    encoder = encoder_of("llama")
-    assert encoder.is_instruct
+def test_ids_come_from_the_tokenizer() -> None:
+    encoder, base = encoder_of("llama"), encoder_of("base")
+    assert encoder.is_instruct and not base.is_instruct
     assert encoder.end_token_ids == (encoder.eos_token_id, encoder.image_token_id + 1)
+    assert base.end_token_ids == (base.eos_token_id,)
     assert encoder.banned_token_ids == (encoder.image_token_id, encoder.fake_token_id)
     assert encoder.pad_token_id == 0
+    without_padding = llama_tokenizer(legacy=False)
+    without_padding.pad_token = None
+    assert PromptEncoder(without_padding).pad_token_id == without_padding.unk_token_id
 
 
-def test_a_base_tokenizer_ends_texts_with_one_token_only():
-    encoder = encoder_of("base")
-    assert not encoder.is_instruct
-    assert encoder.end_token_ids == (encoder.eos_token_id,)
-    with pytest.raises(IdeficsError, match="end_of_utterance"):
-        encoder.encode(few_shot_prompt(INSTRUCT_CAPTION, (), Shot(IMAGE)))
-
-
-def test_a_tokenizer_without_image_tokens_is_refused():
+def test_a_special_token_that_is_missing_or_has_no_image_is_refused() -> None:
     with pytest.raises(CheckpointError, match="<image>"):
         PromptEncoder(llama_tokenizer(legacy=False, added=()))
-
-
-def test_a_tokenizer_without_padding_pads_with_what_it_has():
-    tokenizer = llama_tokenizer(legacy=False)
-    tokenizer.pad_token = None
-    assert PromptEncoder(tokenizer).pad_token_id == tokenizer.unk_token_id
-
-
-def test_image_tokens_stand_only_where_an_image_is():
+    with pytest.raises(IdeficsError, match="end_of_utterance"):
+        encoder_of("base").encode(few_shot_prompt(INSTRUCT_CAPTION, (), Shot(IMAGE)))
     with pytest.raises(IdeficsError, match="image"):
         encoder_of("llama").encode((SpecialToken("<image>"),))
 
@@ -89,12 +72,6 @@ def test_neighbouring_images_share_the_token_between_them(kind):
     apart = encoder.encode((IMAGE, "cat", IMAGE))
     assert apart.count(fake) == 4
     assert apart.count(image) == 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_texts_that_follow_each_other_are_one_text(kind):
-    encoder = encoder_of(kind)
-    assert encoder.encode(("hel", "", "lo world", IMAGE)) == encoder.encode(("hello world", IMAGE))
 
 
 # ---- text is text
@@ -188,25 +165,16 @@ def test_one_encoder_for_many_threads():
     encoder = encoder_of("llama")
     prompts = [(f"image {n} of", IMAGE, "a cat") for n in range(50)]
     expected = [encoder.encode(prompt) for prompt in prompts]
-    found: dict[int, list] = {}
-
-    def work(number: int) -> None:
-        found[number] = [encoder.encode(prompt) for prompt in prompts]
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(found[number] == expected for number in range(8))
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(encoder.encode, prompts * 8)) == expected * 8
 
 
-# ---- what is not to be written
+# ---- what is never written
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_banned_words_are_those_of_the_published_evaluation(real_llama: RealLlama, legacy: bool):
-    """LLaMA writes a line's end as a byte, behind a piece for the blank that every text begins with."""
+    """LLaMA writes a line break as a byte, after a piece for the blank that every text begins with."""
     tokenizer = real_llama.tokenizer(legacy)
     words = TASKS["vqa"].banned_words
     found = PromptEncoder(tokenizer).banned_sequences(words)
@@ -224,68 +192,8 @@ def test_banned_words_are_the_tokenizers_own(kind):
 
 
 def test_a_text_ends_where_a_line_ends_though_no_blank_is_before_it(real_llama: RealLlama):
-    """Nothing bans the byte right behind a word: there the written text is cut."""
+    """Nothing bans the byte right after a word: there the written text is cut."""
     encoder = PromptEncoder(real_llama.tokenizer(legacy=True))
     written = [*encoder.encode(("red",))[1:], 13, *encoder.encode(("Image:",))[1:]]
     assert encoder.decode(written).startswith("red\n")
     assert PostProcess(TASKS["vqa"].cut_words)(encoder.decode(written)) == "red"
-
-
-# ---- the image mask
-
-
-def slow_mask(row: list[int], num_images: int) -> list[list[int]]:
-    """What the mask means, token by token."""
-    rows, seen, ended = [], -1, False
-    for token in row:
-        if token == IMAGE_ID:
-            seen, ended = seen + 1, False
-        visible = seen if not ended else -1
-        rows.append([int(visible == image) for image in range(num_images)])
-        ended = ended or token == EOS_ID
-    return rows
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from([0, EOS_ID, IMAGE_ID, IMAGE_ID, 5, 6]), min_size=1, max_size=20), st.integers(1, 4))
-def test_each_token_sees_the_last_image(row, num_images):
-    mask = image_attention_mask(torch.tensor([row, row[::-1]]), num_images, IMAGE_ID, EOS_ID)
-    assert mask.tolist() == [slow_mask(row, num_images), slow_mask(row[::-1], num_images)]
-
-
-def test_mask_by_hand():
-    row = [5, IMAGE_ID, 5, IMAGE_ID, EOS_ID, 5, IMAGE_ID, 5]
-    mask = image_attention_mask(torch.tensor([row]), 3, IMAGE_ID, EOS_ID)
-    assert mask.shape == (1, 8, 3)
-    assert [[i for i in range(3) if seen[i]] for seen in mask[0].tolist()] == [[], [0], [0], [1], [1], [], [2], [2]]
-
-
-def test_mask_of_no_tokens():
-    assert image_attention_mask(torch.zeros(2, 0, dtype=torch.long), 3, IMAGE_ID, EOS_ID).shape == (2, 0, 3)
-
-
-# ---- batches
-
-
-def test_a_batch_is_padded_on_the_left():
-    encoder = encoder_of("llama")
-    pixels = ImageProcessor(image_size=8).pixels(IMAGE)
-    prompts = [("hello", IMAGE, IMAGE), ("a",), (IMAGE, "what is this?")]
-    rows = [EncodedPrompt(encoder.encode(prompt), (pixels,) * prompt.count(IMAGE)) for prompt in prompts]
-    batch = collate(rows, vocabulary_of(encoder), image_size=8)
-    num_tokens = max(len(row.input_ids) for row in rows)
-    assert batch.input_ids.shape == batch.attention_mask.shape == (3, num_tokens)
-    assert batch.pixel_values.shape == (3, 2, 3, 8, 8)
-    assert batch.image_attention_mask.shape == (3, num_tokens, 2)
-    for ids, mask, row in zip(batch.input_ids, batch.attention_mask, rows, strict=True):
-        padding = num_tokens - len(row.input_ids)
-        assert ids.tolist() == [encoder.pad_token_id] * padding + row.input_ids
-        assert mask.tolist() == [0] * padding + [1] * len(row.input_ids)
-    assert batch.pixel_values[1].count_nonzero() == batch.pixel_values[2, 1].count_nonzero() == 0
-    assert torch.equal(batch.pixel_values[0, 1], pixels)
-
-
-def test_images_and_image_tokens_have_to_agree():
-    encoder = encoder_of("llama")
-    with pytest.raises(AssertionError, match="1 image tokens for 0 images"):
-        collate([EncodedPrompt(encoder.encode((IMAGE,)))], vocabulary_of(encoder), image_size=8)

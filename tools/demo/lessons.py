@@ -1,8 +1,8 @@
 """What the demo learns from: scenes, what lies where in them, and texts about them in the official templates.
 
-A lesson is made from a range of seeds alone, so training can stop and go on anywhere. One image serves several
-texts: its caption, some questions, prompts in which other images of the batch are the shots, and prompts behind the
-text-only shots that base models are shown by default.
+A lesson is made from a range of seeds alone, so training can stop and resume anywhere. One image serves several texts:
+its caption, some questions, prompts in which other images of the batch are the shots, and prompts after the text-only
+shots that base models are shown by default.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from idefics_cli.model.kv_interface import image_attention_mask
 from idefics_cli.prompts.templates import (
     CAPTION,
     QUESTION_ANSWER,
+    TEXT_ONLY_SHOTS,
     PromptOptions,
     Shot,
     Template,
@@ -30,7 +31,6 @@ from idefics_cli.prompts.tokenize import PromptEncoder
 
 IGNORED = -100
 MAX_SHOTS = 4
-TEXT_ONLY_SHOTS = 2
 ATTRIBUTES = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}
 
 
@@ -75,8 +75,8 @@ class LessonPlan(torch.utils.data.Dataset):
 
     The first `captions` of them are captioned, each is asked `questions` questions, and all stand once more in prompts
     with shots; no texts at all without questions. The first `published` of them are captioned, and asked a question,
-    behind the default's text-only shots too, which speak of a world that the demo does not know. Few shapes come first:
-    one while a third of `easy_steps` lasts, then two, then all.
+    after the default's text-only shots too, whose texts are of a world that the demo does not know. Few shapes come
+    first: one during a third of `easy_steps`, then two, then all.
     """
 
     images: ImageProcessor
@@ -95,16 +95,14 @@ class LessonPlan(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Lesson:
         step = self.steps[index]
         first = self.first_seed + step * self.scenes
-        max_objects = (
-            min(MAX_OBJECTS, 1 + MAX_OBJECTS * step // max(self.easy_steps, 1)) if self.easy_steps else MAX_OBJECTS
-        )
+        max_objects = min(MAX_OBJECTS, 1 + MAX_OBJECTS * step // self.easy_steps) if self.easy_steps else MAX_OBJECTS
         drawn = [scene(seed, max_objects) for seed in range(first, first + self.scenes)]
         pixel_values = torch.stack([self.images.pixels(each.image) for each in drawn])
         texts = tuple(self._texts(drawn, np.random.default_rng([first, 7]))) if self.questions else ()
         return Lesson(pixel_values, object_table(drawn), texts)
 
     def _texts(self, scenes: list[Scene], generator: np.random.Generator):
-        """Captions without shots, questions without shots, and both with shots; then both behind the default's."""
+        """Captions without shots, questions without shots, and both with shots; then both after the default's."""
         asked = [
             (index, int(question))
             for index, drawn in enumerate(scenes)
@@ -171,7 +169,7 @@ class LessonPlan(torch.utils.data.Dataset):
 class Row:
     """One text: `labels` of the same length as `input_ids`; `images` are indices into the lesson's images.
 
-    Behind a shot's answer the label is `</s>` although a line break follows: an answer always ends the same way.
+    After a shot's answer the label is `</s>` although a line break follows: an answer always ends the same way.
     """
 
     input_ids: list[int]

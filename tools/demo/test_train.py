@@ -1,4 +1,4 @@
-"""Training from nothing, in miniature: it runs, goes on where it stopped, and writes an ordinary checkpoint."""
+"""Training from nothing, in miniature: it runs, resumes where it stopped, and writes an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plan(encoder: PromptEncoder) -> LessonPlan:
     )
 
 
-def test_stopping_and_going_on_changes_nothing(
+def test_stopping_and_resuming_changes_nothing(
     short_stages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = Training(tmp_path / "straight", "cpu", 1.0, 1)

@@ -1,7 +1,7 @@
 """The demo's tokenizer: LLaMA's kind (byte-pair pieces, a byte for anything unknown), with the world's own words.
 
 It is saved in the published form, so that it loads like any IDEFICS checkpoint's: ids 0 to 2 are `<unk>`, `<s>` and
-`</s>`, then 256 bytes, then pieces, and behind the vocabulary the two added image tokens.
+`</s>`, then 256 bytes, then pieces, and after the vocabulary the two added image tokens.
 """
 
 from __future__ import annotations

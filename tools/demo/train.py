@@ -3,9 +3,9 @@
 Four stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
 lies where: for each patch the shape it belongs to, and in the first latents the shapes from left to right. *Speak*:
 the whole model learns to caption and to answer, in the official prompt templates. *Answer*: it is asked more, because
-captions are learned sooner than answers. *Default*: with its eyes as they are, it learns to do so behind the text-only
-shots of the default protocol. Scenes are drawn from seeds in order, so a run can stop anywhere and goes on from its
-last checkpoint; seeds from `EVALUATION_SEEDS` on are never drawn here. With `--start`, a finished checkpoint goes
+captions are learned sooner than answers. *Default*: with its eyes as they are, it learns to do so after the text-only
+shots of the default protocol. Scenes are drawn from seeds in order, so a run can stop anywhere and resumes from its
+last saved state; seeds from `EVALUATION_SEEDS` on are never drawn here. With `--start`, a finished checkpoint goes
 through the last stage alone.
 """
 
@@ -45,7 +45,7 @@ class Stage:
     `matrix_rate` is Muon's, `other_rate` AdamW's; the eyes (vision tower and resampler) learn at `eyes_share` of them.
     At a share of zero they are left as they are. The rates fall to zero over the last `decay` part of the steps. Of
     each lesson `captions` images are captioned, and each is asked `questions` questions; `published` images are
-    captioned and asked behind the text-only shots of the default protocol.
+    captioned and asked after the text-only shots of the default protocol.
     """
 
     name: str
@@ -266,7 +266,7 @@ class Training:
         return state["stage"], state
 
     def _begin(self) -> int:
-        """How many stages are behind a new run: none, or all but the last of the checkpoint that it starts from."""
+        """How many stages a new run skips: none, or all but the last if it starts from a checkpoint."""
         if self.start is None:
             return 0
         self.pupil.model.load_state_dict(load_file(self.start / "model.safetensors", device=self.device))
@@ -386,7 +386,7 @@ def main() -> None:
         "--start",
         type=Path,
         metavar="CHECKPOINT",
-        help="teach this finished checkpoint the last stage, in place of a new one all of them",
+        help="train this finished checkpoint in the last stage only, not a new one in all of them",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="lengthen or shorten all stages")
@@ -395,7 +395,7 @@ def main() -> None:
     try:
         Training(options.folder, options.device, options.scale, options.threads, options.start).run()
     except KeyboardInterrupt:
-        sys.exit(f"stopped: the same command goes on from the last {SAVE_EVERY} lessons")
+        sys.exit(f"stopped: the same command resumes, losing at most {SAVE_EVERY} lessons")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# What to measure first on a CUDA GPU, in three calls of under ten minutes each, from a checkout's root:
+#   OUT=gpu-results bash benchmarks/gpu.sh A    versions, correctness, 0-shot beside transformers
+#   OUT=gpu-results bash benchmarks/gpu.sh B    4-shot beside transformers, 32 shots
+#   OUT=gpu-results bash benchmarks/gpu.sh C    running out of memory, the demo from end to end
+# Needs torch with CUDA and transformers >= 5.23. A part that fails or runs out of time leaves its log, and the next one
+# starts. Try it without a GPU: DEVICE=cpu DTYPE=fp32 SIZE=tiny CHECKED=tiny SCENES=8 bash benchmarks/gpu.sh A
+set -u
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+project=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+out=$(mkdir -p "${OUT:-gpu-results}" && realpath "${OUT:-gpu-results}")
+python=${PYTHON:-python3} device=${DEVICE:-cuda} dtype=${DTYPE:-bf16} size=${SIZE:-9b} checked=${CHECKED:-mid} scenes=${SCENES:-2000}
+cd "$project" || exit 1
+
+part() { # name, seconds, command...
+  local name=$1 limit=$2 start=$SECONDS rc
+  shift 2
+  timeout -k 10 "$limit" "$@" >"$out/$name.json" 2>"$out/$name.log"
+  rc=$?
+  echo "== $name: exit code $rc, $((SECONDS - start)) s"
+  tail -c 1500 "$out/$name.json"
+  [ "$rc" = 0 ] || tail -n 5 "$out/$name.log"
+}
+bench() { # name, seconds, options of `idefics bench`
+  part "$1" "$2" "$python" -m idefics_cli bench --device "$device" "${@:3}"
+}
+check() { part "$1" "$2" "$python" -m benchmarks.gpu_check "$1" --device "$device" --size "$checked"; }
+
+case ${1:-} in
+A)
+  part versions 60 "$python" -m benchmarks.gpu_check versions --device "$device"
+  check correct 200
+  bench path 60 --random tiny --dtype fp32 --repeats 1
+  bench 0shot 240 --random "$size" --dtype "$dtype" --num-beams 3 --batch-size 8 --repeats 2
+  ;;
+B)
+  bench 4shot 280 --random "$size" --dtype "$dtype" --shots 4 --num-beams 3 --batch-size 8 --max-new-tokens 15 --repeats 2
+  bench 32shot 280 --random "$size" --dtype "$dtype" --shots 32 --num-beams 3 --batch-size 4 --max-new-tokens 15 --repeats 1
+  ;;
+C)
+  check memory 120
+  bench 0shot-b32 280 --random "$size" --dtype "$dtype" --num-beams 3 --batch-size 32 --max-new-tokens 20 --repeats 1
+  bench demo 120 -m demo --scenes "$scenes" --num-beams 3 --batch-size 64 --repeats 1
+  part caption 60 "$python" -m idefics_cli caption examples/images -m demo --device "$device" -o "$out/captions.jsonl"
+  ;;
+*)
+  echo "usage: bash benchmarks/gpu.sh A|B|C" >&2
+  exit 2
+  ;;
+esac

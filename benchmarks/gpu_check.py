@@ -1,0 +1,105 @@
+"""What only a GPU can tell: `python -m benchmarks.gpu_check versions|correct|memory`. One JSON line on stdout.
+
+*correct*: texts in fp32 beside those of the CPU, and in half precision; latents. *memory*: the same texts when only a
+small part of the device's memory is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from idefics_cli.bench.options import BenchOptions
+from idefics_cli.bench.subjects import Subject, random_subject
+from idefics_cli.engine.embed import embed
+from idefics_cli.engine.engine import Engine
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
+
+CPU = torch.device("cpu")
+SPARE_BYTES = (512 << 20, 128 << 20, 48 << 20)
+
+
+def subject_on(device: torch.device, dtype: torch.dtype, size: str, rows: int, shots: int = 0) -> Subject:
+    """The weights are drawn on the CPU, since each device draws its own numbers."""
+    subject = random_subject(BenchOptions(random=size, rows=rows, shots=shots), CPU, dtype)
+    return replace(subject, model=subject.model.to(device))
+
+
+def texts(subject: Subject, prompts: Sequence[EncodedPrompt], decoding: DecodingOptions, rows: int) -> list[Any]:
+    """Token ids of each prompt's best text, or its error."""
+    engine = Engine(subject.model, subject.vocabulary, rows)
+    found = dict(engine.generate(prompts, decoding))
+    return [found[i][0].token_ids if isinstance(found[i], list) else str(found[i]) for i in range(len(prompts))]
+
+
+def versions(device: torch.device, size: str) -> dict[str, Any]:
+    found = {name: metadata.version(name) for name in ("torch", "transformers", "idefics-cli")}
+    found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"device": properties.name, "bytes": properties.total_memory}
+    return found
+
+
+def correct(device: torch.device, size: str) -> dict[str, Any]:
+    torch.backends.cudnn.allow_tf32 = False
+    report: dict[str, Any] = {}
+    for shots, beams in ((0, 3), (4, 3), (0, 5), (2, 1)):
+        host, decoding = subject_on(CPU, torch.float32, size, 16, shots), DecodingOptions(beams, 12)
+        prompts = host.prompts.draw(1)
+        expected = texts(host, prompts, decoding, 8)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = texts(subject_on(device, dtype, size, 16, shots), prompts, decoding, 8)
+            same = sum(a == b for a, b in zip(found, expected, strict=True))
+            report[f"{shots} shots, {beams} beams, {str(dtype)[6:]}: same"] = same / len(expected)
+    return report | {"largest difference of latents": latents_difference(device, size)}
+
+
+def latents_difference(device: torch.device, size: str) -> float:
+    host, other = (subject_on(each, torch.float32, size, 8) for each in (CPU, device))
+    images = [EncodedImage((prompt.pixels[-1],)) for prompt in host.prompts.draw(3)]
+    first, second = (
+        torch.stack([found for _, found in embed(Engine(each.model, each.vocabulary, 4), IterableSource(images))])
+        for each in (host, other)
+    )
+    return float((first - second).abs().max())
+
+
+def memory(device: torch.device, size: str) -> dict[str, Any]:
+    """More rows than fit: the same texts, with fewer rows at a time."""
+    subject, decoding = subject_on(device, torch.float32, size, 64), DecodingOptions(3, 12)
+    prompts = subject.prompts.draw(1)
+    expected = texts(subject, prompts, decoding, 4)
+    report = {}
+    for spare in SPARE_BYTES if device.type == "cuda" else ():
+        torch.cuda.empty_cache()
+        used, total = torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (used + spare) / total), device)
+        found = texts(subject, prompts, decoding, 64)
+        report[f"{spare >> 20} MB spare: same"] = sum(a == b for a, b in zip(found, expected, strict=True)) / 64
+    return report
+
+
+PARTS = {"versions": versions, "correct": correct, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", default="mid")
+    options = parser.parse_args()
+    device = torch.device("cuda:0" if options.device == "cuda" else options.device)
+    print(json.dumps(PARTS[options.part](device, options.size)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""One stream of prompts: a queue, and running rows that are admitted, prefilled, decoded and evicted.
+
+What streams share is the runner's, where keys and values lie the store's, which token comes next `beam_search.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from idefics_cli.engine.beam_search import NEVER, BeamRules, BeamState, beam_step, longest_start
+from idefics_cli.engine.kv_cache import NO_PREFIX, KVStore
+from idefics_cli.engine.memory_budget import attempt
+from idefics_cli.engine.model_runner import ModelRunner
+from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
+from idefics_cli.engine.prefill import Intake, PrefillBatch, QueuedPrompt
+from idefics_cli.engine.prompt_source import PromptSource
+from idefics_cli.engine.reference import until_end
+from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
+from idefics_cli.engine.tree_attention import DecodeMemory
+from idefics_cli.engine.varlen import PackedRows
+from idefics_cli.errors import RowError
+
+WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
+
+Outcome = list[Hypothesis] | RowError
+
+
+class Scheduler:
+    """The running rows of one stream, and its queue. Row i is row i of the store and of every tensor here."""
+
+    def __init__(self, runner: ModelRunner, source: PromptSource, options: DecodingOptions, vocabulary: Vocabulary):
+        self.runner, self.model, self.options = runner, runner.model, options
+        self.intake = Intake(source, vocabulary.image_token_id)
+        config, device = runner.model.config, runner.model.device
+        self.rules = BeamRules.of(options, config.vocab_size + config.additional_vocab_size, vocabulary, device)
+        self.context_length = longest_start(vocabulary.banned_sequences)  # of prompts, None for all of it
+        if options.no_repeat_ngram_size:
+            self.context_length = None
+        self.overflows = Overflows(self.model.dtype)
+        self.queue: list[QueuedPrompt] = []
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """With no row running."""
+        device = self.model.device
+        self.rows: list[QueuedPrompt] = []
+        self.prefix = NO_PREFIX
+        self.store = KVStore(self.model.config, self.options, device, self.model.dtype)
+        self.state = BeamState.start(0, self.options, device)
+        self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
+
+    # ---- the loop
+
+    def run(self) -> Iterator[tuple[int, Outcome]]:
+        while (group := self.admit()) or self.rows:
+            finished = attempt(partial(self.advance, group))
+            yield from self.back_off(group) if finished is None else finished
+
+    @torch.inference_mode()
+    def advance(self, group: list[QueuedPrompt]) -> list[tuple[int, Outcome]]:
+        """One token for the new rows, or else for all."""
+        if group:
+            self.prefill(group)
+        else:
+            self.decode_step()
+        return self.evict()
+
+    def admit(self) -> list[QueuedPrompt]:
+        """Prompts of similar length to run, where there is space for a good number of them.
+
+        The first in the queue decides which prefix is shared; where it is another than the running rows have, these
+        finish first. So no prompt waits for ever.
+        """
+        batch_size = self.runner.batch_size.now
+        free = batch_size - len(self.rows)
+        if self.rows and free < max(1, batch_size // 4):
+            return []
+        if len(self.queue) < free:
+            self._look_ahead()
+        if not self.queue or (self.rows and self.queue[0].shared != self.prefix.content):
+            return []
+        group = [prompt for prompt in self.queue if prompt.shared == self.queue[0].shared][:free]
+        chosen = set(group)
+        self.queue = [prompt for prompt in self.queue if prompt not in chosen]
+        return group
+
+    def prefill(self, group: list[QueuedPrompt]) -> None:
+        """Read the prompts and choose their first tokens."""
+        runner, rows = self.runner, slice(len(self.rows), len(self.rows) + len(group))
+        if not self.rows:
+            self.prefix = runner.prefixes.get_or_prefill(group[0])
+        batch = PrefillBatch(group, self.prefix, runner.vocabulary)
+        # Before the store grows: it then lies where the vision tower's activations have been.
+        images = batch.arrange(runner.images(group, batch.wanted, ahead=self.queue))
+        expected = min(runner.batch_size.now, rows.stop + len(self.queue))
+        self.store.reserve(rows.stop, max(batch.lengths), expected)
+        logits = runner.prefill(batch, images, self.store.prompts(rows, max(batch.lengths)))
+        self.store.admit(rows, batch.lengths, batch.last_images(images), batch.sees_image().to(logits.device))
+        context = self._context_of(group)
+        start = BeamState.start(len(group), self.options, logits.device)
+        logits = logits[:, None].expand(-1, self.options.num_beams, -1)  # (rows, beams, vocabulary)
+        state, parents = beam_step(logits, start, self.rules, context)
+        self.store.advance(rows, parents)
+        self.state = BeamState.join(self.state, state)
+        self.context = join_contexts(self.context, context)
+        self.rows = self.rows + group
+
+    def decode_step(self) -> None:
+        """One token for every beam of every running row."""
+        with self.runner.timed("decode"):
+            self.state, parents = beam_step(self._next_logits(), self.state, self.rules, self.context)
+            self.store.reserve(len(self.rows))
+            self.store.advance(slice(len(self.rows)), parents)
+        self.runner.times.steps += 1
+
+    def evict(self) -> list[tuple[int, Outcome]]:
+        """Take out the rows whose search is over, and compact the rest."""
+        known = torch.stack([self.state.done.long(), self.store.slots_in_use(len(self.rows))])
+        done, slots_in_use = known.tolist()  # the one thing that the device is asked in a step
+        self.store.used = max((slots for row, slots in enumerate(slots_in_use) if not done[row]), default=0)
+        ended = [row for row, is_done in enumerate(done) if is_done]
+        if not ended:
+            return []
+        outcomes = dict(zip(ended, self._outcomes(ended), strict=True))
+        finished = [(self.rows[row].index, outcome) for row, outcome in outcomes.items()]
+        overflowed = [row for row in ended if outcomes[row] == self.overflows.error]
+        self.overflows.look_at([row in overflowed for row in range(len(self.rows))])
+        self.store.erase(overflowed)
+        self.compact(compaction_order(done))
+        self.runner.batch_size.record_success(len(finished))
+        return finished
+
+    def compact(self, sources: list[int]) -> None:
+        """Row i becomes what row `sources[i]` was."""
+        self.store.compact(sources)
+        index = torch.tensor(sources, dtype=torch.long, device=self.model.device)
+        self.state, self.context = self.state.pick(index), self.context[index]
+        self.rows = [self.rows[source] for source in sources]
+
+    def back_off(self, group: list[QueuedPrompt]) -> list[tuple[int, Outcome]]:
+        """Memory has ended: half as many rows, and running ones start over. One that does not fit alone has no text."""
+        running = set(self.rows)
+        begun = self.rows + [prompt for prompt in group if prompt not in running]
+        self._start_over()
+        self.runner.free_memory()
+        if self.runner.batch_size.shrink(len(begun)):
+            self.queue = begun + self.queue
+            return []
+        self.runner.batch_size.reset()
+        assert len(begun) == 1, f"{len(begun)} rows running where one fits"
+        return [(begun[0].index, TOO_LARGE)]
+
+    # ---- what the loop is made of
+
+    def _look_ahead(self) -> None:
+        """Lengthen the queue, sorted by length after what the last look ahead has left in it."""
+        idle = not self.rows and not self.queue
+        taken = self.intake.take(WINDOWS_AHEAD * self.runner.batch_size.now - len(self.queue), wait=idle)
+        self.queue = self.queue + sorted(taken, key=lambda prompt: len(prompt.content))
+
+    def _context_of(self, group: list[QueuedPrompt]) -> Tensor:
+        """What n-gram blocking and banned sequences look at of each prompt, padded on the left with −1."""
+        count, prompts = self.context_length, [each.prompt.input_ids for each in group]
+        ends = [ids if count is None else ids[-count:] if count else [] for ids in prompts]
+        width = max(map(len, ends))
+        rows = [[-1] * (width - len(ids)) + ids for ids in ends]
+        return torch.tensor(rows, dtype=torch.long, device=self.model.device).view(len(group), width)
+
+    def _next_logits(self) -> Tensor:
+        """The network over every beam's newest token: what may come next, (rows, beams, vocabulary)."""
+        num_rows, beams, model = len(self.rows), self.options.num_beams, self.model.model
+        rows = PackedRows([beams] * num_rows, self.model.device, model.line_length(num_rows * beams))
+        memory = DecodeMemory.of(self.store, self.prefix, rows)
+        steps = self.state.length - 1  # (rows,): tokens whose keys are stored
+        tokens = self.state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)
+        positions = self.prefix.length + self.store.prompt_lengths[:num_rows] + steps
+        embeddings = model.embed_tokens(rows.pack(tokens))  # (1, packed, hidden)
+        hidden_states = model.decode(embeddings, rows.pack(positions[:, None].expand(-1, beams)), memory)
+        logits = self.model.lm_head(hidden_states)
+        return logits[0, : rows.num_tokens].unflatten(0, (num_rows, beams))
+
+    def _outcomes(self, rows: list[int]) -> list[Outcome]:
+        """Each row's texts, best first, or why there are none."""
+        state = self.state.pick(torch.tensor(rows, device=self.model.device))
+        wanted, ends = self.options.num_return_sequences, self.runner.vocabulary.end_token_ids
+        overflow = state.final_scores.isnan().any(dim=1).tolist()
+        columns = [each[:, :wanted].tolist() for each in (state.final_scores, state.final_lengths, state.final_tokens)]
+        outcomes: list[Outcome] = []
+        for is_overflow, scores, lengths, tokens in zip(overflow, *columns, strict=True):
+            texts = [
+                Hypothesis(until_end(ids[:length], ends), score)
+                for score, length, ids in zip(scores, lengths, tokens, strict=True)
+                if score > NEVER / 2
+            ]
+            outcomes.append(self.overflows.error if is_overflow else texts or NOTHING_ALLOWED)
+        return outcomes
+
+
+def compaction_order(done: Sequence[bool]) -> list[int]:
+    """Which row takes each place: rows that stay keep theirs, and the last ones fill the gaps."""
+    alive = [row for row, is_done in enumerate(done) if not is_done]
+    moving = [row for row in alive if row >= len(alive)]
+    return [row if not done[row] else moving.pop() for row in range(len(alive))]
+
+
+def join_contexts(first: Tensor, second: Tensor) -> Tensor:
+    """Both under one width, padded on the left with −1."""
+    width = max(first.shape[1], second.shape[1])
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(each, (width - each.shape[1], 0), value=-1) for each in (first, second)])

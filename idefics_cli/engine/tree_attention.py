@@ -1,0 +1,172 @@
+"""Attention over parts of the keys: the shared prefix, a row's own prompt, its tree of beams, its images.
+
+The two memories here answer the same two questions as the network's plain one (`model/kv_interface.py`), so there is
+one forward pass: `PrefillMemory` while prompts are read, `DecodeMemory` while texts are written. Tensors only: no text,
+no files, and no choice of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from idefics_cli.engine.kv_cache import KVStore, Prefix
+from idefics_cli.engine.varlen import PackedRows
+from idefics_cli.model.kv_interface import AttentionOutput
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention over one part of the keys: output (rows, heads, queries, head_dim) and the log-sum-exp of its scores.
+
+    `mask` is additive and broadcasts to (rows, heads, queries, keys).
+    """
+    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling
+        )
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    if mask is not None:
+        scores = scores + mask
+    log_sum = scores.logsumexp(dim=-1)
+    return (scores - log_sum[..., None]).exp().to(value.dtype) @ value, log_sum
+
+
+def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of a few queries: output (rows, heads, queries, head_dim); `mask` is additive.
+
+    On the CPU the fused kernel is built for many queries: for a few, two products and a softmax are faster, and in fp32
+    as exact. In half precision the fused kernel keeps its scores in fp32, so it stays.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    scores = (query * scaling) @ key.transpose(-1, -2)  # (rows, heads, queries, keys)
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ value
+
+
+def merge_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention over two parts together, from each part's output and log-sum-exp (Milakov & Gimelshein 2018)."""
+    (output, log_sum), (other_output, other_log_sum) = first, second
+    # Each part's share of the whole sum of exponentials; a sigmoid stays exact where one of them vanishes.
+    share = torch.sigmoid(log_sum.float() - other_log_sum.float()).unsqueeze(-1)
+    return (output.float() * share + other_output.float() * (1 - share)).to(output.dtype)
+
+
+def attend_prefix(prefix: Prefix, layer: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
+    """All rows' queries (rows, heads, queries, head_dim) as one block against the one prefix."""
+    rows, heads, queries, head_dim = query.shape
+    key, value = prefix.key_values[layer.layer_idx]  # (1, heads, tokens, head_dim)
+    block = query.transpose(0, 1).reshape(1, heads, rows * queries, head_dim)
+    output, log_sum = attend_part(block, key, value, None, layer.scaling)
+    output = output.view(heads, rows, queries, head_dim).transpose(0, 1)
+    return output, log_sum.reshape(heads, rows, queries).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class PrefillMemory:
+    """While prompts are read: each token sees the prefix and what is before it in its row, or what `mask` says.
+
+    Keys and values go into `key_values`, for each layer (2, rows, heads, width, head_dim); empty: they are not needed
+    again. `mask` (rows, 1, width, width) and `image_mask` (rows, 1, width, images * seq) are additive, `image_gate`
+    (rows, width) is open where a token sees an image. `images` are those of each row, as many for all, each
+    (layers, 2, heads, seq, head_dim).
+    """
+
+    prefix: Prefix
+    rows: PackedRows
+    key_values: Sequence[Tensor]
+    images: Sequence[Sequence[Tensor]]
+    image_mask: Tensor
+    image_gate: Tensor
+    mask: Tensor | None = None
+
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        query, key, value = map(self.rows.pad, (query, key, value))  # (rows, heads, width, head_dim)
+        if self.key_values:
+            for index, states in enumerate((key, value)):
+                self.key_values[layer.layer_idx][index].copy_(states)
+        is_causal, scaling = self.mask is None, layer.scaling
+        if self.prefix.length == 0:
+            output = nn.functional.scaled_dot_product_attention(
+                query, key, value, self.mask, is_causal=is_causal, scale=scaling
+            )
+        else:
+            own = attend_part(query, key, value, self.mask, scaling, is_causal)
+            output = merge_parts(own, attend_prefix(self.prefix, layer, query))
+        return self.rows.pack(output.transpose(1, 2)), None  # (1, packed, heads, head_dim)
+
+    def attend_image(
+        self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
+    ) -> AttentionOutput:
+        joined = [torch.cat([image[layer.layer_idx] for image in row], dim=2) for row in self.images]
+        key, value = torch.stack(joined, dim=1)  # (rows, heads, images * seq, head_dim)
+        query = self.rows.pad(query)
+        output = nn.functional.scaled_dot_product_attention(query, key, value, self.image_mask, scale=layer.scaling)
+        output = output.transpose(1, 2).masked_fill(~self.image_gate[:, :, None, None], 0.0)
+        return self.rows.pack(output), None
+
+
+@dataclass(frozen=True)
+class DecodeMemory:
+    """While texts are written: the k beams of a row are k queries of one attention over the row's slots.
+
+    `rows` has as many tokens as there are beams, the newest of each. `written` (rows * heads * beams,) is where they
+    go, counted over the first three axes of a layer's (rows, heads, slots, head_dim); `mask`
+    (rows, 1, beams, slots in use) is additive. `slots` are those in use.
+    """
+
+    store: KVStore
+    prefix: Prefix
+    rows: PackedRows
+    slots: slice
+    written: Tensor
+    mask: Tensor
+    image_gate: Tensor
+
+    @classmethod
+    def of(cls, store: KVStore, prefix: Prefix, rows: PackedRows) -> DecodeMemory:
+        num_rows, beams, device = rows.num_rows, rows.width, store.newest.device
+        _, _, heads, slots, _ = store.key_values[0].shape
+        first = torch.arange(num_rows * heads, device=device) * slots + store.prompt_slots
+        written = first.view(num_rows, heads, 1) + store.newest[:num_rows, None]  # (rows, heads, beams)
+        longest, used = max(store.widths), store.used
+        in_prompt = store.holds_prompt(num_rows, longest)[:, None].expand(-1, beams, -1)
+        visible = torch.cat([in_prompt, store.ancestors[:num_rows, :, :used]], dim=2)  # (rows, beams, slots in use)
+        dtype = store.image_key_values.dtype
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
+        return cls(
+            store=store,
+            prefix=prefix,
+            rows=rows,
+            slots=slice(store.prompt_slots - longest, store.prompt_slots + used),
+            written=written.flatten(),
+            mask=mask[:, None],
+            image_gate=store.sees_image[:num_rows, None, None, None],
+        )
+
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        query, key, value = map(self.rows.pad, (query, key, value))  # (rows, heads, beams, head_dim)
+        stored = self.store.key_values[layer.layer_idx]  # (2, rows, heads, slots, head_dim)
+        for index, states in enumerate((key, value)):
+            stored[index].flatten(0, 2).index_copy_(0, self.written, states.flatten(0, 2))
+        key, value = stored[:, : self.rows.num_rows, :, self.slots]  # (rows, heads, slots in use, head_dim)
+        if self.prefix.length == 0:
+            output = attend_few(query, key, value, self.mask, layer.scaling)
+        else:
+            own = attend_part(query, key, value, self.mask, layer.scaling)
+            output = merge_parts(own, attend_prefix(self.prefix, layer, query))
+        return self.rows.pack(output.transpose(1, 2)), None  # (1, packed, heads, head_dim)
+
+    def attend_image(
+        self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
+    ) -> AttentionOutput:
+        key, value = self.store.image_key_values[layer.layer_idx, :, : self.rows.num_rows]
+        output = attend_few(self.rows.pad(query), key, value, None, layer.scaling)
+        return self.rows.pack(output.transpose(1, 2).masked_fill(~self.image_gate, 0.0)), None
