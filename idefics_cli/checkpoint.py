@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
-from idefics_cli.storage.files import LocalFile, file_digest
+from idefics_cli.storage.files import file_digest, local_file
 from idefics_cli.validation import Help
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ def weights_digest(request: ModelRequest) -> str | None:
     side_files = {path for pattern in SIDE_FILES for path in checkpoint.folder.glob(pattern)}
     digest = hashlib.sha256()
     for path in sorted({*checkpoint.weight_files, *side_files}):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} {file_digest(LocalFile(str(path), size))}\n".encode())
+        digest.update(f"{path.name} {path.stat().st_size} {file_digest(local_file(str(path)))}\n".encode())
     return digest.hexdigest()
 
 

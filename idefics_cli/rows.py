@@ -1,14 +1,14 @@
-"""What readers give: a row, and where its images are. And what they are asked: which rows, and what of them."""
+"""A row of the input and where its images are, and the options of reading. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.validation import Help
@@ -19,16 +19,16 @@ NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """An image on a file system of pyarrow's. Nothing is opened before `read`, which many threads may call."""
+    """An image on another file system. Nothing is opened before `read`, which many threads may call."""
 
     path: str  # for people: the address, without anything secret
-    filesystem: Any  # pyarrow.fs.FileSystem
+    filesystem: Any  # fsspec.AbstractFileSystem
     key: str  # the path within the file system
 
     def read(self, max_bytes: int) -> bytes:
         """The first `max_bytes` bytes. Raises FileNotFoundError or another OSError."""
-        with self.filesystem.open_input_stream(self.key, compression=None) as stream:
-            return stream.read(max_bytes)
+        with self.filesystem.open(self.key, "rb", seekable=False) as file:
+            return file.read(max_bytes)
 
 
 ImageSource: TypeAlias = Path | bytes | RemoteFile
@@ -38,12 +38,11 @@ ImageSource: TypeAlias = Path | bytes | RemoteFile
 class InputRow:
     """One row of the input.
 
-    `index` is its place among all rows of all inputs, before `--shard` and `--limit`. `id` is unique in the run and,
-    like `image`, holds no lone surrogate. `image` is what people are shown of the image: its path as it was given, or
-    None for bare bytes; of several images, a JSON list of these. `sources` are the row's images in order, usually
-    one. `values` are the columns that were asked for, empty for plain files; a column that this row lacks is None.
-    A row that is already known to be bad carries its `error`; `asked` is what the run asks about it, where all rows are
-    asked the same; `earlier` is its result from an earlier run, where that is to be kept.
+    `index` is its place among all rows of all inputs, before `--shard` and `--limit`. `id` is unique in the run.
+    `image` is what people are shown of the image: its path as it was given, or None for bare bytes; of several images,
+    a JSON list of these. Neither holds a lone surrogate. `sources` are the row's images in order. `values` are the
+    columns that were asked for; one that this row lacks is None. `error` says why a row is bad. `asked` is the row's
+    question where each input row is asked several, `earlier` its result row from an earlier run.
     """
 
     index: int
@@ -76,13 +75,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Which rows are read, and what of them.
+    """Which rows are read, and which of their columns.
 
-    `columns` must exist in every manifest; `keep` are those to pass through ("all": every one but those of id and
-    image). `shard` is (I, N), 1 <= I <= N: the rows whose index is I - 1 modulo N. `limit` counts the rows that come,
-    behind the shard. Where no `image_column` is named, images are in the first of `usual_image_columns` that a
-    manifest has, else in its only column that may hold them. Without `needs_image` a row has images only where
-    `image_column` names them; without `needs_id` the rows of manifests are known by their numbers.
+    Every manifest must have `columns` and `keep`, the columns to pass through ("all": every one but those of id and
+    image); `reads_passthrough` says whether rows' `values` hold these too. `shard` is (I, N), 1 <= I <= N: the rows
+    whose index is I - 1 modulo N. `limit` counts the rows of the shard. Without an `image_column`, images are in the
+    first of `usual_image_columns` that a manifest has, else in the only column that looks like images. Without
+    `needs_image` rows have images only where `image_column` names them; without `needs_id` their ids are their numbers.
     """
 
     recursive: Annotated[bool, Help("Skip the sub-folders of folders", flags=("--no-recursive",))] = True
@@ -144,49 +143,3 @@ class ImageOptions:
     @property
     def num_workers(self) -> int:
         return self.workers or min(MAX_WORKERS, os.cpu_count() or 1)
-
-
-class Entry(NamedTuple):
-    """A row before it has its place in the run. `number` counts from 0 within its input.
-
-    Without a `name` the row has no id of its own (its error says why), and is given one.
-    """
-
-    number: int
-    name: str | None
-    image: str | None
-    sources: tuple[ImageSource, ...]
-    values: Mapping[str, Any] = NO_VALUES
-    error: RowError | None = None
-
-
-class Source(Protocol):
-    """What one INPUT holds.
-
-    `size` is the number of rows, None while it is not known; it is known once `entries` or `names` have come to their
-    end. `distinct` says that no two rows can have one id. `listed` says that all ids are at hand without reading,
-    `is_streaming` that a row may come only when somebody sends it.
-    """
-
-    size: int | None
-    distinct: bool
-    listed: bool
-    is_streaming: bool
-    identity: Mapping[str, Any]
-    kept: Mapping[str, Any]
-
-    def entries(self, start: int, step: int) -> Iterator[Entry]:
-        """Every `step`-th row from number `start` on."""
-        ...
-
-    def names(self, start: int, step: int) -> Iterator[tuple[int, str | None]]:
-        """Number and name of the rows that `entries` would give, without their images."""
-        ...
-
-    def fallback_name(self, number: int) -> str:
-        """What a row without an id of its own is called."""
-        ...
-
-    def resolve(self, value: object) -> ImageSource | RowError:
-        """One image value of this input's rows -> what opens it."""
-        ...

@@ -19,7 +19,7 @@ from idefics_cli.errors import InputError, RowError, listed
 from idefics_cli.evaluation.metrics import cider, exact_match, require_cider, vqa_accuracy
 from idefics_cli.readers.references import references_of
 from idefics_cli.readers.table import OWN_ERROR, Table
-from idefics_cli.storage.files import LocalFile
+from idefics_cli.storage.files import local_file
 from idefics_cli.validation import Help
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _open_results(path: Path) -> Table:
     """A `.parquet`, or JSON lines under any other name. Raises InputError for a file that is neither."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a result file (.jsonl or .parquet)")
-    file = LocalFile(os.fspath(path), path.stat().st_size if path.exists() else 0)
+    file = local_file(os.fspath(path))
     if path.suffix == ".parquet":
         from idefics_cli.readers.parquet import ParquetTable  # imports pyarrow
 

@@ -1,97 +1,87 @@
 """Inputs -> rows: files, folders, manifests and paths on stdin, in order, each with an id that no other row has.
 
-`open_inputs` looks at everything that was named before it gives back a row, so that a user's mistake is an `InputError`
-while nothing has been loaded yet; what shows itself only further on is raised behind the rows before it. A bad row is a
-row with an `error`. No image is opened here beyond the first bytes that tell an image without a telling name,
-nothing is fetched from the web, and nothing is known of models or outputs.
+`open_inputs` checks everything that was named before it gives a row, so that a user's mistake is an `InputError` while
+nothing has been loaded yet; damage further on is raised after the rows before it. A bad row is a row with an `error`.
+No image is opened here, nothing is fetched from the web, and nothing is known of models or outputs.
 """
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.folder import list_file, list_folder, list_remote_file, list_remote_folder
+from idefics_cli.readers.arrow_values import inferred_array, inferred_types
+from idefics_cli.readers.folder import FileListing, list_file, list_folder
 from idefics_cli.readers.manifest import is_manifest, open_manifest
 from idefics_cli.readers.stdin_paths import PathList
-from idefics_cli.rows import ImageSource, InputRow, ReadOptions, RemoteFile, Source
-from idefics_cli.storage.filenames import escape_name, shown, unescape_name
-from idefics_cli.storage.files import LocalFile, RemoteInput, cannot_read, is_remote, open_remote, refuse_irregular
-from idefics_cli.storage.unique_ids import SeenIds
+from idefics_cli.readers.table import Chunk, Record
+from idefics_cli.rows import ImageSource, InputRow, ReadOptions
+from idefics_cli.storage.filenames import shown
+from idefics_cli.storage.files import find
+from idefics_cli.storage.unique_ids import UniqueIds
 
-__all__ = [
-    "ImageSource",
-    "InputRow",
-    "Inputs",
-    "ReadOptions",
-    "RemoteFile",
-    "escape_name",
-    "open_inputs",
-    "unescape_name",
-]
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-Item = TypeVar("Item", bound=tuple)  # its first field is the row's number within its input
+
+class Source(Protocol):
+    """What one INPUT holds.
+
+    `size` is the number of rows, None while it is not known: at the end of `rows` it is. `distinct` says that no two
+    rows can have one id, `is_streaming` that rows may come only as somebody sends them. `prefix` makes a row's number
+    unique among inputs. `identity` is equal while the input is unchanged.
+    """
+
+    size: int | None
+    distinct: bool
+    is_streaming: bool
+    prefix: str
+    identity: Mapping[str, Any]
+    passthrough: Mapping[str, pa.DataType | None]
+
+    def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
+        """Every `step`-th row from number `start` on, with its number as index, and "" as id where it has none."""
+        ...
+
+    def chunks(self, start: int, step: int) -> Iterator[Chunk]:
+        """The pass-through columns of the same rows, in bounded chunks."""
+        ...
+
+    def resolve(self, value: object) -> ImageSource | RowError:
+        """One image value of this input's rows -> what opens it."""
+        ...
 
 
 def open_inputs(inputs: Sequence[str], options: ReadOptions, stdin: BinaryIO | None = None) -> Inputs:
-    """Look at all `inputs` and give their rows.
+    """Check all `inputs` and give their rows.
 
     Each is the path or address of an image file, a folder or a manifest, or `-` for paths on `stdin`. Raises InputError
     for what is missing, unreadable, empty or of no known kind, and for two rows with one id: at once where only files
     and folders are named; otherwise from the iterator, when the second of the two comes.
     """
     if list(inputs).count("-") > 1:
-        raise InputError("`-` is named twice, but stdin can be read once: name it once")
-    found = Inputs([_open(name, len(inputs) > 1, options, stdin) for name in inputs], options)
-    found.again = lambda: open_inputs(inputs, options, stdin)
-    found.passthrough = found.kept
-    return found
+        raise InputError("`-` is named twice, but stdin can be read only once: name it once")
+    return Inputs([_open(name, len(inputs) > 1, options, stdin) for name in inputs], options)
 
 
 def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO | None) -> Source:
     if name == "-":
         return PathList(stdin, options.null, options.image_root)
-    if is_remote(name):
-        return _open_remote(name, among_others, options)
-    try:
-        status = os.stat(name)
-    except (OSError, ValueError) as error:
-        raise cannot_read(escape_name(name), error, "check the path") from error
-    if stat.S_ISDIR(status.st_mode):
-        return list_folder(name, options.recursive)
-    refuse_irregular(escape_name(name), status.st_mode)
-    if is_manifest(name):
-        return open_manifest(LocalFile(name, status.st_size), among_others, options)
-    return list_file(name)
-
-
-def _open_remote(address: str, among_others: bool, options: ReadOptions) -> Source:
-    from pyarrow.fs import FileType
-
-    place = open_remote(address)
-    try:
-        info = place.filesystem.get_file_info(place.key)
-    except OSError as error:
-        raise cannot_read(place.name, error, "check the address and your access to it") from error
-    if info.type == FileType.Directory:
-        return list_remote_folder(place, options.recursive)
-    if info.type == FileType.NotFound:
-        raise InputError(f"{place.name}: nothing is there; check the address")
-    if is_manifest(place.name):
-        return open_manifest(RemoteInput(place, info.size), among_others, options)
-    return list_remote_file(place)
+    file = find(name)
+    if file.is_folder:
+        return list_folder(file, options.recursive)
+    return open_manifest(file, among_others, options) if is_manifest(file.name) else list_file(file)
 
 
 class Inputs:
-    """The rows of one run, which come once, and what is known of them beforehand.
+    """The rows of one run, and what is known of them in advance.
 
-    `rows` gives them; `total` is how many will come, where that is known; `is_streaming`: some may be long in coming.
-    `identity` says what the inputs are: equal as long as they are unchanged. `kept` are the columns that are passed
-    through, in order, with their Arrow types (None where rows may differ).
+    `rows` gives them once; `total` is how many will come, where that is known; `is_streaming`: some may be long in
+    coming. `identity` says what the inputs are: equal as long as they are unchanged. `passthrough` are the columns that
+    are passed through, in order, with their Arrow types (None where a manifest declares none).
     """
 
     def __init__(self, sources: Sequence[Source], options: ReadOptions) -> None:
@@ -99,56 +89,36 @@ class Inputs:
         self._shard = options.shard or (1, 1)
         self._limit = options.limit
         self._current = 0  # the source that is read
-        self._next = 0  # the number of its row that has not been looked at
+        self._next = 0  # the number of its first unread row
         self._starts = [0]  # the index of the first row of each source that has been reached
-        self._passed = 0
-        self._seen = self._ids_to_remember()
+        self._skipped = 0
+        self._ids = self._ids_to_remember()
         self.is_streaming = any(source.is_streaming for source in sources)
         self.total = self._count()
         self.identity = [dict(source.identity) for source in sources]
-        self.kept = _merged([source.kept for source in sources])
+        self.passthrough = _merged([source.passthrough for source in sources])
         self.rows: Iterator[InputRow] = self._rows()
 
+    def skip(self, count: int) -> Iterator[InputRow]:
+        """The next `count` rows, or as many as there are, without images and values; before `rows` is read."""
+        number = count if self._limit is None else min(count, self._limit - self._skipped)
+        for row in islice(self._walk(ids_only=True), number):
+            self._skipped += 1
+            yield row
+
     def pass_over(self, ids: Iterable[str]) -> None:
-        """Pass over one row for each of `ids`, which an earlier run has given out, without its images.
-
-        Raises InputError where the rows now are others, or fewer. To be called before `rows` is asked for its first.
-        """
-        found = islice(self._walk(lambda source, start, step: source.names(start, step)), self._limit)
+        """Skip one row for each of `ids`. Raises InputError where the rows now are others, or fewer."""
         for old in ids:
-            index, source, (number, name) = next(found, (None, None, (None, None)))
-            if index is None:
+            row = next(self.skip(1), None)
+            if row is None or row.id != old:
+                now = "ends" if row is None else f"is now {shown(row.id)}"
                 raise InputError(
-                    f"the input ends behind {self._passed} rows, but the unfinished output goes on with {shown(old)}:"
-                    " bring the old input back, or start anew with --overwrite"
+                    f"the input {now} where the unfinished output has {shown(old)}: restore the input, or start over"
+                    " with --overwrite"
                 )
-            new = self._give_id(source, number, name, index)
-            if new != old:
-                raise InputError(
-                    f"row {index + 1} of the input is now {shown(new)}, but {shown(old)} in the unfinished output:"
-                    " bring the old input back, or start anew with --overwrite"
-                )
-            self._passed += 1
-
-    def skip(self, count):
-        for index, source, (number, name) in islice(
-            self._walk(lambda source, start, step: source.names(start, step)), count
-        ):
-            self._passed += 1
-            yield InputRow(index, self._give_id(source, number, name, index), None, (), {})
-
-    def passthrough_rows(self):
-        for row in self.again().rows:
-            yield {name: row.values.get(name) for name in self.passthrough}
-
-    def passthrough_batches(self):
-        import pyarrow as pa
-
-        rows = list(self.passthrough_rows())
-        yield from pa.Table.from_pylist(rows).to_batches()
 
     def peek(self) -> InputRow | None:
-        """The row that `rows` gives next, None behind the last. Waits for it, where rows are long in coming."""
+        """The row that `rows` gives next, None after the last. Waits for it where rows are long in coming."""
         row = next(self.rows, None)
         if row is not None:
             self.rows = chain([row], self.rows)
@@ -160,23 +130,23 @@ class Inputs:
         return self._sources[len(reached) - 1].resolve(value)
 
     def _rows(self) -> Iterator[InputRow]:
-        remaining = None if self._limit is None else self._limit - self._passed
-        entries = self._walk(lambda source, start, step: source.entries(start, step))
-        for index, source, (number, name, image, images, values, error) in islice(entries, remaining):
-            yield InputRow(index, self._give_id(source, number, name, index), image, images, values, error)
+        yield from islice(self._walk(ids_only=False), None if self._limit is None else self._limit - self._skipped)
 
-    def _walk(self, read: Callable[[Source, int, int], Iterator[Item]]) -> Iterator[tuple[int, Source, Item]]:
-        """What `read` gives for the rows of the shard, from where the walk before has stopped."""
-        place, step = self._shard
+    def _walk(self, ids_only: bool) -> Iterator[InputRow]:
+        """The rows of the shard, from where the walk before has stopped."""
         while self._current < len(self._sources):
             source, offset = self._sources[self._current], self._starts[-1]
-            start = self._next + (place - 1 - offset - self._next) % step
-            for item in read(source, start, step):
-                self._next = item[0] + 1
-                yield offset + item[0], source, item
+            for row in source.rows(self._first(offset, self._next), self._shard[1], ids_only):
+                self._next = row.index + 1
+                yield self._placed(row, source, offset)
             assert source.size is not None, "a source knows its size at its end"
             self._current, self._next = self._current + 1, 0
             self._starts.append(offset + source.size)
+
+    def _first(self, offset: int, number: int = 0) -> int:
+        """The first number from `number` on that is in the shard, in the source whose rows begin at `offset`."""
+        place, step = self._shard
+        return number + (place - 1 - offset - number) % step
 
     def _count(self) -> int | None:
         sizes = [source.size for source in self._sources]
@@ -186,58 +156,120 @@ class Inputs:
         total = len(range(place - 1, sum(sizes), step))
         return total if self._limit is None else min(total, self._limit)
 
-    # Ids
+    # ---- pass-through columns, in a second pass
 
-    def _ids_to_remember(self) -> SeenIds | None:
-        """None where no two rows can have one id. Of files and folders all ids are looked at here and now."""
+    def passthrough_rows(self) -> Iterator[Record]:
+        """The pass-through columns of each row of `rows`, from the first on, as values that JSON can hold.
+
+        Raises InputError, as `passthrough_batches` does, where an input has changed since it was opened.
+        """
+        for chunk in self._chunks():
+            for record in _records(chunk):
+                yield {name: record.get(name) for name in self.passthrough}
+
+    def passthrough_batches(self) -> Iterator[pa.RecordBatch]:
+        """The same as Arrow: declared columns as their file holds them, others with a type inferred over all rows.
+
+        All batches have one schema, and there is at least one.
+        """
+        import pyarrow as pa
+
+        undeclared = [name for name, of in self.passthrough.items() if of is None]
+        inferred = inferred_types(lambda: (list(_records(chunk)) for chunk in self._chunks()), undeclared)
+        schema = pa.schema([(name, of or inferred[name]) for name, of in self.passthrough.items()])
+        yield pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
+        for chunk in self._chunks():
+            yield pa.RecordBatch.from_arrays([_column(chunk, field) for field in schema], schema=schema)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        self._require_unchanged()
+        remaining, offset = self._limit, 0
+        for source in self._sources:
+            for chunk in source.chunks(self._first(offset), self._shard[1]):
+                yield chunk if remaining is None else chunk[:remaining]
+                remaining = None if remaining is None else max(0, remaining - len(chunk))
+                if remaining == 0:
+                    return
+            offset += source.size or 0
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        for source, known in zip(self._sources, self.identity, strict=True):
+            if dict(source.identity) != known:
+                raise InputError(
+                    f"{known['name']} changed while the run was under way: restore it and run the same command again"
+                )
+
+    # ---- ids
+
+    def _ids_to_remember(self) -> UniqueIds | None:
+        """None where no two rows can have one id. Of files and folders all ids are compared here and now."""
         if len(self._sources) == 1 and self._sources[0].distinct:
             return None
-        if not all(source.listed for source in self._sources):
-            return SeenIds()
+        if not all(isinstance(source, FileListing) for source in self._sources):
+            return UniqueIds()
         self._refuse_equal_names()
         return None
 
     def _refuse_equal_names(self) -> None:
-        seen: dict[str, int] = {}
+        known: dict[str, int] = {}
         offset = 0
         for source in self._sources:
-            for number, name in source.names(0, 1):
-                index = offset + number
-                first = seen.setdefault(name, index)
+            for row in source.rows(0, 1, ids_only=True):
+                index = offset + row.index
+                first = known.setdefault(row.id, index)
                 if first != index:
                     raise InputError(
-                        f"rows {first + 1} ({self._image(first)}) and {index + 1} ({self._image(index)}) have one id,"
-                        f" {name}: name each image once, and of folders that hold equal names the folder above them, or"
-                        " give each a run of its own"
+                        f"rows {first + 1} ({self._image(first)}) and {index + 1} ({self._image(index)}) have the same"
+                        f" id, {row.id}: name each image once, and instead of folders with equal names the folder above"
+                        " them, or use a run for each"
                     )
             offset += source.size
 
     def _image(self, index: int) -> str | None:
         for source in self._sources:
             if index < source.size:
-                return next(source.entries(index, 1)).image
+                return next(source.rows(index, 1, ids_only=False)).image
             index -= source.size
-        raise AssertionError(f"no row {index} behind the last")
+        raise AssertionError(f"there is no row {index}")
 
-    def _give_id(self, source: Source, number: int, name: str | None, index: int) -> str:
-        if self._seen is None:
-            return source.fallback_name(number) if name is None else name
-        if name is None:
-            name = source.fallback_name(number)
-            while name in self._seen:
-                name = f"#{name}"
-        first = self._seen.add(name, index)
-        if first is not None:
-            raise InputError(
-                f"rows {first + 1} and {index + 1} have one id, {shown(name)}: give each row an id of its own, name"
-                " another column with --id-column, or read each input in a run of its own"
-            )
-        return name
+    def _placed(self, row: InputRow, source: Source, offset: int) -> InputRow:
+        """The row with its index and id among all rows."""
+        index = offset + row.index
+        row_id = row.id or f"{source.prefix}#{row.index}"
+        if self._ids is not None:
+            while not row.id and row_id in self._ids:
+                row_id = f"#{row_id}"
+            first = self._ids.add(row_id, index)
+            if first is not None:
+                raise InputError(
+                    f"rows {first + 1} and {index + 1} have the same id, {shown(row_id)}: give each row an id of its"
+                    " own, name another column with --id-column, or read each input in a run of its own"
+                )
+        return row if (index, row_id) == (row.index, row.id) else replace(row, index=index, id=row_id)
 
 
-def _merged(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _merged(columns: Sequence[Mapping[str, pa.DataType | None]]) -> dict[str, pa.DataType | None]:
     """The columns of all inputs; None where their types differ."""
-    merged: dict[str, Any] = {}
-    for name, kind in (item for one in columns for item in one.items()):
-        merged[name] = kind if merged.get(name, kind) == kind else None
+    merged: dict[str, pa.DataType | None] = {}
+    for name, of in (item for one in columns for item in one.items()):
+        merged[name] = of if merged.get(name, of) == of else None
     return merged
+
+
+def _records(chunk: Chunk) -> Iterator[Record]:
+    if isinstance(chunk, list):
+        return iter(chunk)
+    from idefics_cli.readers.parquet import json_rows
+
+    return json_rows(chunk)
+
+
+def _column(chunk: Chunk, field: pa.Field) -> pa.Array:
+    import pyarrow as pa
+
+    is_arrow = isinstance(chunk, pa.RecordBatch)
+    if is_arrow and field.name in chunk.schema.names and chunk.schema.field(field.name).type == field.type:
+        return chunk.column(field.name)
+    values = [record.get(field.name) for record in _records(chunk)]
+    return inferred_array(values, field.type) if values.count(None) < len(values) else pa.nulls(len(values), field.type)

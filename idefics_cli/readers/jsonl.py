@@ -1,16 +1,15 @@
-"""JSON lines: an object a line, in UTF-8. A line that is none is a bad row; blank lines are no rows."""
+"""JSON lines: one object per line, in UTF-8. Any other line is a bad row; blank lines are skipped."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.table import SAMPLE_BYTES, SAMPLE_ROWS, Record, columns_of, image_columns
+from idefics_cli.readers.table import SAMPLE_BYTES, SAMPLE_ROWS, Record, chunked, columns_of, image_columns
 from idefics_cli.storage.filenames import is_utf8
-from idefics_cli.storage.files import InputFile, open_stream, split_stream
+from idefics_cli.storage.files import File, open_stream, split_stream
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)
@@ -22,7 +21,7 @@ class JsonLinesTable:
     image_column = None
     id_column = None
 
-    def __init__(self, file: InputFile, compressed: bool) -> None:
+    def __init__(self, file: File, compressed: bool) -> None:
         self.size: int | None = None
         self._file = file
         self._compressed = compressed
@@ -30,7 +29,7 @@ class JsonLinesTable:
         self.columns = columns_of(sample)
         self.images = image_columns(self.columns, sample)
 
-    def type_of(self, column: str) -> Any:
+    def type_of(self, column: str) -> None:
         return None
 
     def may_hold_images(self, column: str) -> bool:
@@ -40,8 +39,11 @@ class JsonLinesTable:
         for number, (line_number, line) in islice(enumerate(self._lines()), start, None, step):
             yield number, parse_object(line, f"line {line_number}")
 
+    def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[list[Record]]:
+        return chunked(self.records(start, step, columns), columns)
+
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
-        """The lines that are not blank, and the number of each; None for one that is too long to be held."""
+        """The lines that are not blank, with their numbers; None for one that is too long to be held."""
         size = 0
         with open_stream(self._file, self._compressed) as stream:
             for line_number, line in enumerate(split_stream(stream, b"\n"), 1):
@@ -66,26 +68,26 @@ class JsonLinesTable:
                 break
         if not objects:
             reason = failure.message if failure else "there are only blank lines"
-            raise InputError(f"{self._file.name} is not JSON lines: {reason}; write one object a line")
+            raise InputError(f"{self._file.name} is not JSON lines: {reason}; write one object per line")
         return objects
 
 
 def parse_object(text: bytes | None, place: str) -> Record | RowError:
-    """A JSON object; `place` says in messages where it stands. NaN and the infinities, which JSON lacks, are null."""
+    """A JSON object; `place` says in messages where it stands. NaN and infinities, which JSON lacks, are null."""
     if text is None:
         return RowError("row_invalid", f"{place} is longer than 64 MB")
     try:
         value = DECODER.decode(text.decode())
     except RecursionError:
-        return RowError("row_invalid", f"{place} is nested too deep")
+        return RowError("row_invalid", f"{place} is nested too deeply")
     except UnicodeDecodeError as error:
-        return RowError("row_invalid", f"{place} is not UTF-8 at byte {error.start + 1}")
+        return RowError("row_invalid", f"{place} is not valid UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
-        return RowError("row_invalid", f"{place} is not JSON at character {error.pos + 1}: {error.msg}")
+        return RowError("row_invalid", f"{place} is not valid JSON at character {error.pos + 1}: {error.msg}")
     except ValueError as error:  # a number of more digits than Python reads
         return RowError("row_invalid", f"{place} cannot be read: {error}")
     if not isinstance(value, dict):
-        return RowError("row_invalid", f"{place} holds no object, but {type(value).__name__}")
+        return RowError("row_invalid", f"{place} is a {type(value).__name__}, not an object")
     if b"\\u" in text and not is_utf8(json.dumps(value, ensure_ascii=False)):
-        return RowError("row_invalid", f"{place} holds half of a surrogate pair, which no UTF-8 text can")
+        return RowError("row_invalid", f"{place} holds half of a surrogate pair, which UTF-8 cannot hold")
     return value

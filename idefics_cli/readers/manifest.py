@@ -1,19 +1,20 @@
-"""A manifest of any format -> entries: which column holds the image, which the id, and what else was asked for."""
+"""A manifest of any format -> rows: which column holds the image, which the id, and what else was asked for."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.image_paths import Root, open_root, read_image, read_images, shown_images
-from idefics_cli.readers.table import OWN_ERROR, Record, Table
-from idefics_cli.rows import NO_VALUES, Entry, ImageSource, ReadOptions
-from idefics_cli.storage.filenames import is_utf8, shown
-from idefics_cli.storage.files import InputFile, file_digest
+from idefics_cli.readers.image_paths import open_root, read_image, read_images, shown_images
+from idefics_cli.readers.table import OWN_ERROR, Chunk, Record, Table
+from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
+from idefics_cli.storage.filenames import is_utf8, listed, shown
+from idefics_cli.storage.files import File, file_digest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MANIFEST_NAME = re.compile(
     r"\.(?:(?P<kind>parquet|jsonl|ndjson|csv|tsv|tar)(?:\.(?P<packed>gz|bz2|xz|zst))?|(?P<tgz>tgz))$", re.IGNORECASE
@@ -26,23 +27,21 @@ def is_manifest(name: str) -> bool:
     return MANIFEST_NAME.search(name) is not None
 
 
-def open_manifest(file: InputFile, among_others: bool, options: ReadOptions) -> Manifest:
-    """Look at a manifest. Raises InputError where it is broken as a whole, or lacks a column that was asked for."""
+def open_manifest(file: File, among_others: bool, options: ReadOptions) -> Manifest:
+    """Raises InputError where the manifest is unreadable as a whole, or lacks a column that was asked for."""
     if file.size == 0:
-        raise InputError(f"{file.name} is empty: name a manifest that holds rows")
-    table = _open_table(file)
-    layout = _lay_out(file.name, table, options)
-    return Manifest(file, table, layout, f"{file.name}:" if among_others else "", options.image_root)
+        raise InputError(f"{file.name} is empty: name a manifest with rows")
+    return Manifest(file, _open_table(file), f"{file.name}:" if among_others else "", options)
 
 
-def _open_table(file: InputFile) -> Table:
+def _open_table(file: File) -> Table:
     match = MANIFEST_NAME.search(file.name)
-    assert match, f"{file.name} is no manifest"
+    assert match, file.name
     kind = (match["kind"] or "tar").lower()
     packed = "gz" if match["tgz"] else (match["packed"] or "").lower()
     if packed not in ("", "gz") or (packed and kind == "parquet"):
-        raise InputError(f"{file.name}: cannot be read packed like this; unpack it first")
-    # Imported here so that a run over other inputs does without.
+        raise InputError(f"{file.name} cannot be read compressed like this: unpack it first")
+    # Imported here so that other inputs are read without these.
     if kind == "parquet":
         from idefics_cli.readers.parquet import ParquetTable
 
@@ -60,42 +59,82 @@ def _open_table(file: InputFile) -> Table:
     return JsonLinesTable(file, packed == "gz")
 
 
-# Columns
+class Manifest:
+    """The rows of one manifest; those without an id column have their number as id."""
 
+    is_streaming = False
 
-@dataclass(frozen=True)
-class Layout:
-    """The columns that are read: the image's, the id's (None: the row's number), and those given on as values."""
-
-    image: str | None
-    id: str | None
-    values: tuple[str, ...]
-    kept: tuple[str, ...]
+    def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions) -> None:
+        self.prefix = prefix
+        self._file, self._table = file, table
+        self._image = _image_column(file.name, table, options)
+        self._id = _id_column(file.name, table, options)
+        self.distinct = self._id is None
+        own = (self._image, self._id)
+        keep = [name for name in table.columns if name not in own] if options.keep == "all" else options.keep
+        for name in (*options.columns, *keep):
+            _require(file.name, table, name)
+        self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
+        self._values = list(dict.fromkeys((*options.columns, *(keep if options.reads_passthrough else ()))))
+        self._resolve = open_root(file.parent, options.image_root)
 
     @property
-    def columns(self) -> list[str]:
-        return list(dict.fromkeys(name for name in (self.image, self.id, *self.values) if name is not None))
+    def size(self) -> int | None:
+        return self._table.size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As the file is now."""
+        size = self._file.filesystem.size(self._file.path)
+        return {"kind": "manifest", "name": self._file.name, "bytes": size, "digest": file_digest(self._file)}
+
+    def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
+        columns = [self._id] if ids_only else [self._image, self._id, *self._values]
+        wanted = list(dict.fromkeys(name for name in columns if name is not None))
+        for number, record in self._table.records(start, step, wanted):
+            row_id = self._row_id(number, record)
+            if ids_only or isinstance(record, RowError):
+                yield InputRow(number, row_id, None, (), NO_VALUES, record if isinstance(record, RowError) else None)
+            else:
+                yield self._row(number, row_id, record)
+
+    def chunks(self, start: int, step: int) -> Iterator[Chunk]:
+        return self._table.chunks(start, step, list(self.passthrough))
+
+    def resolve(self, value: object) -> ImageSource | RowError:
+        return read_image(value, self._resolve)
+
+    def _row_id(self, number: int, record: Record | RowError) -> str:
+        if self._id is None:
+            return f"{self.prefix}{number}"
+        return "" if isinstance(record, RowError) else id_text(record.get(self._id))
+
+    def _row(self, number: int, row_id: str, record: Record) -> InputRow:
+        values = {name: record.get(name) for name in self._values} if self._values else NO_VALUES
+        image, sources, error = self._images(record)
+        failure = record.get(OWN_ERROR)
+        if isinstance(failure, RowError):
+            error = failure
+        elif not row_id:
+            error = RowError("row_invalid", f"no id: column {shown(self._id)} holds no usable text here")
+        return InputRow(number, row_id, image, sources, values, error)
+
+    def _images(self, record: Record) -> tuple[str | None, tuple[ImageSource, ...], RowError | None]:
+        if self._image is None:
+            return None, (), None
+        value = record.get(self._image)
+        sources = read_images(value, self._resolve)
+        if isinstance(sources, RowError):
+            return shown_images(value), (), sources
+        return shown_images(value), sources, None
 
 
-def _lay_out(manifest: str, table: Table, options: ReadOptions) -> Layout:
-    image = _image_column(manifest, table, options)
-    row_id = _id_column(manifest, table, options)
-    if options.keep == "all":
-        kept = tuple(name for name in table.columns if name not in (image, row_id))
-    else:
-        kept = tuple(dict.fromkeys(options.keep))
-    for name in (*options.columns, *kept):
-        _require(manifest, table, name)
-    return Layout(image, row_id, tuple(dict.fromkeys((*options.columns, *kept))), kept)
+# ---- columns
 
 
 def _require(manifest: str, table: Table, column: str) -> None:
     if column not in table.columns:
-        raise InputError(f"{manifest} has no column {shown(column)}: name one of {_listed(table.columns)}")
-
-
-def _listed(columns: object) -> str:
-    return ", ".join(map(shown, columns)) or "none at all"
+        raise InputError(f"{manifest} has no column {shown(column)}: name one of {listed(table.columns)}")
 
 
 def _id_column(manifest: str, table: Table, options: ReadOptions) -> str | None:
@@ -108,18 +147,17 @@ def _id_column(manifest: str, table: Table, options: ReadOptions) -> str | None:
 
 
 def _image_column(manifest: str, table: Table, options: ReadOptions) -> str | None:
-    column = options.image_column
-    if table.image_column is not None:
-        return table.image_column if options.needs_image or column else None
-    if column is None and not options.needs_image:
+    if not options.needs_image and options.image_column is None:
         return None
+    if table.image_column is not None:
+        return table.image_column
     usual = (name for name in options.usual_image_columns if name in table.columns)
-    column = column or next(usual, None) or _only_image_column(manifest, table)
+    column = options.image_column or next(usual, None) or _only_image_column(manifest, table)
     _require(manifest, table, column)
     if not table.may_hold_images(column):
         raise InputError(
-            f"{manifest}: column {shown(column)} holds {table.type_of(column)}, no images; name another with"
-            f" --image-column: {_listed(table.columns)}"
+            f"{manifest}: column {shown(column)} is of type {table.type_of(column)}, which holds no images; name"
+            f" another one with --image-column: {listed(table.columns)}"
         )
     return column
 
@@ -129,98 +167,22 @@ def _only_image_column(manifest: str, table: Table) -> str:
         return table.images[0]
     if table.images:
         raise InputError(
-            f"{manifest} has several columns that may hold the image: choose with --image-column among"
-            f" {_listed(table.images)}"
+            f"{manifest} has several columns that may hold the image: choose one with --image-column:"
+            f" {listed(table.images)}"
         )
     raise InputError(
-        f"{manifest} has no column that seems to hold images: name one with --image-column; there are"
-        f" {_listed(table.columns)}"
+        f"{manifest} has no column that looks like images: name it with --image-column: {listed(table.columns)}"
     )
 
 
-# Rows
-
-
-class Manifest:
-    """The rows of one manifest."""
-
-    listed = False
-    is_streaming = False
-
-    def __init__(self, file: InputFile, table: Table, layout: Layout, prefix: str, image_root: str | None) -> None:
-        self.distinct = layout.id is None
-        self.kept = {name: table.type_of(name) for name in layout.kept}
-        self._file = file
-        self._table = table
-        self._layout = layout
-        self._prefix = prefix
-        self._root: Root = open_root(file.folder, image_root)
-
-    @property
-    def size(self) -> int | None:
-        return self._table.size
-
-    @cached_property
-    def identity(self) -> Mapping[str, Any]:
-        return {
-            "kind": "manifest",
-            "name": self._file.name,
-            "bytes": self._file.size,
-            "digest": file_digest(self._file),
-        }
-
-    def entries(self, start: int, step: int) -> Iterator[Entry]:
-        for number, record in self._table.records(start, step, self._layout.columns):
-            yield self._entry(number, record)
-
-    def names(self, start: int, step: int) -> Iterator[tuple[int, str | None]]:
-        columns = [] if self._layout.id is None else [self._layout.id]
-        for number, record in self._table.records(start, step, columns):
-            yield number, self._name(number, record)
-
-    def fallback_name(self, number: int) -> str:
-        return f"{self._prefix}#{number}"
-
-    def resolve(self, value: object) -> ImageSource | RowError:
-        return read_image(value, self._root)
-
-    def _name(self, number: int, record: Record | RowError) -> str | None:
-        if self._layout.id is None:
-            return f"{self._prefix}{number}"
-        return None if isinstance(record, RowError) else id_text(record.get(self._layout.id))
-
-    def _entry(self, number: int, record: Record | RowError) -> Entry:
-        name = self._name(number, record)
-        if isinstance(record, RowError):
-            return Entry(number, name, None, (), error=record)
-        wanted = self._layout.values
-        values = {column: record.get(column) for column in wanted} if wanted else NO_VALUES
-        image, sources, error = self._images(record)
-        failure = record.get(OWN_ERROR)
-        if isinstance(failure, RowError):
-            error = failure
-        elif name is None:
-            error = RowError("row_invalid", f"no id: column {shown(self._layout.id)} holds no usable text here")
-        return Entry(number, name, image, sources, values, error)
-
-    def _images(self, record: Record) -> tuple[str | None, tuple[ImageSource, ...], RowError | None]:
-        if self._layout.image is None:
-            return None, (), None
-        value = record.get(self._layout.image)
-        sources = read_images(value, self._root)
-        if isinstance(sources, RowError):
-            return shown_images(value), (), sources
-        return shown_images(value), sources, None
-
-
-def id_text(value: object) -> str | None:
-    """An id as text, or None where the value gives none: null, empty, endless, a list, or not to be written."""
+def id_text(value: object) -> str:
+    """An id as text; empty where the value gives none: null, too long, a list, or not to be encoded."""
     if isinstance(value, str):
         text = value
     elif isinstance(value, bytes):
         text = value.decode(errors="surrogateescape")
     elif value is None or isinstance(value, list | dict | tuple) or value != value:
-        return None
+        return ""
     else:
         text = str(value)
-    return text if 0 < len(text) <= MAX_ID_CHARACTERS and is_utf8(text) else None
+    return text if len(text) <= MAX_ID_CHARACTERS and is_utf8(text) else ""

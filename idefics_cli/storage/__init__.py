@@ -1,1 +1,1 @@
-"""Files of bytes, local and remote, behind one interface."""
+"""Files, local and remote, behind one interface."""

@@ -1,4 +1,4 @@
-"""What a name says: how names stand in ids and messages, and which names mean images, addresses and manifests.
+"""Names: how they stand in ids and messages, and which ones mean images, addresses or hidden files.
 
 Nothing here looks at the file system.
 """
@@ -6,8 +6,9 @@ Nothing here looks at the file system.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-# Every common image format, those too that this program cannot decode: such a file becomes an error row with a reason.
+# All common image formats, even those that cannot be decoded: such a file becomes an error row with a reason.
 IMAGE_SUFFIX = re.compile(
     r"""\.(
     apng|avifs?|bmp|bw|cur|dds|dib|eps|fits?|gif|hei[cf]|hif|icns|ico|j2[ck]|jfif|jp2|jpc|jpe?g?|jpf|jpx|jxl|mpo|msp
@@ -20,10 +21,11 @@ SYSTEM_NAMES = frozenset(
 )
 
 WEB_ADDRESS = re.compile(r"\s*(https?|ftps?|data|file):", re.IGNORECASE)
-SECRET_PARTS = re.compile(r"^(?P<scheme>\s*[a-z][a-z0-9+.-]+://)[^/?#]*@|[?#].*$", re.IGNORECASE | re.DOTALL)
 REMOTE_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+ADDRESS = re.compile(f"{WEB_ADDRESS.pattern}|{REMOTE_ADDRESS.pattern}", re.IGNORECASE)  # no path of a local file
+SECRET_PARTS = re.compile(r"^(?P<scheme>\s*[a-z][a-z0-9+.-]+://)[^/?#]*@|[?#].*$", re.IGNORECASE | re.DOTALL)
 
-# What an escaped byte looks like in an id: a byte that is not UTF-8, or a backslash that would read as such an escape.
+# An escaped byte in an id: one that is not valid UTF-8, or a backslash that would read as such an escape.
 ESCAPED_BYTE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 SURROGATES = range(0xDC80, 0xDD00)  # how os.fsdecode carries the bytes 0x80 to 0xff of a name that is not UTF-8
 
@@ -53,7 +55,7 @@ def unescape_name(text: str) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether `text` can be written at all: half of a surrogate pair cannot."""
+    """Whether `text` can be encoded: half of a surrogate pair cannot."""
     if text.isascii():
         return True
     try:
@@ -64,8 +66,13 @@ def is_utf8(text: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """`text` quoted for a message: of one line, of characters that can be written, and not endless."""
+    """`text` quoted for a message: on one line, of characters that can be written, and not endless."""
     return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}...")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, quoted."""
+    return ", ".join(map(shown, names)) or "none at all"
 
 
 def shown_address(address: str) -> str:
@@ -74,5 +81,5 @@ def shown_address(address: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is passed over: hidden ones, and those that systems leave behind."""
+    """Whether a file or folder of this name is left out: hidden ones, and those that operating systems make."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES

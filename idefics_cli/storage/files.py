@@ -1,7 +1,7 @@
-"""Files of bytes, here or on any file system that pyarrow opens: found, opened, read in pieces.
+"""Files and folders, local and remote, behind fsspec's interface: found, listed, opened, read in pieces.
 
-Here, only regular files are opened, and none is waited for. Whatever keeps a named file from being read, then or half
-way through, is an `InputError` that names it. Nothing is known of rows or images.
+Of local files only regular ones are opened, without waiting. Whatever keeps a named file from being read, then or half
+way through, is an `InputError` that names it. Knows nothing of rows or images.
 """
 
 from __future__ import annotations
@@ -10,199 +10,184 @@ import gzip
 import hashlib
 import io
 import os
+import posixpath
 import stat
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from idefics_cli.errors import InputError
-from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, escape_name, shown_address
+from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, escape_name, is_hidden, shown_address
 
 READ_BYTES = 1 << 18
-BUFFER_BYTES = 1 << 20
-REMOTE_BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 2 << 20
 DIGEST_BYTES = 1 << 20
 MAX_PIECE_BYTES = 64 << 20
+KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
-class InputFile(Protocol):
-    """A file that was named. `name` is how it was named, for people and ids."""
+class IrregularFile(OSError):
+    """A folder, FIFO, socket or device, which is not opened."""
+
+
+def open_regular(path: str) -> io.FileIO:
+    """A local file, unbuffered. Raises IrregularFile or another OSError, and ValueError for an impossible name."""
+    # Checked before opening, since opening a FIFO or a device already has effects; and after, since the name may by
+    # then belong to another file.
+    _require_regular(os.stat(path).st_mode)
+    return open(path, "rb", buffering=0, opener=_open_without_waiting)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    try:
+        _require_regular(os.fstat(descriptor).st_mode)
+    except IrregularFile:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise IrregularFile(f"it is a {KINDS.get(stat.S_IFMT(mode), 'device')}, not a regular file")
+
+
+class LocalFiles(LocalFileSystem):
+    """The local file system: names are taken literally (no `~`, no `file:`), and only regular files are opened."""
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return os.fspath(path)
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> io.FileIO:
+        assert mode == "rb", mode
+        return open_regular(path)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file or folder. `name` is its path or address for people and ids, without anything secret; `path` is its path
+    within the file system."""
 
     name: str
-    buffer_bytes: int
+    path: str
+    filesystem: AbstractFileSystem
+    size: int | None = None
+    is_folder: bool = False
 
     @property
-    def size(self) -> int: ...
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, LocalFiles)
+
+    @property
+    def parent(self) -> File:
+        return File(posixpath.dirname(self.name), posixpath.dirname(self.path), self.filesystem, is_folder=True)
+
+    def child(self, path: str) -> File:
+        """What lies at the relative `path` below this folder."""
+        return File(posixpath.join(self.name, escape_name(path)), posixpath.join(self.path, path), self.filesystem)
 
     def open(self) -> BinaryIO:
         """Its bytes from the start, seekable."""
-        ...
-
-    def open_native(self) -> Any:
-        """The same as a file of pyarrow's."""
-        ...
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    path: str
-    size: int
-    buffer_bytes: int = BUFFER_BYTES
-
-    @property
-    def name(self) -> str:
-        return escape_name(self.path)
-
-    @property
-    def folder(self) -> str:
-        return os.path.dirname(self.path)
-
-    def open(self) -> BinaryIO:
         try:
-            # Looked at before it is opened, since opening a FIFO or a device already does something to it.
-            refuse_irregular(self.name, os.stat(self.path).st_mode)
-            return open(self.path, "rb", buffering=self.buffer_bytes, opener=self._open_regular)
+            return io.BufferedReader(self.filesystem.open(self.path, "rb"), BUFFER_BYTES)
         except OSError as error:
-            raise cannot_read(self.name, error, "check the file and its permissions") from error
-
-    def open_native(self) -> Any:
-        import pyarrow
-
-        with self.open() as file:  # named by its number, since pyarrow takes no name that is not UTF-8
-            return pyarrow.OSFile(f"/dev/fd/{file.fileno()}")
-
-    def _open_regular(self, path: str, flags: int) -> int:
-        """Looks again, since the name may have come to mean another file, and does not wait meanwhile."""
-        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise InputError(f"{self.name} is no regular file any more: read it again")
-        return descriptor
+            raise cannot_read(self.name, error) from error
 
 
-def refuse_irregular(name: str, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{name} is no regular file: name image files, folders, manifests or `-`")
+def local_file(path: str) -> File:
+    return File(escape_name(path), path, LocalFiles())
 
 
-def cannot_read(name: str, error: Exception, remedy: str) -> InputError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return InputError(f"cannot read {name}: {reason}; {remedy}")
-
-
-# On other file systems
-
-
-@dataclass(frozen=True)
-class RemoteFolder:
-    """A folder, or what may be one, on a file system of pyarrow's; `name` is its address without anything secret."""
-
-    filesystem: Any  # pyarrow.fs.FileSystem
-    key: str
-    name: str
-
-    def child(self, path: str) -> tuple[str, str]:
-        """Key and name of what lies at `path` below this folder."""
-        return f"{self.key.rstrip('/')}/{path}", f"{self.name.rstrip('/')}/{escape_name(path)}"
-
-
-@dataclass(frozen=True)
-class RemoteInput:
-    """A manifest on a file system of pyarrow's."""
-
-    place: RemoteFolder
-    size: int
-    buffer_bytes: int = REMOTE_BUFFER_BYTES
-
-    @property
-    def name(self) -> str:
-        return self.place.name
-
-    @property
-    def folder(self) -> RemoteFolder:
-        key, name = self.place.key.rpartition("/")[0], self.name.rpartition("/")[0]
-        return RemoteFolder(self.place.filesystem, key, name)
-
-    def open(self) -> BinaryIO:
-        return io.BufferedReader(self.open_native(), self.buffer_bytes)
-
-    def open_native(self) -> Any:
-        try:
-            return self.place.filesystem.open_input_file(self.place.key)
-        except OSError as error:
-            raise cannot_read(self.name, error, "check the address and your access to it") from error
-
-
-def is_remote(name: str) -> bool:
-    """Whether `name` is an address for pyarrow. Raises InputError for one on the web."""
+def place(name: str) -> File:
+    """The file or folder of this path or address, which may not exist. Raises InputError for a web address."""
     if WEB_ADDRESS.match(name):
-        raise InputError(
-            f"{shown_address(name)}: nothing is fetched from the web; download it first, for example with img2dataset"
-        )
-    return REMOTE_ADDRESS.match(name) is not None
+        raise InputError(f"{shown_address(name)} is a web address: download it first, for example with img2dataset")
+    if REMOTE_ADDRESS.match(name):
+        return _remote_place(name)
+    return local_file(name)
 
 
-def open_remote(address: str) -> RemoteFolder:
-    """Whatever lies at an address such as `s3://bucket/photos`; nothing is asked of it yet."""
+def _remote_place(address: str) -> File:
+    from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow import ArrowException
     from pyarrow.fs import FileSystem
 
     name = shown_address(address)
     try:
-        filesystem, key = FileSystem.from_uri(address)
+        filesystem, path = FileSystem.from_uri(address)
     except (ArrowException, OSError, ValueError) as error:
         reason = str(error).replace(address, name)
-        raise InputError(
-            f"cannot open {name}: {reason}; name an address that pyarrow opens, as s3:// or gs://"
-        ) from None
-    return RemoteFolder(filesystem, key, name)
+        raise InputError(f"cannot open {name}: {reason}; use an address of pyarrow's, as s3:// or gs://") from None
+    return File(name, path, ArrowFSWrapper(filesystem, skip_instance_cache=True))
 
 
-# Streams
+def find(name: str) -> File:
+    """The file or folder of this path or address. Raises InputError where there is none."""
+    found = place(name)
+    try:
+        info = found.filesystem.info(found.path)
+    except (OSError, ValueError) as error:
+        raise cannot_read(found.name, error) from error
+    if info["type"] not in ("file", "directory"):
+        raise InputError(f"{found.name} is not a regular file: name image files, folders, manifests or `-`")
+    return replace(found, size=info["size"], is_folder=info["type"] == "directory")
 
 
-class CheckedStream:
-    """A stream that ends in an `InputError` where its file, or the compression around it, is broken."""
+def walk(folder: File, recursive: bool) -> Iterator[tuple[str, bool]]:
+    """The POSIX paths, relative to `folder`, of all files and links in it, and whether each is a regular file.
 
-    def __init__(self, stream: BinaryIO, name: str) -> None:
-        self._stream = stream
-        self._name = name
-
-    def read(self, size: int) -> bytes:
-        try:
-            return self._stream.read(size)
-        except EOFError as error:
-            raise InputError(f"{self._name} is cut off inside its compressed bytes: fetch or make it again") from error
-        except (OSError, ValueError, zlib.error) as error:
-            raise cannot_read(self._name, error, "fetch or make it again") from error
-
-    def seek(self, position: int) -> int:
-        try:
-            return self._stream.seek(position)
-        except EOFError as error:
-            raise InputError(f"{self._name} is cut off inside its compressed bytes: fetch or make it again") from error
-        except (OSError, ValueError, zlib.error) as error:
-            raise cannot_read(self._name, error, "fetch or make it again") from error
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def __enter__(self) -> CheckedStream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stream.close()
+    In no order. Hidden and system files are left out, and links to folders are not followed.
+    """
+    folders = [""]
+    while folders:
+        below = folders.pop()
+        for info in _entries(folder.child(below) if below else folder):
+            name = posixpath.basename(info["name"])
+            path = posixpath.join(below, name)
+            if is_hidden(name):
+                continue
+            if info["type"] != "directory":
+                yield path, info["type"] == "file"
+            elif recursive:
+                folders.append(path)
 
 
-def open_stream(file: InputFile, compressed: bool) -> CheckedStream:
-    """The bytes of `file`, unpacked where it is `compressed` with gzip."""
-    stream = file.open()
-    return CheckedStream(gzip.GzipFile(fileobj=stream, mode="rb") if compressed else stream, file.name)
+def _entries(folder: File) -> list[dict[str, Any]]:
+    try:
+        return folder.filesystem.ls(folder.path, detail=True)
+    except OSError as error:
+        raise cannot_read(folder.name, error) from error
 
 
-def split_stream(stream: BinaryIO | CheckedStream, separator: bytes) -> Iterator[bytes | None]:
-    """The pieces between separators as soon as they have come, the one behind the last separator unless it is empty.
+def cannot_read(name: str, error: Exception, remedy: str = "check the name and your access to it") -> InputError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return InputError(f"cannot read {name}: {reason}; {remedy}")
+
+
+# ---- streams
+
+
+@contextmanager
+def open_stream(file: File, compressed: bool) -> Iterator[BinaryIO]:
+    """The bytes of `file`, unpacked where it is `compressed` with gzip; an InputError where it is damaged."""
+    try:
+        with file.open() as raw, gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw as stream:
+            yield stream
+    except EOFError as error:
+        raise InputError(f"{file.name} is cut off inside its compressed bytes: fetch or make it again") from error
+    except (OSError, zlib.error) as error:
+        raise cannot_read(file.name, error, "fetch or make it again") from error
+
+
+def split_stream(stream: BinaryIO, separator: bytes) -> Iterator[bytes | None]:
+    """The pieces between separators as soon as they have come; the last one may be without a separator.
 
     None stands for a piece of more than 64 MB, which is never held.
     """
@@ -224,12 +209,13 @@ def _joined(parts: list[bytes], size: int, last: bytes) -> bytes | None:
     return None if size + len(last) > MAX_PIECE_BYTES else b"".join([*parts, last])
 
 
-def file_digest(file: InputFile) -> str:
-    """A digest of the first and the last megabyte: enough to tell a changed file, and quick for a large one."""
+def file_digest(file: File) -> str:
+    """A digest of the first and the last megabyte: enough to notice a changed file, and quick for a large one."""
     digest = hashlib.sha256()
     with open_stream(file, compressed=False) as stream:
         digest.update(stream.read(DIGEST_BYTES))
-        if file.size > DIGEST_BYTES:
-            stream.seek(max(DIGEST_BYTES, file.size - DIGEST_BYTES))
+        size = stream.seek(0, os.SEEK_END)
+        if size > DIGEST_BYTES:
+            stream.seek(max(DIGEST_BYTES, size - DIGEST_BYTES))
             digest.update(stream.read(DIGEST_BYTES))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The ids that have been given out: bounded in memory, however many there are."""
+"""The ids that rows have: bounded in memory, however many there are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from idefics_cli.errors import InputError
 CACHE_KIBIBYTES = 64 << 10
 
 
-class SeenIds:
+class UniqueIds:
     """Remembers each id with the index of its row.
 
-    A database without a name lives in sqlite's page cache and, beyond that, in a temporary file that the system frees
-    with the process. It answers at once, so that of two rows with one id the second is never given out.
+    The nameless database lives in sqlite's page cache and, beyond that, in a temporary file that the system frees with
+    the process. It answers at once, so that the second of two rows with one id is never given out.
     """
 
     def __init__(self) -> None:
@@ -21,17 +21,17 @@ class SeenIds:
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_KIBIBYTES}"):
             self._database.execute(f"PRAGMA {setting}")
-        self._database.execute("CREATE TABLE seen (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
         self._database.execute("BEGIN")
 
     def add(self, row_id: str, index: int) -> int | None:
-        """The index of the row that has this id already, or None: then it is `index` from now on."""
+        """The index of the row that already has this id, or None: then it is now that of row `index`."""
         try:
-            added = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (row_id, index)).rowcount
+            added = self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (row_id, index)).rowcount
         except sqlite3.Error as error:
             raise InputError(
-                f"no room to remember the ids: {error}; free some in the folder for temporary files, or name another"
-                " one in SQLITE_TMPDIR"
+                f"no space to remember the ids: {error}; free some in the folder for temporary files, or set"
+                " SQLITE_TMPDIR to another folder"
             ) from error
         return None if added else self._index(row_id)
 
@@ -39,5 +39,5 @@ class SeenIds:
         return self._index(row_id) is not None
 
     def _index(self, row_id: str) -> int | None:
-        found = self._database.execute("SELECT row FROM seen WHERE id = ?", (row_id,)).fetchone()
+        found = self._database.execute("SELECT row FROM ids WHERE id = ?", (row_id,)).fetchone()
         return found and found[0]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from idefics_cli.columns import list_numbers
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, InputError, RowError
 from idefics_cli.storage.filenames import escape_name
-from idefics_cli.storage.files import LocalFile, cannot_read, file_digest
+from idefics_cli.storage.files import cannot_read, file_digest, local_file
 from idefics_cli.writers.formats import ROW_GROUP_BYTES, SETTINGS, Parquet
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class EmbeddingFile:
     def identity(self) -> dict[str, Any]:
         """Equal as long as the file is unchanged."""
         size = self.path.stat().st_size
-        return {"name": self.name, "bytes": size, "digest": file_digest(LocalFile(str(self.path), size))}
+        return {"name": self.name, "bytes": size, "digest": file_digest(local_file(str(self.path)))}
 
     def close(self) -> None:
         self._parquet.close()

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeAlias
 from idefics_cli.columns import json_text, strict_json
 from idefics_cli.errors import OutputError, StreamClosed
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
-from idefics_cli.storage.unique_ids import SeenIds
+from idefics_cli.storage.unique_ids import UniqueIds
 from idefics_cli.writers.journal import Journal, reason, shown_path
 
 COMMIT_SECONDS = 0.5  # how long a finished row waits at most for others to be written with
@@ -123,7 +123,7 @@ class SidecarWriter:
 
     def __init__(self, overwrite: bool) -> None:
         self.overwrite = overwrite
-        self._rows = SeenIds()  # by the files that have their texts
+        self._rows = UniqueIds()  # by the files that have their texts
         self._folder = lru_cache(FOLDERS_KEPT)(lambda folder: (folder.resolve(), shared_stems(folder)))
 
     def write(self, image: Path, text: str, row: int) -> None:

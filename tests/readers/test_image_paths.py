@@ -8,8 +8,10 @@ from conftest import save_image
 from written_manifests import write_manifest
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.image_paths import open_root
-from idefics_cli.readers.inputs import InputRow, ReadOptions, open_inputs, unescape_name
+from idefics_cli.readers.image_paths import LocalRoot
+from idefics_cli.readers.inputs import open_inputs
+from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.storage.filenames import unescape_name
 
 
 def rows(folder: Path, values: list[object], **options) -> list[InputRow]:
@@ -69,7 +71,7 @@ def test_another_root_can_be_named(root: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(root.parent)
     (row,) = rows(root, ["a.png"], image_root="rootless")
     assert row.sources == (Path("rootless/a.png"),)
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="not a folder"):
         rows(root, ["a.png"], image_root=str(root / "none"))
     with pytest.raises(InputError, match="img2dataset"):
         rows(root, ["a.png"], image_root="https://a.example")
@@ -85,7 +87,7 @@ def test_a_manifest_in_this_folder_reads_from_it(root: Path, monkeypatch: pytest
 def test_a_root_without_links_agrees_with_the_plain_rule(root: Path) -> None:
     """The parents' paths are remembered; here every path is resolved whole."""
     parts = ["", ".", "..", "sub", "a.png", "in.png", "out.png", "away", "root", "none", "round"]
-    found = open_root(str(root), None)
+    found = LocalRoot(str(root))
     for path in ["/".join((a, b, c)) for a in parts[1:] for b in parts for c in parts]:
         real = os.path.realpath(root / path)
         inside = real == str(root) or real.startswith(f"{root}/")

@@ -14,8 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from idefics_cli.errors import InputError
-from idefics_cli.readers import folder as folders
-from idefics_cli.readers.inputs import InputRow, ReadOptions, escape_name, open_inputs, unescape_name
+from idefics_cli.readers.inputs import open_inputs
+from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.storage.filenames import escape_name, unescape_name
 
 
 def read(*inputs: str | Path, stdin: BinaryIO | None = None, **options) -> Iterator[InputRow]:
@@ -91,8 +92,8 @@ def test_addresses_are_refused_and_the_downloader_named(name: str) -> None:
 
 def test_only_regular_files_are_taken(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
-    assert "no regular file" in refusal(tmp_path / "a.png")
-    assert "no regular file" in refusal("/dev/null")
+    assert "not a regular file" in refusal(tmp_path / "a.png")
+    assert "not a regular file" in refusal("/dev/null")
 
 
 def test_files_without_permission_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +150,7 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: py
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(folders.os, "scandir", refuse_locked)
+    monkeypatch.setattr(os, "scandir", refuse_locked)
     message = refusal(tmp_path)
     assert "locked" in message and "Permission denied" in message
 
@@ -276,5 +277,5 @@ def test_forgotten_null_is_noticed() -> None:
 def test_two_rows_with_one_id_on_stdin_are_refused_at_the_second() -> None:
     rows = read("-", stdin=io.BytesIO(b"a.png\nb.png\na.png\n"))
     assert [next(rows).id, next(rows).id] == ["a.png", "b.png"]
-    with pytest.raises(InputError, match=r"rows 1 and 3 have one id, 'a.png'"):
+    with pytest.raises(InputError, match=r"rows 1 and 3 have the same id, 'a.png'"):
         next(rows)

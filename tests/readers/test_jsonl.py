@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from idefics_cli.errors import InputError
-from idefics_cli.readers.inputs import InputRow, ReadOptions, open_inputs
+from idefics_cli.readers.inputs import open_inputs
+from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.storage import files
 
 GOOD = b'{"id": "good", "image": "a.png"}\n'
@@ -22,16 +23,16 @@ def rows(path: Path, data: bytes, **options) -> list[InputRow]:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"id": "x", "image"', "line 2 is not JSON at character 20"),
+        (b'{"id": "x", "image"', "line 2 is not valid JSON at character 20"),
         (b"[" * 100_000, "line 2"),
         (b'{"id": ' * 100_000 + b"1" + b"}" * 100_000, "line 2"),
-        (b'{"id": "\xff"}', "line 2 is not UTF-8 at byte 9"),
-        (b'["id"]', "line 2 holds no object, but list"),
-        (b"null", "line 2 holds no object, but NoneType"),
+        (b'{"id": "\xff"}', "line 2 is not valid UTF-8 at byte 9"),
+        (b'["id"]', "line 2 is a list, not an object"),
+        (b"null", "line 2 is a NoneType, not an object"),
         (b'{"id": ' + b"1" * 5000 + b"}", "line 2 cannot be read"),
         (b'{"id": "x", "image": "a.png", "n": "\\ud800"}', "line 2 holds half of a surrogate pair"),
         (b'{"id": "x", "image": "a\\udce9.png"}', "line 2 holds half of a surrogate pair"),
-        (b"\0" * 100, "line 2 is not JSON"),
+        (b"\0" * 100, "line 2 is not valid JSON"),
         (b'{"id": "x", "image": null}', "no image"),
         (b'{"id": "x"}', "no image"),
         (b'{"id": "x", "image": ""}', "the path is empty"),

@@ -16,7 +16,7 @@ from idefics_cli.errors import InputError
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.parquet import ParquetTable
 from idefics_cli.rows import InputRow, ReadOptions
-from idefics_cli.storage.files import LocalFile
+from idefics_cli.storage.files import local_file
 
 NUM_ROWS = 40
 MEGABYTE = 1 << 20
@@ -24,7 +24,7 @@ ROWS = [{"id": f"row {i}", "image": f"{i}.jpg", "bytes": bytes([i]) * i} for i i
 
 
 def table_at(path: Path) -> ParquetTable:
-    return ParquetTable(LocalFile(str(path), path.stat().st_size))
+    return ParquetTable(local_file(str(path)))
 
 
 def rows_of(path: Path, **options: Any) -> Iterator[InputRow]:
@@ -181,7 +181,7 @@ def test_a_row_group_of_fewer_rows_than_it_declares_is_refused(tmp_path: Path) -
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"image": list("abcdef")}), path, row_group_size=3)
     write_declaring(path, num_rows=4)
-    assert "declares 4 rows where it holds 3" in outcome(path)
+    assert "declares 4 rows but holds 3" in outcome(path)
 
 
 def write_declaring(path: Path, num_rows: int) -> None:
