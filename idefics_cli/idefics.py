@@ -251,7 +251,7 @@ class Idefics:
         encoded = [self.encode_image(image) for image in several_images(method, images)]
         error = next((each for each in encoded if isinstance(each, RowError)), None)
         if error is not None:
-            raise IdeficsError(f"an image cannot be embedded ({error}): mend it, or leave it out")
+            raise IdeficsError(f"an image cannot be embedded ({error}): fix it, or leave it out")
         return [result for _, result in self.embed_stream(IterableSource(encoded))]
 
     def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]:
@@ -339,7 +339,7 @@ class Idefics:
         wanted = (3, self.images.image_size, self.images.image_size)
         if image.shape not in (wanted, self.latents_shape):
             raise IdeficsError(
-                f"a tensor of shape {tuple(image.shape)} is no image: prepare_image gives {wanted}, embed"
+                f"a tensor of shape {tuple(image.shape)} is not an image: prepare_image gives {wanted}, embed"
                 f" {self.latents_shape}"
             )
         return EncodedImage((image.float(),))
