@@ -274,7 +274,7 @@ def test_device_and_dtype_may_be_torchs() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        *(({"batch_size": size}, f"batch_size is {size!r}") for size in (0, -1, "auto", 1.5, True)),
+        *(({"batch_size": size}, f"invalid batch_size {size!r}") for size in (0, -1, "auto", 1.5, True)),
         ({"device": 0}, "unknown device '0'"),
         ({"dtype": torch.float64}, "unknown dtype 'torch.float64'"),
         *(({"model": name}, "invalid model of type") for name in (None, b"demo", 3)),
