@@ -370,7 +370,7 @@ def test_what_is_told_never_comes_among_the_data(scored: Path) -> None:
     command = ["bash", "-c", script, sys.executable, DRIVER, str(scored)]
     done = subprocess.run(command, env={**os.environ, "TESTS": str(TESTS)}, cwd=ROOT, capture_output=True, timeout=30)
     assert done.returncode == 0
-    assert json.loads(done.stdout)["groups"].keys() == {"\ud800"}
+    assert json.loads(done.stdout)["groups"].keys() == {"\x1b[31m"}
 
 
 # Terminals
