@@ -28,6 +28,7 @@ from idefics_cli.prompts.templates import (
     few_shot_prompt,
     leading_shots,
     merge_texts,
+    shared_start,
     shot_answer,
     strip,
 )
@@ -258,3 +259,12 @@ def test_the_documentation_shows_every_template_and_stop_word() -> None:
         assert template.prefix.replace("\n", r"\n") in row
     for name, task in TASKS.items():
         assert any(row.startswith(f"| `{name}` | {', '.join(task.stop_words[:-1])}, `") for row in rows), name
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("shots", [(), (Shot(A, "a cat", "what?"), Shot(None, "red", "why?"))])
+def test_what_prompts_share_is_what_they_begin_with(template, shots):
+    start = shared_start(template, shots)
+    assert bool(start) is bool(template.prefix or shots)
+    for query in Shot(B, question="how?"), Shot(C, question="who?"):
+        assert written(few_shot_prompt(template, shots, query)).startswith(written(start))
