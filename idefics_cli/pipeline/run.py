@@ -105,21 +105,26 @@ class Run:
         assert output.record is not None, output.path
         if self.inputs.is_streaming or self.sidecars is not None:
             rows = self.task.expand(self.inputs.rows)
-            for old in output.finished_rows(["id", "error", *filter(None, [self.form.text_column])]):
-                self._write_beside(_require_same_row(next(rows, None), old), old)
+            self._skip(rows, output.finished_rows(["id", "error", *filter(None, [self.form.text_column])]))
             _require_end(rows, output)
-        self.stats.rows = self.stats.resumed = self.stats.safe = output.record["rows"]
-        self.stats.failed = Counter(output.record["failed"])
+        else:
+            self.stats.rows = self.stats.resumed = self.stats.safe = output.record["rows"]
+            self.stats.failed = Counter(output.record["failed"])
 
     def _rows_left(self, output: FileOutput) -> Iterator[InputRow]:
         """The rows that the journal does not have; of a retry with those of the finished file that are kept."""
         num_done = 0 if output.journal.header is None else sum(1 for _ in output.journal.texts())
         rows = self._rows_from(num_done // self.task.rows_each)
-        for old in output.journal.rows() if num_done else ():
+        if num_done:
+            self._skip(rows, output.journal.rows())
+        return self._with_earlier(rows, output, num_done) if output.is_retry else rows
+
+    def _skip(self, rows: Iterator[InputRow], done: Iterator[Mapping[str, Any]]) -> None:
+        """The rows of `done` are finished, and come first."""
+        for old in done:
             self._write_beside(_require_same_row(next(rows, None), old), old)
             self.stats.add_earlier(old)
             self.stats.safe += 1
-        return self._with_earlier(rows, output, num_done) if output.is_retry else rows
 
     def _rows_from(self, num_skipped: int) -> Iterator[InputRow]:
         """All rows, so many of the input's without their images; whole ones where a text may be missing beside them."""

@@ -12,12 +12,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from idefics_cli.columns import inferred_array, inferred_types
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.folder import FileListing, list_file, list_folder
 from idefics_cli.readers.manifest import is_manifest, open_manifest
 from idefics_cli.readers.stdin_paths import PathList
 from idefics_cli.readers.table import Chunk, Record
+from idefics_cli.readers.undeclared_types import inferred_array, inferred_types
 from idefics_cli.rows import ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import find
@@ -213,7 +213,7 @@ class Inputs:
             if index < source.size:
                 return next(source.rows(index, 1, ids_only=False)).image
             index -= source.size
-        raise AssertionError(f"there is no row {index}")
+        raise AssertionError(f"no input has row {index}")
 
     def _placed(self, row: InputRow, source: Source, offset: int) -> InputRow:
         """The row with its index and id among all rows."""

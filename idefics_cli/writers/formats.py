@@ -2,7 +2,7 @@
 
 A run's own columns come from the texts of its journal, those passed through from a second pass over the inputs. What
 run made a file is recorded beside its rows: in a Parquet file's own metadata, and for `F.jsonl` in `F.jsonl.run`.
-Nothing here renames or locks anything; this module knows neither journals nor runs.
+This module knows neither journals nor runs.
 """
 
 from __future__ import annotations
@@ -87,20 +87,17 @@ class JsonLines:
     """`F.jsonl`, and `F.jsonl.run` beside it, which records the file's bytes too."""
 
     def write(
-        self, target: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
+        self, path: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
     ) -> None:
-        """A whole file, durably."""
-        with _synced(target) as file:
+        """A whole file, durably, in place of what is there."""
+        check = 0
+        with replacing(path) as file:
             for text in passthrough.added_to(texts()):
-                file.write(strict_json(text) + b"\n")
-
-    def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None:
-        """Put beside the final name what belongs there."""
-        record = record_name(path)
-        with temporary_file(record) as temporary:
-            with _synced(temporary) as file:
-                file.write(json_text({**run, OF_BYTES: content_of(target)}) + b"\n")
-            temporary.rename(record)
+                line = strict_json(text) + b"\n"
+                check = zlib.crc32(line, check)
+                file.write(line)
+            with replacing(record_name(path)) as beside:
+                beside.write(json_text({**run, OF_BYTES: [file.tell(), check]}) + b"\n")
 
     def run_of(self, path: Path) -> dict[str, Any] | None:
         """What run made the file; None where it has been changed since, or is not a result."""
@@ -132,7 +129,7 @@ class Parquet:
     """`F.parquet`: typed columns, zstd, row groups of up to 64 MB. Its methods are those of `JsonLines`."""
 
     def write(
-        self, target: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
+        self, path: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
     ) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -140,15 +137,12 @@ class Parquet:
         own = pa.schema([(column.name, arrow_type(column, _example(column, texts))) for column in columns])
         tables = passthrough.tables()
         first = next(tables) if passthrough.names else None
-        schema = pa.schema([*own, *(first.schema if first else ())], {METADATA_KEY: json_text(run)})
+        schema = pa.schema([*own, *(() if first is None else first.schema)], {METADATA_KEY: json_text(run)})
         writing = {"compression": "zstd", "write_page_checksum": True}
         joined = _joined(_own_tables(texts(), columns, own), first, tables, schema)
-        with _synced(target) as file, pq.ParquetWriter(file, schema, **writing) as writer:
+        with replacing(path) as file, pq.ParquetWriter(file, schema, **writing) as writer:
             for table in _row_groups(joined):
                 writer.write_table(table, row_group_size=max(1, table.num_rows))
-
-    def before_rename(self, target: Path, path: Path, run: Mapping[str, Any]) -> None:
-        """The record is inside the file."""
 
     def run_of(self, path: Path) -> dict[str, Any] | None:
         import pyarrow as pa
@@ -204,23 +198,18 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def temporary_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what is to be renamed to it; a file that still has it at the end is removed."""
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, which gets the name `path` when it is on the disk; what cannot be finished is removed."""
     temporary = temporary_name(path)
     try:
-        yield temporary
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
     finally:
         with suppress(OSError):  # then the next run writes over it
             temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, which is on the disk when the context ends."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def content_of(path: Path) -> list[int]:

@@ -90,7 +90,7 @@ class Journal:
         return text
 
     def _require_own(self) -> None:
-        """A file that does not begin as a journal does is somebody's own: nothing of it is touched."""
+        """A file that does not begin as a journal does is the user's own: nothing of it is touched."""
         is_file = stat.S_ISREG(os.fstat(self._file).st_mode)
         if not is_file or not HEADER_START.startswith(os.pread(self._file, len(HEADER_START), 0)):
             raise OutputError(

@@ -17,12 +17,10 @@ from typing import Any
 from idefics_cli.columns import Column
 from idefics_cli.errors import OutputError
 from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, shown_address
-from idefics_cli.writers.formats import SETTINGS, Passthrough, content_of, format_of, temporary_file
+from idefics_cli.writers.formats import SETTINGS, Passthrough, content_of, format_of
 from idefics_cli.writers.journal import Journal, reason, shown_path, sync_folder
 
 REPLACES = "replaces"
-
-# Settings that are not options, and options that are not called as the setting is.
 
 
 class FileOutput:
@@ -134,10 +132,7 @@ class FileOutput:
         assert self.journal.summary is not None and self.journal.header is not None, self.journal.path
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
         try:
-            with temporary_file(self.path) as target:
-                self.format.write(target, self.journal.texts, columns, passthrough, run)
-                self.format.before_rename(target, self.path, run)
-                target.rename(self.path)
+            self.format.write(self.path, self.journal.texts, columns, passthrough, run)
             sync_folder(self.path.parent)
             self.journal.remove()
         except OSError as error:
@@ -202,6 +197,6 @@ def _check_place(path: Path) -> None:
     if os.path.isdir(path):
         raise OutputError(f"{shown} is a folder: name a file in it, such as {shown_path(path / 'captions.jsonl')}")
     if not os.path.isdir(path.parent):
-        raise OutputError(f"there is no folder {shown_path(path.parent)} to write {shown} into: make it first")
+        raise OutputError(f"cannot write {shown}: the folder {shown_path(path.parent)} does not exist: make it first")
     if os.path.islink(path) and not os.path.exists(path):
         raise OutputError(f"{shown} is a broken link: name the file that it should point to")

@@ -38,7 +38,7 @@ CALLS = ("write", "fsync", "ftruncate", "rename", "unlink")
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the `number`-th of the `calls`, counted from 1 (with `for_ever`, at those behind it too).
+    """What happens at the `number`-th of the `calls`, counted from 1 (with `for_ever`, at those after it too).
 
     `kill` is before the call; `torn` is a kill when half of it is written, `half` a full disk with half of it written.
     `fired` is a file that is made when the fault happens.

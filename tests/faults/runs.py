@@ -60,7 +60,7 @@ class Started:
     folder: Path
 
     def send(self, number: int) -> None:
-        """To the whole group. One that has not begun is no group yet."""
+        """To the whole group. One that has not begun does not have one yet."""
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
@@ -161,7 +161,7 @@ def make_bench(folder: Path, number: int, suffix: str, output: Path | None = Non
     return bench
 
 
-def mend_images(bench: Bench) -> None:
+def repair_images(bench: Bench) -> None:
     for i, path in enumerate(sorted(bench.images.glob("*.png"))):
         if path.read_bytes() == b"broken":
             save_image(path, i)

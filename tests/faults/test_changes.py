@@ -82,7 +82,7 @@ def test_other_weights_under_the_same_name(tmp_path: Path, suffix: str) -> None:
 
 
 def begin(bench: Bench, is_finished: bool) -> None:
-    """A run that is finished, or killed behind its first rows."""
+    """A run that is finished, or killed after its first rows."""
     if is_finished:
         assert bench.run().code == 3
     else:

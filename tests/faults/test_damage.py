@@ -95,7 +95,7 @@ def test_a_byte_is_changed(
         bench.part.write_bytes(changed)
         refusal = run(bench)
         if refusal is None:
-            assert place == len(whole) - 1, f"byte {place} was changed, and nobody noticed"
+            assert place == len(whole) - 1, f"byte {place} was changed, and it was not noticed"
             bench.verify()
             continue
         num_refused += 1

@@ -22,7 +22,7 @@ from runs import (
     Ended,
     expected_rows,
     make_bench,
-    mend_images,
+    repair_images,
     until_untouched,
     wait_for,
 )
@@ -140,7 +140,7 @@ def test_kills_while_failed_rows_are_done_again(tmp_path: Path, suffix: str, num
     assert bench.run().code == 3
     failed = bench.rows()
     finished = shutil.copytree(bench.output.parent, tmp_path / "finished")
-    mend_images(bench)
+    repair_images(bench)
 
     def killed_and_run_again(number: int) -> Ended | None:
         bench.clear()
@@ -183,7 +183,7 @@ def test_kills_while_a_result_is_replaced(tmp_path: Path, suffix: str, numbers: 
 
 
 def has_begun(bench: Bench) -> bool:
-    """Whether the run that replaces a result has said of what it is: then it goes on by itself."""
+    """Whether the run that replaces a result has said of what it is: then it resumes by itself."""
     return b"old " not in bench.part.read_bytes() and bench.part.stat().st_size > 0
 
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import FakeCaptioner, expected_text, save_image
 from hypothesis import given
 from hypothesis import strategies as st
+from written_manifests import write_manifest
 
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
@@ -132,7 +133,7 @@ def stopped_after(number: int, bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("number", range(1, 8))
-def test_a_run_goes_on_wherever_it_was_stopped(bench: Bench, number: int) -> None:
+def test_a_run_resumes_wherever_it_was_stopped(bench: Bench, number: int) -> None:
     bench.run()
     whole = bench.output.read_bytes()
     bench.output.unlink()
@@ -144,7 +145,7 @@ def test_a_run_goes_on_wherever_it_was_stopped(bench: Bench, number: int) -> Non
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
-def test_several_questions_go_on_within_an_image(bench: Bench, number: int) -> None:
+def test_several_questions_resume_within_an_image(bench: Bench, number: int) -> None:
     questions = "What?", "Where?"
     run = bench.run
     bench.run = lambda **changes: run(questions, **changes)  # type: ignore[method-assign]
@@ -186,7 +187,7 @@ def test_failed_rows_of_parquet_are_done_again(bench: Bench, photos: Path) -> No
     assert table.num_rows == 7 and table["error"].null_count == 7
 
 
-def test_enough_errors_keep_the_rows_and_the_next_run_goes_on(bench: Bench) -> None:
+def test_enough_errors_keep_the_rows_and_the_next_run_resumes(bench: Bench) -> None:
     assert bench.run(max_errors=1)
     assert bench.stats.stopped_early and not bench.output.exists()
     bench.run(max_errors=1)
@@ -336,7 +337,72 @@ def test_what_another_command_has_made_is_not_taken_over(bench: Bench) -> None:
         Run(bench.options, task, bench.check, bench.load, bench.stats, bench.observer).run(None)
 
 
-# Names of columns that are passed through
+# Columns that are passed through
+
+
+def manifest_of(photos: Path, name: str) -> Path:
+    """Of three rows, the second's image broken."""
+    rows = [
+        {"image": image, "width": number, "tag": "\u00fc"}
+        for number, image in enumerate(["a.jpg", "broken.png", "b.png"])
+    ]
+    write_manifest(photos / name, rows)
+    return photos / name
+
+
+def passing(manifest: Path, **changes: Any) -> dict[str, Any]:
+    return {"inputs": (str(manifest),), "reading": ReadOptions(image_column="image", keep=("width", "tag")), **changes}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "m.parquet"])
+@pytest.mark.parametrize("questions", [(), ("What?", "Where?")])
+def test_columns_of_the_inputs_come_out_beside_every_row(
+    bench: Bench, photos: Path, name: str, suffix: str, questions: tuple[str, ...]
+) -> None:
+    output = bench.output.with_suffix(suffix)
+    changes = passing(manifest_of(photos, name), output=str(output))
+    bench.run(questions, **changes)
+    rows = pq.read_table(output).to_pylist() if suffix == ".parquet" else bench.rows()
+    expected = [(row // (len(questions) or 1), "\u00fc") for row in range(3 * (len(questions) or 1))]
+    if name == "m.csv":
+        expected = [(str(width), tag) for width, tag in expected]
+    assert [(row["width"], row["tag"]) for row in rows] == expected
+    assert list(rows[0])[-2:] == ["width", "tag"]
+    stdout = io.BytesIO()
+    bench.run(questions, stdout=stdout, **{**changes, "output": "-"})
+    on_stdout = [json.loads(line) for line in stdout.getvalue().splitlines()]
+    assert on_stdout == rows
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_inputs_that_change_before_the_end_are_told_and_the_rows_are_kept(
+    bench: Bench, photos: Path, suffix: str
+) -> None:
+    manifest, output = manifest_of(photos, "m.jsonl"), bench.output.with_suffix(suffix)
+    before, changes = manifest.read_bytes(), passing(manifest, output=str(output))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "on_row", lambda self: manifest.write_bytes(before + before))
+        said = bench.refuses(InputError, **changes)
+    assert "m.jsonl changed while the run was under way: restore it and run the same command again" in said
+    assert bench.stats.safe == 3 and not output.exists()
+    manifest.write_bytes(before)
+    assert not bench.run(**changes) and bench.calls == []
+    assert [bench.stats.rows, bench.stats.num_failed, output.exists()] == [3, 1, True]
+
+
+def test_a_retry_keeps_good_rows_and_takes_passed_through_columns_again(bench: Bench, photos: Path) -> None:
+    for suffix in ".jsonl", ".parquet":
+        (photos / "broken.png").write_bytes(b"broken")
+        output = bench.output.with_suffix(suffix)
+        changes = passing(manifest_of(photos, "m.parquet"), output=str(output))
+        bench.run(**changes)
+        save_image(photos / "broken.png", 9)
+        assert bench.run(retry_errors=True, **changes) and bench.stats.resumed == 2
+        retried = output.read_bytes()
+        bench.run(overwrite=True, **changes)
+        assert output.read_bytes() == retried
 
 
 def test_a_passed_through_column_with_a_name_of_the_result_is_called_input() -> None:

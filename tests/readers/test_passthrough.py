@@ -20,9 +20,10 @@ from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 from written_manifests import TABLE_FORMATS, write_archive, write_manifest
 
-from idefics_cli.columns import inferred_types, json_text, strict_json
+from idefics_cli.columns import json_text, strict_json
 from idefics_cli.errors import InputError
 from idefics_cli.readers.inputs import Inputs, open_inputs
+from idefics_cli.readers.undeclared_types import inferred_types
 from idefics_cli.rows import ReadOptions
 
 MOST_EXAMPLES = settings(max_examples=100, deadline=None)

@@ -76,7 +76,7 @@ def test_a_line_with_another_byte_is_noticed(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"\n", b"{}", b'{"id": 1}\n', b', "crc32": "00000000"}'])
-def test_lines_of_others_are_no_lines(line: bytes) -> None:
+def test_lines_of_others_are_refused(line: bytes) -> None:
     assert unchecked(line) is None
 
 
@@ -151,7 +151,7 @@ def test_a_torn_tail_is_cut_at_every_byte(path: Path) -> None:
         journal.close()
 
 
-def test_what_is_appended_behind_a_torn_tail_stands_on_a_line_of_its_own(path: Path) -> None:
+def test_what_is_appended_after_a_torn_tail_stands_on_a_line_of_its_own(path: Path) -> None:
     written(path, [{"id": "a"}, {"id": "b"}])
     path.write_bytes(path.read_bytes()[:-5])
     journal = Journal(path)
@@ -169,7 +169,7 @@ def test_a_changed_line_is_named_and_the_file_left_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"notes of mine", b"{}\n", b'{"id": "a"}\n', b"\n", b"\0" * 9])
-def test_a_file_of_somebody_else_is_refused_even_where_all_is_to_go(path: Path, content: bytes) -> None:
+def test_a_file_of_others_is_refused_even_with_discard(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     for discard in False, True:
         with pytest.raises(OutputError, match="not a file of this program"):
@@ -242,7 +242,7 @@ def a_folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [a_link, a_pipe, a_folder])
-def test_what_is_no_regular_file_is_refused(path: Path, make: Callable[[Path], None]) -> None:
+def test_what_is_not_a_regular_file_is_refused(path: Path, make: Callable[[Path], None]) -> None:
     make(path)
     with pytest.raises(OutputError, match=r"f\.jsonl\.part"):
         Journal(path)
@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_whole_rows(path: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write_until_full)
-        with pytest.raises(OutputError, match=r"No space left on device; make room .* same command again"):
+        with pytest.raises(OutputError, match=r"No space left on device; free some space .* same command again"):
             journal.append([b'{"id": "b"}'])
     assert path.read_bytes() == before
     journal.append([b'{"id": "c"}'])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from idefics_cli.columns import Column, json_text
 from idefics_cli.errors import OutputError
-from idefics_cli.writers.output_file import FileOutput, differences, merged
+from idefics_cli.writers.formats import Passthrough
+from idefics_cli.writers.output_file import FileOutput, differences, setting_name
 
 SETTINGS = {"model": {"name": "demo"}, "inputs": [{"name": "a.csv"}], "task": {"prompts": {"text": None}}}
 COLUMNS = [Column("id", "text"), Column("caption", "text"), Column("error", "text")]
@@ -33,19 +34,24 @@ def append(output: FileOutput, rows: Sequence[dict[str, Any]]) -> None:
     output.journal.append([json_text(each) for each in rows])
 
 
-def finish(path: Path, rows: Sequence[dict[str, Any]], *, amends: bool = False, overwrite: bool = False) -> None:
+def publish(output: FileOutput, num_rows: int = 4) -> None:
+    output.journal.end({"rows": num_rows, "failed": {}})
+    output.publish(COLUMNS, Passthrough())
+
+
+def finish(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One run from its beginning to its end."""
-    output = FileOutput(path, overwrite=overwrite)
-    output.begin(SETTINGS, amends=amends)
+    output = FileOutput(path)
+    output.begin(SETTINGS)
     append(output, rows)
-    output.publish(COLUMNS, {"rows": len(OLD), "failed": {}})
+    publish(output)
     output.close()
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     output = FileOutput(path)
     try:
-        return list(output.finished_rows())
+        return list(output.finished_rows(["id", "caption", "error"]))
     finally:
         output.close()
 
@@ -57,30 +63,42 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def test_a_run_in_two_parts(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     output = FileOutput(path)
-    assert (output.settings, output.is_finished, list(output.rows_so_far())) == (None, False, [])
+    assert (output.settings, output.is_finished, list(output.journal.rows())) == (None, False, [])
     output.begin(SETTINGS)
     append(output, OLD[:1])
     output.close()
     assert not path.exists()
     output = FileOutput(path)
-    assert (output.settings, output.is_finished, list(output.rows_so_far())) == (SETTINGS, False, OLD[:1])
+    assert (output.settings, output.is_finished, list(output.journal.rows())) == (SETTINGS, False, OLD[:1])
     output.begin(SETTINGS)
     append(output, OLD[1:])
-    output.publish(COLUMNS, {"rows": 4, "failed": {"image_missing": 2}})
+    output.journal.end({"rows": 4, "failed": {"image_missing": 2}})
+    output.publish(COLUMNS, Passthrough())
     output.close()
     output = FileOutput(path)
     assert output.is_finished and output.settings == SETTINGS
     assert (output.record["rows"], output.record["failed"]) == (4, {"image_missing": 2})
-    assert list(output.finished_rows()) == OLD
+    assert list(output.finished_rows(["id", "caption", "error"])) == OLD
     output.close()
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.tmp"))
 
 
 @both
-def test_failed_rows_are_replaced_and_the_others_stay(tmp_path: Path, name: str) -> None:
-    finish(tmp_path / name, OLD)
-    finish(tmp_path / name, [row("b", "new"), row("d")], amends=True)
-    assert rows_of(tmp_path / name) == [OLD[0], row("b", "new"), *OLD[2:]]
+def test_a_retry_replaces_the_finished_file_and_keeps_it_until_then(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    finish(path, OLD)
+    output = FileOutput(path)
+    new = [OLD[0], row("b", "new"), *OLD[2:]]
+    output.begin(SETTINGS)
+    append(output, new[:2])
+    output.close()
+    assert rows_of(path) == OLD
+    output = FileOutput(path)
+    assert output.is_retry and not output.is_finished and output.settings == SETTINGS
+    append(output, new[2:])
+    publish(output)
+    output.close()
+    assert rows_of(path) == new
 
 
 @both
@@ -92,49 +110,35 @@ def test_what_is_replaced_stays_until_the_end(tmp_path: Path, name: str) -> None
     output.begin({"model": {"name": "other"}})
     append(output, OLD[:2])
     assert (tmp_path / name).read_bytes() == before
-    output.publish(COLUMNS, {"rows": 2, "failed": {}})
+    publish(output, 2)
     output.close()
     assert rows_of(tmp_path / name) == OLD[:2]
 
 
 @both
-@pytest.mark.parametrize("call", ["write", "before_rename"])
+@pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_failure_at_the_end_leaves_the_journal_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: str
 ) -> None:
     output = FileOutput(tmp_path / name)
     output.begin(SETTINGS)
     append(output, OLD)
+    output.journal.end({"rows": 4, "failed": {}})
 
-    def full(target: Path, *arguments: Any) -> None:
-        target.write_bytes(b"half")
+    def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(output.format), call, lambda self, *arguments: full(*arguments))
-        with pytest.raises(OutputError, match=r"cannot finish .*No space left on device; make room"):
-            output.publish(COLUMNS, {"rows": 4, "failed": {}})
+        patch.setattr(os, call, full)
+        with pytest.raises(OutputError, match=r"cannot finish .*No space left on device; free some space"):
+            output.publish(COLUMNS, Passthrough())
     output.close()
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.part"]
     output = FileOutput(tmp_path / name)
     assert output.journal.summary == {"rows": 4, "failed": {}}
-    output.publish(COLUMNS)
+    output.publish(COLUMNS, Passthrough())
     output.close()
     assert rows_of(tmp_path / name) == OLD
-
-
-@given(st.lists(st.tuples(TEXTS, st.booleans()), unique_by=lambda pair: pair[0]))
-def test_merging_replaces_by_id_and_twice_is_once(rows: list[tuple[str, bool]]) -> None:
-    old = [json_text(row(name)) for name, _ in rows]
-    new = [json_text(row(name, "new")) for name, is_new in rows if is_new]
-    expected = [json_text(row(name, "new" if is_new else None)) for name, is_new in rows]
-    assert list(merged(iter(old), iter(new))) == expected
-    assert list(merged(iter(expected), iter(new))) == expected
-
-
-def test_a_row_that_was_done_again_and_is_not_there() -> None:
-    with pytest.raises(LookupError, match="not in the result"):
-        list(merged(iter([json_text(row("a"))]), iter([json_text(row("b"))])))
 
 
 # ---- settings
@@ -168,7 +172,7 @@ def test_nothing_differs_from_itself(known: dict[str, Any]) -> None:
 def test_each_other_value_is_a_difference(known: dict[str, Any], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(known)))
     (told,) = differences(known, {**known, name: ["something", "else", "altogether"]})
-    assert told.startswith(f"{name} was ")
+    assert told.startswith(f"{setting_name([name])}: was ")
 
 
 def test_long_values_are_cut() -> None:
@@ -195,7 +199,7 @@ def a_file_of_the_users(path: Path) -> None:
     ("make", "said"),
     [
         (a_folder, "is a folder: name a file in it"),
-        (a_link_to_nothing, "is a link that leads nowhere"),
+        (a_link_to_nothing, "is a broken link"),
         (a_file_of_the_users, "not as a run of this program left it"),
     ],
 )
@@ -207,24 +211,24 @@ def test_places_that_cannot_be(tmp_path: Path, make: Any, said: str) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"there is no folder .* make it first"):
+    with pytest.raises(OutputError, match=r"the folder .* does not exist: make it first"):
         FileOutput(tmp_path / "none" / "f.jsonl")
 
 
 @both
-def test_a_result_that_went_while_failed_rows_were_done_again(tmp_path: Path, name: str) -> None:
+def test_a_result_that_is_removed_while_failed_rows_are_retried(tmp_path: Path, name: str) -> None:
     finish(tmp_path / name, OLD)
     output = FileOutput(tmp_path / name)
-    output.begin(SETTINGS, amends=True)
-    append(output, [row("b", "new")])
+    output.begin(SETTINGS)
+    append(output, [OLD[0], row("b", "new")])
     output.close()
     (tmp_path / name).unlink()
-    with pytest.raises(OutputError, match="it is not there any more as it was"):
+    with pytest.raises(OutputError, match="was changed or removed while its failed rows were being retried"):
         FileOutput(tmp_path / name)
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/f.jsonl", "gs://bucket/f.parquet", "https://a.example/f.jsonl"])
-def test_an_address_is_no_place(address: str) -> None:
+def test_an_address_is_refused(address: str) -> None:
     with pytest.raises(OutputError, match="is an address: name a file on this machine"):
         FileOutput(address)
 
@@ -234,10 +238,10 @@ def test_an_address_is_no_place(address: str) -> None:
     ("name", "beside"),
     [("f.jsonl", ".tmp"), ("f.jsonl", ".run"), ("f.jsonl", ".run.tmp"), ("f.parquet", ".tmp")],
 )
-def test_nothing_of_somebody_elses_is_written_over(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
+def test_files_of_others_are_never_overwritten(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
     own = tmp_path / f"{name}{beside}"
     own.write_text("[" * 100_000)
-    with pytest.raises(OutputError, match=rf"{own.name} is not a file of this program, and would be written over"):
+    with pytest.raises(OutputError, match=rf"{own.name} is not a file of this program, and would be overwritten"):
         FileOutput(tmp_path / name, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [own.name] and own.read_text() == "[" * 100_000
 
@@ -252,6 +256,6 @@ def test_what_a_kill_left_of_the_final_file_is_written_over(tmp_path: Path, name
     for beside in ".tmp", ".run.tmp":
         (tmp_path / f"{name}{beside}").write_bytes(b"torn")
     again = FileOutput(tmp_path / name)
-    again.publish(COLUMNS)
+    again.publish(COLUMNS, Passthrough())
     again.close()
     assert rows_of(tmp_path / name) == OLD
