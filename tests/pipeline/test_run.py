@@ -165,7 +165,7 @@ def test_other_weights_of_a_half_done_run_are_named_before_they_are_loaded(bench
     assert "load" not in bench.calls
 
 
-def test_failed_rows_are_done_again_and_only_these(bench: Bench, photos: Path) -> None:
+def test_failed_rows_are_retried_and_only_these(bench: Bench, photos: Path) -> None:
     bench.run()
     before = bench.rows()
     save_image(photos / "broken.png", 9)
@@ -176,15 +176,6 @@ def test_failed_rows_are_done_again_and_only_these(bench: Bench, photos: Path) -
     assert after[2]["caption"] == expected_text(photos / "broken.png")
     assert (bench.stats.rows, bench.stats.num_failed) == (7, 0)
     assert not bench.run(retry_errors=True) and bench.calls == []
-
-
-def test_failed_rows_of_parquet_are_done_again(bench: Bench, photos: Path) -> None:
-    output = bench.output.with_suffix(".parquet")
-    bench.run(output=str(output))
-    save_image(photos / "broken.png", 9)
-    bench.run(output=str(output), retry_errors=True)
-    table = pq.read_table(output)
-    assert table.num_rows == 7 and table["error"].null_count == 7
 
 
 def test_enough_errors_keep_the_rows_and_the_next_run_resumes(bench: Bench) -> None:
