@@ -1,8 +1,8 @@
 """What share of the time the engine waits for images: `python -m benchmarks.engine_idle FOLDER...`.
 
-Photographs are captioned by a model with random weights, through reader threads, decoder processes and engine, twice
-over: the first time the decoder processes have yet to start, the second time (with other photographs) they are there.
-The largest files below the folders are taken, so that none is there for being quick to decode. One JSON line on stdout.
+Photographs are captioned by a model with random weights, through reader threads, worker processes and engine, twice
+over: the first time the worker processes have yet to start, the second time (with other photographs) they are there.
+The largest files below the folders are taken, so that none is quick to decode. One JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.engine.scheduler import stream
 from idefics_cli.errors import RowError
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
@@ -47,12 +48,12 @@ class WaitOptions:
 
     @property
     def decoding(self) -> DecodingOptions:
-        """Texts of one length, since random weights know no end."""
+        """Texts of one length, since random weights never end by themselves."""
         return DecodingOptions(self.num_beams, self.max_new_tokens, min_new_tokens=self.max_new_tokens)
 
 
-def prepare(row: InputRow, decoders: WorkerPool, input_ids: Sequence[int]) -> EncodedPrompt | RowError:
-    pixels = decoders.prepare(row.sources[0])
+def prepare(row: InputRow, images: WorkerPool, input_ids: Sequence[int]) -> EncodedPrompt | RowError:
+    pixels = images.prepare(row.sources[0])
     return pixels if isinstance(pixels, RowError) else EncodedPrompt(list(input_ids), (pixels,))
 
 
@@ -69,18 +70,18 @@ def measure(paths: Sequence[Path], options: WaitOptions) -> dict[str, Any]:
     (prompt, *_) = subject.prompts.draw(0)
     engine = Engine(subject.model, subject.vocabulary, options.batch_size)
     processor = ImageProcessor(image_size=subject.image_size)
-    with WorkerPool(processor, ImageOptions(draft=options.draft, workers=options.workers)) as decoders:
-        run = partial(run_once, engine=engine, decoders=decoders, input_ids=prompt.input_ids, options=options)
+    with WorkerPool(processor, ImageOptions(draft=options.draft, workers=options.workers)) as images:
+        run = partial(run_once, engine=engine, images=images, input_ids=prompt.input_ids, options=options)
         return {"options": asdict(options), "first": run(paths[::2]), "then": run(paths[1::2])}
 
 
 def run_once(
-    paths: Sequence[Path], engine: Engine, decoders: WorkerPool, input_ids: Sequence[int], options: WaitOptions
+    paths: Sequence[Path], engine: Engine, images: WorkerPool, input_ids: Sequence[int], options: WaitOptions
 ) -> dict[str, float]:
     stats = RunStats()
     steps = Steps(
-        partial(prepare, decoders=decoders, input_ids=input_ids),
-        lambda source: ((number, Captioned()) for number, _ in engine.stream(source, options.decoding)),
+        partial(prepare, images=images, input_ids=input_ids),
+        lambda source: ((number, Captioned()) for number, _ in stream(engine, source, options.decoding)),
     )
     waited: list[float] = []  # by the time that each row was out
     flow = FlowOptions(options.batch_size, options.workers)

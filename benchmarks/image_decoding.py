@@ -1,10 +1,9 @@
 """How fast images become pixels: `python -m benchmarks.image_decoding FOLDER...`.
 
-Every image below the folders is prepared by a plain loop over Pillow (open, convert, resize, nothing else) in N
-processes, by our decoder processes and by threads, in turn and several times over. A rate is the median over the
-rounds, a ratio the median of the rounds' ratios to the plain loop's. Then the JPEGs are drafted, once for each of
-several sizes that a draft may keep, and compared with the whole images in levels of 0..255 after the resize. Prints a
-table to stderr and one JSON object to stdout.
+Every image below the folders is prepared by a plain Pillow loop (open, convert, resize) in N processes, by our worker
+processes and by threads, in turn and several times. A rate is the median over the rounds, a ratio the median of the
+rounds' ratios to the plain loop. Then JPEGs decoded as drafts are compared with the whole images, in levels of 0..255
+after the resize. A table goes to stderr, one JSON object to stdout.
 """
 
 from __future__ import annotations
@@ -68,12 +67,12 @@ def threads(workers: int) -> Iterator[RunAll]:
 
 
 @contextmanager
-def decoder_processes(workers: int) -> Iterator[RunAll]:
-    with WorkerPool(PROCESSOR, ImageOptions(workers=workers)) as decoders, ThreadPoolExecutor(workers) as pool:
-        yield lambda paths: list(pool.map(decoders.prepare, paths))
+def worker_processes(workers: int) -> Iterator[RunAll]:
+    with WorkerPool(PROCESSOR, ImageOptions(workers=workers)) as images, ThreadPoolExecutor(workers) as pool:
+        yield lambda paths: list(pool.map(images.prepare, paths))
 
 
-WAYS = {"plain": plain_processes, "processes": decoder_processes, "threads": threads}
+WAYS = {"plain": plain_processes, "processes": worker_processes, "threads": threads}
 
 
 def measure_rates(paths: Sequence[Path], workers: int, rounds: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Captions for folders of images with IDEFICS.
 
-`from idefics_cli import Idefics` is the Python API; the command line is `idefics`. Importing the package alone imports
-no torch: names are fetched from their modules when they are first asked for.
+`from idefics_cli import Idefics` is the Python API; the command line is `idefics`. Importing the package alone does not
+import torch: `Idefics` is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -27,4 +27,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__})

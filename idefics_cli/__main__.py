@@ -1,5 +1,4 @@
-"""The console script, which `python -m idefics_cli` is too. Imports what Python has imported already, until Ctrl-C is
-looked after."""
+"""The console script, also run by `python -m idefics_cli`. Nothing slow is imported before Ctrl-C is handled."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import signal
 
 
 def end_at_once_when_interrupted() -> None:
-    """Ctrl-C before a command has begun: nothing has been done, and Python's traceback would say nothing of use."""
+    """Ctrl-C before a command has begun ends the process without Python's traceback: nothing has been done yet."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -136,10 +136,9 @@ def _vision_digests(file: Path, is_pickled: bool) -> Iterator[tuple[str, str]]:
     import torch
     from safetensors import safe_open
 
-    pickled = torch.load(file, map_location="cpu", weights_only=True) if is_pickled else None
-    stored = pickled or safe_open(file, framework="pt")
+    stored = torch.load(file, map_location="cpu", weights_only=True) if is_pickled else safe_open(file, framework="pt")
     for name in filter(VISION_TENSOR.fullmatch, stored.keys()):
-        tensor = pickled[name] if pickled else stored.get_tensor(name)
+        tensor = stored[name] if is_pickled else stored.get_tensor(name)
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
         yield name, digest.hexdigest()
@@ -289,19 +288,15 @@ def _fetch(request: ModelRequest) -> Path:
 
 def _download(request: ModelRequest, weights: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         patterns = [*SIDE_FILES, weights]
         return Path(snapshot_download(request.model, revision=request.revision, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(
-            f"the hub has no model {request.model!r}: check the name, or log in if it is private"
-        ) from error
     except Exception as error:  # the layers below the hub's library raise many kinds when a connection breaks
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"model {request.model!r} is not cached and cannot be fetched ({reason}): connect once, or give a folder"
+            f"model {request.model!r} is not cached and cannot be fetched ({reason}): check its name and the "
+            "connection, log in if it is private, or give a local folder"
         ) from error
 
 

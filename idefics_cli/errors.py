@@ -1,6 +1,6 @@
 """The two failures that are not bugs.
 
-An `IdeficsError` is the user's mistake: it ends the run, and its text is one line that says what and how to mend it.
+An `IdeficsError` is the user's mistake: it ends the run, and its one line says what is wrong and how to fix it.
 A `RowError` is a bad row: a value that travels with the row and never stops the run.
 Our own mistakes are assertions and have no class here. This module imports nothing of the package.
 """
@@ -52,7 +52,7 @@ class CheckpointError(IdeficsError):
 
 
 class DeviceError(IdeficsError):
-    """The device or the dtype that was asked for is not to be had here."""
+    """The device that was asked for is not available, or too small for the model."""
 
 
 class StreamClosed(Exception):

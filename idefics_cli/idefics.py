@@ -1,7 +1,7 @@
-"""`Idefics`: captions and texts from Python. A model, its tokenizer and its way with images behind a few methods.
+"""`Idefics`: captions and texts from Python. A model, its tokenizer and its image processor behind a few methods.
 
-An image that cannot be used, or a prompt that is too long, is a `Result` with an `error`; the others beside it are
-not touched. A caller's mistake (an unknown option, a model that is not there) raises IdeficsError.
+An image that cannot be used, or a prompt that is too long, gives a `Result` with an `error`; the others are not
+affected. A caller's mistake (an unknown option, a model that does not exist) raises IdeficsError.
 """
 
 from __future__ import annotations
@@ -14,20 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from idefics_cli import checkpoint as checkpoints
 from idefics_cli import validation
-from idefics_cli.checkpoint import (
-    DEFAULT_MODEL,
-    Checkpoint,
-    ModelRequest,
-    dtype_name,
-    find_checkpoint,
-    load_config,
-    load_network,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-    vision_fingerprint,
-)
+from idefics_cli.checkpoint import DEFAULT_MODEL, Checkpoint, ModelRequest
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import Scoring
@@ -40,6 +29,7 @@ from idefics_cli.engine.prompt_source import (
     IterableSource,
     PromptSource,
 )
+from idefics_cli.engine.scheduler import stream
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError
 from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
@@ -69,9 +59,11 @@ from idefics_cli.prompts.templates import (
 from idefics_cli.prompts.tokenize import PromptEncoder
 from idefics_cli.result import Candidate, Embedding, Result
 from idefics_cli.rows import ImageOptions
-from idefics_cli.validation import model_name, several_images, whole_number
+from idefics_cli.validation import model_name, several, whole_number
 
 if TYPE_CHECKING:
+    from transformers import IdeficsConfig
+
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 
@@ -108,35 +100,35 @@ class Idefics:
     ) -> Idefics:
         """Load a hub id, a local folder or "demo".
 
-        `dtype`: auto, bf16, fp16 or fp32; `device`: auto, cpu, mps, cuda or cuda:N, both as torch has them too;
-        `batch_size`: prompts decoded together, by default as many as memory holds. Raises IdeficsError with the remedy
-        for what is not there.
+        `dtype`: auto, bf16, fp16, fp32 or one of torch's; `device`: auto, cpu, mps, cuda, cuda:N or one of torch's;
+        `batch_size`: prompts decoded together, by default as many as memory holds. Raises IdeficsError, which names
+        the remedy.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, least=1)
-        request = ModelRequest(model_name(model), revision, dtype_name(dtype), str(device), allow_pickle)
-        resolved_device = resolve_device(request.device)
-        resolved_dtype = resolve_dtype(request.dtype, resolved_device)
-        checkpoint = find_checkpoint(request)
-        config = load_config(checkpoint)
-        encoder = PromptEncoder(load_tokenizer(checkpoint))
-        _require_vocabulary(encoder, config.vocab_size + config.additional_vocab_size)
+        dtype_name = checkpoints.dtype_name(dtype)
+        request = ModelRequest(model_name(model), revision, dtype_name, str(device), allow_pickle)
+        place = checkpoints.resolve_device(request.device)
+        number_format = checkpoints.resolve_dtype(request.dtype, place)
+        checkpoint = checkpoints.find_checkpoint(request)
+        config = checkpoints.load_config(checkpoint)
+        encoder = PromptEncoder(checkpoints.load_tokenizer(checkpoint))
         images = ImageProcessor.from_pretrained(checkpoint.folder)
-        _require_image_size(images, config.vision_config.image_size)
-        network = load_network(checkpoint, config, resolved_device, resolved_dtype)
-        if resolved_device.type == "cpu":
+        _require_one_checkpoint(config, encoder, images)
+        network = checkpoints.load_network(checkpoint, config, place, number_format)
+        if place.type == "cpu":
             pack_linears(network)
         return cls(network, encoder, images, batch_size or rows_that_fit(network), checkpoint)
 
     @property
     def is_instruct(self) -> bool:
-        """Whether the checkpoint was taught to answer users, which shows in its tokenizer."""
+        """Whether the checkpoint was trained to answer users, as its tokenizer shows."""
         return self.encoder.is_instruct
 
     @cached_property
     def fingerprint(self) -> str:
         """Equal for models whose latents can stand for each other: see `vision_fingerprint`."""
-        return vision_fingerprint(self.checkpoint)
+        return checkpoints.vision_fingerprint(self.checkpoint)
 
     def image_workers(self, options: ImageOptions) -> WorkerPool:
         """`prepare_image` in worker processes, so that a broken image cannot take this one down."""
@@ -147,15 +139,15 @@ class Idefics:
         return self.images.prepare(source, options)
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
-        """Describe each image with the published prompt of the base or the instruct model, its texts cut likewise."""
-        return self._ask("caption", ((image, {}) for image in several_images("caption", images)), decoding)
+        """Describe each image with the published prompt of the base or the instruct model, and its cut of texts."""
+        return self._ask("caption", ((image, {}) for image in several("caption's images", images, "image")), decoding)
 
     def answer(self, pairs: Iterable[tuple[ImageSource | PreparedImage, str]], **decoding: object) -> list[Result]:
         """Answer (image, question) pairs with the published prompt, as `caption` does.
 
-        An image that stands in several pairs is encoded once.
+        An image in several pairs is encoded once.
         """
-        asked = validation.pairs("answer", pairs, of="image, question")
+        asked = validation.pairs("answer's pairs", pairs, of="image, question")
         return self._ask("vqa", ((image, _asked(question)) for image, question in asked), decoding)
 
     def _ask(
@@ -178,7 +170,7 @@ class Idefics:
         return [result.finished(postprocess) for result in self._results(built, about.banned_words, decoding, start)]
 
     def generate(self, prompts: Iterable[Prompt | Sequence], **decoding: object) -> list[Result]:
-        """Continue each prompt, a sequence of texts and images that stands verbatim behind `<s>`.
+        """Continue each prompt, a sequence of texts and images that is put verbatim after `<s>`.
 
         A `str` is text, never a path: give images as PIL, `pathlib.Path` or bytes. Keywords are the fields of
         DecodingOptions. One Result for each prompt, in order; prompts are taken as they are decoded, a few batches
@@ -203,32 +195,32 @@ class Idefics:
     def score(
         self, asked: Iterable[tuple[Prompt | Sequence, Sequence[str]]], choice_norm: ChoiceNorm = "none"
     ) -> list[Result]:
-        """Which of given answers fits best: (prompt, choices) pairs, prompts as `generate` takes them.
+        """Which of the given answers fits best: (prompt, choices) pairs, prompts as `generate` takes them.
 
         One Result for each pair, in order: all choices are its candidates, the likeliest first. A score is the sum of
-        the log-probabilities of the choice's tokens ("none"), or that divided by their number ("tokens") or by the
-        length of the choice in UTF-8 ("bytes"); no end of text is among them.
+        the log-probabilities of the choice's tokens without an end token ("none"), or that divided by their number
+        ("tokens") or by the length of the choice in UTF-8 ("bytes").
         """
         require_norm(choice_norm)
-        pairs = validation.pairs("score", asked, of="prompt, choices")
+        pairs = validation.pairs("score's pairs", asked, of="prompt, choices")
         encoded = (self.encode_choices(prompt, choices) for prompt, choices in pairs)
         return in_order(encoded, lambda source: self.score_stream(source, choice_norm))
 
     def stream(
         self, source: PromptSource, *, banned_words: Sequence[str] = (), **decoding: object
     ) -> Iterator[tuple[int, Result]]:
-        """Continue encoded prompts as they come: (number, result) in the order of finishing, numbers in that of taking.
+        """Continue encoded prompts as they come: (number, result) as they finish, numbered as they are taken.
 
-        The source is waited for only while no prompt is in work or in line. Each prompt must leave room for
-        `max_new_tokens` in the model's positions. `banned_words` are not written, as `PromptEncoder.banned_sequences`
-        has it.
+        The source is waited for only while no prompt is running or queued. Each prompt must leave space for
+        `max_new_tokens` in the model's positions. `PromptEncoder.banned_sequences` says how `banned_words` are kept
+        out of texts.
         """
         banned = self.encoder.banned_sequences(banned_words)
-        for number, outcome in self.engine.stream(source, self._decoding_options(decoding), banned):
+        for number, outcome in stream(self.engine, source, self._decoding_options(decoding), banned):
             yield number, Result(error=outcome) if isinstance(outcome, RowError) else self._result(outcome)
 
     def score_stream(self, source: PromptSource, choice_norm: ChoiceNorm = "none") -> Iterator[tuple[int, Result]]:
-        """`score` for what `encode_choices` has made, as it comes: numbers and order are those of `stream`."""
+        """`score` for the results of `encode_choices`, as they come; numbers and order as in `stream`."""
         require_norm(choice_norm)
         for number, encoded, found in Scoring(self.engine).run(source):
             is_error = isinstance(found, RowError)
@@ -237,8 +229,8 @@ class Idefics:
     def embed(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
         """What the model keeps of each image, (images, seq, dim) in its dtype, on the host.
 
-        That is the resampler's output or, without one, the vision tower's. Each of them may stand in a prompt in place
-        of its image, for a model of the same `fingerprint`. Raises IdeficsError for an image that cannot be used.
+        That is the resampler's output or, without one, the vision tower's. Each may take the place of its image in a
+        prompt for a model of the same `fingerprint`. Raises IdeficsError for an image that cannot be used.
         """
         results = self._embeddings("embed", images)
         error = next((result.error for result in results if result.error is not None), None)
@@ -248,22 +240,22 @@ class Idefics:
         return torch.stack(latents) if latents else torch.empty(0, *self.latents_shape, dtype=self.model.dtype)
 
     def _embeddings(self, method: str, images: Iterable[ImageSource | PreparedImage]) -> list[Embedding]:
-        encoded = [self.encode_image(image) for image in several_images(method, images)]
+        encoded = [self.encode_image(image) for image in several(f"{method}'s images", images, "image")]
         error = next((each for each in encoded if isinstance(each, RowError)), None)
         if error is not None:
-            raise IdeficsError(f"an image cannot be embedded ({error}): mend it, or leave it out")
+            raise IdeficsError(f"an image cannot be embedded ({error}): fix it, or leave it out")
         return [result for _, result in self.embed_stream(IterableSource(encoded))]
 
     def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]:
-        """`embed` for what `encode_image` has made, as it comes: numbers are those of taking, in order."""
+        """`embed` for the results of `encode_image`, as they come, in order and numbered as they are taken."""
         for number, found in embed(self.engine, source):
             yield number, Embedding(None, found) if isinstance(found, RowError) else Embedding(found)
 
     def image_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
-        """One vector for each image, (images, dim) in fp32, alike for images that are alike: its latents' mean.
+        """One vector for each image, (images, dim) in fp32, similar for similar images: the mean of its latents.
 
-        It costs nothing beyond the latents, which decoding needs anyhow, and can be had of stored ones. An image that
-        has none, for want of memory or because numbers overflow, is like no other: zeros.
+        It costs nothing beyond the latents, which decoding needs anyway; stored ones are accepted too. An image without
+        latents (out of memory, NaN or Inf) has zeros.
         """
         latents = [result.latents for result in self._embeddings("image_vectors", images)]
         vectors = torch.zeros(len(latents), self.latents_shape[1])
@@ -279,10 +271,10 @@ class Idefics:
 
     def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:
         options = DecodingOptions.from_keywords(decoding)
-        room = self.model.config.max_position_embeddings
-        if options.max_new_tokens >= room:
+        longest = self.model.config.max_position_embeddings
+        if options.max_new_tokens >= longest:
             raise IdeficsError(
-                f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt: the model takes {room} tokens"
+                f"max_new_tokens {options.max_new_tokens} leaves no space for a prompt: use fewer than {longest}"
             )
         return options
 
@@ -330,7 +322,7 @@ class Idefics:
     def encode_image(self, image: ImageSource | PreparedImage) -> EncodedImage | RowError:
         """An image as `embed_stream` takes it, or why there is none. Safe in many threads.
 
-        In a prompt it stands for its image, and what tells that from others is not looked for again.
+        It may take the place of its image in a prompt, and its content is not hashed again.
         """
         if isinstance(image, (EncodedImage, RowError)):
             return image
@@ -339,31 +331,28 @@ class Idefics:
         wanted = (3, self.images.image_size, self.images.image_size)
         if image.shape not in (wanted, self.latents_shape):
             raise IdeficsError(
-                f"a tensor of shape {tuple(image.shape)} is no image: prepare_image gives {wanted}, embed"
-                f" {self.latents_shape}"
+                f"an image tensor cannot have shape {tuple(image.shape)}: use {wanted} as from prepare_image, or "
+                f"{self.latents_shape} as from embed"
             )
         return EncodedImage((image.float(),))
 
     def _items(self, prompt: Prompt | Sequence) -> Prompt | RowError:
         """The prompt with its images prepared."""
-        if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Iterable):
-            kind = "one text" if isinstance(prompt, (str, bytes)) else type(prompt).__name__
-            raise IdeficsError(f"a prompt is a sequence of texts and images, not {kind}: write [text] or [image, text]")
-        items = tuple(item if isinstance(item, (str, SpecialToken)) else self.encode_image(item) for item in prompt)
+        items = tuple(
+            item if isinstance(item, (str, SpecialToken)) else self.encode_image(item)
+            for item in several("a prompt", prompt, "image, text")
+        )
         return next((item for item in items if isinstance(item, RowError)), items)
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
-        return Result.of([self._candidate(hypothesis) for hypothesis in hypotheses])
-
-    def _candidate(self, hypothesis: Hypothesis) -> Candidate:
-        token_ids = hypothesis.token_ids
-        return Candidate(self.encoder.decode(token_ids), hypothesis.score, len(token_ids), token_ids)
+        found = [(each.token_ids, each.score) for each in hypotheses]
+        return Result.of([Candidate(self.encoder.decode(ids), score, len(ids), ids) for ids, score in found])
 
 
 def in_order(
     encoded: Iterable[EncodedPrompt | RowError], stream: Callable[[PromptSource], Iterator[tuple[int, Result]]]
 ) -> list[Result]:
-    """One Result for each prompt, in their order; what could not be encoded passes `stream` by."""
+    """One Result for each prompt, in their order; what could not be encoded does not go through `stream`."""
     results: dict[int, Result] = {}
     places: list[int] = []  # of the prompts that reach the stream
 
@@ -387,13 +376,13 @@ def _asked(question: str) -> dict[str, str] | RowError:
 
 
 def _images_of(items: Prompt) -> tuple[tuple[torch.Tensor, ...], tuple[bytes, ...]]:
-    """Pixels or latents of the images, and what tells each from others."""
+    """Pixels or latents of the images, and their `content_key`s."""
     images = [item for item in items if isinstance(item, EncodedImage)]
     return tuple(each.pixels[0] for each in images), tuple(each.image_keys[0] for each in images)
 
 
 def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], norm: ChoiceNorm) -> Result:
-    """The likeliest first; of equals the one that was named first."""
+    """The likeliest first; equals in the order they were given."""
     candidates = [
         Candidate(text, normalised(log_likelihood, text, len(ids), norm), len(ids), ids)
         for text, ids, log_likelihood in zip(encoded.choices, encoded.choice_ids, log_likelihoods, strict=True)
@@ -405,17 +394,15 @@ def vocabulary_of(encoder: PromptEncoder) -> Vocabulary:
     return Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id, encoder.image_token_id)
 
 
-def _require_vocabulary(encoder: PromptEncoder, size: int) -> None:
-    beyond = [token_id for token_id in (*encoder.banned_token_ids, *encoder.end_token_ids) if token_id >= size]
-    if beyond:
+def _require_one_checkpoint(config: IdeficsConfig, encoder: PromptEncoder, images: ImageProcessor) -> None:
+    size, image_size = config.vocab_size + config.additional_vocab_size, config.vision_config.image_size
+    largest = max(*encoder.banned_token_ids, *encoder.end_token_ids)
+    if largest >= size:
         raise CheckpointError(
-            f"the tokenizer uses the ids {beyond} and the model knows {size}: take both from one checkpoint"
+            f"the tokenizer uses token id {largest} but the model has {size} tokens: take both from one checkpoint"
         )
-
-
-def _require_image_size(images: ImageProcessor, image_size: int) -> None:
     if images.image_size != image_size:
         raise CheckpointError(
-            f"preprocessor_config.json resizes to {images.image_size} and the model takes {image_size}: "
+            f"preprocessor_config.json resizes to {images.image_size} but the model takes {image_size}: "
             "take both files from one checkpoint"
         )

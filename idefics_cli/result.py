@@ -1,4 +1,4 @@
-"""What became of a prompt or an image: texts with their scores, latents, or an error. What all may know of a text."""
+"""What comes out for a prompt or an image: texts with their scores, latents, or an error."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of a prompt's texts. `score` is the sum of its tokens' log-probabilities, the end's among them, over
-    length ** length_penalty; `token_ids` leave the closing end token out, and `tokens` counts them."""
+    """One of a prompt's texts.
+
+    `score` is the sum of its tokens' log-probabilities, including the end token's, over length ** length_penalty.
+    `token_ids` do not include the end token, and `tokens` counts them.
+    """
 
     text: str
     score: float
@@ -25,7 +28,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one prompt: the best candidate's fields and all candidates, best first; or an `error`, no text."""
+    """Of one prompt: the best candidate's fields and all candidates, best first; or an `error` and no text."""
 
     text: str | None = None
     score: float | None = None
@@ -40,8 +43,7 @@ class Result:
         return cls(best.text, best.score, best.tokens, best.token_ids, tuple(candidates))
 
     def finished(self, postprocess: Callable[[str], str]) -> Result:
-        """The same with every text as `postprocess` leaves it; scores and tokens are still those of all that was
-        decoded."""
+        """The same with every text postprocessed; scores and tokens are still those of the whole decoded text."""
         if self.text is None:
             return self
         return self.of([replace(each, text=postprocess(each.text)) for each in self.candidates])

@@ -1,6 +1,6 @@
-"""What a caller has given, or an IdeficsError that says what was expected; and how an option describes itself.
+"""Checks of arguments, each raising an IdeficsError that says what was expected; and how an option describes itself.
 
-Shapes of arguments only: what an image, a question or a model is, others know. Imports nothing heavy.
+Types and shapes only: this module does not know what a model or an image is. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Help:
     """How the command line shows a field of options: `num_beams: Annotated[int, Help("Beams", min=1)] = 3`.
 
     A field without it is not shown: the program sets it. `flags` are its names where they are not the field's own,
-    `default` is what help shows in place of the default (False: nothing), `parse` makes the value of the text typed.
+    `default` is what help shows in place of the default (False: nothing), `parse` turns what is typed into the value.
     """
 
     text: str
@@ -57,7 +57,7 @@ def by_option(options: Any) -> dict[str, Any]:
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """Of any type of whole numbers, such as numpy's; truth values are none."""
+    """`value` as an int, where it is any type of whole number (such as numpy's) but a truth value."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -74,19 +74,16 @@ def model_name(model: Any) -> str:
     return name
 
 
-def several_images(method: str, images: Any) -> Iterable[Any]:
-    """Images, and not one of them."""
-    if isinstance(images, str | bytes | bytearray | os.PathLike) or not isinstance(images, Iterable):
-        raise IdeficsError(f"{method} takes images, not one image: write [image]")
-    return images
+def several(name: str, given: Any, of: str) -> Iterable[Any]:
+    """A list or any other iterable, but not a single text, path or image."""
+    if isinstance(given, str | bytes | bytearray | os.PathLike) or not isinstance(given, Iterable):
+        raise IdeficsError(f"{name} must be a list, not {type(given).__name__}: write [{of}]")
+    return given
 
 
-def pairs(method: str, given: Any, of: str) -> Iterator[tuple[Any, Any]]:
-    """What is in each, as they come."""
-    wrong = f"{method} takes pairs of {of}: write [({of})]"
-    if not isinstance(given, Iterable):
-        raise IdeficsError(f"{wrong}, and not {type(given).__name__}")
-    for pair in given:
+def pairs(name: str, given: Any, of: str) -> Iterator[tuple[Any, Any]]:
+    """The two items of each pair, as they come."""
+    for pair in several(name, given, f"({of})"):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise IdeficsError(f"{wrong}; one of them is {type(pair).__name__}")
+            raise IdeficsError(f"{name} must be a list of pairs, not of {type(pair).__name__}: write [({of})]")
         yield pair[0], pair[1]

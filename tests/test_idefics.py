@@ -18,7 +18,7 @@ from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
 from idefics_cli.prompts.postprocess import PostProcess
-from idefics_cli.prompts.templates import END_OF_UTTERANCE
+from idefics_cli.prompts.templates import END_OF_UTTERANCE, TASKS, PromptOptions, choose_template, shared_start
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
         base.generate([["a"]], num_beans=3)
     with pytest.raises(IdeficsError, match="num_return_sequences 4 is more than num_beams 3"):
         base.generate([["a"]], num_return_sequences=4)
-    with pytest.raises(IdeficsError, match="sequence of texts and images"):
+    with pytest.raises(IdeficsError, match="a prompt must be a list"):
         base.generate(["a"])
     wrong = {
         "num_beams": (0, True),
@@ -218,7 +218,7 @@ def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
 def test_what_is_no_list_of_images_is_told(base: Idefics, tmp_path: Path) -> None:
     for one in ("image.png", tmp_path / "image.png", b"bytes", bytearray(b"bytes"), image(), None):
         for method in base.caption, base.embed:
-            with pytest.raises(IdeficsError, match=rf"{method.__name__} takes images, not one image"):
+            with pytest.raises(IdeficsError, match=rf"{method.__name__}'s images must be a list.*write \[image\]"):
                 method(one)
     with pytest.raises(IdeficsError, match=r"shape \(3, 5, 5\)"):
         base.caption([torch.zeros(3, 5, 5)])
@@ -228,15 +228,15 @@ def test_what_is_no_list_of_images_is_told(base: Idefics, tmp_path: Path) -> Non
     "pairs", [(image(), "a?"), [image()], "ab", None, [(image(), "a?", "b?")], [image(), "a?"], ["ab"]]
 )
 def test_what_is_no_list_of_pairs_is_told(base: Idefics, pairs: Any) -> None:
-    with pytest.raises(IdeficsError, match=r"answer takes pairs of image, question: write \[\(image, question\)\]"):
+    with pytest.raises(IdeficsError, match=r"answer's pairs must be a list.*: write \[\(image, question\)\]"):
         base.answer(pairs)
-    with pytest.raises(IdeficsError, match=r"score takes pairs of prompt, choices"):
+    with pytest.raises(IdeficsError, match=r"score's pairs must be a list.*: write \[\(prompt, choices\)\]"):
         base.score(pairs)
 
 
 def test_what_is_no_prompt_is_told(base: Idefics) -> None:
-    for prompt, kind in ("text", "one text"), (b"text", "one text"), (None, "NoneType"), (3, "int"):
-        with pytest.raises(IdeficsError, match=f"not {kind}: write"):
+    for prompt, kind in ("text", "str"), (b"text", "bytes"), (None, "NoneType"), (3, "int"):
+        with pytest.raises(IdeficsError, match=f"a prompt must be a list, not {kind}: write"):
             base.generate([prompt])
 
 
@@ -274,7 +274,7 @@ def test_device_and_dtype_may_be_torchs() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        *(({"batch_size": size}, f"batch_size is {size!r}") for size in (0, -1, "auto", 1.5, True)),
+        *(({"batch_size": size}, f"invalid batch_size {size!r}") for size in (0, -1, "auto", 1.5, True)),
         ({"device": 0}, "unknown device '0'"),
         ({"dtype": torch.float64}, "unknown dtype 'torch.float64'"),
         *(({"model": name}, "invalid model of type") for name in (None, b"demo", 3)),
@@ -292,6 +292,28 @@ def test_answers_encode_an_image_once(base: Idefics) -> None:
     results = base.answer(asked, max_new_tokens=3)
     assert base.engine.times.images == 2 and all(result.error is None for result in results)
     assert results[2].token_ids == base.answer([asked[2]], max_new_tokens=3)[0].token_ids
+
+
+def test_instruction_and_shots_of_the_published_prompt_are_read_once(base: Idefics) -> None:
+    base.engine.clear_caches()
+    start = shared_start(choose_template(PromptOptions("vqa"), False), TASKS["vqa"].text_only_shots)
+    shared_len = len(base.encoder.encode(start))
+    read = []
+    for seed in 30, 31:
+        base.engine.times.reset()
+        base.answer([(image(seed), "what is this?")], max_new_tokens=2)
+        read.append(base.engine.times.prompt_tokens)
+    assert read[0] - read[1] == shared_len > 50
+
+
+@pytest.mark.parametrize("rest", ["hello", "", " x", "\n", image(1)])
+def test_what_prompts_share_are_whole_tokens(base: Idefics, rest: str | Image.Image) -> None:
+    """A text that follows may change the last token of what stands before it."""
+    for start in ("Question: how man",), (image(2), "a"), (image(2),), ():
+        encoded, alone = base.encode([*start, rest], 5, start), base.encoder.encode(start)
+        shared = encoded.input_ids[: encoded.shared_len]
+        assert shared == alone[: encoded.shared_len] and len(shared) >= (len(alone) - 2 if start else 0)
+        assert bool(shared) is bool(start)
 
 
 def test_no_prompts_no_results(base: Idefics) -> None:
@@ -329,5 +351,5 @@ def test_a_stream_gives_what_generate_gives(base: Idefics, prompts: list) -> Non
     assert [result.token_ids for _, result in sorted(streamed, key=lambda pair: pair[0])] == [
         result.token_ids for result in expected
     ]
-    with pytest.raises(IdeficsError, match="leaves no room"):
+    with pytest.raises(IdeficsError, match="leaves no space"):
         next(base.stream(IterableSource(encoded), max_new_tokens=100_000))

@@ -30,7 +30,7 @@ def backend(legacy: bool, normalized: bool = False) -> Tokenizer:
     """`legacy`: a normaliser writes a blank before every stretch of text, as in tokenizer files of 2023; else only the
     first has one.
 
-    `normalized`: whether `<s>` and its like are looked for behind the normaliser, as those files have it too.
+    `normalized`: whether `<s>` and its like are looked for after the normaliser, as those files have it too.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if legacy:

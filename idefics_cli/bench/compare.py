@@ -21,10 +21,10 @@ from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import FIRST_CALL, Subject, transformers_model
 from idefics_cli.engine import reference
 from idefics_cli.engine.embed import embed
-from idefics_cli.engine.engine import Engine
-from idefics_cli.engine.model_runner import PhaseTimes
+from idefics_cli.engine.engine import Engine, PhaseTimes
 from idefics_cli.engine.options import DecodingOptions, Hypothesis
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
+from idefics_cli.engine.scheduler import stream
 from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.model.packed_linear import pack_linears
 
@@ -78,7 +78,7 @@ class Bench:
         self.engine.times.reset()
         with self._memory(metered) as memory:
             started = self._now()
-            found = dict(self.engine.generate(taken, decoding or self.options.texts))
+            found = dict(stream(self.engine, IterableSource(taken), decoding or self.options.texts))
             seconds = self._now() - started
         texts = [self._best(found[index]) for index in range(len(prompts))]
         return Run(prompts, texts, seconds, memory, replace(self.engine.times))

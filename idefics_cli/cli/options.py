@@ -23,37 +23,40 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator: the command with the options of its dataclass parameters, for Typer to read.
+    """A decorator: the command, which takes `debug`, with the options of its dataclass parameters for Typer to read.
 
     Fields named in `left_out` are not shown. `own` holds the command's own defaults of fields, shown or not.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        hints = _hints(command)
-        parameters = inspect.signature(command).parameters.values()
+        parameters, hints = inspect.signature(command).parameters, _hints(command)
 
         def flat(**typed: Any) -> None:
             with exit_codes(typed["debug"]):
-                given = {
+                values = {
                     name: _made(hints[name], typed, own) if is_dataclass(hints[name]) else typed[name]
-                    for name in (parameter.name for parameter in parameters)
+                    for name in parameters
                 }
-            command(**given)
+            command(**values)
 
-        shown: list[inspect.Parameter] = []
-        for parameter in parameters:
-            hint = hints[parameter.name]
-            if is_dataclass(hint):
-                options = (option for option in _options(hint) if option.field not in left_out)
-                shown += [option.parameter(own.get(option.field, option.default)) for option in options]
-            else:
-                shown.append(parameter.replace(annotation=hint, kind=KEYWORD))
+        shown = [each for name in parameters for each in _shown(parameters[name], hints[name], left_out, own)]
         flat.__name__, flat.__doc__ = command.__name__, command.__doc__
         flat.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         flat.__annotations__ = {each.name: each.annotation for each in shown}
         return flat
 
     return decorated
+
+
+def _shown(
+    parameter: inspect.Parameter, hint: Any, left_out: tuple[str, ...], own: Mapping[str, Any]
+) -> Iterator[inspect.Parameter]:
+    if not is_dataclass(hint):
+        yield parameter.replace(annotation=hint, kind=KEYWORD)
+        return
+    for option in _options(hint):
+        if option.field not in left_out:
+            yield option.parameter(own.get(option.field, option.default))
 
 
 @cache
@@ -113,7 +116,7 @@ class Option:
             default = None
         if self._is_inverted:
             default = False
-        annotation = Annotated[self._typed, self._shown(default)]
+        annotation = Annotated[self._typed, self._about(default)]
         given = inspect.Parameter.empty if default is MISSING else default
         return inspect.Parameter(self.parameter_name, KEYWORD, default=given, annotation=annotation)
 
@@ -126,7 +129,7 @@ class Option:
             return list[str]
         return bool if bool in get_args(self.of) else self.of
 
-    def _shown(self, default: Any) -> Any:
+    def _about(self, default: Any) -> Any:
         about = self.help
         number = next((name for of, name in METAVARS.items() if of in (self._typed, *get_args(self._typed))), None)
         texts = {"help": f"{about.text}.", "metavar": about.metavar or number, "show_default": about.default}

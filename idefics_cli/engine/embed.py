@@ -12,30 +12,30 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.memory_budget import AdaptiveBatchSize, attempt
-from idefics_cli.engine.model_runner import ModelRunner
 from idefics_cli.engine.prompt_source import EncodedImage, PromptSource
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
 from idefics_cli.errors import RowError
 
 
-def embed(runner: ModelRunner, source: PromptSource) -> Iterator[tuple[int, Tensor | RowError]]:
+def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | RowError]]:
     """(number, latents (seq, dim)) of each image, in order; numbers count from 0 as they are taken.
 
     Latents have the model's dtype and are on the host. A RowError stands in the place of an image that the device's
     memory does not hold alone, or whose values are not finite; IdeficsError is raised where those of all first ones are
     not.
     """
-    num_taken, overflows = 0, Overflows(runner.model.dtype)
-    batch_size = AdaptiveBatchSize(runner.batch_size.now)
+    num_taken, overflows = 0, Overflows(engine.model.dtype)
+    batch_size = AdaptiveBatchSize(engine.batch_size.now)
     while taken := source.take(batch_size.now, wait=True):
         while taken:
             batch = taken[: batch_size.now]
-            latents = attempt(partial(_latents, runner, batch))
+            latents = attempt(partial(_latents, engine, batch))
             if latents is not None:
                 batch_size.record_success(len(batch))
             else:
-                runner.free_memory()
+                engine.free_memory()
                 if batch_size.shrink(len(batch)):
                     continue
                 batch_size.reset()
@@ -44,11 +44,11 @@ def embed(runner: ModelRunner, source: PromptSource) -> Iterator[tuple[int, Tens
 
 
 @torch.no_grad()
-def _latents(runner: ModelRunner, batch: list[EncodedImage]) -> Tensor:
+def _latents(engine: Engine, batch: list[EncodedImage]) -> Tensor:
     """(images, seq, dim)"""
     keys = [each.image_keys[0] for each in batch]
     distinct = list(dict.fromkeys(keys))
-    return runner.encode_images(batch, distinct).cpu()[[distinct.index(key) for key in keys]]
+    return engine.encode_images(batch, distinct).cpu()[[distinct.index(key) for key in keys]]
 
 
 def _outcomes(latents: Tensor | None, overflows: Overflows) -> list[Tensor | RowError]:

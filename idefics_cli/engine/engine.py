@@ -1,37 +1,187 @@
-"""The decoding engine: encode each image once, read each prompt once, keep rows busy, move no key to reorder beams.
+"""Runs the model over images, shared starts and prompts, and keeps what streams share: each is computed once.
 
-Prompts come in as token ids with pixels, hypotheses go out as they finish. The engine knows nothing of tokenization and
-nothing of files.
+Images are known by their content. Knows nothing of beams, text and files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from idefics_cli.engine.model_runner import ModelRunner
-from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource, PromptSource
-from idefics_cli.engine.scheduler import Outcome, Scheduler
+import torch
+from torch import Tensor
+
+from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, Prefix, project_images
+from idefics_cli.engine.memory_budget import VISION_BATCH, AdaptiveBatchSize, attempt
+from idefics_cli.engine.options import Vocabulary
+from idefics_cli.engine.prefill import PrefillBatch, PrefixCache, QueuedPrompt
+from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt
+from idefics_cli.model.kv_interface import image_seq_len
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
+EncodedImages = Sequence[EncodedPrompt] | Sequence[EncodedImage]
 
 
-class Engine(ModelRunner):
-    """Decodes streams of prompts with one model."""
+@dataclass
+class PhaseTimes:
+    """Where the time went, in seconds, and what was done in it."""
 
-    def generate(self, prompts: Iterable[EncodedPrompt], options: DecodingOptions) -> Iterator[tuple[int, Outcome]]:
-        """`stream` over an iterable, which is taken from a few batches ahead."""
-        return self.stream(IterableSource(prompts), options)
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    images: int = 0
+    prompt_tokens: int = 0
+    steps: int = 0
 
-    def stream(
-        self, source: PromptSource, options: DecodingOptions, banned_sequences: Sequence[Sequence[int]] = ()
-    ) -> Iterator[tuple[int, Outcome]]:
-        """(number of the prompt, its hypotheses, best first) for each prompt, in the order in which they finish.
+    def reset(self) -> None:
+        self.__init__()
 
-        Prompts are numbered from 0 in the order taken. The source is waited for only while there is nothing else to
-        do. A prompt that the device's memory does not hold even alone, or whose values are not finite, has a RowError
-        in place of hypotheses; IdeficsError is raised where all of the first ones are not. `banned_sequences` are as
-        `Vocabulary` has them, for this stream, beside its own.
+
+class Engine:
+    """One model with its caches. `batch_size` rows are run at a time, fewer where memory ends.
+
+    Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. `waits` makes
+    `times` true on a device that works asynchronously, at some cost: for benchmarks.
+    """
+
+    def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, batch_size: int = 8):
+        self.model, self.vocabulary = model, vocabulary
+        self.batch_size, self.image_batch_size = AdaptiveBatchSize(batch_size), AdaptiveBatchSize(VISION_BATCH)
+        self.times = PhaseTimes()
+        self.waits = False
+        self.latents: BoundedCache[Tensor] = BoundedCache(LATENTS_BYTES)
+        self.image_key_values: BoundedCache[Tensor] = BoundedCache(IMAGE_KEYS_BYTES)
+        self.prefixes = PrefixCache(PREFIX_BYTES, self._prefill_prefix)
+
+    def clear_caches(self) -> None:
+        for cache in (self.latents, self.image_key_values, self.prefixes):
+            cache.clear()
+
+    def free_memory(self) -> None:
+        """Drop what is kept for later, and give back what the device's allocator holds."""
+        self.clear_caches()
+        if self.model.device.type == "mps":
+            torch.mps.empty_cache()
+        torch.cuda.empty_cache()  # nothing where CUDA is not in use
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.waits and self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        setattr(self.times, phase, getattr(self.times, phase) + time.perf_counter() - started)
+
+    # ---- prompts
+
+    def prefill(self, batch: PrefillBatch, images: Sequence[Sequence[Tensor]], key_values: Sequence[Tensor]) -> Tensor:
+        """The last tokens' logits; keys and values go into `key_values`."""
+        with self.timed("prefill"):
+            logits = batch.logits(self.model, images, key_values)
+        self.times.prompt_tokens += sum(batch.lengths)
+        return logits
+
+    @torch.inference_mode()
+    def _prefill_prefix(self, prompt: QueuedPrompt) -> Prefix:
+        """The prompt's shared start, read alone."""
+        model, config, length = self.model, self.model.config, len(prompt.shared)
+        input_ids = prompt.prompt.input_ids[:length]
+        num_images = input_ids.count(self.vocabulary.image_token_id)
+        pixels, keys = prompt.prompt.pixels[:num_images], prompt.prompt.image_keys[:num_images]
+        start = QueuedPrompt.of(0, EncodedPrompt(input_ids, pixels, keys), self.vocabulary.image_token_id)
+        heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        key_values = [
+            torch.empty(2, 1, heads, length, head_dim, device=model.device, dtype=model.dtype)
+            for _ in range(config.num_hidden_layers)
+        ]
+        batch = PrefillBatch([start], NO_PREFIX, self.vocabulary)
+        self.prefill(batch, batch.arrange(self.images([start], batch.wanted)), key_values)
+        # An end token itself still sees the image before it; what comes after it does not.
+        sees = bool(batch.sees_image()[0]) and input_ids[-1] != self.vocabulary.end_token_ids[0]
+        return Prefix(prompt.shared, num_images, key_values, keys[-1] if sees else None)
+
+    # ---- images
+
+    def images(
+        self, prompts: Sequence[QueuedPrompt], wanted: Sequence[bytes], ahead: Sequence[QueuedPrompt] = ()
+    ) -> dict[bytes, Tensor]:
+        """What gated layers read of each wanted image of `prompts`: (layers, 2, heads, seq, head_dim) each.
+
+        Where none is wanted, one that nothing sees. Those that prompts `ahead` show too are kept for them; to make
+        others again from latents costs little.
         """
-        banned = (*self.vocabulary.banned_sequences, *map(tuple, banned_sequences))
-        vocabulary = replace(self.vocabulary, banned_sequences=banned)
-        yield from Scheduler(self, source, options, vocabulary).run()
+        if not wanted:
+            return {b"": self._no_image()}
+        found = {key: self.image_key_values.get(key) for key in wanted}
+        missing = [key for key, value in found.items() if value is None]
+        queued = [each.prompt for each in ahead]
+        if missing:
+            latents = self.encode_images([each.prompt for each in prompts], missing, queued)
+            with self.timed("prefill"):
+                projected = project_images(latents, self.model.model.gated_cross_attn_layers)
+            found |= zip(missing, projected, strict=True)
+        coming = {key for prompt in queued for key in prompt.image_keys}
+        self.image_key_values.retain(coming)
+        for key in coming & found.keys():
+            self.image_key_values.put(key, found[key], found[key].nbytes)
+        return found
+
+    def encode_images(self, encoded: EncodedImages, wanted: Sequence[bytes], ahead: EncodedImages = ()) -> Tensor:
+        """(images, seq, dim): given, from the cache, or from vision tower and resampler, several at a time.
+
+        Images of prompts `ahead` fill the last batch.
+        """
+        pixels = images_of(encoded)
+        given = {key: pixels[key] for key in wanted if is_latents(pixels[key])}
+        found = {key: self.latents.get(key) for key in wanted if key not in given}
+        missing = [key for key, value in found.items() if value is None]
+        if missing:
+            coming = {key: each for key, each in images_of(ahead).items() if not is_latents(each)}
+            later = [key for key in coming if key not in pixels and self.latents.get(key) is None]
+            missing += later[: -len(missing) % self.image_batch_size.now]
+            found |= self._encode(missing, coming | pixels)
+        found |= {key: latents.to(self.model.device, self.model.dtype) for key, latents in given.items()}
+        return torch.stack([found[key] for key in wanted])
+
+    def _encode(self, keys: Sequence[bytes], pixels: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
+        """The images' latents, kept for later too. Raises torch.OutOfMemoryError for one that does not fit alone."""
+        assert len(set(keys)) == len(keys), "each image is encoded once"
+        found: dict[bytes, Tensor] = {}
+        while len(found) < len(keys):
+            batch = keys[len(found) : len(found) + self.image_batch_size.now]
+            encoded = attempt(lambda batch=batch: self._encode_batch([pixels[key] for key in batch]))
+            if encoded is not None:
+                found |= zip(batch, encoded, strict=True)
+                self.image_batch_size.record_success(len(batch))
+            elif not self.image_batch_size.shrink(len(batch)):
+                self.image_batch_size.reset()
+                raise torch.OutOfMemoryError("the device's memory does not hold one image alone")
+        for key, latents in found.items():
+            self.latents.put(key, latents.clone(), latents.nbytes)
+        return found
+
+    def _encode_batch(self, images: Sequence[Tensor]) -> Tensor:
+        """(images, seq, dim)"""
+        with self.timed("vision"):
+            stacked = torch.stack(list(images)).to(self.model.device)
+            encoded = self.model.model.encode_images(pixel_values=stacked[:, None]).squeeze(1)
+        self.times.images += len(images)
+        return encoded
+
+    def _no_image(self) -> Tensor:
+        model = self.model
+        latents = torch.zeros(1, image_seq_len(model.config), model.config.vision_config.embed_dim, dtype=model.dtype)
+        return project_images(latents.to(model.device), model.model.gated_cross_attn_layers)[0]
+
+
+def images_of(encoded: EncodedImages) -> dict[bytes, Tensor]:
+    """Pixels, or the latents in their place, by what they show."""
+    return {key: each for prompt in encoded for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
+
+
+def is_latents(image: Tensor) -> bool:
+    """(seq, dim), not (3, side, side)."""
+    return image.dim() == 2

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.memory_budget import AdaptiveBatchSize, attempt
-from idefics_cli.engine.model_runner import ModelRunner
 from idefics_cli.engine.prefill import Intake, PrefillBatch, QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedChoices, PromptSource
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
@@ -144,11 +144,11 @@ def log_probabilities(model: IdeficsForVisionText2Text, states: Tensor, place_of
 
 
 class Scoring:
-    """One run over a stream of prompts with choices. The runner's caches and bounds hold for it too."""
+    """One run over a stream of prompts with choices. The engine's caches and bounds hold for it too."""
 
-    def __init__(self, runner: ModelRunner):
-        self.runner, self.batch_size = runner, AdaptiveBatchSize(runner.batch_size.now)
-        self.overflows = Overflows(runner.model.dtype)
+    def __init__(self, engine: Engine):
+        self.engine, self.batch_size = engine, AdaptiveBatchSize(engine.batch_size.now)
+        self.overflows = Overflows(engine.model.dtype)
         self.queue: list[Part] = []
         self.scores: dict[int, dict[int, float]] = {}  # by number of the prompt and of the choice
 
@@ -158,7 +158,7 @@ class Scoring:
         One that the device's memory does not hold even alone, or whose values are not finite, has a RowError in their
         place; IdeficsError is raised where none of the first prompts' are.
         """
-        intake = Intake(source, self.runner.vocabulary.image_token_id)
+        intake = Intake(source, self.engine.vocabulary.image_token_id)
         while True:
             self._look_ahead(intake)
             if not self.queue:
@@ -199,14 +199,14 @@ class Scoring:
 
     @torch.inference_mode()
     def _log_likelihoods(self, group: Sequence[Part]) -> list[list[float]]:
-        runner, prompts = self.runner, [part.prompt for part in group]
-        prefix = runner.prefixes.get_or_prefill(prompts[0])
-        batch = PrefillBatch(prompts, prefix, runner.vocabulary, tails=[part.tail for part in group])
+        engine, prompts = self.engine, [part.prompt for part in group]
+        prefix = engine.prefixes.get_or_prefill(prompts[0])
+        batch = PrefillBatch(prompts, prefix, engine.vocabulary, tails=[part.tail for part in group])
         queued = [part.prompt for part in self.queue]  # the group among them
-        images = batch.arrange(runner.images(prompts, batch.wanted, ahead=queued))
-        with runner.timed("prefill"):
-            found = log_likelihoods(runner.model, batch, [part.choice_ids for part in group], images)
-        runner.times.prompt_tokens += sum(batch.lengths)
+        images = batch.arrange(engine.images(prompts, batch.wanted, ahead=queued))
+        with engine.timed("prefill"):
+            found = log_likelihoods(engine.model, batch, [part.choice_ids for part in group], images)
+        engine.times.prompt_tokens += sum(batch.lengths)
         return found
 
     def _drop(self, group: Sequence[Part]) -> None:
@@ -215,7 +215,7 @@ class Scoring:
 
     def _back_off(self, group: Sequence[Part]) -> list[QueuedPrompt]:
         """Half as many rows, then half as many choices in a row; one choice that does not fit alone ends its prompt."""
-        self.runner.free_memory()
+        self.engine.free_memory()
         if self.batch_size.shrink(len(group)):
             return []
         (part,) = group

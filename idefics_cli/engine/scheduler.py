@@ -1,20 +1,21 @@
 """One stream of prompts: a queue, and running rows that are admitted, prefilled, decoded and evicted.
 
-What streams share is the runner's, where keys and values lie the store's, which token comes next `beam_search.py`'s.
+What streams share is the engine's, where keys and values lie the store's, which token comes next `beam_search.py`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from idefics_cli.engine.beam_search import NEVER, BeamRules, BeamState, beam_step, longest_start
+from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.kv_cache import NO_PREFIX, KVStore
 from idefics_cli.engine.memory_budget import attempt
-from idefics_cli.engine.model_runner import ModelRunner
 from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
 from idefics_cli.engine.prefill import Intake, PrefillBatch, QueuedPrompt
 from idefics_cli.engine.prompt_source import PromptSource
@@ -29,13 +30,27 @@ WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group
 Outcome = list[Hypothesis] | RowError
 
 
+def stream(
+    engine: Engine, source: PromptSource, options: DecodingOptions, banned_sequences: Sequence[Sequence[int]] = ()
+) -> Iterator[tuple[int, Outcome]]:
+    """(number of the prompt, its hypotheses, best first) for each prompt, in the order in which they finish.
+
+    Prompts are numbered from 0 in the order taken. The source is waited for only while there is nothing else to do. A
+    prompt that the device's memory does not hold even alone, or with non-finite values, has a RowError in place of
+    hypotheses; IdeficsError is raised where all of the first ones have them. `banned_sequences` are as `Vocabulary` has
+    them, for this stream, beside its own.
+    """
+    banned = (*engine.vocabulary.banned_sequences, *map(tuple, banned_sequences))
+    return Scheduler(engine, source, options, replace(engine.vocabulary, banned_sequences=banned)).run()
+
+
 class Scheduler:
     """The running rows of one stream, and its queue. Row i is row i of the store and of every tensor here."""
 
-    def __init__(self, runner: ModelRunner, source: PromptSource, options: DecodingOptions, vocabulary: Vocabulary):
-        self.runner, self.model, self.options = runner, runner.model, options
+    def __init__(self, engine: Engine, source: PromptSource, options: DecodingOptions, vocabulary: Vocabulary):
+        self.engine, self.model, self.options = engine, engine.model, options
         self.intake = Intake(source, vocabulary.image_token_id)
-        config, device = runner.model.config, runner.model.device
+        config, device = engine.model.config, engine.model.device
         self.rules = BeamRules.of(options, config.vocab_size + config.additional_vocab_size, vocabulary, device)
         self.context_length = longest_start(vocabulary.banned_sequences)  # of prompts, None for all of it
         if options.no_repeat_ngram_size:
@@ -75,7 +90,7 @@ class Scheduler:
         The first in the queue decides which prefix is shared; where it is another than the running rows have, these
         finish first. So no prompt waits for ever.
         """
-        batch_size = self.runner.batch_size.now
+        batch_size = self.engine.batch_size.now
         free = batch_size - len(self.rows)
         if self.rows and free < max(1, batch_size // 4):
             return []
@@ -90,15 +105,15 @@ class Scheduler:
 
     def prefill(self, group: list[QueuedPrompt]) -> None:
         """Read the prompts and choose their first tokens."""
-        runner, rows = self.runner, slice(len(self.rows), len(self.rows) + len(group))
+        engine, rows = self.engine, slice(len(self.rows), len(self.rows) + len(group))
         if not self.rows:
-            self.prefix = runner.prefixes.get_or_prefill(group[0])
-        batch = PrefillBatch(group, self.prefix, runner.vocabulary)
+            self.prefix = engine.prefixes.get_or_prefill(group[0])
+        batch = PrefillBatch(group, self.prefix, engine.vocabulary)
         # Before the store grows: it then lies where the vision tower's activations have been.
-        images = batch.arrange(runner.images(group, batch.wanted, ahead=self.queue))
-        expected = min(runner.batch_size.now, rows.stop + len(self.queue))
+        images = batch.arrange(engine.images(group, batch.wanted, ahead=self.queue))
+        expected = min(engine.batch_size.now, rows.stop + len(self.queue))
         self.store.reserve(rows.stop, max(batch.lengths), expected)
-        logits = runner.prefill(batch, images, self.store.prompts(rows, max(batch.lengths)))
+        logits = engine.prefill(batch, images, self.store.prompts(rows, max(batch.lengths)))
         self.store.admit(rows, batch.lengths, batch.last_images(images), batch.sees_image().to(logits.device))
         context = self._context_of(group)
         start = BeamState.start(len(group), self.options, logits.device)
@@ -111,11 +126,11 @@ class Scheduler:
 
     def decode_step(self) -> None:
         """One token for every beam of every running row."""
-        with self.runner.timed("decode"):
+        with self.engine.timed("decode"):
             self.state, parents = beam_step(self._next_logits(), self.state, self.rules, self.context)
             self.store.reserve(len(self.rows))
             self.store.advance(slice(len(self.rows)), parents)
-        self.runner.times.steps += 1
+        self.engine.times.steps += 1
 
     def evict(self) -> list[tuple[int, Outcome]]:
         """Take out the rows whose search is over, and compact the rest."""
@@ -131,7 +146,7 @@ class Scheduler:
         self.overflows.look_at([row in overflowed for row in range(len(self.rows))])
         self.store.erase(overflowed)
         self.compact(compaction_order(done))
-        self.runner.batch_size.record_success(len(finished))
+        self.engine.batch_size.record_success(len(finished))
         return finished
 
     def compact(self, sources: list[int]) -> None:
@@ -146,11 +161,11 @@ class Scheduler:
         running = set(self.rows)
         begun = self.rows + [prompt for prompt in group if prompt not in running]
         self._start_over()
-        self.runner.free_memory()
-        if self.runner.batch_size.shrink(len(begun)):
+        self.engine.free_memory()
+        if self.engine.batch_size.shrink(len(begun)):
             self.queue = begun + self.queue
             return []
-        self.runner.batch_size.reset()
+        self.engine.batch_size.reset()
         assert len(begun) == 1, f"{len(begun)} rows running where one fits"
         return [(begun[0].index, TOO_LARGE)]
 
@@ -159,7 +174,7 @@ class Scheduler:
     def _look_ahead(self) -> None:
         """Lengthen the queue, sorted by length after what the last look ahead has left in it."""
         idle = not self.rows and not self.queue
-        taken = self.intake.take(WINDOWS_AHEAD * self.runner.batch_size.now - len(self.queue), wait=idle)
+        taken = self.intake.take(WINDOWS_AHEAD * self.engine.batch_size.now - len(self.queue), wait=idle)
         self.queue = self.queue + sorted(taken, key=lambda prompt: len(prompt.content))
 
     def _context_of(self, group: list[QueuedPrompt]) -> Tensor:
@@ -186,7 +201,7 @@ class Scheduler:
     def _outcomes(self, rows: list[int]) -> list[Outcome]:
         """Each row's texts, best first, or why there are none."""
         state = self.state.pick(torch.tensor(rows, device=self.model.device))
-        wanted, ends = self.options.num_return_sequences, self.runner.vocabulary.end_token_ids
+        wanted, ends = self.options.num_return_sequences, self.engine.vocabulary.end_token_ids
         overflow = state.final_scores.isnan().any(dim=1).tolist()
         columns = [each[:, :wanted].tolist() for each in (state.final_scores, state.final_lengths, state.final_tokens)]
         outcomes: list[Outcome] = []

@@ -189,9 +189,9 @@ def _open_results(path: Path) -> Table:
         from idefics_cli.readers.parquet import ParquetTable  # imports pyarrow
 
         return ParquetTable(file)
-    from idefics_cli.readers.jsonl import JsonLinesTable
+    from idefics_cli.readers.jsonl import open_json_lines
 
-    return JsonLinesTable(file, compressed=path.suffix == ".gz")
+    return open_json_lines(file, compressed=path.suffix == ".gz")
 
 
 def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:

@@ -7,6 +7,7 @@ ends with its parent and imports no torch. It answers in plain bytes: from such 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import signal
 import sys
@@ -75,4 +76,6 @@ def _answer(connection: Connection, result: np.ndarray | str) -> None:
         connection.send_bytes(result.encode("utf-8", "backslashreplace"))
     else:
         connection.send_bytes(PIXELS)
-        connection.send_bytes(memoryview(result).cast("B"))
+        view = memoryview(result).cast("B")
+        while view:
+            view = view[os.write(connection.fileno(), view) :]

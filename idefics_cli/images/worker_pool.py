@@ -131,22 +131,18 @@ class WorkerPool:
                     continue  # no more processes are allowed: without this slot, the others do all the work
                 self._slots.put(None)
                 if not self._closed:
-                    raise _cannot_start(error) from error
+                    remedy = "allow more processes (ulimit -u) or memory (ulimit -v)"
+                    raise IdeficsError(f"cannot start a process to decode images ({error}): {remedy}") from error
         raise CancelledError(CLOSED)
 
     def _start(self) -> _Worker:
         """Raises OSError where the system does not allow it."""
-        worker = self._starter.submit(self._launch).result()
+        worker = self._starter.submit(_Worker, self._running).result()
         try:
             worker.begin((self._processor, self._options, self._prepare))
         except (OSError, EOFError) as error:
             self._running.discard(worker)
             raise ChildProcessError(worker.end()) from error
-        return worker
-
-    def _launch(self) -> _Worker:
-        worker = _Worker()
-        self._running.add(worker)
         return worker
 
     def _end(self, worker: _Worker) -> str:
@@ -162,8 +158,8 @@ class WorkerPool:
 class _Worker:
     """A worker process and the connection to it, which one thread uses at a time."""
 
-    def __init__(self) -> None:
-        """Raises OSError where the system does not start a process."""
+    def __init__(self, running: set[_Worker]) -> None:
+        """Joins those that are `running`. Raises OSError where the system does not start a process."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self.process = subprocess.Popen(
@@ -177,6 +173,7 @@ class _Worker:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, option, MESSAGE_TIMEOUT)
             self.connection = Connection(ours.detach())
+        running.add(self)
 
     def begin(self, work: tuple[ImageProcessor, ImageOptions, Prepare]) -> None:
         """Say what it is to do with images. Raises OSError or EOFError where it does not come up."""
@@ -195,18 +192,22 @@ class _Worker:
         self._wait(timeout)
         text = self.connection.recv_bytes(LONGEST_TEXT)
         if text == PIXELS:
-            pixels = np.empty((3, image_size, image_size), np.float32)
-            data = self.connection.recv_bytes(pixels.nbytes)
-            if len(data) != pixels.nbytes:
-                raise OSError("incomplete pixels")
-            pixels[:] = np.frombuffer(data, np.float32).reshape(pixels.shape)
-            return pixels
+            return self._receive(np.empty((3, image_size, image_size), np.float32))
         code, _, message = text.decode("utf-8", "replace").partition(": ")
         if code == BUG:
             raise RuntimeError(f"in an image worker: {message}")
         if code not in ROW_ERROR_CODES:
             raise OSError(f"unknown answer {code[:20]!r}")
         return RowError(code, message)
+
+    def _receive(self, pixels: np.ndarray) -> np.ndarray:
+        """`pixels`, filled in place: most of the bytes of an answer are not copied twice."""
+        view = memoryview(pixels).cast("B")
+        while received := os.readv(self.connection.fileno(), [view]):
+            view = view[received:]
+        if view:
+            raise EOFError
+        return pixels
 
     def _wait(self, timeout: float) -> None:
         """Until there is something to read. In steps, so that the time a run is suspended counts as one of them."""
@@ -254,9 +255,3 @@ def _read_remote(file: RemoteFile, options: ImageOptions) -> bytes | RowError:
         return RowError("image_missing", f"file not found: {error}")
     except Exception as error:  # each kind of storage has errors of its own
         return RowError("image_unreadable", f"{type(error).__name__}: {error}")
-
-
-def _cannot_start(reason: Exception) -> IdeficsError:
-    return IdeficsError(
-        f"cannot start a process to decode images ({reason}): allow more processes (ulimit -u) or memory (ulimit -v)"
-    )

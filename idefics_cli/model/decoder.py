@@ -2,7 +2,7 @@
 
 A LLaMA decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with Flamingo's gated cross-attention layers
 (Alayrac et al. 2022, section 3.1.2) between its blocks. Layers project and rotate; what a query may see, and where
-keys and values are kept, is decided behind `kv_interface.py`.
+keys and values are kept, is up to the memory (`kv_interface.py`).
 """
 
 from __future__ import annotations

@@ -220,6 +220,8 @@ class IdeficsModel(IdeficsPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if image_attention_mask is None:
+            raise ValueError("image_attention_mask (rows, tokens, images) is required: which image a token sees")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -230,27 +232,6 @@ class IdeficsModel(IdeficsPreTrainedModel):
         image_hidden_states = self.encode_images(
             pixel_values, image_encoder_embeddings, perceiver_embeddings, interpolate_pos_encoding
         )  # (rows, images, seq, dim)
-        memory = self._plain_memory(
-            inputs_embeds, attention_mask, position_ids, past_key_values, image_attention_mask, image_hidden_states
-        )
-        last_hidden_state = self.decode(inputs_embeds, position_ids, memory, image_hidden_states.flatten(1, 2))
-        return IdeficsOutput(
-            last_hidden_state=last_hidden_state,
-            past_key_values=past_key_values,
-            image_hidden_states=image_hidden_states,
-        )
-
-    def _plain_memory(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        past_key_values: Cache | None,
-        image_attention_mask: Tensor | None,
-        image_hidden_states: Tensor,
-    ) -> PlainMemory:
-        if image_attention_mask is None:
-            raise ValueError("image_attention_mask (rows, tokens, images) is required: which image a token sees")
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -261,7 +242,14 @@ class IdeficsModel(IdeficsPreTrainedModel):
         image_mask, image_gate = image_visibility(
             image_attention_mask.to(inputs_embeds.device), image_hidden_states.shape[2], inputs_embeds.dtype
         )
-        return PlainMemory(self.config._attn_implementation, causal_mask, image_mask, image_gate, past_key_values)
+        attention = self.config._attn_implementation
+        memory = PlainMemory(attention, causal_mask, image_mask, image_gate, past_key_values)
+        last_hidden_state = self.decode(inputs_embeds, position_ids, memory, image_hidden_states.flatten(1, 2))
+        return IdeficsOutput(
+            last_hidden_state=last_hidden_state,
+            past_key_values=past_key_values,
+            image_hidden_states=image_hidden_states,
+        )
 
 
 def positions(attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int) -> Tensor:

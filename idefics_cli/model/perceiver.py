@@ -18,19 +18,21 @@ class IdeficsPerceiverAttention(nn.Module):
 
     joint_linears = ("k_proj", "v_proj")
 
-    def __init__(self, embed_dim: int, num_heads: int, head_dim: int, qk_layer_norms: bool):
+    def __init__(self, config: IdeficsConfig):
         super().__init__()
-        self.head_dim = head_dim
-        self.qk_layer_norms = qk_layer_norms
+        perceiver, embed_dim = config.perceiver_config, config.vision_config.embed_dim
+        self.head_dim = perceiver.resampler_head_dim
+        self.qk_layer_norms = perceiver.qk_layer_norms_perceiver
+        inner_dim = perceiver.resampler_n_heads * self.head_dim
         self.context_layer_norm = nn.LayerNorm(embed_dim)
         self.latents_layer_norm = nn.LayerNorm(embed_dim)
-        if qk_layer_norms:
-            self.q_layer_norm = nn.LayerNorm(head_dim)
-            self.k_layer_norm = nn.LayerNorm(head_dim)
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=False)
-        self.output_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=False)
+        if self.qk_layer_norms:
+            self.q_layer_norm = nn.LayerNorm(self.head_dim)
+            self.k_layer_norm = nn.LayerNorm(self.head_dim)
+        self.q_proj = nn.Linear(embed_dim, inner_dim, bias=False)
+        self.k_proj = nn.Linear(embed_dim, inner_dim, bias=False)
+        self.v_proj = nn.Linear(embed_dim, inner_dim, bias=False)
+        self.output_proj = nn.Linear(inner_dim, embed_dim, bias=False)
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         latents = self.latents_layer_norm(latents)
@@ -67,17 +69,7 @@ class IdeficsPerceiverResampler(nn.Module):
         perceiver, embed_dim = config.perceiver_config, config.vision_config.embed_dim
         self.latents = nn.Parameter(torch.randn(perceiver.resampler_n_latents, embed_dim))
         self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    IdeficsPerceiverAttention(
-                        embed_dim,
-                        perceiver.resampler_n_heads,
-                        perceiver.resampler_head_dim,
-                        perceiver.qk_layer_norms_perceiver,
-                    ),
-                    IdeficsPerceiverMLP(embed_dim, 4 * embed_dim),
-                ]
-            )
+            nn.ModuleList([IdeficsPerceiverAttention(config), IdeficsPerceiverMLP(embed_dim, 4 * embed_dim)])
             for _ in range(perceiver.resampler_depth)
         )
         self.layer_norm = nn.LayerNorm(embed_dim)

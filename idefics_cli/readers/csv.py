@@ -7,93 +7,51 @@ quote, or up to csv's limit for a field (128 KB), and reading continues after th
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import BinaryIO
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.jsonl import BYTE_ORDER_MARK
-from idefics_cli.readers.table import SAMPLE_BYTES, SAMPLE_ROWS, Record, chunked, image_columns
+from idefics_cli.readers.table import Record, StreamTable
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
 from idefics_cli.storage.files import MAX_PIECE_BYTES, File, open_stream, split_stream
 
 TOO_LONG = "\udcff"  # stands for a line that is too long to be held; no valid line holds it
 
 
-class DelimitedTable:
-    image_column = None
-    id_column = None
+def open_delimited(file: File, compressed: bool, delimiter: str) -> StreamTable:
+    with open_stream(file, compressed) as stream:
+        _, header = next(read_delimited(split_stream(stream, b"\n"), delimiter, file.name), (0, None))
+    columns = _checked_header(file.name, header, delimiter)
 
-    def __init__(self, file: File, compressed: bool, delimiter: str) -> None:
-        self.size: int | None = None
-        self._file = file
-        self._compressed = compressed
-        self._delimiter = delimiter
-        self.columns = self._header()
-        sample = list(self._sample())
-        if not sample:
-            raise InputError(f"{file.name} holds a header but no rows: name a manifest with rows")
-        self.images = image_columns(self.columns, [row for row in sample if not isinstance(row, RowError)])
+    def read(stream: BinaryIO, wanted: Sequence[str] | None) -> Iterator[Callable[[], Record | RowError]]:
+        records = read_delimited(split_stream(stream, b"\n"), delimiter, file.name)
+        return (partial(_record, columns, *record) for record in islice(records, 1, None))
 
-    def type_of(self, column: str) -> Any:
-        import pyarrow
+    return StreamTable(file, compressed, read, columns)
 
-        return pyarrow.string()
 
-    def may_hold_images(self, column: str) -> bool:
-        return True
+def _checked_header(name: str, header: list[str] | RowError | None, delimiter: str) -> list[str]:
+    if header is None:
+        raise InputError(f"{name} holds only blank lines: name a manifest with rows")
+    if isinstance(header, RowError):
+        raise InputError(f"{name} cannot be read: {header.message}; save it as UTF-8 with a header")
+    if any(map(IMAGE_SUFFIX.search, header)):
+        raise InputError(f"{name} has no header, but {shown(delimiter.join(header))}: add a line of column names")
+    repeated = [column for column in header if header.count(column) > 1]
+    if repeated:
+        raise InputError(f"{name} has two columns named {shown(repeated[0])}: rename one of them")
+    return header
 
-    def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
-        for number, fields in islice(enumerate(self._rows()), start, None, step):
-            yield number, self._record(*fields)
 
-    def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[list[Record]]:
-        return chunked(self.records(start, step, columns), columns)
-
-    def _record(self, line_number: int, fields: list[str] | RowError) -> Record | RowError:
-        if isinstance(fields, RowError):
-            return fields
-        if len(fields) != len(self.columns):
-            return RowError(
-                "row_invalid", f"line {line_number} has {len(fields)} fields, but there are {len(self.columns)} columns"
-            )
-        return dict(zip(self.columns, fields, strict=True))
-
-    def _rows(self) -> Iterator[tuple[int, list[str] | RowError]]:
-        """The records after the header."""
-        size = -1
-        for size, record in enumerate(self._all()):
-            if size > 0:
-                yield record
-        self.size = size
-
-    def _all(self) -> Iterator[tuple[int, list[str] | RowError]]:
-        with open_stream(self._file, self._compressed) as stream:
-            yield from read_delimited(split_stream(stream, b"\n"), self._delimiter, self._file.name)
-
-    def _sample(self) -> Iterator[Record | RowError]:
-        num_bytes = 0
-        for line_number, fields in islice(self._rows(), SAMPLE_ROWS):
-            yield self._record(line_number, fields)
-            num_bytes += sum(map(len, fields)) if isinstance(fields, list) else 0
-            if num_bytes > SAMPLE_BYTES:
-                return
-
-    def _header(self) -> list[str]:
-        _, header = next(self._all(), (0, None))
-        if header is None:
-            raise InputError(f"{self._file.name} holds only blank lines: name a manifest with rows")
-        if isinstance(header, RowError):
-            raise InputError(f"{self._file.name} cannot be read: {header.message}; save it as UTF-8 with a header")
-        if any(IMAGE_SUFFIX.search(name) for name in header):
-            raise InputError(
-                f"{self._file.name} has no header: its first line, {shown(self._delimiter.join(header))}, looks like a"
-                " row; put a line of column names above it"
-            )
-        repeated = [name for name in header if header.count(name) > 1]
-        if repeated:
-            raise InputError(f"{self._file.name} has two columns named {shown(repeated[0])}: rename one of them")
-        return header
+def _record(columns: Sequence[str], line_number: int, fields: list[str] | RowError) -> Record | RowError:
+    if isinstance(fields, RowError):
+        return fields
+    if len(fields) != len(columns):
+        return RowError("row_invalid", f"line {line_number} has {len(fields)} fields, but {len(columns)} columns")
+    return dict(zip(columns, fields, strict=True))
 
 
 def read_delimited(

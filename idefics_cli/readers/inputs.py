@@ -213,7 +213,7 @@ class Inputs:
             if index < source.size:
                 return next(source.rows(index, 1, ids_only=False)).image
             index -= source.size
-        raise AssertionError(f"there is no row {index}")
+        raise AssertionError(f"no input has row {index}")
 
     def _placed(self, row: InputRow, source: Source, offset: int) -> InputRow:
         """The row with its index and id among all rows."""

@@ -47,16 +47,16 @@ def _open_table(file: File) -> Table:
 
         return ParquetTable(file)
     if kind == "tar":
-        from idefics_cli.readers.webdataset import ArchiveTable
+        from idefics_cli.readers.webdataset import open_archive
 
-        return ArchiveTable(file, packed == "gz")
+        return open_archive(file, packed == "gz")
     if kind in ("csv", "tsv"):
-        from idefics_cli.readers.csv import DelimitedTable
+        from idefics_cli.readers.csv import open_delimited
 
-        return DelimitedTable(file, packed == "gz", "," if kind == "csv" else "\t")
-    from idefics_cli.readers.jsonl import JsonLinesTable
+        return open_delimited(file, packed == "gz", "," if kind == "csv" else "\t")
+    from idefics_cli.readers.jsonl import open_json_lines
 
-    return JsonLinesTable(file, packed == "gz")
+    return open_json_lines(file, packed == "gz")
 
 
 class Manifest:

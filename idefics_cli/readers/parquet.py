@@ -236,34 +236,26 @@ def _record(batch: pa.RecordBatch, place: int, number: int) -> Record:
 
 def _value(array: pa.Array, place: int) -> Any:
     """The value there; a moment finer than Python's as ISO text."""
-    if not pa.types.is_timestamp(array.type):
-        return _python_values(array.slice(place, 1))[0]
     try:
-        return array[place].as_py()
+        return _python_values(array.slice(place, 1))[0]
     except ValueError:
-        # In UTC: Arrow writes offsets without their seconds, which zones have in the years before there were zones.
-        moment = array[place].cast(pa.timestamp("ns", "UTC") if array.type.tz else array.type)
-        return str(moment.cast(pa.string())).replace(" ", "T", 1)
+        if not pa.types.is_timestamp(array.type):
+            raise
+        return str(array[place].cast(pa.string())).replace(" ", "T", 1)
 
 
 def _python_values(array: pa.Array) -> list[Any]:
-    """`to_pylist`; of times and durations finer than Python's ISO text, and a decimal number of microseconds."""
-    is_fine = (pa.types.is_time64(array.type) or pa.types.is_duration(array.type)) and array.type.unit == "ns"
-    if not is_fine:
+    """`to_pylist`, but times and durations that are finer than Python's as text: ISO, and a number of microseconds."""
+    if array.type == pa.time64("ns"):
+        return array.cast(pa.string()).to_pylist()
+    if array.type != pa.duration("ns"):
         return array.to_pylist()
-    value_of = _duration_value if pa.types.is_duration(array.type) else _time_value
-    return [None if count is None else value_of(count) for count in array.cast(pa.int64()).to_pylist()]
+    return [None if count is None else _microseconds(count) for count in array.cast(pa.int64()).to_pylist()]
 
 
-def _duration_value(nanoseconds: int) -> datetime.timedelta | str:
-    microseconds, rest = divmod(nanoseconds, 1000)
-    return str(decimal.Decimal(nanoseconds) / 1000) if rest else datetime.timedelta(microseconds=microseconds)
-
-
-def _time_value(nanoseconds: int) -> datetime.time | str:
-    microseconds, rest = divmod(nanoseconds, 1000)
-    time = (datetime.datetime.min + datetime.timedelta(microseconds=microseconds)).time()
-    return f"{time.isoformat('microseconds')}{rest:03}" if rest else time
+def _microseconds(nanoseconds: int) -> datetime.timedelta | str:
+    whole, rest = divmod(nanoseconds, 1000)
+    return str(decimal.Decimal(nanoseconds) / 1000) if rest else datetime.timedelta(microseconds=whole)
 
 
 def _item_type(kind: pa.DataType) -> pa.DataType:

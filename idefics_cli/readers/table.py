@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
 
-from idefics_cli.errors import RowError
+from idefics_cli.errors import InputError, RowError
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, WEB_ADDRESS
+from idefics_cli.storage.files import File, open_stream
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Record: TypeAlias = Mapping[str, Any]
+Read: TypeAlias = "Callable[[BinaryIO, Sequence[str] | None], Iterator[Callable[[], Record | RowError]]]"
 Chunk: TypeAlias = "pa.RecordBatch | Sequence[Record]"  # rows as Arrow, or as values that JSON can hold
 
 SAMPLE_ROWS = 100
-SAMPLE_BYTES = 1 << 20
+SAMPLE_BYTES = 16 << 20
 CHUNK_ROWS = 1_000
 CHUNK_CHARACTERS = 4 << 20
 
@@ -54,23 +57,68 @@ class Table(Protocol):
         ...
 
 
-def chunked(records: Iterable[tuple[int, Record | RowError]], columns: Sequence[str]) -> Iterator[list[Record]]:
-    """`chunks` of a table without Arrow; a bad record has no values."""
-    chunk: list[Record] = []
-    size = 0
-    for _, record in records:
-        chunk.append({} if isinstance(record, RowError) else {name: record.get(name) for name in columns})
-        size += sum(len(value) if isinstance(value, str) else len(str(value)) for value in chunk[-1].values())
-        if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
+class StreamTable:
+    """A manifest that is read forwards, whose format is `read`: its bytes -> a function for each record that makes it,
+    given the columns that are wanted. `columns` None: they are those of the first records."""
+
+    def __init__(
+        self, file: File, compressed: bool, read: Read, columns: Sequence[str] | None = None, own: tuple[str, ...] = ()
+    ) -> None:
+        self.size: int | None = None
+        self.image_column, self.id_column = own or (None, None)
+        self._file, self._compressed, self._read = file, compressed, read
+        self._is_text = columns is not None
+        sample = self._sample()
+        found = dict.fromkeys(name for record in sample for name in record)
+        self.columns = columns or [name for name in found if name not in (OWN_ID, OWN_IMAGES, OWN_ERROR)]
+        self.images = image_columns(self.columns, sample)
+
+    def type_of(self, column: str) -> pa.DataType | None:
+        import pyarrow as pa
+
+        return pa.string() if self._is_text else None
+
+    def may_hold_images(self, column: str) -> bool:
+        return True
+
+    def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
+        size = 0
+        with open_stream(self._file, self._compressed) as stream:
+            for number, make in enumerate(self._read(stream, columns)):
+                size += 1
+                if number >= start and (number - start) % step == 0:
+                    yield number, make()
+        self.size = size
+
+    def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[list[Record]]:
+        """A bad record has no values."""
+        chunk: list[Record] = []
+        size = 0
+        for _, record in self.records(start, step, columns):
+            chunk.append({} if isinstance(record, RowError) else {name: record.get(name) for name in columns})
+            size += sum(len(value if isinstance(value, str) else str(value)) for value in chunk[-1].values())
+            if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
             yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
-
-def columns_of(sample: Iterable[Record]) -> list[str]:
-    """The names of all columns, in the order of their first appearance."""
-    return list(dict.fromkeys(name for record in sample for name in record))
+    def _sample(self) -> list[Record]:
+        """The first records without bad ones and images. Raises InputError where they tell no columns."""
+        records: list[Record | RowError] = []
+        with open_stream(self._file, self._compressed) as stream:
+            for make in islice(self._read(stream, None), SAMPLE_ROWS):
+                records.append(make())
+                if stream.tell() > SAMPLE_BYTES:
+                    break
+            else:
+                self.size = len(records) if len(records) < SAMPLE_ROWS else None
+        if not records:
+            raise InputError(f"{self._file.name} holds no rows: name a manifest with rows")
+        good = [record for record in records if not isinstance(record, RowError)]
+        if not good and not self._is_text:
+            raise InputError(f"{self._file.name} cannot be read: {records[0].message}; write one object per line")
+        return good
 
 
 def image_columns(columns: Iterable[str], sample: Sequence[Record]) -> list[str]:

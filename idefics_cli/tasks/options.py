@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from idefics_cli.engine.options import DecodingOptions
@@ -10,7 +10,7 @@ from idefics_cli.errors import IdeficsError
 from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import IMAGE_FIELD, TASKS, PromptOptions, choose_template
-from idefics_cli.validation import Help
+from idefics_cli.validation import Help, by_option
 
 QUESTION = "question"
 DEFAULT_SHOTS = 4
@@ -85,14 +85,13 @@ class CaptionVqaOptions:
             self._require_nothing_decoded()
 
     def _require_nothing_decoded(self) -> None:
-        usual = DecodingOptions(max_new_tokens=TASKS[self.prompts.task].max_new_tokens)
-        names = [each.name for each in fields(usual)]
-        changed = [name for name in names if getattr(self.decoding, name) != getattr(usual, name)]
-        useless = ["stop_words"] * (self.postprocess.cut_words is not None) + changed
-        if useless:
-            negated = "no-" if getattr(self.decoding, useless[0], None) is False else ""
-            flag = f"--{negated}{useless[0].replace('_', '-')}"
-            raise IdeficsError(f"{flag} has no effect where answers are ranked: leave it out, or --choices")
+        usual = by_option(DecodingOptions(max_new_tokens=TASKS[self.prompts.task].max_new_tokens))
+        given = {name: value for name, value in by_option(self.decoding).items() if value != usual[name]}
+        flags = [name.replace("--", "--no-") if value is False else name for name, value in given.items()]
+        if self.postprocess.cut_words is not None:
+            flags.append("--stop-words")
+        if flags:
+            raise IdeficsError(f"{flags[0]} has no effect where answers are ranked: leave it out, or --choices")
 
     @property
     def asks(self) -> bool:

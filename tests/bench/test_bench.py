@@ -38,7 +38,7 @@ from idefics_cli.bench.subjects import (
 )
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.cli import app as cli
-from idefics_cli.engine.model_runner import PhaseTimes
+from idefics_cli.engine.engine import PhaseTimes
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.reference import collate
 from idefics_cli.errors import IdeficsError
@@ -355,7 +355,7 @@ def test_the_command_prints_one_line_of_json() -> None:
         ("--random tiny --rows 2 --scenes 2", "--scenes"),
         ("-m /no/such/model", "no model"),
         ("--random huge", "huge"),
-        ("--random tiny --device cuda:99", "cuda:99"),
+        ("--random tiny --device cuda:99", "cuda" if torch.cuda.is_available() else "CUDA is not available"),
     ],
 )
 def test_mistakes_end_with_two(arguments: str, said: str) -> None:

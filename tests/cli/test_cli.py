@@ -326,10 +326,10 @@ def test_stdout_to_a_full_disk_is_one_line(photos: Path) -> None:
 
 @pytest.fixture
 def scored(tmp_path: Path) -> Path:
-    """A result whose groups have names that UTF-8 cannot hold."""
+    """A result with a group to score by."""
     row = {"id": "a", "question": "Why?", "answer": "so", "score": 0.0, "tokens": 1, "error": None}
     path = tmp_path / "f.jsonl"
-    path.write_text(json.dumps({**row, "answers": ["so"], "kind": "\ud800"}) + "\n")
+    path.write_text(json.dumps({**row, "answers": ["so"], "kind": "é"}) + "\n")
     return path
 
 
@@ -370,7 +370,7 @@ def test_what_is_told_never_comes_among_the_data(scored: Path) -> None:
     command = ["bash", "-c", script, sys.executable, DRIVER, str(scored)]
     done = subprocess.run(command, env={**os.environ, "TESTS": str(TESTS)}, cwd=ROOT, capture_output=True, timeout=30)
     assert done.returncode == 0
-    assert json.loads(done.stdout)["groups"].keys() == {"\ud800"}
+    assert json.loads(done.stdout)["groups"].keys() == {"\x1b[31m"}
 
 
 # Terminals

@@ -29,13 +29,14 @@ from slow_search import slow_beam_search
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from idefics_cli.bench.memory import resident_bytes
-from idefics_cli.engine import memory_budget, model_runner, reference, scheduler
+from idefics_cli.engine import engine as engine_module
+from idefics_cli.engine import memory_budget, reference, scheduler
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.kv_cache import KVStore
 from idefics_cli.engine.options import DecodingOptions, Hypothesis
 from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
-from idefics_cli.engine.scheduler import Scheduler, compaction_order
+from idefics_cli.engine.scheduler import Scheduler, compaction_order, stream
 from idefics_cli.engine.tree_attention import DecodeMemory, PrefillMemory
 from idefics_cli.errors import IdeficsError
 
@@ -48,7 +49,7 @@ def engine(network, rows: int = 4) -> Engine:
 
 def decode(runner: Engine, some: list[EncodedPrompt], chosen: DecodingOptions) -> list[list[Hypothesis]]:
     """In the order of the prompts, each exactly once."""
-    results = list(runner.generate(some, chosen))
+    results = list(stream(runner, IterableSource(some), chosen))
     assert sorted(index for index, _ in results) == list(range(len(some)))
     return [hypotheses for _, hypotheses in sorted(results, key=lambda result: result[0])]
 
@@ -96,7 +97,7 @@ def test_a_third_opinion(prompt, chosen) -> None:
 def test_banned_sequences_are_not_written(network, some, chosen, chance) -> None:
     banned = bans_that_bite(some, decode(engine(network), some, chosen), chance)
     vocabulary = replace(VOCABULARY, banned_sequences=banned)
-    results = sorted(engine(network).stream(IterableSource(some), chosen, banned), key=lambda result: result[0])
+    results = sorted(stream(engine(network), IterableSource(some), chosen, banned), key=lambda result: result[0])
     for prompt, (_, got) in zip(some, results, strict=True):
         assert_same(got, reference.generate(network, tensors_of(prompt), chosen, vocabulary)[0])
 
@@ -108,7 +109,7 @@ def test_a_third_opinion_on_banned_sequences(prompt, chosen, chance) -> None:
     banned = bans_that_bite([prompt], decode(engine(network), [prompt], chosen), chance)
     texts = slow_beam_search(network, tensors_of(prompt), chosen, set(ENDS), {FAKE_ID, IMAGE_ID}, banned)
     expected = [Hypothesis(reference.until_end(ids, ENDS), score) for score, ids in texts]
-    [(_, got)] = engine(network).stream(IterableSource([prompt]), chosen, banned)
+    [(_, got)] = stream(engine(network), IterableSource([prompt]), chosen, banned)
     assert_same(got, expected[: chosen.num_return_sequences])
 
 
@@ -347,14 +348,14 @@ def test_short_prompts_do_not_read_what_a_long_one_needed(monkeypatch: pytest.Mo
 
 
 def test_an_image_is_projected_once_while_prompts_in_the_queue_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    project, projected, held = model_runner.project_images, [], []
+    project, projected, held = engine_module.project_images, [], []
 
     def counting(latents, layers):
         projected.append(len(latents))
         held.append(len(runner.image_key_values.keys()))
         return project(latents, layers)
 
-    monkeypatch.setattr(model_runner, "project_images", counting)
+    monkeypatch.setattr(engine_module, "project_images", counting)
     runner, chosen = engine(MODELS[0], 2), DecodingOptions(max_new_tokens=2)
     # Read two by two, the shortest first: images 0 and 1 are asked about again at the end, 2 and 3 only once.
     shown = [0, 1, 2, 3, 0, 1]
@@ -533,7 +534,7 @@ def test_an_endless_stream_takes_bounded_memory() -> None:
             held.append(runner.latents.num_bytes + runner.image_key_values.num_bytes)
             yield EncodedPrompt([1, *[5 + number % 30] * length, FAKE_ID, IMAGE_ID, FAKE_ID], (pixels,))
 
-    for _ in runner.generate(endless(), DecodingOptions(num_beams=2, max_new_tokens=3)):
+    for _ in stream(runner, IterableSource(endless()), DecodingOptions(num_beams=2, max_new_tokens=3)):
         pass
     assert max(held) <= 220_000 and runner.times.images == 400
 
@@ -558,7 +559,7 @@ def test_ten_thousand_prompts_of_mixed_lengths_take_constant_memory() -> None:
             yield EncodedPrompt([1, *images, *words], pixels)
 
     chosen = DecodingOptions(num_beams=3, max_new_tokens=8)
-    assert sum(1 for _ in runner.generate(endless(), chosen)) == 10_000
+    assert sum(1 for _ in stream(runner, IterableSource(endless()), chosen)) == 10_000
     print([f"{each / 1e6:.0f} MB" for each in resident])
     assert max(resident[2:]) - resident[2] < 16 << 20, resident
 

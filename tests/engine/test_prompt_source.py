@@ -11,7 +11,7 @@ from test_engine import assert_same, decode, engine, some_prompts
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prefill import QueuedPrompt, common_start
 from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource, content_key
-from idefics_cli.engine.scheduler import WINDOWS_AHEAD, Scheduler
+from idefics_cli.engine.scheduler import WINDOWS_AHEAD, Scheduler, stream
 
 OPTIONS = DecodingOptions(num_beams=2, max_new_tokens=6)
 SHOTS = EncodedPrompt([1, *range(3, 33)])
@@ -44,16 +44,16 @@ def test_prompts_that_trickle_in_are_numbered_as_taken_and_waited_for_only_when_
     source = Trickle(some)
     idle = []
     runner = engine(MODELS[0], rows=4)
-    stream = Scheduler(runner, source, OPTIONS, runner.vocabulary)
+    running = Scheduler(runner, source, OPTIONS, runner.vocabulary)
     take = source.take
 
     def watching(most: int, wait: bool) -> list[EncodedPrompt]:
         if wait:
-            idle.append(not stream.rows and not stream.queue)
+            idle.append(not running.rows and not running.queue)
         return take(most, wait)
 
     source.take = watching
-    results = dict(stream.run())
+    results = dict(running.run())
     assert all(idle) and source.waited[-1] == len(some)
     for number, prompt in enumerate(some):
         assert_same(results.pop(number), decode(engine(MODELS[0], 1), [prompt], OPTIONS)[0])
@@ -69,7 +69,7 @@ def test_looking_ahead_is_bounded() -> None:
             taken += 1
             yield prompt
 
-    for out, _ in enumerate(engine(MODELS[0], rows=2).stream(IterableSource(counted()), OPTIONS), start=1):
+    for out, _ in enumerate(stream(engine(MODELS[0], rows=2), IterableSource(counted()), OPTIONS), start=1):
         assert taken - out <= (WINDOWS_AHEAD + 2) * 2
 
 
@@ -83,7 +83,7 @@ def test_shots_are_shared_though_the_first_prompt_came_alone() -> None:
     own = sum(len(prompt.input_ids) - len(SHOTS.input_ids) for prompt in some)
     for shared_len, times_read in ((0, 2), (len(SHOTS.input_ids), 1)):  # by the first, and for all others
         runner = engine(MODELS[0], rows=4)
-        list(runner.stream(FirstAlone([replace(each, shared_len=shared_len) for each in some]), OPTIONS))
+        list(stream(runner, FirstAlone([replace(each, shared_len=shared_len) for each in some]), OPTIONS))
         assert runner.times.prompt_tokens - own == len(SHOTS.input_ids) * times_read
 
 
@@ -92,7 +92,7 @@ def test_a_prompt_unlike_all_others_is_not_left_behind() -> None:
     odd = EncodedPrompt([1, *[9] * 50])
     some = [behind(SHOTS, prompt) for prompt in some_prompts(80)]
     some.insert(5, odd)
-    order = [number for number, _ in engine(MODELS[0], rows=2).generate(some, OPTIONS)]
+    order = [number for number, _ in stream(engine(MODELS[0], rows=2), IterableSource(some), OPTIONS)]
     assert order.index(5) < 20
     assert sorted(order) == list(range(81))
 

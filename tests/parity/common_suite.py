@@ -87,7 +87,7 @@ def run_common_test(common: ModuleType, name: str, family: Family, model_class: 
         "setUp": set_up,
         "all_model_classes": (model_class,),
         "additional_model_inputs": ["pixel_values", "image_attention_mask"],
-        "test_all_params_have_gradient": False,  # the vision tower's pooled vector, and its norm, serve nobody
+        "test_all_params_have_gradient": False,  # the vision tower's pooled vector, and its norm, are not used
         "test_can_init_all_missing_weights_before_2023": True,
     }
     case_class = type("IdeficsModelTest", (common.ModelTesterMixin, unittest.TestCase), attributes)

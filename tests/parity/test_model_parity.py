@@ -20,7 +20,7 @@ SAMPLE = random.Random(20).sample(GRID, 8)
 
 
 def whole_grid(sample: list[Shape]) -> list:
-    """Each configuration as a test; those outside the sample behind the marker."""
+    """Each configuration as a test; those outside the sample with the marker `grid`."""
     return [pytest.param(s, id=str(s), marks=[] if s in sample else [pytest.mark.grid]) for s in GRID]
 
 

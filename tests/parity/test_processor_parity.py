@@ -141,7 +141,7 @@ def test_decoded_text(kind):
     for text in WORDS:
         ids = encoder.encode((text, object(), text))
         expected = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # A token that is looked for behind the normaliser is written out by the library, special or not.
+        # A token that is looked for after the normaliser is written out by the library, special or not.
         assert encoder.decode(ids) == expected.removeprefix("<s>").strip()
 
 

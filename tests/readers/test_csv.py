@@ -21,7 +21,7 @@ def rows(path: Path, data: bytes, **options) -> list[InputRow]:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"x", "line 3 has 1 fields, but there are 2 columns"),
+        (b"x", "line 3 has 1 fields, but 2 columns"),
         (b"x,b.png,", "line 3 has 3 fields"),
         (b'x,"b.png"c', "line 3 is not valid CSV"),
         (b"x,b\xff.png", "line 3 is not valid UTF-8"),

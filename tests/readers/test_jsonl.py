@@ -104,5 +104,5 @@ def test_values_that_a_row_lacks_are_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b'[{"image": "a.png"}]', '{"image": "a.png"}'.encode("utf-16"), b"a,b\n1,2\n"])
 def test_files_without_a_single_object_are_refused(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(InputError, match="is not JSON lines: line 1"):
+    with pytest.raises(InputError, match="cannot be read: line 1"):
         rows(tmp_path / "rows.jsonl", data)

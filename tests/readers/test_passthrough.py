@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 from written_manifests import TABLE_FORMATS, write_archive, write_manifest
 
@@ -208,7 +208,10 @@ def columns(draw: st.DrawFn, types: st.SearchStrategy[Typed]) -> pa.Array:
 def saved(folder: str, column: pa.Array) -> tuple[Path, pa.Table]:
     """A manifest with this column, and the column as Arrow reads it."""
     path = Path(folder) / "rows.parquet"
-    pq.write_table(pa.table({"v": column}), path, row_group_size=3)
+    try:
+        pq.write_table(pa.table({"v": column}), path, row_group_size=3)
+    except pa.ArrowNotImplementedError:  # some views within others
+        reject()
     return path, pq.read_table(path)
 
 

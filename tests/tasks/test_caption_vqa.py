@@ -65,10 +65,6 @@ def test_questions_are_asked_as_published(prompts: Prompts, manifest: Path) -> N
     ]
 
 
-def test_one_question_for_all_wins_over_the_manifests(prompts: Prompts, manifest: Path) -> None:
-    assert prompts("vqa", manifest, "-q", "Why?", "--bare")[1] == f"{VQA_PREFIX}Image:[2]Question: Why? Answer:"
-
-
 # Own prompts
 
 
@@ -77,12 +73,6 @@ def test_an_own_prompt_has_fields_for_columns(prompts: Prompts, manifest: Path) 
     expected = ["In x street, 1: [1] {really} What is x?", "In y street, 2: [2] {really} What is y?"]
     assert prompts("vqa", manifest, "--prompt", text) == expected
     assert prompts("caption", manifest, "--prompt", text) == expected
-
-
-def test_an_own_prompt_without_a_place_for_images_stands_behind_them(prompts: Prompts, manifest: Path) -> None:
-    assert prompts("caption", manifest, "--prompt", "A photo of") == ["[1]A photo of", "[2]A photo of"]
-    instruct = prompts("caption", manifest, "--prompt", "What?", captioner=FakeCaptioner(is_instruct=True))
-    assert instruct[0] == "User:[1]What?<end_of_utterance>\nAssistant:"
 
 
 def test_prompts_that_need_other_columns_are_refused_before_the_model_is_loaded(

@@ -107,11 +107,6 @@ def test_no_shots_are_the_published_two_without_images_of_the_pool(
     assert {"Q0? Answer: a0", "Q1? Answer: a1"} == set(re.findall(r"Q\d\? Answer: a\d", prompts[0]))
 
 
-def test_no_shots_from_a_pool_of_one_are_that_one(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
-    prompts = asked(run, "vqa", manifest, "--shots", shots(1), "--num-shots", "0")
-    assert prompts[0].count("Answer:") == 2
-
-
 def test_instruct_models_are_shown_shots_as_turns(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
     instruct = FakeCaptioner(is_instruct=True)
     prompt = asked(run, "vqa", manifest, "--shots", shots(), "--num-shots", "1", captioner=instruct)[0]
@@ -130,12 +125,6 @@ def test_of_several_answers_the_most_common_one_is_shown(
     pool = shots(3, name, question=lambda k: "Q?", answers=lambda k: answers[k])
     prompt = asked(run, "vqa", manifest, "--shots", pool, "--num-shots", "3")[0]
     assert re.findall(r"Answer: (\w+)", prompt) == ["no", "a", "d"]
-
-
-def test_of_several_captions_the_first_is_shown(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
-    pool = shots(1, captions=lambda k: ["a dog", "a cat", "a cat"])
-    prompt = asked(run, "caption", manifest, "--shots", pool, "--num-shots", "1")[0]
-    assert prompt == "Image:[0]Caption: a dog\nImage:[100]Caption:"
 
 
 def test_shots_fill_the_fields_of_an_own_prompt(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
