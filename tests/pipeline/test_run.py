@@ -417,3 +417,13 @@ def test_no_two_columns_have_one_name(kept: set[str]) -> None:
         assert {"id", "input_id"} <= kept or {"image", "input_image"} <= kept
         return
     assert len({*own, *names.values()}) == len(own) + len(kept)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_paths_on_stdin_beside_a_manifest_have_nothing_to_pass_through(bench: Bench, photos: Path, suffix: str) -> None:
+    output = bench.output.with_suffix(suffix)
+    changes = passing(manifest_of(photos, "m.jsonl"), output=str(output))
+    changes["inputs"] = ("-", *changes["inputs"])
+    bench.run(stdin=io.BytesIO(f"{photos / 'c.png'}\n{photos / 'z.webp'}\n".encode()), **changes)
+    rows = pq.read_table(output).to_pylist() if suffix == ".parquet" else bench.rows()
+    assert [row["width"] for row in rows] == [None, None, 0, 1, 2]
