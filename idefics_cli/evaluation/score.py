@@ -160,9 +160,6 @@ def _group_names(keys: Iterable[str]) -> Mapping[str, str]:
     return plain if len(set(plain.values())) == len(plain) else quoted
 
 
-# ---- result files
-
-
 def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = None) -> Scores:
     """Score a result file (JSONL or Parquet, .gz too for JSONL). Raises IdeficsError for what cannot be scored."""
     options = options or ScoreOptions()
@@ -191,10 +188,7 @@ def _open_results(path: str) -> Table:
 
 
 def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
-    """The column with the texts to score: the one that a run has written, else `answer`, `caption` or `text`.
-
-    Raises InputError if a column is missing.
-    """
+    """The text that a run has written, else `answer`, `caption` or `text`. Raises InputError if a column is missing."""
     for name in (options.answers_column, options.by):
         if name is not None and name not in columns:
             raise InputError(f"the results have no column {name!r}: use one of {listed(columns)}")
@@ -204,9 +198,6 @@ def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
     if not texts:
         raise InputError(f"the results have no column {' or '.join(TEXT_COLUMNS)} to score, but only {listed(columns)}")
     return texts[0]
-
-
-# ---- for people
 
 
 def score_table(scores: Scores) -> RichTable:
