@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Annotated, Any
 
-from idefics_cli.errors import IdeficsError, RowError, listed
+from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.storage.filenames import listed
 from idefics_cli.validation import Help
 
 

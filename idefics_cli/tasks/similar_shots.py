@@ -123,7 +123,7 @@ def _content(source: object) -> Iterator[bytes]:
 
 
 def _read_vectors(path: Path, number: int) -> Tensor | None:
-    """None where there is no such file, or not a whole one."""
+    """None if the file is missing or damaged."""
     import numpy as np
     import torch
 

@@ -154,7 +154,7 @@ def test_a_checkpoint_gets_the_template_that_it_was_published_with_or_the_one_na
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"template": "haiku"}, "'haiku': use one of caption, vqa, vizwiz"),
+        ({"template": "haiku"}, "'haiku': use one of 'caption', 'vqa', 'vizwiz'"),
         ({"template": "instruct-vqa"}, "this is a base model: use 'vqa'"),
         ({"template": "caption"}, "asks no question: use 'vqa'"),
         ({"template": "vqa", "text": "{question}"}, "--prompt"),
@@ -162,7 +162,7 @@ def test_a_checkpoint_gets_the_template_that_it_was_published_with_or_the_one_na
         ({"bare": True, "num_shots": 2}, "--bare"),
         *(({"text": text}, r"write \{\{ or \}\} for a brace") for text in ("a { b", "a } b", "{name", "{{name}")),
         *(({"text": text}, "more than a column's name") for text in ("{}", "{name!r}", "{name:>9}")),
-        ({"text": "{title}: {image}"}, "field 'title', and the rows have question, name: name one of these"),
+        ({"text": "{title}: {image}"}, "field 'title', and the rows have 'question', 'name': name one of these"),
     ],
 )
 def test_prompts_that_cannot_be(options: dict, said: str) -> None:
@@ -208,7 +208,7 @@ def test_shots_are_the_first_of_the_pool_with_their_images() -> None:
 
 def test_a_shot_without_a_field_of_the_own_text_is_refused() -> None:
     template = own_template("{mood}: {image}")
-    with pytest.raises(IdeficsError, match="'mood', and a shot has only question: add it"):
+    with pytest.raises(IdeficsError, match="'mood', and a shot has only 'question': add it"):
         few_shot_prompt(template, [Shot(A, "one")], Shot(B, fields={"mood": "glad"}))
 
 

@@ -144,7 +144,7 @@ def test_an_image_that_does_not_fit_alone_is_an_error_among_others(
     found = list(base.embed_stream(source))
     assert [number for number, _ in found] == list(range(6))
     assert [each.error.code if each.error else None for _, each in found] == [None] * 3 + ["out_of_memory"] + [None] * 2
-    assert sizes[0] == 3 and sizes[-1] == 2, "the others are seen together, before and behind it"
+    assert sizes[0] == 3 and sizes[-1] == 2, "the others are seen together, before and after it"
 
 
 def test_an_image_whose_numbers_overflow_is_an_error_among_others(
