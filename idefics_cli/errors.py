@@ -7,7 +7,6 @@ Our own mistakes are assertions and have no class here. This module imports noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 ROW_ERROR_CODES = (
@@ -25,11 +24,6 @@ ROW_ERROR_CODES = (
 def one_line(text: str) -> str:
     """`text` with every run of white space, line breaks included, folded to one blank."""
     return " ".join(text.split())
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as a message lists them."""
-    return ", ".join(names) or "none"
 
 
 class IdeficsError(Exception):

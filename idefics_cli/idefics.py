@@ -295,9 +295,9 @@ class Idefics:
         return EncodedPrompt(input_ids, *_images_of(items), self._shared_len(start, input_ids))
 
     def _shared_len(self, start: Prompt, input_ids: Sequence[int]) -> int:
-        """How many tokens are those of `start` alone: what follows it may change its last ones."""
+        """How many tokens are those of `start` before an image: a text that follows may change the last ones."""
         texts = tuple(item if isinstance(item, (str, SpecialToken)) else None for item in start)
-        return common_length(self._encode_start(texts), input_ids) if start else 0
+        return common_length(self._encode_start((*texts, None))[:-2], input_ids) if start else 0
 
     def encode_choices(
         self, prompt: Prompt | Sequence, choices: Sequence[str], start: Prompt = ()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Read when huggingface_hub is imported, by the processes too that tests start.
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,7 @@ from idefics_cli.model import modeling
 
 ROOT = Path(__file__).parent.parent
 CALLER = Path(__file__).with_name("api_caller.py")
-HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "huggingface_hub", "safetensors", "pebble"}
+HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "huggingface_hub", "safetensors"}
 
 
 def test_dir_names_all_that_can_be_imported() -> None:

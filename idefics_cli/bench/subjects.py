@@ -147,7 +147,8 @@ class RandomPrompts:
         least, most = self.OWN_WORDS
         own = self._ids(int(torch.randint(least, most + 1, (), generator=generator)), generator)
         input_ids = [*self._start, *self._opening, *own, *self._closing]
-        return EncodedPrompt(input_ids, (*self._shots, image), shared_len=len(self._start) if self._shots else 0)
+        shared_len = len(self._start) + self.OPENING + 1  # up to the image, with the token before it
+        return EncodedPrompt(input_ids, (*self._shots, image), shared_len=shared_len if self._shots else 0)
 
     def _ids(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(*self._words, (count,), generator=generator).tolist()

@@ -208,7 +208,7 @@ def repeated_ngrams(state: BeamState, context: Tensor | None, rules: BeamRules) 
     tail = last_tokens(sequence, state, size - 1)
     same = (windows[..., :-1] == tail[:, :, None]).all(dim=-1) & (windows >= 0).all(dim=-1)
     repeats = torch.zeros(rows, beams, rules.ends.shape[0] + 1, dtype=torch.bool, device=sequence.device)
-    # Windows that do not match write to a column behind the vocabulary, which is dropped.
+    # Windows that do not match write to a column after the vocabulary, which is dropped.
     target = torch.where(same, windows[..., -1], rules.ends.shape[0])
     return repeats.scatter(2, target, True)[..., :-1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from idefics_cli.errors import IdeficsError
 from idefics_cli.validation import Help, whole_number
@@ -68,7 +68,7 @@ class DecodingOptions:
         object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
 
     @classmethod
-    def from_keywords(cls, decoding: dict[str, object]) -> DecodingOptions:
+    def from_keywords(cls, decoding: dict[str, Any]) -> DecodingOptions:
         """The same from a caller's keywords; an unknown one is an IdeficsError that names the known ones."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(decoding) - set(known))

@@ -75,6 +75,7 @@ class PromptSource(Protocol):
     def take(self, most: int, wait: bool) -> list[Any]:
         """Up to `most` of them. Without `wait` those that are ready now, perhaps none; with it at least one, and none
         only at the end of the stream."""
+        ...
 
 
 class IterableSource:

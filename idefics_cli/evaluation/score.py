@@ -12,15 +12,17 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from idefics_cli.errors import InputError, RowError, listed
+from idefics_cli.errors import InputError, RowError
 from idefics_cli.evaluation.metrics import cider, exact_match, require_cider, vqa_accuracy
 from idefics_cli.evaluation.options import ScoreOptions
+from idefics_cli.readers.jsonl import open_json_lines
+from idefics_cli.readers.manifest import is_manifest, open_table
 from idefics_cli.readers.references import references_of
 from idefics_cli.readers.table import OWN_ERROR, Table
-from idefics_cli.storage.files import local_file
+from idefics_cli.storage.filenames import listed
+from idefics_cli.storage.files import find
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -138,13 +140,10 @@ def _group_names(keys: Iterable[str]) -> Mapping[str, str]:
     return plain if len(set(plain.values())) == len(plain) else quoted
 
 
-# ---- result files
-
-
 def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = None) -> Scores:
     """Score a result file (JSONL or Parquet, .gz too for JSONL). Raises IdeficsError for what cannot be scored."""
     options = options or ScoreOptions()
-    table = _open_results(Path(path))
+    table = _open_results(os.fspath(path))
     scores = Scores(options, find_text_column(table.columns, options))
     wanted = dict.fromkeys((scores.text_column, "error", options.answers_column, options.by))
     for _, row in table.records(0, 1, [name for name in wanted if name in table.columns]):
@@ -160,25 +159,16 @@ def closing_tokenization() -> Literal["ptb", "treebank"]:
     return "treebank" if shutil.which("java") is None else "ptb"
 
 
-def _open_results(path: Path) -> Table:
-    """A `.parquet`, or JSON lines under any other name. Raises InputError for a file that is neither."""
-    if path.is_dir():
+def _open_results(path: str) -> Table:
+    """A manifest by its name, JSON lines under any other name. Raises InputError for a file that is neither."""
+    file = find(path)
+    if file.is_folder:
         raise InputError(f"{path} is a folder: name a result file (.jsonl or .parquet)")
-    file = local_file(os.fspath(path))
-    if path.suffix == ".parquet":
-        from idefics_cli.readers.parquet import ParquetTable  # imports pyarrow
-
-        return ParquetTable(file)
-    from idefics_cli.readers.jsonl import open_json_lines
-
-    return open_json_lines(file, compressed=path.suffix == ".gz")
+    return open_table(file) if is_manifest(path) else open_json_lines(file, compressed=False)
 
 
 def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
-    """The column with the texts to score: the one that a run has written, else `answer`, `caption` or `text`.
-
-    Raises InputError if a column is missing.
-    """
+    """The text that a run has written, else `answer`, `caption` or `text`. Raises InputError if a column is missing."""
     for name in (options.answers_column, options.by):
         if name is not None and name not in columns:
             raise InputError(f"the results have no column {name!r}: use one of {listed(columns)}")
@@ -188,9 +178,6 @@ def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
     if not texts:
         raise InputError(f"the results have no column {' or '.join(TEXT_COLUMNS)} to score, but only {listed(columns)}")
     return texts[0]
-
-
-# ---- for people
 
 
 def score_table(scores: Scores) -> RichTable:

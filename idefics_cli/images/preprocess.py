@@ -1,6 +1,6 @@
 """Image -> pixels, as transformers' IDEFICS processor (its Pillow backend) makes them. Knows no text and no model.
 
-Decoder processes import this module, so it imports no torch: only what returns a tensor does, when it is called.
+Worker processes import this module, so torch is imported only where a tensor is returned.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class Memory(Protocol):
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         """Store the new tokens' key and value for this layer and attend to all that each query may see."""
+        ...
 
     def attend_image(
         self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
@@ -38,6 +39,7 @@ class Memory(Protocol):
 
         `key` and `value` (rows, heads, images * seq, head_dim) are those of all images; None: the memory has its own.
         """
+        ...
 
 
 def eager_attention(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any, Literal, get_args
 
-from idefics_cli.errors import IdeficsError, RowError, listed
+from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.prompts.templates import Prompt, merge_texts
+from idefics_cli.storage.filenames import listed
 from idefics_cli.validation import Help
 
 ChoiceNorm = Literal["none", "tokens", "bytes"]

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from idefics_cli.errors import RowError, listed
+from idefics_cli.errors import RowError
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt, merge_texts
+from idefics_cli.storage.filenames import listed
 
 SOURCE_FIELDS = ("image", "url")
 LABELS = {"user": "User:", "assistant": "Assistant:"}
@@ -78,7 +79,7 @@ def _item(item: Any) -> str | ImageItem:
         return ImageItem(source)
     if text is None and isinstance(embedding, str):
         return ImageItem(embedding=embedding)
-    raise ValueError(f"holds a struct of {listed(map(repr, item))}: it needs either a text or an image")
+    raise ValueError(f"holds a struct of {listed(map(str, item))}: it needs either a text or an image")
 
 
 def _source(struct: Mapping[str, Any]) -> Any:

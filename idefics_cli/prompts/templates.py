@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Annotated, Any
 
-from idefics_cli.errors import IdeficsError, RowError, listed
+from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.storage.filenames import listed
 from idefics_cli.validation import Help
 
 
@@ -72,6 +73,11 @@ class Template:
     def fields(self) -> tuple[str, ...]:
         """The names of the fields, images among them, as often as they stand there."""
         return tuple(name for _, name in parse_text(self.text) if name is not None)
+
+    @property
+    def opening(self) -> str:
+        """What the query begins with, up to its first field."""
+        return ("User:" if self.instruct else "") + parse_text(self.text)[0][0]
 
     def shot(self, shot: Shot) -> Prompt:
         """A shot with its answer, as it stands before the query."""
@@ -276,13 +282,16 @@ def field_text(name: str, value: Any) -> str | RowError:
 def few_shot_prompt(template: Template, shots: Sequence[Shot], query: Shot) -> Prompt:
     """Prefix, `shots` in their order, then `query` (a shot without an answer); no white space at either end."""
     assert not query.answer, f"the query is not to hold its answer: {query.answer!r}"
-    return strip(merge_texts((*shared_start(template, shots), *template.query(query))))
+    examples = (item for shot in shots for item in template.shot(shot))
+    return strip(merge_texts((template.prefix, *examples, *template.query(query))))
 
 
 def shared_start(template: Template, shots: Sequence[Shot]) -> Prompt:
-    """Prefix and `shots`: what all prompts with these shots begin with."""
+    """What all prompts with these shots begin with, up to the query's first field; nothing without prefix and shots."""
+    if not template.prefix and not shots:
+        return ()
     examples = (item for shot in shots for item in template.shot(shot))
-    first, *rest = merge_texts((template.prefix, *examples)) or ("",)
+    first, *rest = merge_texts((template.prefix, *examples, template.opening))
     return merge_texts((first.lstrip() if isinstance(first, str) else first, *rest))
 
 

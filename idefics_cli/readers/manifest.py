@@ -31,10 +31,11 @@ def open_manifest(file: File, among_others: bool, options: ReadOptions) -> Manif
     """Raises InputError where the manifest is unreadable as a whole, or lacks a column that was asked for."""
     if file.size == 0:
         raise InputError(f"{file.name} is empty: name a manifest with rows")
-    return Manifest(file, _open_table(file), f"{file.name}:" if among_others else "", options)
+    return Manifest(file, open_table(file), f"{file.name}:" if among_others else "", options)
 
 
-def _open_table(file: File) -> Table:
+def open_table(file: File) -> Table:
+    """Raises InputError where the manifest is unreadable as a whole."""
     match = MANIFEST_NAME.search(file.name)
     assert match, file.name
     kind = (match["kind"] or "tar").lower()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from idefics_cli.errors import InputError, listed
+from idefics_cli.errors import InputError
+from idefics_cli.storage.filenames import listed
 
 STRUCT_FIELDS = ("answer", "caption", "text")  # where a reference that is a struct keeps its words
 

@@ -74,9 +74,11 @@ class StreamTable:
         self.images = image_columns(self.columns, sample)
 
     def type_of(self, column: str) -> pa.DataType | None:
+        if not self._is_text:
+            return None
         import pyarrow as pa
 
-        return pa.string() if self._is_text else None
+        return pa.string()
 
     def may_hold_images(self, column: str) -> bool:
         return True

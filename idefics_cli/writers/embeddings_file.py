@@ -97,9 +97,6 @@ class EmbeddingFile:
         size = self.path.stat().st_size
         return {"name": self.name, "bytes": size, "digest": file_digest(local_file(str(self.path)))}
 
-    def close(self) -> None:
-        self._parquet.close()
-
     # ---- opening
 
     @contextmanager

@@ -59,7 +59,7 @@ def options(draw, max_beams: int = 8, longest: int = 12) -> DecodingOptions:
     )
 
 
-def behind(shots: EncodedPrompt, prompt: EncodedPrompt) -> EncodedPrompt:
+def after_shots(shots: EncodedPrompt, prompt: EncodedPrompt) -> EncodedPrompt:
     """`prompt` with another's tokens and images before its own."""
     return EncodedPrompt([*shots.input_ids, *(prompt.input_ids[1:] or [5])], shots.pixels + prompt.pixels)
 

@@ -19,7 +19,7 @@ from prompts_for_tests import (
     IMAGES,
     MODELS,
     VOCABULARY,
-    behind,
+    after_shots,
     model,
     options,
     prompts,
@@ -72,7 +72,7 @@ def test_the_engine_finds_what_generate_finds(network, some, chosen, rows) -> No
 @given(model, prompts(max_images=4), st.lists(prompts(max_images=2), min_size=2, max_size=6), options(), st.data())
 def test_shots_that_prompts_share_change_nothing(network, shots, some, chosen, data) -> None:
     """Whatever length prompts say that they share: it may hold an image of their own, or all of them."""
-    some = [behind(shots, prompt) for prompt in some]
+    some = [after_shots(shots, prompt) for prompt in some]
     lengths = st.sampled_from([0, len(shots.input_ids), None])
     said = [data.draw(lengths) for _ in some]
     said = [data.draw(st.integers(0, len(p.input_ids))) if n is None else n for p, n in zip(some, said, strict=True)]
@@ -179,7 +179,7 @@ def test_images_of_prompts_in_the_queue_fill_the_vision_batch(monkeypatch: pytes
 def test_a_shared_start_is_read_once_for_all_calls() -> None:
     runner = engine(MODELS[0])
     shots = EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 23)], (IMAGES[0],))
-    some = [behind(shots, prompt) for prompt in some_prompts(6)]
+    some = [after_shots(shots, prompt) for prompt in some_prompts(6)]
     own = sum(len(prompt.input_ids) - len(shots.input_ids) for prompt in some)
     decode(runner, some, DecodingOptions(max_new_tokens=3))
     assert runner.times.prompt_tokens == own + len(shots.input_ids)
@@ -251,7 +251,7 @@ def test_prompts_with_other_starts_take_their_turn() -> None:
     """A stream whose first window shares a start, and whose rest shares another, or none."""
     first = EncodedPrompt([1, *range(3, 20)])
     second = EncodedPrompt([1, *range(20, 38)])
-    groups = [behind(first, p) for p in some_prompts(9)] + [behind(second, p) for p in some_prompts(9)]
+    groups = [after_shots(first, p) for p in some_prompts(9)] + [after_shots(second, p) for p in some_prompts(9)]
     some = groups + some_prompts(5)
     chosen = DecodingOptions(num_beams=2, max_new_tokens=4)
     for prompt, got in zip(some, decode(engine(MODELS[0], 2), some, chosen), strict=True):
@@ -289,7 +289,7 @@ def test_a_step_takes_as_many_operations_for_many_rows_and_beams_as_for_few(shar
     for rows, beams in ((2, 2), (2, 6), (8, 2), (8, 6)):
         some = some_prompts(rows)
         if shared:
-            some = [behind(EncodedPrompt([1, *range(3, 20)]), prompt) for prompt in some]
+            some = [after_shots(EncodedPrompt([1, *range(3, 20)]), prompt) for prompt in some]
         chosen = DecodingOptions(num_beams=beams, max_new_tokens=6, min_new_tokens=6)
         steps = steps_of(some, chosen, rows)
         for _ in steps:
@@ -516,7 +516,7 @@ def test_the_prefix_in_use_is_kept_longest() -> None:
     starts = [EncodedPrompt([1, *range(first, first + 20)]) for first in (3, 5, 7)]
     chosen = DecodingOptions(num_beams=1, max_new_tokens=1)
     for start in (starts[0], starts[1], starts[0], starts[2]):
-        decode(runner, [behind(start, prompt) for prompt in some_prompts(2)], chosen)
+        decode(runner, [after_shots(start, prompt) for prompt in some_prompts(2)], chosen)
     assert [key[1] for key in runner.prefixes.keys()] == [5, 3, 7]  # noqa: SIM118
 
 

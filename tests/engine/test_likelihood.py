@@ -16,7 +16,7 @@ from prompts_for_tests import (
     MODELS,
     SHAPES,
     VOCABULARY,
-    behind,
+    after_shots,
     model,
     prompts,
     words,
@@ -47,7 +47,7 @@ questions = st.builds(asked, prompts(max_images=3), choice_lists)
 
 
 def plainly(network: torch.nn.Module, prompt: EncodedChoices) -> list[float]:
-    """Every choice in a row of its own behind the prompt, in one forward pass without a cache."""
+    """Every choice in a row of its own after the prompt, in one forward pass without a cache."""
     rows = [EncodedPrompt([*prompt.input_ids, *ids], prompt.pixels) for ids in prompt.choice_ids]
     with torch.no_grad():
         logits = network(**vars(collate(rows, VOCABULARY, IMAGE_SIZE))).logits.double()  # padded on the left
@@ -92,7 +92,7 @@ def test_choices_are_as_likely_as_the_plain_forward_pass_finds_them(network, som
 @few
 @given(model, prompts(max_images=3), st.lists(questions, min_size=2, max_size=5))
 def test_a_shared_start_changes_nothing(network, shots, some) -> None:
-    some = [asked(behind(shots, prompt), prompt.choice_ids) for prompt in some]
+    some = [asked(after_shots(shots, prompt), prompt.choice_ids) for prompt in some]
     runner = engine(network)
     for _ in range(2):  # the second time prefix and images are known
         for prompt, got in zip(some, score(runner, some), strict=True):
@@ -140,7 +140,7 @@ def test_a_prompt_is_read_once_and_choices_cost_their_own_tokens() -> None:
 def test_shots_are_read_once_for_all_rows() -> None:
     runner = engine(MODELS[0])
     shots = EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 23)], (IMAGES[0],))
-    some = [asked(behind(shots, prompt), [(7,), (8,)]) for prompt in some_questions(6)]
+    some = [asked(after_shots(shots, prompt), [(7,), (8,)]) for prompt in some_questions(6)]
     score(runner, some)
     own = sum(len(prompt.input_ids) - len(shots.input_ids) for prompt in some)
     assert runner.times.prompt_tokens == own + len(shots.input_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from prompts_for_tests import IMAGE_ID, IMAGES, MODELS, behind
+from prompts_for_tests import IMAGE_ID, IMAGES, MODELS, after_shots
 from test_engine import assert_same, decode, engine, some_prompts
 
 from idefics_cli.engine.options import DecodingOptions
@@ -74,7 +74,7 @@ def test_looking_ahead_is_bounded() -> None:
 
 
 def test_shots_are_shared_though_the_first_prompt_came_alone() -> None:
-    some = [behind(SHOTS, prompt) for prompt in some_prompts(24)]
+    some = [after_shots(SHOTS, prompt) for prompt in some_prompts(24)]
 
     class FirstAlone(IterableSource):
         def take(self, most: int, wait: bool) -> list[EncodedPrompt]:
@@ -90,7 +90,7 @@ def test_shots_are_shared_though_the_first_prompt_came_alone() -> None:
 def test_a_prompt_unlike_all_others_is_not_left_behind() -> None:
     """Others that share a start keep coming; it is written when it is first in the queue."""
     odd = EncodedPrompt([1, *[9] * 50])
-    some = [behind(SHOTS, prompt) for prompt in some_prompts(80)]
+    some = [after_shots(SHOTS, prompt) for prompt in some_prompts(80)]
     some.insert(5, odd)
     order = [number for number, _ in stream(engine(MODELS[0], rows=2), IterableSource(some), OPTIONS)]
     assert order.index(5) < 20

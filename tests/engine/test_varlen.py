@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from idefics_cli.engine.varlen import PackedRows
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
-SPARE = st.integers(0, 3)  # tokens behind the rows'
+SPARE = st.integers(0, 3)  # tokens after the rows'
 
 
 @settings(max_examples=60, deadline=None)

@@ -141,7 +141,7 @@ MISTAKES = {
     "no such group": ('{"answer": "x", "answers": "x"}', {"by": "kind"}, "kind"),
     "nothing to score": ('{"answers": "x"}', {}, "answer or caption"),
     "no references at all": ('{"answer": "x", "answers": null}', {}, "none of the 1 rows"),
-    "no rows": ("\n", {}, "only blank lines"),
+    "no rows": ("\n", {}, "no rows"),
     "not JSON": ("{", {}, "line 1"),
     "not an object": ('{"answer": "x", "answers": "x"}\n[1]', {}, "line 2"),
     "nested without end": ("[" * 100_000, {}, "line 1"),

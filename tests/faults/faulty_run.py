@@ -25,6 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import FakeCaptioner
+from tqdm import tqdm
 
 from idefics_cli import __main__ as console_script
 from idefics_cli.cli import app as cli
@@ -134,6 +135,7 @@ def main_in_session(arguments: list[str], settings: Settings, stdout: str, stder
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the command line does so too, a moment later
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in a process that nothing has forked
+    tqdm.set_lock(threading.RLock())  # the one that all forks share stays locked where its owner is killed
     for number, path in (1, stdout), (2, stderr):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)

@@ -147,12 +147,3 @@ def test_images_that_go_while_a_run_is_under_way_are_rows_with_a_reason(tmp_path
     assert ended.code == 3 and len(bench.rows()) == 200
     assert bench.rows()[199]["error"].startswith("image_missing: ")
     assert bench.rows()[198]["error"].startswith("image_not_allowed: ")
-
-
-@both_formats
-def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path: Path, suffix: str) -> None:
-    bench = make_bench(tmp_path, 5, suffix)
-    bench.part.write_text("notes of mine")
-    ended = bench.run()
-    assert ended.code == 2 and "is not a file of this program" in ended.said
-    assert bench.part.read_text() == "notes of mine"

@@ -1,4 +1,4 @@
-"""Decode functions for decoder processes that break as real decoders have broken. They import next to nothing."""
+"""What workers may do that breaks as real decoders have broken. Imports next to nothing."""
 
 from __future__ import annotations
 

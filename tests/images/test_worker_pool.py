@@ -1,4 +1,4 @@
-"""Images from processes: the same pixels as without, and whatever breaks there breaks there alone."""
+"""Images through worker processes: the same pixels as without them, and a fault costs one image only."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def same(found: torch.Tensor | RowError, expected: torch.Tensor | RowError) -> b
     return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
-def pids(decoders: WorkerPool) -> list[int]:
-    return [worker.process.pid for worker in decoders._running]
+def pids(workers: WorkerPool) -> list[int]:
+    return [worker.process.pid for worker in workers._running]
 
 
 @pytest.fixture(scope="module")
-def decoders() -> Iterator[WorkerPool]:
+def workers() -> Iterator[WorkerPool]:
     with WorkerPool(PROCESSOR, LIMITS) as opened:
         yield opened
 
@@ -89,17 +89,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.c
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_pixels_are_those_of_the_processor(decoders, image_format, tmp_path):
+def test_pixels_are_those_of_the_processor(workers, image_format, tmp_path):
     data = saved(image(), image_format)
     path = tmp_path / "bräunlich \udcff\n"
     path.write_bytes(data)
     expected = PROCESSOR.prepare(data, LIMITS)
     assert expected.shape == (3, 16, 16)
     for source in (data, bytearray(data), memoryview(data), path, str(path), stored(data), Image.open(path)):
-        assert same(decoders.prepare(source), expected), source
+        assert same(workers.prepare(source), expected), source
 
 
-def test_nothing_but_what_was_asked_for(decoders, tmp_path):
+def test_nothing_but_what_was_asked_for(workers, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     os.mkfifo(tmp_path / "fifo")
     sources = [
@@ -109,7 +109,7 @@ def test_nothing_but_what_was_asked_for(decoders, tmp_path):
     for source in sources:
         expected = PROCESSOR.prepare(source, LIMITS)
         assert isinstance(expected, RowError)
-        assert decoders.prepare(source) == expected
+        assert workers.prepare(source) == expected
 
 
 @settings(max_examples=100, deadline=None)
@@ -118,36 +118,36 @@ def test_nothing_but_what_was_asked_for(decoders, tmp_path):
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=5),
     kept=st.floats(0, 1),
 )
-def test_broken_images_are_told_in_the_same_words(decoders, image_format, changes, kept):
+def test_broken_images_have_the_same_messages(workers, image_format, changes, kept):
     data = bytearray(saved(image(), image_format))
     for place, value in changes:
         data[int(place * len(data))] = value
     data = bytes(data[: round(kept * len(data))])
-    assert same(decoders.prepare(data), PROCESSOR.prepare(data, LIMITS))
+    assert same(workers.prepare(data), PROCESSOR.prepare(data, LIMITS))
 
 
 def test_more_pixels_than_pillow_takes_by_itself():
     """A warning from 90 million on and an error from 179 million on; it would be for the whole process to decide."""
     large = saved(Image.new("1", (19_000, 10_000)))
-    with WorkerPool(PROCESSOR, ImageOptions(max_pixels=200_000_000, workers=1)) as decoders:
-        assert isinstance(decoders.prepare(large), torch.Tensor)
+    with WorkerPool(PROCESSOR, ImageOptions(max_pixels=200_000_000, workers=1)) as workers:
+        assert isinstance(workers.prepare(large), torch.Tensor)
 
 
-def test_remote_files_that_cannot_be_read(decoders):
-    missing = decoders.prepare(stored(FileNotFoundError("bucket/cat.jpg")))
+def test_remote_files_that_cannot_be_read(workers):
+    missing = workers.prepare(stored(FileNotFoundError("bucket/cat.jpg")))
     assert missing == RowError("image_missing", "file not found: bucket/cat.jpg")
-    refused = decoders.prepare(stored(PermissionError("forbidden")))
+    refused = workers.prepare(stored(PermissionError("forbidden")))
     assert refused == RowError("image_unreadable", "PermissionError: forbidden")
-    assert decoders.prepare(stored(bytes(2_000_000))).code == "image_too_large"
+    assert workers.prepare(stored(bytes(2_000_000))).code == "image_too_large"
 
 
-def test_many_threads(decoders):
+def test_many_threads(workers):
     sources = [saved(image(seed)) for seed in range(20)]
     expected = [PROCESSOR.prepare(source, LIMITS) for source in sources]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            assert all(map(same, pool.map(decoders.prepare, sources), expected))
-    assert len(pids(decoders)) <= 2
+            assert all(map(same, pool.map(workers.prepare, sources), expected))
+    assert len(pids(workers)) <= 2
 
 
 # ---- what breaks
@@ -199,10 +199,10 @@ def test_faults_among_many_threads_leave_nothing_behind():
     before = os.listdir("/proc/self/fd")
     with WorkerPool(
         PROCESSOR, replace(LIMITS, workers=3, decode_timeout=2.0), prepare=breaking_decoders.breaking
-    ) as decoders:
+    ) as workers:
         with ThreadPoolExecutor(8) as pool:
-            results = list(pool.map(decoders.prepare, sources))
-        children = pids(decoders)
+            results = list(pool.map(workers.prepare, sources))
+        children = pids(workers)
     for source, result in zip(sources, results, strict=True):
         if source in good:
             assert same(result, good[source])
@@ -214,42 +214,42 @@ def test_faults_among_many_threads_leave_nothing_behind():
 
 @on_linux
 def test_a_decoder_process_is_light():
-    with WorkerPool(PROCESSOR, LIMITS, prepare=breaking_decoders.describing) as decoders:
+    with WorkerPool(PROCESSOR, LIMITS, prepare=breaking_decoders.describing) as workers:
         data = saved(image(), "AVIF" if features.check("avif") else "PNG")
-        assert decoders.prepare(data).message == "heavy [], threads 1"
+        assert workers.prepare(data).message == "heavy [], threads 1"
 
 
 def test_processes_start_as_they_are_needed():
     data = saved(image())
-    with WorkerPool(PROCESSOR, replace(LIMITS, workers=5)) as decoders:
+    with WorkerPool(PROCESSOR, replace(LIMITS, workers=5)) as workers:
         for _ in range(5):
-            decoders.prepare(data)
-        assert len(pids(decoders)) == 1
+            workers.prepare(data)
+        assert len(pids(workers)) == 1
 
 
 # ---- the end
 
 
 def test_close_does_not_wait_for_a_decoder():
-    decoders = WorkerPool(PROCESSOR, replace(LIMITS, decode_timeout=1000), prepare=breaking_decoders.breaking)
+    workers = WorkerPool(PROCESSOR, replace(LIMITS, decode_timeout=1000), prepare=breaking_decoders.breaking)
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(decoders.prepare, source) for source in [b"sleep", b"spin"] * 2]
-        while len(pids(decoders)) < 2:
+        waiting = [pool.submit(workers.prepare, source) for source in [b"sleep", b"spin"] * 2]
+        while len(pids(workers)) < 2:
             time.sleep(0.01)
         time.sleep(0.3)
-        children = pids(decoders)
-        decoders.close()
+        children = pids(workers)
+        workers.close()
         assert all(isinstance(future.exception(timeout=10), CancelledError) for future in waiting)
     for pid in children:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     with pytest.raises(CancelledError):
-        decoders.prepare(saved(image()))
-    decoders.close()
+        workers.prepare(saved(image()))
+    workers.close()
 
 
 def run_script(body: str, folder: Path) -> subprocess.Popen:
-    """A script in `folder`, in a process group of its own, that has what it needs to open decoders."""
+    """A script in `folder`, in a process group of its own, that has what it needs to open workers."""
     head = """
         import os, signal, sys, threading, time
         import breaking_decoders
@@ -276,12 +276,12 @@ def is_running(pid: int) -> bool:
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     body = """
         options = ImageOptions(decode_timeout=1000, workers=3)
-        decoders = WorkerPool(ImageProcessor(), options, breaking_decoders.breaking)
+        workers = WorkerPool(ImageProcessor(), options, breaking_decoders.breaking)
         for fault in (b"sleep", b"spin"):
-            threading.Thread(target=decoders.prepare, args=(fault,), daemon=True).start()
-        while len(decoders._running) < 2 or not all(worker.process.stderr.closed for worker in decoders._running):
+            threading.Thread(target=workers.prepare, args=(fault,), daemon=True).start()
+        while len(workers._running) < 2 or not all(worker.process.stderr.closed for worker in workers._running):
             time.sleep(0.01)
-        print(*(worker.process.pid for worker in decoders._running), flush=True)
+        print(*(worker.process.pid for worker in workers._running), flush=True)
         time.sleep(1000)
     """
     with run_script(body, tmp_path) as parent:
@@ -299,8 +299,8 @@ SLEEPER = """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     options = ImageOptions(decode_timeout=2.0, workers=1)
-    with WorkerPool(ImageProcessor(), options, breaking_decoders.sleeping) as decoders:
-        print(decoders.prepare("."))
+    with WorkerPool(ImageProcessor(), options, breaking_decoders.sleeping) as workers:
+        print(workers.prepare("."))
 """
 
 
@@ -340,8 +340,8 @@ def test_neither_the_script_nor_the_working_folder_is_run_again(tmp_path):
     body = """
         os.chdir("work")
         print("once", flush=True)
-        with WorkerPool(ImageProcessor(), ImageOptions(workers=1)) as decoders:
-            print(decoders.prepare(b""))
+        with WorkerPool(ImageProcessor(), ImageOptions(workers=1)) as workers:
+            print(workers.prepare(b""))
     """
     with run_script(body, tmp_path) as parent:
         assert parent.communicate(timeout=60)[0] == "once\nimage_unreadable: the file is empty\n"
@@ -349,8 +349,8 @@ def test_neither_the_script_nor_the_working_folder_is_run_again(tmp_path):
 
 def test_no_process_can_be_started(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    with WorkerPool(PROCESSOR, LIMITS) as decoders, ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(decoders.prepare, saved(image())) for _ in range(4)]
+    with WorkerPool(PROCESSOR, LIMITS) as workers, ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(workers.prepare, saved(image())) for _ in range(4)]
         for future in waiting:
             with pytest.raises(IdeficsError, match=r"cannot start a process .*no-python.*ulimit"):
                 future.result(timeout=30)
@@ -362,8 +362,8 @@ def test_no_process_comes_to_its_feet(monkeypatch, tmp_path):
     python.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(python))
     message = r"\(exit status 1: ImportError: no numpy\)"
-    with WorkerPool(PROCESSOR, LIMITS) as decoders, pytest.raises(IdeficsError, match=message):
-        decoders.prepare(saved(image()))
+    with WorkerPool(PROCESSOR, LIMITS) as workers, pytest.raises(IdeficsError, match=message):
+        workers.prepare(saved(image()))
 
 
 def test_fewer_processes_than_asked_for(monkeypatch):
@@ -376,7 +376,7 @@ def test_fewer_processes_than_asked_for(monkeypatch):
         return start(*args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", start_one)
-    with WorkerPool(PROCESSOR, replace(LIMITS, workers=4)) as decoders, ThreadPoolExecutor(4) as pool:
+    with WorkerPool(PROCESSOR, replace(LIMITS, workers=4)) as workers, ThreadPoolExecutor(4) as pool:
         sources = [saved(image(seed)) for seed in range(8)]
-        assert all(map(same, pool.map(decoders.prepare, sources), map(PROCESSOR.prepare, sources)))
+        assert all(map(same, pool.map(workers.prepare, sources), map(PROCESSOR.prepare, sources)))
     assert len(attempts) <= 4

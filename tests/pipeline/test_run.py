@@ -165,7 +165,7 @@ def test_other_weights_of_a_half_done_run_are_named_before_they_are_loaded(bench
     assert "load" not in bench.calls
 
 
-def test_failed_rows_are_done_again_and_only_these(bench: Bench, photos: Path) -> None:
+def test_failed_rows_are_retried_and_only_these(bench: Bench, photos: Path) -> None:
     bench.run()
     before = bench.rows()
     save_image(photos / "broken.png", 9)
@@ -176,15 +176,6 @@ def test_failed_rows_are_done_again_and_only_these(bench: Bench, photos: Path) -
     assert after[2]["caption"] == expected_text(photos / "broken.png")
     assert (bench.stats.rows, bench.stats.num_failed) == (7, 0)
     assert not bench.run(retry_errors=True) and bench.calls == []
-
-
-def test_failed_rows_of_parquet_are_done_again(bench: Bench, photos: Path) -> None:
-    output = bench.output.with_suffix(".parquet")
-    bench.run(output=str(output))
-    save_image(photos / "broken.png", 9)
-    bench.run(output=str(output), retry_errors=True)
-    table = pq.read_table(output)
-    assert table.num_rows == 7 and table["error"].null_count == 7
 
 
 def test_enough_errors_keep_the_rows_and_the_next_run_resumes(bench: Bench) -> None:
@@ -426,3 +417,13 @@ def test_no_two_columns_have_one_name(kept: set[str]) -> None:
         assert {"id", "input_id"} <= kept or {"image", "input_image"} <= kept
         return
     assert len({*own, *names.values()}) == len(own) + len(kept)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_paths_on_stdin_beside_a_manifest_have_nothing_to_pass_through(bench: Bench, photos: Path, suffix: str) -> None:
+    output = bench.output.with_suffix(suffix)
+    changes = passing(manifest_of(photos, "m.jsonl"), output=str(output))
+    changes["inputs"] = ("-", *changes["inputs"])
+    bench.run(stdin=io.BytesIO(f"{photos / 'c.png'}\n{photos / 'z.webp'}\n".encode()), **changes)
+    rows = pq.read_table(output).to_pylist() if suffix == ".parquet" else bench.rows()
+    assert [row["width"] for row in rows] == [None, None, 0, 1, 2]

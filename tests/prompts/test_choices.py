@@ -147,7 +147,7 @@ def test_a_prompt_with_its_longest_choice_may_fill_the_model(base: Idefics) -> N
 
 
 def test_an_unknown_norm_is_refused(base: Idefics) -> None:
-    with pytest.raises(IdeficsError, match="use none, tokens, bytes"):
+    with pytest.raises(IdeficsError, match="use 'none', 'tokens', 'bytes'"):
         base.score([], choice_norm="length")
 
 

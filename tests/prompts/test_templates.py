@@ -28,6 +28,7 @@ from idefics_cli.prompts.templates import (
     few_shot_prompt,
     leading_shots,
     merge_texts,
+    shared_start,
     shot_answer,
     strip,
 )
@@ -153,7 +154,7 @@ def test_a_checkpoint_gets_the_template_that_it_was_published_with_or_the_one_na
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"template": "haiku"}, "'haiku': use one of caption, vqa, vizwiz"),
+        ({"template": "haiku"}, "'haiku': use one of 'caption', 'vqa', 'vizwiz'"),
         ({"template": "instruct-vqa"}, "this is a base model: use 'vqa'"),
         ({"template": "caption"}, "asks no question: use 'vqa'"),
         ({"template": "vqa", "text": "{question}"}, "--prompt"),
@@ -161,7 +162,7 @@ def test_a_checkpoint_gets_the_template_that_it_was_published_with_or_the_one_na
         ({"bare": True, "num_shots": 2}, "--bare"),
         *(({"text": text}, r"write \{\{ or \}\} for a brace") for text in ("a { b", "a } b", "{name", "{{name}")),
         *(({"text": text}, "more than a column's name") for text in ("{}", "{name!r}", "{name:>9}")),
-        ({"text": "{title}: {image}"}, "field 'title', and the rows have question, name: name one of these"),
+        ({"text": "{title}: {image}"}, "field 'title', and the rows have 'question', 'name': name one of these"),
     ],
 )
 def test_prompts_that_cannot_be(options: dict, said: str) -> None:
@@ -207,7 +208,7 @@ def test_shots_are_the_first_of_the_pool_with_their_images() -> None:
 
 def test_a_shot_without_a_field_of_the_own_text_is_refused() -> None:
     template = own_template("{mood}: {image}")
-    with pytest.raises(IdeficsError, match="'mood', and a shot has only question: add it"):
+    with pytest.raises(IdeficsError, match="'mood', and a shot has only 'question': add it"):
         few_shot_prompt(template, [Shot(A, "one")], Shot(B, fields={"mood": "glad"}))
 
 
@@ -258,3 +259,12 @@ def test_the_documentation_shows_every_template_and_stop_word() -> None:
         assert template.prefix.replace("\n", r"\n") in row
     for name, task in TASKS.items():
         assert any(row.startswith(f"| `{name}` | {', '.join(task.stop_words[:-1])}, `") for row in rows), name
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("shots", [(), (Shot(A, "a cat", "what?"), Shot(None, "red", "why?"))])
+def test_what_prompts_share_is_what_they_begin_with(template, shots):
+    start = shared_start(template, shots)
+    assert bool(start) is bool(template.prefix or shots)
+    for query in Shot(B, question="how?"), Shot(C, question="who?"):
+        assert written(few_shot_prompt(template, shots, query)).startswith(written(start))

@@ -300,12 +300,6 @@ def test_tables_without_rows_are_refused(tmp_path: Path) -> None:
         assert re.search("no rows|no files|only blank lines", refusal(path)), path
 
 
-def test_only_regular_files_are_opened(tmp_path: Path) -> None:
-    for name in ["rows.jsonl", "rows.parquet", "rows.tar", "rows.csv.gz"]:
-        os.mkfifo(tmp_path / name)
-        assert "not a regular file" in refusal(tmp_path / name)
-
-
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv.gz", "rows.tsv.gz", "rows.tar.gz"])
 def test_packed_files_that_are_cut_off_are_refused_behind_their_good_rows(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
