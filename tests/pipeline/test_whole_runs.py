@@ -61,13 +61,13 @@ def test_a_bad_checkpoint_is_one_line_and_exit_2(
     assert not list(tmp_path.glob("f.jsonl*"))
 
 
-def test_pillows_own_test_images_run_through(tmp_path: Path) -> None:
+def test_pillows_own_test_images_run_through(whole: Path, tmp_path: Path) -> None:
     """Some hundreds of files, many of them broken on purpose: one row for each, with a caption or a reason."""
     folder = sdist("pillow", metadata.version("pillow")) / "Tests" / "images"
     expected = [row.id for row in open_inputs([str(folder)], ReadOptions()).rows]
     assert len(expected) > 500
     shortest = ("--num-beams", "1", "--max-new-tokens", "2")
-    result = idefics("caption", folder, "-m", "demo", "-o", tmp_path / "f.jsonl", *shortest)
+    result = idefics("caption", folder, "-m", whole, "-o", tmp_path / "f.jsonl", *shortest)
     assert result.exit_code == 3, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == expected
