@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,9 +56,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("no right to mount a disk")
-    with contextlib.ExitStack() as stack:
-        stack.callback(subprocess.run, ["umount", "-l", folder], check=True)  # a worker may be ending still
-        yield folder
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)  # a worker may be ending still
 
 
 @both_formats
