@@ -1,9 +1,8 @@
 """How well the `demo` model sees: `python -m idefics_cli.demo.evaluate`.
 
-Scenes that training never draws (seeds from EVALUATION_SEEDS on) are captioned and asked about through the public
-`Idefics`, with the prompts that `idefics caption` and `idefics vqa` make: without shots, the default's two text-only
-ones precede the query, or none with `--bare`. A caption or an answer counts when it is right to the letter. Prints one
-JSON object to stdout, progress to stderr.
+Scenes that training never draws (seeds from EVALUATION_SEEDS on) are captioned and asked about with the prompts of
+`idefics caption` and `idefics vqa`. A text counts when it is right to the letter. Prints one JSON object to stdout,
+progress to stderr.
 """
 
 from __future__ import annotations
@@ -59,12 +58,9 @@ def question_kind(question: str) -> str:
 def run(model: Idefics, asked: Sequence[Asked], num_beams: int) -> dict[str, list[bool]]:
     """Whether each text is right, by kind."""
     right: dict[str, list[bool]] = defaultdict(list)
-    window = 8 * model.batch_size
-    for first in tqdm(range(0, len(asked), window), file=sys.stderr):
-        chosen = asked[first : first + window]
-        results = model.generate([prompt for _, prompt, _ in chosen], num_beams=num_beams)
-        for (kind, _, expected), result in zip(chosen, results, strict=True):
-            right[kind].append(result.text == expected)
+    results = model.generate((prompt for _, prompt, _ in tqdm(asked, file=sys.stderr)), num_beams=num_beams)
+    for (kind, _, expected), result in zip(asked, results, strict=True):
+        right[kind].append(result.text == expected)
     return right
 
 

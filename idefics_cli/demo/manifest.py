@@ -37,16 +37,13 @@ def unseen_row(number: int) -> dict[str, Any]:
 
 def write_rows(path: Path, numbers: range) -> None:
     import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
+    import pyarrow.parquet as pq
 
     text, texts = pa.string(), pa.list_(pa.string())
     schema = pa.schema(
         {"id": text, "image": pa.binary(), "question": text, "answers": texts, "kind": text, "captions": texts}
     )
-    with ParquetWriter(path, schema) as writer:
-        for first in range(0, len(numbers), GROUP_ROWS):
-            group = [unseen_row(number) for number in numbers[first : first + GROUP_ROWS]]
-            writer.write_table(pa.Table.from_pylist(group, schema))
+    pq.write_table(pa.Table.from_pylist(list(map(unseen_row, numbers)), schema), path, row_group_size=GROUP_ROWS)
 
 
 def write_manifests(folder: Path, num_scenes: int, num_shots: int) -> tuple[Path, Path]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from idefics_cli.errors import InputError, RowError
+from idefics_cli.errors import InputError, RowError, first_error
 from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
 from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.manifest import is_manifest
@@ -57,7 +57,7 @@ def _read_shot(row: InputRow, task: str, fields: Sequence[str], file: str) -> Sh
 def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> Shot:
     """The shot with its images as `prepare` opens them. Raises InputError for one that cannot be opened."""
     images = tuple(prepare(source) for source in shot.images)
-    error = next((each for each in images if isinstance(each, RowError)), None)
+    error = first_error(images)
     if error is not None:
         raise _bad_shot(f"an image in {file}", error)
     return replace(shot, image=images or None)
