@@ -31,7 +31,7 @@ from idefics_cli.cli.console import (
 )
 from idefics_cli.cli.options import DebugFlag, flattened
 from idefics_cli.errors import IdeficsError
-from idefics_cli.evaluation.score import ScoreOptions
+from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 
