@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -132,15 +132,13 @@ def versions() -> dict[str, str]:
 
 def settings(bench: Bench) -> dict[str, Any]:
     options = bench.options
-    copied = ("shots", "questions_per_image", "batch_size", "embeddings", "repeats", "seed")
     return {
+        **asdict(replace(options, decoding=options.texts)),
         "model": f"random {options.random}" if options.random else options.request.model,
         "parameters": sum(parameter.numel() for parameter in bench.theirs.parameters()),
         "dtype": str(bench.theirs.dtype).removeprefix("torch."),
         "rows": options.num_rows,
         "length": "fixed" if options.fixed_length else "varied",
-        "decoding": asdict(options.texts),
-        **{name: getattr(options, name) for name in copied},
     }
 
 
