@@ -158,9 +158,12 @@ def refusing(
 @contextmanager
 def open_stream(file: File, compressed: bool) -> Iterator[BinaryIO]:
     """The bytes of `file`, unpacked where it is `compressed` with gzip; an InputError where it is damaged."""
-    with refusing(file.name, EOFError, OSError, zlib.error, remedy="fetch or make it again"), file.open() as raw:
-        with gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw as stream:
-            yield stream
+    with (
+        refusing(file.name, EOFError, OSError, zlib.error, remedy="fetch or make it again"),
+        file.open() as raw,
+        gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw as stream,
+    ):
+        yield stream
 
 
 def split_stream(stream: BinaryIO, separator: bytes) -> Iterator[bytes | None]:

@@ -1,4 +1,4 @@
-"""Opens local files that are regular ones, without waiting. Imports nothing heavy: workers that decode images use it."""
+"""Local files, opened without waiting and only where they are regular. Imports nothing heavy: image workers use it."""
 
 from __future__ import annotations
 
