@@ -67,15 +67,15 @@ class ParquetTable(Table):
     def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
         if not columns:
             yield from ((number, {}) for number in range(start, self.size, step))
+            return
         for first, batch in self._batches(start, step, columns):
             numbers = range(first, self.size, step)
             yield from zip(numbers, _records(batch, numbers), strict=False)
 
     def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[Chunk]:
         if not columns:
-            yield [{}] * len(range(start, self.size, step))
-        for _, batch in self._batches(start, step, columns):
-            yield batch
+            return super().chunks(start, step, columns)
+        return (batch for _, batch in self._batches(start, step, columns))
 
     def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Every `step`-th row from `start` on in pieces that fit into memory, with the number of each one's first row.
@@ -84,17 +84,16 @@ class ParquetTable(Table):
         """
         with self._open() as parquet:
             offset = 0
-            for group in range(parquet.num_row_groups if columns else 0):
+            for group in range(parquet.num_row_groups):
                 declared = parquet.metadata.row_group(group).num_rows
                 if offset + declared > start:
                     for number, batch in self._group_batches(parquet, group, offset, columns):
-                        first = start if start > number else number + (start - number) % step
+                        first = max(start, number + (start - number) % step)
                         if first < number + batch.num_rows:
                             yield first, _strided(batch, first - number, step)
                         del batch
                 offset += declared
-            if columns:
-                self._require_rows(self.size, offset)
+            self._require_rows(self.size, offset)
 
     def _group_batches(
         self, parquet: ParquetFile, group: int, offset: int, columns: Sequence[str]

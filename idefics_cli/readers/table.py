@@ -120,14 +120,9 @@ class StreamTable(Table):
 
 def image_columns(columns: Iterable[str], sample: Sequence[Record]) -> list[str]:
     """The columns whose first values look like images; web addresses only where there are no others."""
-    found = [name for name in columns if _all_images(record.get(name) for record in sample)]
-    local = [name for name in found if not any(_is_web_address(record.get(name)) for record in sample)]
-    return local or found
-
-
-def _all_images(values: Iterable[object]) -> bool:
-    known = [value for value in values if value not in (None, "")]
-    return bool(known) and all(map(_looks_like_image, known))
+    known = {name: [value for record in sample if (value := record.get(name)) not in (None, "")] for name in columns}
+    found = [name for name, values in known.items() if values and all(map(_looks_like_image, values))]
+    return [name for name in found if not any(map(_is_web_address, known[name]))] or found
 
 
 def _looks_like_image(value: object) -> bool:
