@@ -97,7 +97,7 @@ class LessonPlan(torch.utils.data.Dataset):
         first = self.first_seed + step * self.scenes
         max_objects = min(MAX_OBJECTS, 1 + MAX_OBJECTS * step // self.easy_steps) if self.easy_steps else MAX_OBJECTS
         drawn = [scene(seed, max_objects) for seed in range(first, first + self.scenes)]
-        pixel_values = torch.stack([self.images.pixels(each.image) for each in drawn])
+        pixel_values = torch.stack([self.images.prepare(each.image) for each in drawn])
         texts = tuple(self._texts(drawn, np.random.default_rng([first, 7]))) if self.questions else ()
         return Lesson(pixel_values, object_table(drawn), texts)
 
