@@ -60,7 +60,7 @@ def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> S
     error = next((each for each in images if isinstance(each, RowError)), None)
     if error is not None:
         raise _bad_shot(f"an image in {file}", error)
-    return replace(shot, image=images or None)
+    return replace(shot, images=images)
 
 
 def _bad_shot(place: str, error: RowError) -> InputError:
@@ -85,7 +85,7 @@ def make_shot(values: Mapping[str, Any], images: tuple[Any, ...], task: str, fie
     without = next((name for name in fields if name not in texts), None)
     if without is not None:
         raise InputError(f"{place} has no text in the column {without!r}, which the prompt needs: add it")
-    return Shot(images or None, shot_answer(task, references), texts.get("question", ""), texts)
+    return Shot(images, shot_answer(task, references), texts)
 
 
 def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> Sequence[Shot]:

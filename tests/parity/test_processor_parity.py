@@ -128,7 +128,7 @@ def test_a_batch_without_images():
 
 def test_the_end_of_an_utterance_is_the_token_transformers_finds_in_its_text():
     tokenizer, image = tokenizer_of("llama, instruct"), images()[0]
-    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot(image, question="how many dogs?"))
+    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot((image,), fields={"question": "how many dogs?"}))
     assert SpecialToken("<end_of_utterance>") in prompt
     spelled = [item.name if item == END_OF_UTTERANCE else item for item in prompt]
     assert PromptEncoder(tokenizer).encode(prompt) == theirs([spelled], tokenizer)["input_ids"][0].tolist()
