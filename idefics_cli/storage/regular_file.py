@@ -1,4 +1,4 @@
-"""Local files that are opened without waiting: regular ones only. Imports nothing heavy, for the image workers."""
+"""Local files, opened without waiting and only where they are regular. Imports nothing heavy: image workers use it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_regular(path: str) -> io.FileIO:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         _require_regular(os.fstat(descriptor).st_mode)
     except IrregularFile:
