@@ -219,7 +219,7 @@ class PrefillBatch:
         device = model.device
         input_ids = self._padded().to(device)  # (rows, width)
         image_mask, image_gate = image_visibility(self._sees(input_ids), images[0][0].shape[3], model.dtype)
-        rows = PackedRows(self.lengths, device, model.model.line_length(sum(self.lengths)))
+        rows = PackedRows(self.lengths, device, model.model.padded_length(sum(self.lengths)))
         memory = PrefillMemory(self.prefix, rows, key_values, images, image_mask, image_gate, mask)
         if offsets is None:
             offsets = torch.arange(rows.width, device=device).expand_as(input_ids)

@@ -89,7 +89,7 @@ def generated_prompt(rng: random.Random) -> list:
 def ours(prompts: list[list], encoder: PromptEncoder, processor: ImageProcessor):
     def encode(prompt: list) -> EncodedPrompt:
         images = [item for item in prompt if isinstance(item, Image.Image)]
-        return EncodedPrompt(encoder.encode(tuple(prompt)), tuple(processor.pixels(image) for image in images))
+        return EncodedPrompt(encoder.encode(tuple(prompt)), tuple(processor.prepare(image) for image in images))
 
     return collate([encode(prompt) for prompt in prompts], vocabulary_of(encoder), processor.image_size)
 
@@ -128,7 +128,7 @@ def test_a_batch_without_images():
 
 def test_the_end_of_an_utterance_is_the_token_transformers_finds_in_its_text():
     tokenizer, image = tokenizer_of("llama, instruct"), images()[0]
-    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot(image, question="how many dogs?"))
+    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot((image,), fields={"question": "how many dogs?"}))
     assert SpecialToken("<end_of_utterance>") in prompt
     spelled = [item.name if item == END_OF_UTTERANCE else item for item in prompt]
     assert PromptEncoder(tokenizer).encode(prompt) == theirs([spelled], tokenizer)["input_ids"][0].tolist()
@@ -238,7 +238,7 @@ def test_a_checkpoint_with_other_statistics(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     image = images()[2]
     expected = IdeficsImageProcessorPil(**config)(image, return_tensors="pt")
-    assert torch.equal(ImageProcessor.from_pretrained(tmp_path).pixels(image), expected[0])
+    assert torch.equal(ImageProcessor.from_pretrained(tmp_path).prepare(image), expected[0])
 
 
 def test_what_transformers_saves_is_read(tmp_path):
