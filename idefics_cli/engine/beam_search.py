@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,44 +45,27 @@ class BeamRules:
         vocabulary: Vocabulary,
         device: torch.device | str = "cpu",
     ) -> BeamRules:
-        end_token_ids = vocabulary.end_token_ids
         if options.num_beams == 1:
             # `generate` with one beam is greedy search: its text is over at the first end token, whatever may follow.
             options = replace(options, early_stopping=True)
-        forbidden = torch.tensor([*vocabulary.banned_token_ids, *single_ids(vocabulary)], dtype=torch.long)
-        end_ids = torch.tensor(end_token_ids, dtype=torch.long)
-        banned_start, banned_last = (table.to(device) for table in banned_tables(vocabulary.banned_sequences))
-        ends = torch.zeros(vocab_size, dtype=torch.bool)
-        ends[end_ids] = True
+        ends, banned = vocabulary.end_token_ids, vocabulary.banned_sequences
+        # As in transformers, an end token alone is not banned: texts must end.
+        singles = [ids[0] for ids in banned if len(ids) == 1 and ids[0] not in ends]
+        several, width = [ids for ids in banned if len(ids) > 1], longest_start(banned)
+        starts = [[-1] * (width + 1 - len(ids)) + list(ids[:-1]) for ids in several]
         lengths = range(options.max_new_tokens + 1)
-        penalties = torch.tensor([float(max(length, 1)) ** options.length_penalty for length in lengths])
-        # Even if every beam's best token ends its text, enough candidates are left to go on with.
-        num_candidates = max(2, 1 + len(end_token_ids)) * options.num_beams
+        ids_of = partial(torch.tensor, dtype=torch.long, device=device)
         return cls(
             options,
-            forbidden.to(device),
-            banned_start,
-            banned_last,
-            end_ids.to(device),
-            ends.to(device),
-            penalties.to(device),
-            num_candidates,
+            forbidden=ids_of([*vocabulary.banned_token_ids, *singles]),
+            banned_start=ids_of(starts).view(len(several), width),
+            banned_last=ids_of([ids[-1] for ids in several]),
+            end_ids=ids_of(ends),
+            ends=torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill(0, ids_of(ends), True),
+            penalties=torch.tensor([float(max(each, 1)) ** options.length_penalty for each in lengths], device=device),
+            # Even if every beam's best token ends its text, enough candidates are left to continue with.
+            num_candidates=max(2, 1 + len(ends)) * options.num_beams,
         )
-
-
-def single_ids(vocabulary: Vocabulary) -> list[int]:
-    """Banned sequences of one token. As in transformers, an end token alone is not banned: texts must end."""
-    singles = (sequence[0] for sequence in vocabulary.banned_sequences if len(sequence) == 1)
-    return [token_id for token_id in singles if token_id not in vocabulary.end_token_ids]
-
-
-def banned_tables(banned_sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Sequences of two tokens and more as (sequences, tokens before the last), padded, and (sequences,), the last."""
-    several = [sequence for sequence in banned_sequences if len(sequence) > 1]
-    width = longest_start(banned_sequences)
-    starts = [[-1] * (width + 1 - len(sequence)) + list(sequence[:-1]) for sequence in several]
-    last = [sequence[-1] for sequence in several]
-    return torch.tensor(starts, dtype=torch.long).view(len(several), width), torch.tensor(last, dtype=torch.long)
 
 
 def longest_start(banned_sequences: Sequence[Sequence[int]]) -> int:

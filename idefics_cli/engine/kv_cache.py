@@ -149,9 +149,10 @@ class KVStore:
         tree_slots = max(min(tree_slots, self.max_new_tokens * self.num_beams), self.tree_slots)
         if (rows, prompt_slots, tree_slots) == (self.rows, self.prompt_slots, self.tree_slots):
             return
+        first = prompt_slots - self.prompt_slots
         for layer, old in enumerate(self.key_values):  # one by one, so that no more than one is there twice
-            new = old.new_empty(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
-            fill(new, old, first_slot=prompt_slots - self.prompt_slots)
+            new = old.new_zeros(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
+            new[:, : self.rows, :, first : first + old.shape[3]] = old
             self.key_values[layer] = new
         self.image_key_values = enlarged(self.image_key_values, 2, rows)
         for name in TABLES:
@@ -218,15 +219,6 @@ class KVStore:
         self.image_key_values[:, :, targets] = self.image_key_values[:, :, origins]
         for table in map(vars(self).get, TABLES):
             table[targets] = table[origins]
-
-
-def fill(new: Tensor, old: Tensor, first_slot: int) -> None:
-    """(2, rows, heads, slots, head_dim): what was there, from `first_slot` on, and zeros all around it."""
-    rows, end = old.shape[1], first_slot + old.shape[3]
-    new[:, :rows, :, first_slot:end] = old
-    new[:, :rows, :, :first_slot] = 0
-    new[:, :rows, :, end:] = 0
-    new[:, rows:] = 0
 
 
 def enlarged(table: Tensor, axis: int, size: int) -> Tensor:

@@ -48,7 +48,7 @@ class AdaptiveBatchSize:
 
     def shrink(self, tried: int) -> bool:
         """`tried` at a time were too many: from now on half as many. False where it was one at a time already."""
-        was_alone = self.now == 1
+        was_alone = self.now == tried == 1  # another stream of the same engine may have made `now` smaller
         self.now = max(1, min(self.now, tried) // 2)
         self._patience *= 2 if self._is_trial else 1
         self._num_succeeded, self._is_trial = 0, False
