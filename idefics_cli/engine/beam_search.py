@@ -121,9 +121,7 @@ class BeamState:
         return BeamState(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
 
-def beam_step(
-    logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None = None
-) -> tuple[BeamState, Tensor]:
+def beam_step(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> tuple[BeamState, Tensor]:
     """Write one token to every beam: logits (rows, beams, vocabulary) -> the next state and each new beam's parent.
 
     Parents are (rows, beams), indices among the row's old beams. `context` (rows, prompt tokens), padded on the left
@@ -155,7 +153,7 @@ def beam_step(
     return stepped, parents.gather(1, chosen)
 
 
-def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None) -> Tensor:
+def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> Tensor:
     """log p of each next token, −inf where it may not be written; not normalised again, as in transformers.
 
     The vocabulary is gone through as seldom as it can be: only the few tokens that are not allowed are written to.
@@ -173,7 +171,7 @@ def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules
     return log_probabilities
 
 
-def add_bans(log_probabilities: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None) -> None:
+def add_bans(log_probabilities: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> None:
     """−inf, in place, on tokens that would complete a banned sequence."""
     recent = last_tokens(known_tokens(state, context), state, rules.banned_start.shape[1])  # (rows, beams, tokens)
     same = (recent[:, :, None] == rules.banned_start) | (rules.banned_start < 0)
@@ -181,7 +179,7 @@ def add_bans(log_probabilities: Tensor, state: BeamState, rules: BeamRules, cont
     log_probabilities.scatter_add_(2, rules.banned_last.expand_as(penalties), penalties)
 
 
-def repeated_ngrams(state: BeamState, context: Tensor | None, rules: BeamRules) -> Tensor:
+def repeated_ngrams(state: BeamState, context: Tensor, rules: BeamRules) -> Tensor:
     """(rows, beams, vocabulary): true on tokens that would complete an n-gram which prompt or text holds already."""
     size = rules.options.no_repeat_ngram_size
     sequence = known_tokens(state, context)
@@ -197,10 +195,9 @@ def repeated_ngrams(state: BeamState, context: Tensor | None, rules: BeamRules) 
     return repeats.scatter(2, target, True)[..., :-1]
 
 
-def known_tokens(state: BeamState, context: Tensor | None) -> Tensor:
+def known_tokens(state: BeamState, context: Tensor) -> Tensor:
     """Prompt and text, (rows, beams, prompt tokens + max_new_tokens), −1 where there is no token."""
-    rows, beams, longest = state.tokens.shape
-    context = torch.full((rows, 0), -1, device=state.tokens.device) if context is None else context
+    _, beams, longest = state.tokens.shape
     written = torch.arange(longest, device=state.tokens.device) < state.length[:, None, None]
     return torch.cat([context[:, None].expand(-1, beams, -1), state.tokens.masked_fill(~written, -1)], dim=2)
 

@@ -64,10 +64,8 @@ def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> list[Tensor]
 
     Index 0 of the second axis holds keys, 1 values. Each image's are a tensor of their own, to be dropped one by one.
     """
-    layers = [layer.cross_attn.project_image(latents) for layer in gated_layers]
-    return [
-        torch.stack([torch.stack([key[image], value[image]]) for key, value in layers]) for image in range(len(latents))
-    ]
+    layers = [torch.stack(layer.cross_attn.project_image(latents)) for layer in gated_layers]
+    return [torch.stack([layer[:, image] for layer in layers]) for image in range(len(latents))]
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,11 @@ TABLES = ("sees_image", "prompt_lengths", "prompt_widths", "ancestors", "newest"
 class KVStore:
     """Space for `rows` rows: their prompts' and beams' keys and values, and those of the one image each still sees.
 
-    A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. Prompts that were read together
-    begin in one slot, and the longest of them fills the part up to its end (`widths`), so that a step only reads as
-    many slots as the longest of its rows needs. A token stays in its slot; `ancestors` (rows, beams, tree slots) says
-    which of them a beam's own path holds, so another order of beams is another order of this table's lines. A slot that
-    no path holds any more is given out again: beams share most of their past, and few slots are in use however long the
-    texts become. `used` tree slots are, known without asking the device.
+    A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. Prompts read together begin in
+    one slot, and the longest fills the part up to its end (`widths`): a step reads no more slots than its longest row
+    needs. A token stays in its slot; `ancestors` (rows, beams, tree slots) says which of them a beam's path holds, so
+    reordering beams only reorders this table. Slots that no path holds are given out again; the first `used` tree slots
+    hold all that are in use, known without asking the device.
     """
 
     def __init__(self, config: IdeficsConfig, options: DecodingOptions, device: torch.device, dtype: torch.dtype):
