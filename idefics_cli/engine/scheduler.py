@@ -161,8 +161,8 @@ class Scheduler:
             self.queue.prompts = begun + self.queue.prompts
             return []
         self.engine.batch_size.reset()
-        assert len(begun) == 1, f"{len(begun)} rows running where one fits"
-        return [(begun[0].index, TOO_LARGE)]
+        (prompt,) = begun
+        return [(prompt.index, TOO_LARGE)]
 
     # ---- what the loop is made of
 

@@ -100,11 +100,11 @@ def theirs(prompts: list[list], tokenizer, image_size: int = 32, **options):
 
 
 def assert_same(inputs, expected) -> None:
-    assert torch.equal(inputs.input_ids, expected["input_ids"])
-    assert torch.equal(inputs.attention_mask, expected["attention_mask"])
-    assert torch.equal(inputs.pixel_values, expected["pixel_values"])
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     # transformers gives its mask as bool, with nothing in it, when no row of the batch holds an image.
-    assert torch.equal(inputs.image_attention_mask, expected["image_attention_mask"].long())
+    assert torch.equal(inputs["image_attention_mask"], expected["image_attention_mask"].long())
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -122,7 +122,7 @@ def test_a_batch_without_images():
     prompts = [["hello world"], ["a red cat on the mat"]]
     tokenizer = tokenizer_of("llama")
     inputs = ours(prompts, PromptEncoder(tokenizer), ImageProcessor(image_size=32))
-    assert inputs.pixel_values.shape == (2, 1, 3, 32, 32)
+    assert inputs["pixel_values"].shape == (2, 1, 3, 32, 32)
     assert_same(inputs, theirs(prompts, tokenizer))
 
 
