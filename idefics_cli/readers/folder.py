@@ -29,7 +29,6 @@ SIGNATURE_BYTES = 16
 class FileListing:
     """Images whose names are known: the names are the ids, and each comes once."""
 
-    distinct = True
     prefix = ""
     passthrough: Mapping[str, Any] = NO_VALUES
 
