@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import rows_of, save_image
 from typer.testing import Result
-from written_manifests import TABLE_FORMATS, write_manifest
-
-from idefics_cli.storage.filenames import unescape_name
+from written_manifests import TABLE_FORMATS, unescape_name, write_manifest
 
 ADDRESSES = ["https://a.example/1.png", "HTTP://a.example", "data:image/png;base64,aGk=", "file:///etc/passwd"]
 
