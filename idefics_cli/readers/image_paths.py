@@ -49,9 +49,9 @@ class LocalRoot:
         if refusal:
             return refusal
         source = Path(self._folder, path)
-        return _outside(path, shown(self._folder or ".")) if self._leaves(str(source)) else source
+        return _outside(path, shown(self._folder or ".")) if self.leads_out(str(source)) else source
 
-    def _leaves(self, path: str) -> bool:
+    def leads_out(self, path: str) -> bool:
         folder, name = os.path.split(path)
         if name == "." or ".." in path or os.path.islink(path):
             real = os.path.realpath(path)
@@ -89,7 +89,7 @@ def _refuse_path(path: str) -> RowError | None:
         return RowError("row_invalid", "the path holds a NUL byte" if path else "the path is empty")
     if ":" in path and ADDRESS.match(path):
         return _refuse_address(path)
-    if not is_utf8(escape_name(path)):
+    if not path.isascii() and not is_utf8(escape_name(path)):
         return RowError("row_invalid", f"no file can have this name: {shown(path)}")
     return None
 
