@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import socket
@@ -207,14 +206,8 @@ COLOURS: dict[str, tuple[Callable[[], object], tuple[int, int, int]]] = {
     "HSV": (lambda: flat("HSV", (0, 255, 255)), RED),
     "LAB": (lambda: flat("LAB", (255, 128, 128)), WHITE),
     "RGBX": (lambda: flat("RGBX", (1, 2, 3, 0)), (1, 2, 3)),
-    "alpha 0": (lambda: saved(flat("RGBA", (255, 0, 0, 0)), "PNG"), WHITE),
-    "alpha 255": (lambda: saved(flat("RGBA", (255, 0, 0, 255)), "PNG"), RED),
     "alpha 100": (lambda: saved(flat("RGBA", (255, 0, 0, 100)), "PNG"), half_red_on_white(100)),
     "alpha, WebP": (lambda: saved(flat("RGBA", (255, 0, 0, 0)), "WEBP", lossless=True), WHITE),
-    "alpha, grey": (lambda: saved(flat("LA", (0, 0)), "PNG"), WHITE),
-    "alpha, premultiplied": (lambda: flat("RGBA", (255, 0, 0, 0)).convert("RGBa"), WHITE),
-    "alpha, grey, premultiplied": (lambda: flat("LA", (9, 0)).convert("La"), WHITE),
-    "alpha, palette": (lambda: flat("RGBA", (255, 0, 0, 0)).convert("PA"), WHITE),
     "palette, one transparent": (lambda: saved(palette_with_alpha(), "PNG", transparency=1), WHITE),
     "palette, one transparent, GIF": (lambda: saved(palette_with_alpha(), "GIF", transparency=1), WHITE),
     "palette, alpha for each": (
@@ -391,7 +384,8 @@ def test_bytes_changed_anywhere(name, changes):
     data = bytearray(SMALL[name])
     for place, value in changes:
         data[int(place * (len(data) - 1))] = value
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         result = load_image(bytes(data))
     assert isinstance(result, RowError) or result.mode == "RGB"
 
@@ -472,21 +466,20 @@ def bomb(image_format: str, width: int, height: int) -> bytes:
     if image_format == "WEBP":
         body = struct.pack("<I", 0)[:4] + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
         return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + body
-    data = bytearray(saved(flat("L", 0), image_format))
-    if image_format == "BMP":
-        data[18:26] = struct.pack("<ii", width, height)
-        return bytes(data)
-    if image_format == "JPEG":
-        at = data.index(b"\xff\xc0") + 5
-        data[at : at + 4] = struct.pack(">HH", height, width)
-        return bytes(data)
-    (offset,) = struct.unpack("<I", data[4:8])
-    for entry in range(struct.unpack("<H", data[offset : offset + 2])[0]):
-        at = offset + 2 + 12 * entry
-        for tag, value in ((256, width), (257, height)):
-            if struct.unpack("<H", data[at : at + 2])[0] == tag:
-                data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, value)
-    return bytes(data)
+    data = saved(flat("L", 0), image_format)
+    pack = struct.pack
+    declared = {
+        "BMP": [(pack("<ii", 4, 3), pack("<ii", width, height))],
+        "JPEG": [(pack(">BHH", 8, 3, 4), pack(">BHH", 8, height, width))],
+        "TIFF": [
+            (pack("<HHII", tag, 4, 1, old), pack("<HHII", tag, 4, 1, new))
+            for tag, old, new in [(256, 4, width), (257, 3, height)]
+        ],
+    }
+    for old, new in declared[image_format]:
+        assert data.count(old) == 1
+        data = data.replace(old, new)
+    return data
 
 
 BOMBS = [(name, side) for name in ("PNG", "GIF", "BMP", "JPEG", "TIFF") for side in (9_000, 10_000, 15_000)]
@@ -512,11 +505,10 @@ def test_the_limit_is_the_last_size_that_is_taken():
 
 
 def test_a_large_file_is_not_read(tmp_path):
-    path = tmp_path / "large"
-    with open(path, "wb") as file:
-        file.truncate(1 << 40)
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)
     start = time.monotonic()
-    assert refusal(path).code == "image_too_large"
+    assert refusal(tmp_path / "large").code == "image_too_large"
     assert time.monotonic() - start < 1
 
 
@@ -540,9 +532,8 @@ def test_names_that_are_not_utf8(tmp_path):
 
 def test_links_are_followed_unless_they_go_round(tmp_path):
     (tmp_path / "image").write_bytes(saved(photo(), "PNG"))
-    (tmp_path / "link").symlink_to(tmp_path / "image")
-    (tmp_path / "a").symlink_to(tmp_path / "b")
-    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for link, target in [("link", "image"), ("a", "b"), ("b", "a")]:
+        (tmp_path / link).symlink_to(target)
     assert load_image(tmp_path / "link") == plain(photo())
     assert refusal(tmp_path / "a").code == "image_unreadable"
 
@@ -632,7 +623,8 @@ def test_a_thumbnail_is_no_draft():
 
 
 LOAD_ALL = """
-import json, resource, sys, time, warnings
+import resource, sys, time, warnings
+from collections import Counter
 from pathlib import Path
 from PIL import Image
 from idefics_cli.images.decode import load_image
@@ -640,29 +632,22 @@ from idefics_cli.errors import RowError
 
 warnings.simplefilter("ignore")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-rows, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+counts, before = Counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(path for path in Path(sys.argv[1]).rglob("*") if path.is_file()):
     start = time.monotonic()
     result = load_image(path)
+    assert time.monotonic() - start < 5, path
     assert isinstance(result, RowError) or result.mode == "RGB", path
-    rows.append([path.name, str(result) if isinstance(result, RowError) else "", time.monotonic() - start])
-print(json.dumps({"rows": rows, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before}))
+    assert "Warning" not in str(result), (path, result)
+    counts[result.code if isinstance(result, RowError) else "images"] += 1
+assert counts.keys() == {"images", "image_unreadable", "image_too_large"}, counts
+assert counts.total() > 500 and counts["images"] > 400, counts
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes over what the libraries take"
 """
 
 
-def test_pillows_own_test_images(record_property):
+def test_pillows_own_test_images():
     folder = sdist("pillow", PIL.__version__) / "Tests" / "images"
     command = [sys.executable, "-c", LOAD_ALL, str(folder)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    report = json.loads(finished.stdout)
-    names, errors, seconds = zip(*report["rows"], strict=True)
-    counts = {code: sum(error.startswith(code) for error in errors) for code in ("image_unreadable", "image_too_large")}
-    counts["images"] = errors.count("")
-    record_property("counts", counts)
-    assert len(names) == sum(path.is_file() for path in folder.rglob("*"))
-    assert sum(counts.values()) == len(names) > 500
-    assert counts["images"] > 400
-    assert not any("Warning" in error for error in errors)
-    assert max(seconds) < 5, names[seconds.index(max(seconds))]
-    assert report["memory"] < 500_000, "kilobytes over what the libraries take"

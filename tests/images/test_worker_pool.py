@@ -141,15 +141,6 @@ def test_remote_files_that_cannot_be_read(workers):
     assert workers.prepare(stored(bytes(2_000_000))).code == "image_too_large"
 
 
-def test_many_threads(workers):
-    sources = [saved(image(seed)) for seed in range(20)]
-    expected = [PROCESSOR.prepare(source, LIMITS) for source in sources]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(5):
-            assert all(map(same, pool.map(workers.prepare, sources), expected))
-    assert len(pids(workers)) <= 2
-
-
 # ---- what breaks
 
 
@@ -200,6 +191,7 @@ def test_faults_among_many_threads_leave_nothing_behind():
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(workers.prepare, sources))
         children = pids(workers)
+    assert len(children) <= 3
     for source, result in zip(sources, results, strict=True):
         assert same(result, good[source]) if source in good else result.code == "image_unreadable"
     assert os.listdir("/proc/self/fd") == before

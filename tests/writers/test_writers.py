@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from idefics_cli.errors import OutputError, StreamClosed
 from idefics_cli.writers import writers
 from idefics_cli.writers.journal import Journal
-from idefics_cli.writers.writers import JournalWriter, SidecarWriter, StreamWriter, shared_stems
+from idefics_cli.writers.writers import JournalWriter, SidecarWriter, StreamWriter
 
 HEADER = {"settings": {}}
 
@@ -134,22 +134,16 @@ def test_a_row_alone_does_not_wait_long(journal: FakeJournal, monkeypatch: pytes
 def test_what_goes_wrong_in_the_thread_is_raised_once_where_rows_come_from(
     journal: FakeJournal, error: BaseException
 ) -> None:
+    """By the end of the run, or by a row before it."""
     journal.error = error
-    writer = JournalWriter(journal)
-    writer.write({"id": "a"})
-    with pytest.raises(type(error)):
+    for num_rows in 1, writers.COMMIT_ROWS * 10:
+        writer = JournalWriter(journal)
+        with pytest.raises(type(error)):
+            for _ in range(num_rows):
+                writer.write({"id": "a"})
+            writer.close()
+        assert writer.num_safe == 0 and not journal.batches
         writer.close()
-    assert writer.num_safe == 0 and not journal.batches
-    writer.close()
-
-
-def test_a_writer_whose_thread_has_failed_takes_no_rows(journal: FakeJournal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writers, "COMMIT_ROWS", 1)
-    journal.error = OutputError("no space")
-    writer = JournalWriter(journal)
-    with pytest.raises(OutputError, match="no space"):
-        for _ in range(1_000):
-            writer.write({"id": "a"})
 
 
 def test_a_stop_does_not_take_the_journal_from_under_the_thread(
@@ -197,10 +191,8 @@ def test_no_two_images_share_a_text(names: list[str]) -> None:
 def test_a_stem_alone_is_the_name_and_else_the_whole_name_is(tmp_path: Path) -> None:
     for name in "a.png", "b.png", "b.jpg", "notes.md":
         (tmp_path / name).touch()
-    assert shared_stems(tmp_path) == {"b"}
-    writer = SidecarWriter(overwrite=False)
-    for row, name in enumerate(["a.png", "b.png", "b.jpg"]):
-        writer.write(tmp_path / name, name, row)
+    for name in "a.png", "b.png", "b.jpg":
+        SidecarWriter(overwrite=False).write(tmp_path / name, name, 0)
     assert {path.name for path in tmp_path.glob("*.txt")} == {"a.txt", "b.png.txt", "b.jpg.txt"}
 
 
