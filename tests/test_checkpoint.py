@@ -158,18 +158,29 @@ def test_a_config_of_which_no_network_can_be_made(folder: Path, change: dict) ->
     assert "config.json" in refusal(folder)
 
 
-def test_a_missing_tensor_is_named(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
-    assert "1 missing (model.layers.2.mlp.up_proj.weight)" in refusal(folder)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_wrong_tensors_are_named_before_a_weight_is_read(
+    folder: Path, pickled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop("model.layers.2.mlp.up_proj.weight")
+        tensors.update({"model.extra": torch.ones(2), "model.norm.weight": torch.ones(3)})
 
-
-def test_unexpected_tensors_and_wrong_shapes_are_named(folder: Path) -> None:
-    edit_tensors(
-        folder, lambda tensors: tensors.update({"model.extra": torch.ones(2), "model.norm.weight": torch.ones(3)})
-    )
-    said = refusal(folder)
+    edit_tensors(folder, spoil)
+    if pickled:
+        to_pickles(folder)
+    monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", None)
+    said = refusal(folder, allow_pickle=pickled)
+    assert "1 missing (model.layers.2.mlp.up_proj.weight)" in said
     assert "1 unexpected (model.extra)" in said
     assert "1 of another shape (model.norm.weight (3,) instead of (32,))" in said
+
+
+def test_a_tied_tensor_may_be_stored_once(folder: Path) -> None:
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("lm_head")])
+    model = load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_unused_buffers_of_2023_are_ignored(folder: Path) -> None:
@@ -244,10 +255,11 @@ def test_a_machine_that_does_not_hold_the_model(folder: Path, monkeypatch: pytes
         load(folder)
 
 
-def test_a_pickle_with_a_missing_tensor(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
+@pytest.mark.parametrize("content", [[1], {"model.norm.weight": 1}])
+def test_a_pickle_of_something_else(folder: Path, content: object) -> None:
     to_pickles(folder)
-    assert "1 missing (model.norm.weight)" in refusal(folder, allow_pickle=True)
+    torch.save(content, folder / "pytorch_model.bin")
+    assert "cannot be loaded" in refusal(folder, allow_pickle=True)
 
 
 def test_code_beside_the_weights_is_never_run(folder: Path, tmp_path: Path) -> None:

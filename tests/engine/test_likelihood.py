@@ -24,9 +24,10 @@ from prompts_for_tests import (
 from tiny_models import IMAGE_SIZE, tiny_config
 from transformers import IdeficsForVisionText2Text as TheirModel
 
-from idefics_cli.engine import likelihood
+from idefics_cli.engine import likelihood, prefill
 from idefics_cli.engine.engine import Engine
-from idefics_cli.engine.likelihood import Scoring, parts_of
+from idefics_cli.engine.likelihood import Scoring
+from idefics_cli.engine.prefill import QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedChoices, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
@@ -112,19 +113,21 @@ def test_transformers_finds_the_same(place, prompt) -> None:
 def test_company_and_the_number_of_choices_in_a_row_change_nothing(network, some, most_tokens) -> None:
     expected = [score(engine(network, 1), [prompt])[0] for prompt in some]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likelihood, "CHOICE_TOKENS_PER_ROW", most_tokens)
+        patch.setattr(prefill, "CHOICE_TOKENS_PER_ROW", most_tokens)
         patch.setattr(likelihood, "PLACES_AT_ONCE", most_tokens)
         for got, wanted in zip(score(engine(network), some), expected, strict=True):
             assert_close(got, wanted)
 
 
 @given(choice_lists, st.integers(1, 12))
-def test_parts_hold_every_choice_once_in_order(choice_ids, most_tokens) -> None:
-    parts = parts_of(None, choice_ids, most_tokens)
-    assert [ids for part in parts for ids in part.choice_ids] == choice_ids
-    for part in parts:
-        assert len(part.choice_ids) == 1 or sum(map(len, part.choice_ids)) <= most_tokens
-        assert part.choice_ids[0] == choice_ids[part.first]
+def test_rows_hold_every_choice_once_in_order(choice_ids, most_tokens) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "CHOICE_TOKENS_PER_ROW", most_tokens)
+        rows = QueuedPrompt.of(0, asked(EncodedPrompt([1]), choice_ids), IMAGE_ID).in_rows()
+    assert [ids for row in rows for ids in row.choice_ids] == choice_ids
+    for row in rows:
+        assert len(row.choice_ids) == 1 or sum(map(len, row.choice_ids)) <= most_tokens
+        assert row.choice_ids[0] == choice_ids[row.first_choice]
 
 
 def test_a_prompt_is_read_once_and_choices_cost_their_own_tokens() -> None:

@@ -555,7 +555,7 @@ def test_only_regular_files_are_opened(tmp_path):
 def test_no_address_is_fetched():
     web = [
         "http://a.b/cat.jpg",
-        " HTTPS://A.B/CAT.JPG",
+        " HTTPS://A.B/C.JPG",
         "ftp://a.b/cat.jpg",
         "s3://bucket/cat.jpg",
         Path("https://a.b/c"),

@@ -15,7 +15,8 @@ from written_manifests import ALL_FORMATS, opened, read, write_manifest
 
 from idefics_cli.errors import InputError
 from idefics_cli.rows import InputRow, RemoteFile
-from idefics_cli.storage.files import IrregularFile, find, open_regular
+from idefics_cli.storage.files import find
+from idefics_cli.storage.regular_file import IrregularFile, open_regular
 
 server = pytest.importorskip("moto.server")
 
