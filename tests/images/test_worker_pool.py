@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import breaking_decoders
 import numpy as np
@@ -69,20 +70,11 @@ def breaking() -> Iterator[WorkerPool]:
 # ---- the same as without
 
 
-class Storage:
-    """A remote file system of one file; an exception is raised instead."""
-
-    def __init__(self, content: bytes | Exception) -> None:
-        self.content = content
-
-    def open(self, key: str, mode: str, seekable: bool) -> io.BytesIO:
-        if isinstance(self.content, Exception):
-            raise self.content
-        return io.BytesIO(self.content)
-
-
 def stored(content: bytes | Exception) -> RemoteFile:
-    return RemoteFile("s3://bucket/cat.jpg", Storage(content), "cat.jpg")
+    """The one file of a remote file system, or what is raised instead."""
+    storage = Mock()
+    storage.open.side_effect = content if isinstance(content, Exception) else lambda *_, **__: io.BytesIO(content)
+    return RemoteFile("s3://bucket/cat.jpg", storage, "cat.jpg")
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,18 +77,25 @@ def test_an_archive_cut_off_anywhere_is_refused(path: Path) -> None:
     assert len(read(path)) == 2
 
 
-def test_a_changed_header_is_refused(path: Path) -> None:
-    path = write_archive(path, SAMPLES)
-    data = path.read_bytes()
-    place = data.index(b"two.JPG")
-    path.write_bytes(data[:place] + b"T" + data[place + 1 :])
-    assert "rows.tar" in refusal(path)
+def header(kind: bytes, num_bytes: int, **extended: str) -> bytes:
+    info = tarfile.TarInfo("a.png")
+    info.type, info.size, info.pax_headers = kind, num_bytes, extended
+    return info.tobuf(tarfile.PAX_FORMAT if extended else tarfile.GNU_FORMAT)
 
 
-def test_archives_that_were_joined_are_refused(path: Path) -> None:
-    other = write_archive(path.with_name("other.tar"), SAMPLES)
-    path.write_bytes(other.read_bytes() * 2)
-    assert "joined" in refusal(path)
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda data: data.replace(b"two.JPG", b"Two.JPG"), "rows.tar"),
+        (lambda data: data * 2, "joined"),
+        (lambda data: header(tarfile.REGTYPE, -1) + data, "header of -1 bytes"),
+        (lambda data: header(tarfile.XHDTYPE, 1 << 20) + data, "header of 1,048,576 bytes"),
+        (lambda data: header(tarfile.REGTYPE, 0, size="-512") + data, "negative size"),
+    ],
+)
+def test_a_hostile_archive_is_refused(path: Path, spoil: Callable[[bytes], bytes], reason: str) -> None:
+    path.write_bytes(spoil(write_archive(path, SAMPLES).read_bytes()))
+    assert reason in refusal(path)
 
 
 def test_a_stem_that_comes_back_is_a_second_row_with_one_id(path: Path) -> None:
