@@ -53,7 +53,9 @@ def load_image(
         data = _read(source, options)
         return data if isinstance(data, RowError) else _decode(data, options, side)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return RowError("image_too_large", str(error))
+        found = re.search(r"\((\d+) pixels\)", str(error))  # refused before its sides were known here
+        number = f"{int(found[1]):,}" if found else "too many"
+        return RowError("image_too_large", f"{number} pixels, over the limit of {options.max_pixels:,} pixels")
     except UnidentifiedImageError:
         return RowError("image_unreadable", f"not an image in a known format ({', '.join((*FORMATS, 'HEIF'))})")
     except Exception as error:  # Pillow's decoders raise nearly anything at bytes that were made to break them

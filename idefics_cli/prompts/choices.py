@@ -23,7 +23,7 @@ ChoiceNorm = Literal["none", "tokens", "bytes"]
 def parse_choices(text: str) -> tuple[str, ...]:
     choices = checked_choices(split_choices(text))
     if isinstance(choices, RowError):
-        raise IdeficsError(f"--choices {text!r}: {choices.message}")
+        raise IdeficsError(f"{choices.message}; write them as in yes,no")
     return choices
 
 

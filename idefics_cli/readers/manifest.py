@@ -70,7 +70,7 @@ class Manifest:
         for name in (*options.columns, *keep):
             _require(file.name, table, name)
         self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
-        self._values = list(dict.fromkeys((*options.columns, *(keep if options.reads_passthrough else ()))))
+        self._values = list(dict.fromkeys((*options.columns, *keep)))
         self._resolve = open_root(file.parent, options.image_root)
 
     @property

@@ -207,25 +207,18 @@ def _record(batch: pa.RecordBatch, place: int, number: int) -> Record:
     record: dict[str, Any] = {}
     for name, array in zip(batch.schema.names, batch, strict=True):
         try:
-            record[name] = _value(array, place)
+            (record[name],) = _python_values(array.slice(place, 1))
         except (ValueError, OverflowError, pa.ArrowException) as error:
             message = f"row {number + 1} cannot be read: column {shown(name)}: {error}"
             record[OWN_ERROR] = RowError("row_invalid", message)
     return record
 
 
-def _value(array: pa.Array, place: int) -> Any:
-    """The value there; a moment finer than Python's as ISO text."""
-    try:
-        return _python_values(array.slice(place, 1))[0]
-    except ValueError:
-        if not pa.types.is_timestamp(array.type):
-            raise
-        return str(array[place].cast(pa.string())).replace(" ", "T", 1)
-
-
 def _python_values(array: pa.Array) -> list[Any]:
-    """`to_pylist`, but times and durations that are finer than Python's as text: ISO, and a number of microseconds."""
+    """`to_pylist`, but what counts nanoseconds as text: ISO, moments with a zone in UTC; durations in microseconds."""
+    if pa.types.is_timestamp(array.type) and array.type.unit == "ns":
+        moments = array.cast(pa.timestamp("ns", "UTC")) if array.type.tz else array
+        return [text and text.replace(" ", "T") for text in moments.cast(pa.string()).to_pylist()]
     if array.type == pa.time64("ns"):
         return array.cast(pa.string()).to_pylist()
     if array.type != pa.duration("ns"):

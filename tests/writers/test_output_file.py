@@ -128,7 +128,9 @@ def test_a_difference_is_named(tmp_path: Path) -> None:
     finish(tmp_path / "f.jsonl")
     other = {**SETTINGS, "model": {"name": "other"}, "inputs": [{"name": "b.csv"}]}
     with opened(tmp_path / "f.jsonl") as output:
-        output.require_same({**SETTINGS, "not": "known then"})
+        output.require_same({**SETTINGS, "model": {**SETTINGS["model"], "weights": "not known then"}, "--unset": None})
+        with pytest.raises(OutputError, match="--new: was unset, now 1"):
+            output.require_same({**SETTINGS, "--new": 1})
         with pytest.raises(OutputError) as caught:
             output.require_same(other)
     assert "inputs 1 name: was 'a.csv', now 'b.csv'; model name: was 'demo', now 'other'" in str(caught.value)
