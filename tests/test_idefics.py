@@ -56,7 +56,7 @@ def log_probability(model: Idefics, prompt: list, token_ids: tuple[int, ...]) ->
     start = len(encoded.input_ids)
     row = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
     with torch.no_grad():
-        logits = model.model(**vars(collate([row], model.engine.vocabulary, model.images.image_size))).logits[0]
+        logits = model.model(**collate([row], model.engine.vocabulary, model.images.image_size)).logits[0]
     chosen = logits.log_softmax(-1)[start - 1 : -1].gather(-1, torch.tensor(token_ids)[:, None])
     return float(chosen.sum())
 

@@ -41,9 +41,6 @@ class ParquetTable(Table):
             self._schema = parquet.schema_arrow
             self.size: int = parquet.metadata.num_rows
         self.columns = self._schema.names
-        repeated = [name for name in self.columns if self.columns.count(name) > 1]
-        if repeated:
-            raise InputError(f"{file.name} has two columns named {shown(repeated[0])}: rename one of them")
         if self.size == 0:
             raise InputError(f"{file.name} holds no rows: name a manifest with rows")
 
@@ -70,7 +67,7 @@ class ParquetTable(Table):
             return
         for first, batch in self._batches(start, step, columns):
             numbers = range(first, self.size, step)
-            yield from zip(numbers, _records(batch, numbers), strict=False)
+            yield from zip(numbers, python_rows(batch, numbers), strict=False)
 
     def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[Chunk]:
         if not columns:
@@ -186,11 +183,7 @@ def _strided(batch: pa.RecordBatch, first: int, step: int) -> pa.RecordBatch:
     return joined
 
 
-def python_rows(batch: pa.RecordBatch) -> Iterator[Record]:
-    return _records(batch, range(batch.num_rows))
-
-
-def _records(batch: pa.RecordBatch, numbers: range) -> Iterator[Record]:
+def python_rows(batch: pa.RecordBatch, numbers: range) -> Iterator[Record]:
     """The rows of a batch, which have these numbers in the file."""
     names = batch.schema.names
     try:

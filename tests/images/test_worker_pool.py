@@ -30,6 +30,7 @@ from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.rows import ImageOptions, RemoteFile
 
 PROCESSOR = ImageProcessor(image_size=16, image_mean=(0.1, 0.2, 0.3))
+BREAKING = breaking_decoders.Breaking(image_size=16, image_mean=(0.1, 0.2, 0.3))
 LIMITS = ImageOptions(max_pixels=100_000, max_bytes=1_000_000, workers=2)
 FAST = replace(LIMITS, decode_timeout=2.0)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -63,7 +64,7 @@ def workers() -> Iterator[WorkerPool]:
 
 @pytest.fixture
 def breaking() -> Iterator[WorkerPool]:
-    with WorkerPool(PROCESSOR, FAST, prepare=breaking_decoders.breaking) as opened:
+    with WorkerPool(BREAKING, FAST) as opened:
         yield opened
 
 
@@ -179,7 +180,7 @@ def test_faults_among_many_threads_leave_nothing_behind():
     faults = [b"abort", b"exit", b"out of memory", b"nonsense", b"sleep"]
     sources = [*good, *faults] * 2
     before = os.listdir("/proc/self/fd")
-    with WorkerPool(PROCESSOR, replace(FAST, workers=3), prepare=breaking_decoders.breaking) as workers:
+    with WorkerPool(BREAKING, replace(FAST, workers=3)) as workers:
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(workers.prepare, sources))
         children = pids(workers)
@@ -192,7 +193,7 @@ def test_faults_among_many_threads_leave_nothing_behind():
 
 @on_linux
 def test_decoder_processes_are_light_and_start_as_they_are_needed():
-    with WorkerPool(PROCESSOR, replace(LIMITS, workers=5), prepare=breaking_decoders.describing) as workers:
+    with WorkerPool(breaking_decoders.Describing(), replace(LIMITS, workers=5)) as workers:
         data = saved(image(), "AVIF" if features.check("avif") else "PNG")
         for _ in range(5):
             assert workers.prepare(data).message == "heavy [], threads 1"
@@ -203,7 +204,7 @@ def test_decoder_processes_are_light_and_start_as_they_are_needed():
 
 
 def test_close_does_not_wait_for_a_decoder():
-    workers = WorkerPool(PROCESSOR, replace(LIMITS, decode_timeout=1000), prepare=breaking_decoders.breaking)
+    workers = WorkerPool(BREAKING, replace(LIMITS, decode_timeout=1000))
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(workers.prepare, source) for source in [b"sleep", b"spin"] * 2]
         wait_until(lambda: len(pids(workers)) == 2)
@@ -254,7 +255,7 @@ def is_running(pid: int) -> bool:
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     body = """
         options = ImageOptions(decode_timeout=1000, workers=3)
-        workers = WorkerPool(ImageProcessor(), options, breaking_decoders.breaking)
+        workers = WorkerPool(breaking_decoders.Breaking(), options)
         for fault in (b"sleep", b"spin"):
             threading.Thread(target=workers.prepare, args=(fault,), daemon=True).start()
         while len(workers._running) < 2 or not all(worker.process.stderr.closed for worker in workers._running):
@@ -274,7 +275,7 @@ SLEEPER = """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     options = ImageOptions(decode_timeout=2.0, workers=1)
-    with WorkerPool(ImageProcessor(), options, breaking_decoders.sleeping) as workers:
+    with WorkerPool(breaking_decoders.Sleeping(), options) as workers:
         print(workers.prepare("."))
 """
 

@@ -107,7 +107,7 @@ def log_likelihoods(model: Idefics, prompt: list, choices: list[str]) -> dict[st
     found = {}
     for choice, row in rows.items():
         with torch.no_grad():
-            inputs = vars(collate([row], model.engine.vocabulary, model.images.image_size))
+            inputs = collate([row], model.engine.vocabulary, model.images.image_size)
             log_probabilities = model.model(**inputs).logits[0].log_softmax(-1)[start - 1 : -1]
         own = torch.tensor(row.input_ids[start:])
         found[choice] = float(log_probabilities.gather(-1, own[:, None]).sum()), len(own)
