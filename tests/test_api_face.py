@@ -15,7 +15,7 @@ from idefics_cli.model import modeling
 
 ROOT = Path(__file__).parent.parent
 CALLER = Path(__file__).with_name("api_caller.py")
-HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "huggingface_hub", "safetensors"}
+HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "huggingface_hub", "safetensors", "rich", "tqdm", "fsspec"}
 
 
 def test_dir_names_all_that_can_be_imported() -> None:
@@ -32,7 +32,7 @@ def test_the_networks_classes_are_named_by_their_package() -> None:
     assert (IdeficsForVisionText2Text, IdeficsModel) == (modeling.IdeficsForVisionText2Text, modeling.IdeficsModel)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["caption", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["caption", "--help"], ["info", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "idefics_cli", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.image_paths import any_place, read_image, remote_image
+from idefics_cli.readers.image_paths import LocalRoot, any_place, read_image, remote_image
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
 from idefics_cli.storage.files import File, walk
@@ -24,6 +24,7 @@ IMAGE_SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp(avif|heic|mif1)", re.DOTALL
 )
 SIGNATURE_BYTES = 16
+LINK_OUT = RowError("image_not_allowed", "a link that leads out of the folder; name its target as an INPUT of its own")
 
 
 class FileListing:
@@ -36,7 +37,7 @@ class FileListing:
         self.size = len(names)
         self._place = place
         self.names = names
-        self._root = os.path.realpath(place.path) if place.is_local and place.is_folder else None
+        self._root = LocalRoot(place.path) if place.is_local and place.is_folder else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class FileListing:
     def _row(self, number: int, name: str) -> InputRow:
         file = self.file(name)
         source = Path(file.path) if file.is_local else remote_image(file)
-        error = None if self._root is None else _link_error(file.path, self._root)
+        error = LINK_OUT if self._root is not None and self._root.leads_out(file.path) else None
         return InputRow(number, escape_name(name), file.name, (source,), NO_VALUES, error)
 
 
@@ -105,12 +106,3 @@ def _looks_like_image(folder: File, name: str, is_file: bool) -> bool:
             return IMAGE_SIGNATURE.match(file.read(SIGNATURE_BYTES)) is not None
     except OSError:
         return False
-
-
-def _link_error(path: str, root: str) -> RowError | None:
-    if not os.path.islink(path):
-        return None
-    target = os.path.realpath(path)
-    if os.path.commonpath([root, target]) == root:
-        return None
-    return RowError("image_not_allowed", "a link that leads out of the folder; name its target as an INPUT of its own")

@@ -49,9 +49,9 @@ class LocalRoot:
         if refusal:
             return refusal
         source = Path(self._folder, path)
-        return _outside(path, shown(self._folder or ".")) if self._leaves(str(source)) else source
+        return _outside(path, shown(self._folder or ".")) if self.leads_out(str(source)) else source
 
-    def _leaves(self, path: str) -> bool:
+    def leads_out(self, path: str) -> bool:
         folder, name = os.path.split(path)
         if name == "." or ".." in path or os.path.islink(path):
             real = os.path.realpath(path)
@@ -89,7 +89,7 @@ def _refuse_path(path: str) -> RowError | None:
         return RowError("row_invalid", "the path holds a NUL byte" if path else "the path is empty")
     if ":" in path and ADDRESS.match(path):
         return _refuse_address(path)
-    if not is_utf8(escape_name(path)):
+    if not path.isascii() and not is_utf8(escape_name(path)):
         return RowError("row_invalid", f"no file can have this name: {shown(path)}")
     return None
 
@@ -106,7 +106,10 @@ def _refuse_address(address: str) -> RowError:
 
 def read_images(value: object, resolve: Resolve) -> tuple[ImageSource, ...] | RowError:
     """What an image column holds in one row -> what opens it. A list is several images."""
-    sources = [read_image(item, resolve) for item in (value if isinstance(value, list | tuple) else [value])]
+    if not isinstance(value, list | tuple):
+        source = read_image(value, resolve)
+        return source if isinstance(source, RowError) else (source,)
+    sources = [read_image(item, resolve) for item in value]
     refused = next((source for source in sources if isinstance(source, RowError)), None)
     return refused or tuple(sources) or RowError("row_invalid", "no image: the list is empty")
 
@@ -139,7 +142,9 @@ def _read_struct(value: Mapping, resolve: Resolve) -> ImageSource | RowError:
 
 def shown_images(value: object) -> str | None:
     """What people are shown of an image column: the path; of several images, a JSON list of them."""
-    names = [_shown_image(item) for item in (value if isinstance(value, list | tuple) else [value])]
+    if not isinstance(value, list | tuple):
+        return _shown_image(value)
+    names = [_shown_image(item) for item in value]
     return names[0] if len(names) == 1 else json.dumps(names, ensure_ascii=False)
 
 

@@ -155,7 +155,7 @@ class Inputs:
         self._require_unchanged()
 
     def _source_chunks(self, source: Source, start: int, most: int) -> Iterator[Chunk]:
-        """Where the size is not known yet, more rows than `most` have come."""
+        """A source other than a manifest has no columns; one of unknown size was left at the limit, `most` rows on."""
         if isinstance(source, Manifest):
             yield from source.chunks(start, self._shard[1])
         else:
@@ -173,7 +173,8 @@ class Inputs:
     def _ids_to_remember(self) -> UniqueIds | None:
         """None where no two rows can have one id. Of files and folders all ids are compared here and now."""
         if all(isinstance(source, FileListing) for source in self._sources):
-            refuse_equal_ids(self._sources)
+            if len(self._sources) > 1:
+                refuse_equal_ids(self._sources)
             return None
         first = self._sources[0]
         return None if len(self._sources) == 1 and isinstance(first, Manifest) and first.is_numbered else UniqueIds()

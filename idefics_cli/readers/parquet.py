@@ -99,7 +99,11 @@ class ParquetTable(Table):
         batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes, WORST_BATCH_BYTES // worst_bytes))
         declared, held = parquet.metadata.row_group(group).num_rows, 0
         batches = parquet.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False)
-        while (batch := self._next(batches)) is not None:
+        while True:
+            with self._refusing():
+                batch = next(batches, None)
+            if batch is None:
+                break
             yield offset + held, batch.select(list(columns))
             held += batch.num_rows
             del batch
@@ -110,10 +114,6 @@ class ParquetTable(Table):
     def _require_rows(self, declared: int, held: int) -> None:
         if declared != held:
             raise InputError(f"{self._file.name} declares {declared} rows but holds {held}: fetch or make it again")
-
-    def _next(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
-        with self._refusing():
-            return next(batches, None)
 
     @contextmanager
     def _open(self) -> Iterator[ParquetFile]:

@@ -92,13 +92,12 @@ class StreamTable(Table):
         return pa.string()
 
     def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
-        size = 0
+        number = -1
         with open_stream(self._file, self._compressed) as stream:
             for number, make in enumerate(self._read(stream, columns)):
-                size += 1
                 if number >= start and (number - start) % step == 0:
                     yield number, make()
-        self.size = size
+        self.size = number + 1
 
     def _sample(self) -> list[Record]:
         """The first records without bad ones and images. Raises InputError where they tell no columns."""

@@ -24,7 +24,6 @@ from typer.testing import CliRunner, Result
 import idefics_cli
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.cli import app as cli
-from idefics_cli.errors import CheckpointError, DeviceError
 
 ROOT = Path(__file__).parents[2]
 TESTS = Path(__file__).parents[1]
@@ -109,15 +108,11 @@ def test_a_folder_with_a_broken_image(run: Callable[..., Result], photos: Path) 
 
 
 def test_paths_from_stdin(run: Callable[..., Result], photos: Path) -> None:
-    lines = [str(photos / "a.jpg"), "none.png", "https://a.example/b.png", str(photos)]
+    lines = [str(photos / "a.jpg"), "none.png", "https://a.example/b.png"]
     for separator, options in ("\n", []), ("\0", ["-0"]):
         result = run("caption", "-", *options, input=separator.join(lines).encode())
-        rows = rows_of(result.stdout)
-        assert result.exit_code == 3
-        assert [row["id"] for row in rows] == lines
-        codes = [row["error"] and row["error"].split(":")[0] for row in rows]
-        assert codes == [None, "image_missing", "image_not_allowed", "image_not_allowed"]
-        assert "img2dataset" in rows[2]["error"]
+        found = [(row["id"], row["error"] and row["error"].split(":")[0]) for row in rows_of(result.stdout)]
+        assert found == list(zip(lines, [None, "image_missing", "image_not_allowed"], strict=True))
 
 
 def test_names_that_are_not_utf8(photos: Path) -> None:
@@ -192,18 +187,6 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert not list(tmp_path.glob("f.*"))
 
 
-@pytest.mark.parametrize("error", [CheckpointError("no model there; name one"), DeviceError("no CUDA here; use cpu")])
-def test_a_model_that_cannot_be_is_refused_and_leaves_no_file(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, photos: Path, tmp_path: Path, error: Exception
-) -> None:
-    def check(request: ModelRequest) -> None:
-        raise error
-
-    monkeypatch.setattr(cli, "check_model", check)
-    assert str(error) in refused("caption", photos, "-o", tmp_path / "f.jsonl")
-    assert not list(tmp_path.glob("f.jsonl*"))
-
-
 def test_one_id_twice_on_stdin_is_refused_at_the_second(
     run: Callable[..., Result], photos: Path, tmp_path: Path
 ) -> None:
@@ -235,24 +218,20 @@ def test_a_bug_is_one_line_and_a_traceback_with_debug(run: Callable[..., Result]
 # Signals and pipes, in processes
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_the_rows_that_are_finished(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_keeps_the_rows_that_are_finished(tmp_path: Path) -> None:
     for i in range(200):
         save_image(tmp_path / f"photos/{i:03}.png", i)
     part = tmp_path / "f.jsonl.part"
-    with started(
-        "caption", tmp_path / "photos", "-o", tmp_path / "f.jsonl", fake={"batch_size": 2, "delay": 0.1}
-    ) as process:
+    fake = {"batch_size": 2, "delay": 0.1}
+    with started("caption", tmp_path / "photos", "-o", tmp_path / "f.jsonl", fake=fake) as process:
         wait_for(lambda: part.exists() and part.read_bytes().count(b"\n") >= 3)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=5)
     rows = rows_of(part.read_bytes())[1:]
-    assert process.returncode == code
-    assert [row["id"] for row in rows] == [f"{i:03}.png" for i in range(len(rows))]
-    last = stderr.decode().splitlines()[-1]
     said = f"{len(rows)} rows finished so far: safe in {part}. The same command continues from there."
-    assert last == f"Stopped by {signal.Signals(number).name}. {said}"
-    assert b"Traceback" not in stderr and not (tmp_path / "f.jsonl").exists()
+    assert process.returncode == 143
+    assert [row["id"] for row in rows] == [f"{i:03}.png" for i in range(len(rows))]
+    assert stderr.decode().splitlines()[1:] == [f"Stopped by SIGTERM. {said}"]
 
 
 def test_a_signal_while_the_model_loads(photos: Path, tmp_path: Path) -> None:
@@ -296,25 +275,6 @@ def test_a_second_interrupt_ends_at_once(photos: Path) -> None:
         assert process.wait(timeout=20) == 130
 
 
-@pytest.mark.parametrize("redirect", ["", "2>&1"])
-def test_a_closed_pipe_ends_quietly(tmp_path: Path, redirect: str) -> None:
-    for i in range(50):
-        save_image(tmp_path / f"{i:02}.png", i)
-    script = f'set -o pipefail; "$0" -c "$1" caption "$2" {redirect} | head -n 1'
-    environment = {**os.environ, "TESTS": str(TESTS), "FAKE": '{"delay": 0.02}'}
-    command = ["bash", "-c", script, sys.executable, DRIVER, str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=30)
-    assert done.returncode == 0
-    assert done.stderr == (b"" if redirect else b"loading\n")
-    assert len(done.stdout.splitlines()) == 1
-
-
-def test_stderr_to_a_full_disk_changes_no_exit_code(tmp_path: Path) -> None:
-    with open("/dev/full", "wb") as full, started("caption", tmp_path / "none.png", stderr=full) as process:
-        process.communicate(timeout=20)
-    assert process.returncode == 2
-
-
 def test_stdout_to_a_full_disk_is_one_line(photos: Path) -> None:
     with open("/dev/full", "wb") as full, started("caption", photos, stdout=full) as process:
         _, stderr = process.communicate(timeout=20)
@@ -333,17 +293,25 @@ def scored(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_closed_stderr_changes_no_exit_code(scored: Path, tmp_path: Path) -> None:
-    for arguments, code in (["score", scored], 0), (["caption", tmp_path / "none"], 2):
-        reader, writer = os.pipe()
-        os.close(reader)
-        with started(*arguments, stderr=writer) as process:
-            os.close(writer)
-            stdout, _ = process.communicate(timeout=20)
-        assert process.returncode == code and len(stdout.splitlines()) == (code == 0)
+@pytest.fixture
+def closed() -> Iterator[int]:
+    """A pipe whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["caption", "--help"]])
+def test_a_stderr_that_takes_nothing_changes_no_exit_code(scored: Path, tmp_path: Path, closed: int) -> None:
+    with open("/dev/full", "wb") as full:
+        for stderr in closed, full:
+            for arguments, code in (["score", scored], 0), (["caption", tmp_path / "none"], 2):
+                with started(*arguments, stderr=stderr) as process:
+                    stdout, _ = process.communicate(timeout=20)
+                assert process.returncode == code and len(stdout.splitlines()) == (code == 0)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_help_that_has_no_room_is_one_line(arguments: list[str]) -> None:
     with open("/dev/full", "wb") as full, started(*arguments, stdout=full) as process:
         _, stderr = process.communicate(timeout=60)
@@ -352,17 +320,14 @@ def test_help_that_has_no_room_is_one_line(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["score", "info"])
-def test_other_data_on_stdout_ends_as_rows_do(scored: Path, command: str) -> None:
+def test_other_data_on_stdout_ends_as_rows_do(scored: Path, closed: int, command: str) -> None:
     """Where its reader is gone, and where the disk is full."""
     arguments = [command, *([scored, "--by", "kind"] if command == "score" else [])]
-    reader, writer = os.pipe()
-    os.close(reader)
     with open("/dev/full", "wb") as full:
-        for stdout, code, said in (writer, 0, b""), (full, 2, b"Error: cannot write to stdout: No space left"):
+        for stdout, code, said in (closed, 0, b""), (full, 2, b"Error: cannot write to stdout: No space left"):
             with started(*arguments, stdout=stdout) as process:
                 _, stderr = process.communicate(timeout=20)
             assert process.returncode == code and said in stderr and b"a bug" not in stderr
-    os.close(writer)
 
 
 def test_what_is_told_never_comes_among_the_data(scored: Path) -> None:
@@ -407,32 +372,9 @@ def test_errors_are_coloured_on_a_terminal_only(tmp_path: Path) -> None:
 # Help, versions, packaging
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "caption --help", "info --help"])
-def test_help_imports_nothing_heavy(arguments: str) -> None:
-    code = """
-import sys
-from idefics_cli.cli.app import app
-try:
-    app(sys.argv[1:])
-except SystemExit as end:
-    assert end.code == 0
-heavy = {"torch", "transformers", "pyarrow", "numpy", "PIL", "huggingface_hub", "rich", "tqdm", "fsspec"}
-heavy &= set(sys.modules)
-assert not heavy, heavy
-"""
-    done = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout and not done.stderr
-
-
 def test_version_and_module() -> None:
     done = subprocess.run([sys.executable, "-m", "idefics_cli", "--version"], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == f"idefics {idefics_cli.__version__}\n"
-
-
-def test_the_package_alone_imports_no_torch() -> None:
-    code = "import sys, idefics_cli; assert 'torch' not in sys.modules; assert not hasattr(idefics_cli, 'nothing')"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_info_prints_versions_and_the_device() -> None:

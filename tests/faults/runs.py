@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -28,6 +29,14 @@ KILLED = -signal.SIGKILL
 PLAIN = Settings()
 BROKEN_EACH = 17
 RECORDS = {".jsonl": (".run",), ".parquet": ()}  # what stands beside a finished file
+
+both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def sampled(step: int) -> pytest.MarkDecorator:
+    """At every `step`-th call; the slow tests are at each."""
+    return pytest.mark.parametrize("step", [step, pytest.param(1, marks=slow)], ids=["sample", "all"])
 
 
 @cache
@@ -111,6 +120,23 @@ class Bench:
         ended = self.run(*options, settings=settings)
         return ended if fired.exists() else None
 
+    def faults(self, step: int, least: int, action: Any, *options: str, **fault: Any) -> Iterator[Ended]:
+        """Runs, `least` or more, with the fault at each `step`-th call; before each the output is as it is now."""
+        before = self.files()
+        for made in count():
+            self.clear()
+            for path, data in before.items():
+                path.write_bytes(data)
+            ended = self.run_with_fault(1 + made * step, action, *options, **fault)
+            if ended is None:
+                assert made >= least, f"{made} calls were disturbed"
+                return
+            yield ended
+
+    def files(self) -> dict[Path, bytes]:
+        """What is in the folder of the output."""
+        return {path: path.read_bytes() for path in self.output.parent.iterdir()}
+
     def wait_for_rows(self, number: int) -> None:
         wait_for(lambda: self.part.exists() and self.part.read_bytes().count(b"\n") > number)
 
@@ -139,13 +165,9 @@ def expected_rows(images: Path) -> list[tuple[str, str | None, str]]:
     return [(path.name, *expected_outcome(path.read_bytes(), path)) for path in sorted(images.glob("*.png"))]
 
 
-_known: dict[bytes, tuple[str | None, str]] = {}
-
-
+@cache
 def expected_outcome(data: bytes, path: Path) -> tuple[str | None, str]:
-    if data not in _known:
-        _known[data] = (None, "image_unreadable") if data == b"broken" else (expected_text(path), "")
-    return _known[data]
+    return (None, "image_unreadable") if data == b"broken" else (expected_text(path), "")
 
 
 def make_bench(folder: Path, number: int, suffix: str, output: Path | None = None) -> Bench:
@@ -172,13 +194,3 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-
-
-def until_untouched(run: Callable[[int], Ended | int | None], numbers: Iterable[int] | None = None) -> int:
-    """Call `run` with 1, 2, ... until it is not disturbed any more, or with `numbers`; how often it was."""
-    disturbed = 0
-    for number in numbers or range(1, 10_000):
-        if run(number) is None:
-            break
-        disturbed += 1
-    return disturbed

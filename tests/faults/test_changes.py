@@ -2,83 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import save_image
 from faulty_run import Settings
-from runs import Bench, Ended, make_bench
+from runs import PLAIN, Bench, both_formats, make_bench
 
 ROWS = 60
 
-both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-
-
-def with_another_prompt(bench: Bench) -> Ended:
-    return bench.run("--prompt", "{image} In short:")
-
-
-def with_another_prefix(bench: Bench) -> Ended:
-    return bench.run("--prefix", "A ")
-
-
-def with_other_decoding(bench: Bench) -> Ended:
-    return bench.run("--num-beams", "5")
-
-
-def with_another_model(bench: Bench) -> Ended:
-    return bench.run("-m", "other/model")
-
-
-def with_other_weights(bench: Bench) -> Ended:
-    return bench.run(settings=Settings(weights="other"))
-
-
-def with_fewer_rows(bench: Bench) -> Ended:
-    return bench.run("--limit", "5")
-
-
-def with_another_image(bench: Bench) -> Ended:
-    added = save_image(bench.images / "added.png")
-    ended = bench.run()
-    added.unlink()
-    return ended
-
-
-def with_more_texts(bench: Bench) -> Ended:
-    return bench.run("--num-return-sequences", "2")
+CHANGES = [
+    (("--prompt", "{image} In short:"), "(--prompt: was unset, now '{image} In short:')"),
+    (("--template", "caption"), "(--template: was unset, now 'caption')"),
+    (("--bare",), "(--bare: was False, now True)"),
+    (("--prefix", "A "), "(--prefix: was '', now 'A ')"),
+    (("--stop-words", "dog"), "(--stop-words: was unset, now ['dog'])"),
+    (("--num-beams", "5"), "(--num-beams: was 3, now 5)"),
+    (("--num-return-sequences", "2"), "(--num-return-sequences: was 1, now 2)"),
+    (("--model", "other/model"), "(--model: was 'HuggingFaceM4/idefics-9b-instruct', now 'other/model')"),
+    (("--draft",), "(--draft: was False, now True)"),
+    (("--limit", "5"), "(--limit: was unset, now 5)"),
+]
 
 
 @both_formats
 @pytest.mark.parametrize("is_finished", [False, True])
-@pytest.mark.parametrize(
-    ("run_again", "said"),
-    [
-        (with_another_prompt, "(--prompt: was unset, now '{image} In short:')"),
-        (with_another_prefix, "(--prefix: was '', now 'A ')"),
-        (with_other_decoding, "(--num-beams: was 3, now 5)"),
-        (with_another_model, "(--model: was 'HuggingFaceM4/idefics-9b-instruct', now 'other/model')"),
-        (with_fewer_rows, "(--limit: was unset, now 5)"),
-        (with_another_image, "files: was 60, now 61"),
-        (with_more_texts, "--num-return-sequences: was 1, now 2"),
-    ],
-)
-def test_a_change_is_named_and_nothing_touched(
-    tmp_path: Path, suffix: str, is_finished: bool, run_again: Callable[[Bench], Ended], said: str
-) -> None:
+def test_a_change_is_named_and_nothing_touched(tmp_path: Path, suffix: str, is_finished: bool) -> None:
     bench = make_bench(tmp_path, ROWS, suffix)
     begin(bench, is_finished)
-    refuse(bench, run_again, said)
+    for options, said in CHANGES:
+        refuse(bench, said, *options)
+    added = save_image(bench.images / "added.png")
+    refuse(bench, "files: was 60, now 61")
+    added.unlink()
     assert bench.run().code == 3
     bench.verify()
 
 
-@both_formats
-def test_other_weights_under_the_same_name(tmp_path: Path, suffix: str) -> None:
-    bench = make_bench(tmp_path, ROWS, suffix)
+def test_other_weights_under_the_same_name(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, ROWS, ".jsonl")
     begin(bench, is_finished=False)
-    refuse(bench, with_other_weights, "(model weights: was 'fake', now 'other')")
+    refuse(bench, "(model weights: was 'fake', now 'other')", settings=Settings(weights="other"))
 
 
 def begin(bench: Bench, is_finished: bool) -> None:
@@ -90,12 +54,12 @@ def begin(bench: Bench, is_finished: bool) -> None:
         assert bench.part.read_bytes().count(b"\n") > 20
 
 
-def refuse(bench: Bench, run_again: Callable[[Bench], Ended], said: str) -> None:
-    before = {path: path.read_bytes() for path in bench.output.parent.iterdir()}
-    ended = run_again(bench)
+def refuse(bench: Bench, said: str, *options: str, settings: Settings = PLAIN) -> None:
+    before = bench.files()
+    ended = bench.run(*options, settings=settings)
     assert ended.code == 2, ended
     assert said in ended.said and "--overwrite" in ended.said
-    assert {path: path.read_bytes() for path in bench.output.parent.iterdir()} == before
+    assert bench.files() == before
 
 
 @both_formats

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import FakeCaptioner
-from runs import Bench, make_bench
+from runs import Bench, both_formats, make_bench, slow
 
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
@@ -18,21 +18,20 @@ from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Run, RunOptions
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.prompts.templates import PromptOptions
-from idefics_cli.rows import ImageOptions, ReadOptions
+from idefics_cli.rows import ImageOptions
 from idefics_cli.tasks.caption_vqa import CaptionVqa, CaptionVqaOptions
 from idefics_cli.writers.journal import HEADER_START, Journal
 
 ROWS = 7
 
-both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
 
 def run(bench: Bench) -> str | None:
     """A run in this process and without the command line, of which there can be thousands; why it was refused."""
-    request = ModelRequest("fake", None, "auto", "auto", False)
     options = RunOptions(
-        (str(bench.images),), str(bench.output), request, ReadOptions(), ImageOptions(decode_timeout=5.0, workers=1)
+        (str(bench.images),),
+        str(bench.output),
+        ModelRequest("fake"),
+        images=ImageOptions(decode_timeout=5.0, workers=1),
     )
     load: Any = lambda request, batch_size: FakeCaptioner()  # noqa: E731
     task = CaptionVqa(CaptionVqaOptions(PromptOptions("caption"), DecodingOptions()))

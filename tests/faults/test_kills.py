@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,23 +20,20 @@ from runs import (
     BROKEN_EACH,
     KILLED,
     Bench,
-    Ended,
+    both_formats,
     expected_rows,
     make_bench,
     repair_images,
-    until_untouched,
+    sampled,
+    slow,
     wait_for,
 )
 
 SCRIPT = Path(__file__).with_name("faulty_run.py")
 ROWS = 200
-MOST_CALLS = 60
 SLOW_ROWS = Settings(delay=0.01, batch_size=2, commit_rows=5)
 LONGEST_WAIT = 0.25  # in which that many rows may come out at the most:
 ROWS_PER_KILL = round(LONGEST_WAIT / SLOW_ROWS.delay * SLOW_ROWS.batch_size)
-
-both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 # ---- at random moments
@@ -74,48 +72,34 @@ def size_of(path: Path) -> int:
 # ---- at every call
 
 
-def a_sample(step: int) -> list[int]:
-    return list(range(1, MOST_CALLS, step))
-
-
 @both_formats
+@sampled(5)
 @pytest.mark.parametrize("action", ["kill", "torn"])
-@pytest.mark.parametrize("numbers", [a_sample(5), pytest.param(None, marks=slow)], ids=["sample", "all"])
-def test_a_kill_at_each_call(tmp_path: Path, suffix: str, action: str, numbers: list[int] | None) -> None:
+def test_a_kill_at_each_call(tmp_path: Path, suffix: str, action: str, step: int) -> None:
     bench = make_bench(tmp_path, ROWS, suffix)
-
-    def killed_and_run_again(number: int) -> Ended | None:
-        bench.clear()
-        ended = bench.run_with_fault(number, action)
-        if ended is not None:
-            assert ended.code == KILLED
-            assert bench.run().code == 3
-            bench.verify()
-        return ended
-
-    disturbed = until_untouched(killed_and_run_again, numbers)
     appends = ROWS // COMMIT_ROWS
-    assert disturbed > 2 * appends if numbers is None else disturbed >= 5
+    for killed in bench.faults(step, 2 * appends // step, action):
+        assert killed.code == KILLED
+        assert bench.run().code == 3
+        bench.verify()
 
 
 @both_formats
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 @pytest.mark.parametrize("threads", ["all", "main"])
-@pytest.mark.parametrize("numbers", [[1, 4], pytest.param(None, marks=slow)], ids=["sample", "all"])
-def test_a_kill_at_each_system_call(tmp_path: Path, suffix: str, threads: str, numbers: list[int] | None) -> None:
+@pytest.mark.parametrize("numbers", [[1, 4], pytest.param(range(1, 10_000), marks=slow)], ids=["sample", "all"])
+def test_a_kill_at_each_system_call(tmp_path: Path, suffix: str, threads: str, numbers: Sequence[int]) -> None:
     """Calls are counted in each thread by itself: where all are followed, the one that writes rows comes first."""
     bench = make_bench(tmp_path, ROWS, suffix)
-
-    def killed_and_run_again(number: int) -> int | None:
+    codes = []
+    for number in numbers:
         bench.clear()
-        code = run_in_strace(bench, number, follow=threads == "all")
-        assert code in (KILLED, 3), f"ended with {code}"
-        if code == KILLED:
-            assert bench.run().code == 3
+        codes.append(run_in_strace(bench, number, follow=threads == "all"))
+        assert codes[-1] == 3 or bench.run().code == 3
         bench.verify()
-        return code if code == KILLED else None
-
-    assert until_untouched(killed_and_run_again, numbers) >= 2
+        if codes[-1] != KILLED:
+            break
+    assert codes.count(KILLED) >= 2 and set(codes) <= {KILLED, 3}
 
 
 def run_in_strace(bench: Bench, number: int, follow: bool) -> int:
@@ -134,31 +118,22 @@ def run_in_strace(bench: Bench, number: int, follow: bool) -> int:
 
 
 @both_formats
-@pytest.mark.parametrize("numbers", [a_sample(4), pytest.param(None, marks=slow)], ids=["sample", "all"])
-def test_kills_while_failed_rows_are_done_again(tmp_path: Path, suffix: str, numbers: list[int] | None) -> None:
+@sampled(4)
+def test_kills_while_failed_rows_are_done_again(tmp_path: Path, suffix: str, step: int) -> None:
     bench = make_bench(tmp_path, ROWS, suffix)
     assert bench.run().code == 3
     failed = bench.rows()
-    finished = shutil.copytree(bench.output.parent, tmp_path / "finished")
     repair_images(bench)
-
-    def killed_and_run_again(number: int) -> Ended | None:
-        bench.clear()
-        shutil.copytree(finished, bench.output.parent, dirs_exist_ok=True)
-        ended = bench.run_with_fault(number, "kill", "--retry-errors")
-        if ended is not None:
-            assert ended.code == KILLED
-            assert bench.rows() == failed or all(row["error"] is None for row in bench.rows())
-            assert bench.run("--retry-errors").code == 0
-            bench.verify()
-        return ended
-
-    assert until_untouched(killed_and_run_again, numbers) >= 2
+    for killed in bench.faults(step, 2, "kill", "--retry-errors"):
+        assert killed.code == KILLED
+        assert bench.rows() == failed or all(row["error"] is None for row in bench.rows())
+        assert bench.run("--retry-errors").code == 0
+        bench.verify()
 
 
 @both_formats
-@pytest.mark.parametrize("numbers", [a_sample(9), pytest.param(None, marks=slow)], ids=["sample", "all"])
-def test_kills_while_a_result_is_replaced(tmp_path: Path, suffix: str, numbers: list[int] | None) -> None:
+@sampled(9)
+def test_kills_while_a_result_is_replaced(tmp_path: Path, suffix: str, step: int) -> None:
     """What stands under the final name is the old result or the new one, and never a part of either."""
     bench = make_bench(tmp_path, ROWS, suffix)
     assert bench.run().code == 3
@@ -166,20 +141,11 @@ def test_kills_while_a_result_is_replaced(tmp_path: Path, suffix: str, numbers: 
     bench.clear()
     assert bench.run("--prefix", "old ").code == 3
     old = bench.rows()
-    finished = shutil.copytree(bench.output.parent, tmp_path / "finished")
-
-    def killed_and_run_again(number: int) -> Ended | None:
-        bench.clear()
-        shutil.copytree(finished, bench.output.parent, dirs_exist_ok=True)
-        ended = bench.run_with_fault(number, "kill", "--overwrite")
-        if ended is not None:
-            assert ended.code == KILLED
-            assert bench.rows() in (old, new)
-            assert bench.run(*([] if has_begun(bench) else ["--overwrite"])).code == 3
-            bench.verify()
-        return ended
-
-    assert until_untouched(killed_and_run_again, numbers) >= 3
+    for killed in bench.faults(step, 3, "kill", "--overwrite"):
+        assert killed.code == KILLED
+        assert bench.rows() in (old, new)
+        assert bench.run(*([] if has_begun(bench) else ["--overwrite"])).code == 3
+        bench.verify()
 
 
 def has_begun(bench: Bench) -> bool:
@@ -187,34 +153,27 @@ def has_begun(bench: Bench) -> bool:
     return b"old " not in bench.part.read_bytes() and bench.part.stat().st_size > 0
 
 
-@pytest.mark.parametrize("step", [30, pytest.param(1, marks=slow)])
+@sampled(30)
 def test_kills_while_texts_are_written_beside_the_images(tmp_path: Path, step: int) -> None:
-    assert kills_with_texts_beside(tmp_path, step, "--sidecar") > ROWS // step
+    kill_and_ask_for_texts(tmp_path, step, ROWS // step + 1, "--sidecar")
 
 
-@pytest.mark.parametrize("step", [10, pytest.param(1, marks=slow)])
+@sampled(10)
 def test_texts_beside_the_images_are_asked_for_after_a_kill(tmp_path: Path, step: int) -> None:
-    assert kills_with_texts_beside(tmp_path, step) > 30 // step
+    kill_and_ask_for_texts(tmp_path, step, 30 // step + 1)
 
 
-def kills_with_texts_beside(tmp_path: Path, step: int, *first: str) -> int:
-    """How many kills there were of runs with the options `first`, each of which one with --sidecar ends well."""
+def kill_and_ask_for_texts(tmp_path: Path, step: int, least: int, *first: str) -> None:
+    """Runs with the options `first` are killed, and each time one with --sidecar ends well."""
     bench = make_bench(tmp_path, ROWS, ".jsonl")
-
-    def killed_and_run_again(number: int) -> Ended | None:
-        bench.clear()
+    expected = {f"{Path(name).stem}.txt": text for name, text, _ in expected_rows(bench.images) if text}
+    for killed in bench.faults(step, least, "kill", *first):
+        assert killed.code == KILLED
+        assert bench.run("--sidecar").code == 3
+        bench.verify()
+        assert {path.name: path.read_text().rstrip("\n") for path in texts_beside(bench)} == expected
         for path in texts_beside(bench):
             path.unlink()
-        ended = bench.run_with_fault(number, "kill", *first)
-        if ended is not None:
-            assert ended.code == KILLED
-            assert bench.run("--sidecar").code == 3
-            bench.verify()
-            expected = {f"{Path(name).stem}.txt": text for name, text, _ in expected_rows(bench.images) if text}
-            assert {path.name: path.read_text().rstrip("\n") for path in texts_beside(bench)} == expected
-        return ended
-
-    return until_untouched(killed_and_run_again, range(1, 10_000, step))
 
 
 def texts_beside(bench: Bench) -> list[Path]:

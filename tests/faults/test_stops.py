@@ -11,39 +11,30 @@ from pathlib import Path
 
 import pytest
 from faulty_run import Settings
-from runs import PLAIN, Ended, Started, make_bench, until_untouched, wait_for
+from runs import both_formats, make_bench, sampled, slow, wait_for
 
 SCRIPT = Path(__file__).with_name("faulty_run.py")
 ROWS = 100
 SECONDS_TO_STOP = 5
 SLOW_ROWS = Settings(delay=0.02, batch_size=2, commit_rows=5)
 
-both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 both_signals = pytest.mark.parametrize(
     ("action", "number"), [("interrupt", signal.SIGINT), ("terminate", signal.SIGTERM)]
 )
-slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @both_formats
 @both_signals
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=slow)], ids=["sample", "all"])
+@sampled(7)
 def test_a_signal_at_each_call(tmp_path: Path, suffix: str, action: str, number: signal.Signals, step: int) -> None:
     bench = make_bench(tmp_path, ROWS, suffix)
-
-    def stopped_and_run_again(place: int) -> Ended | None:
-        bench.clear()
-        ended = bench.run_with_fault(place, action)
-        if ended is not None:
-            assert ended.code == 128 + number, ended
-            assert ended.said.startswith(f"Stopped by {number.name}.")
-            assert (str(bench.part) in ended.said) == bench.part.exists(), ended.said
-            assert not list(bench.output.parent.glob("*.tmp"))
-            assert bench.run().code == 3
-            bench.verify()
-        return ended
-
-    assert until_untouched(stopped_and_run_again, range(1, 60, step)) >= 3
+    for stopped in bench.faults(step, 3, action):
+        assert stopped.code == 128 + number, stopped
+        assert stopped.said.startswith(f"Stopped by {number.name}.")
+        assert (str(bench.part) in stopped.said) == bench.part.exists(), stopped.said
+        assert not list(bench.output.parent.glob("*.tmp"))
+        assert bench.run().code == 3
+        bench.verify()
 
 
 @both_formats
@@ -65,23 +56,13 @@ def test_signals_at_random_moments(
         # Before it has begun a run is ended by the signal itself, which a shell shows as the same number.
         assert ended.code == 128 + number or (ended.code, ended.stderr) == (-number, ""), ended
         assert "Traceback" not in ended.stderr
-        assert is_gone(run)
+        assert not processes_of(run.process.pid)
     assert bench.run().code == 3
     bench.verify()
 
 
-def is_gone(run: Started) -> bool:
-    """No process of the run's group is left."""
-    try:
-        run.send(0)
-    except ProcessLookupError:
-        return True
-    return run.process.exitcode is not None and not _group_lives(run.process.pid)
-
-
-def _group_lives(number: int | None) -> bool:
-    listed = subprocess.run(["ps", "-o", "pid=", "-g", str(number)], capture_output=True, text=True)
-    return bool(listed.stdout.strip())
+def processes_of(group: int | None) -> str:
+    return subprocess.run(["ps", "-o", "pid=", "-g", str(group)], capture_output=True, text=True).stdout.strip()
 
 
 # Options take long to be read, as they do on a machine that is busy.
@@ -138,7 +119,7 @@ def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path, suffix: str,
 def test_many_runs_that_begin_at_one_moment(tmp_path: Path, suffix: str) -> None:
     """One does the work; the others are refused, or find it done."""
     bench = make_bench(tmp_path, ROWS, suffix)
-    runs = [bench.start(settings=PLAIN) for _ in range(6)]
+    runs = [bench.start() for _ in range(6)]
     ended = [run.wait() for run in runs]
     assert {each.code for each in ended} <= {2, 3}
     assert all("another run is writing" in each.said for each in ended if each.code == 2)
@@ -146,9 +127,10 @@ def test_many_runs_that_begin_at_one_moment(tmp_path: Path, suffix: str) -> None
     bench.verify()
 
 
-def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("redirect", ["", "2>&1"])
+def test_a_reader_that_has_had_enough(tmp_path: Path, redirect: str) -> None:
     bench = make_bench(tmp_path, ROWS, ".jsonl")
-    command = 'set -o pipefail; "$@" | head -n 1'
+    command = f'set -o pipefail; "$@" {redirect} | head -n 1'
     run = [sys.executable, SCRIPT, "caption", bench.images]
     done = subprocess.run(["bash", "-c", command, "bash", *run], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

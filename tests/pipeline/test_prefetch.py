@@ -3,8 +3,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,10 +65,11 @@ def echo(row: InputRow) -> str | RowError:
 
 
 class Sink:
-    """Rows in memory."""
+    """Rows in memory, and what is counted of them."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, Outcome]] = []
+        self.stats = RunStats()
 
     def write(self, row: InputRow, outcome: Outcome) -> None:
         self.rows.append((row.id, outcome))
@@ -81,24 +83,18 @@ class Sink:
         return [None if error_of(outcome) else outcome.text for _, outcome in self.rows]
 
 
-def start(
-    rows: Iterator[InputRow] | Sequence[InputRow],
-    model: Model,
-    sink: Sink,
-    stats: RunStats,
-    *,
+def run(
+    rows: Iterable[InputRow],
+    model: Any,
+    sink: Sink | None = None,
     prepare: Callable[[InputRow], Any] = echo,
     on_row: Callable[[], None] = lambda: None,
     **options: Any,
-) -> None:
+) -> Sink:
+    sink = sink or Sink()
     flow = FlowOptions(**{"batch_size": model.batch_size, "workers": 2, **options})
-    run_rows(iter(rows), Steps(prepare, model.decode), sink.write, flow, stats, on_row)
-
-
-def run(rows: Iterator[InputRow] | Sequence[InputRow], model: Model, **options: Any) -> tuple[Sink, RunStats]:
-    sink, stats = Sink(), RunStats()
-    start(rows, model, sink, stats, **options)
-    return sink, stats
+    run_rows(iter(rows), Steps(prepare, model.decode), sink.write, flow, sink.stats, on_row)
+    return sink
 
 
 # Rows
@@ -117,10 +113,10 @@ def test_every_row_comes_out_once_in_order(
 ) -> None:
     rows = [row(i, f"{'good' if is_good else 'bad'} {i}") for i, is_good in enumerate(good)]
     model = kind(batch_size, shuffled=True)
-    sink, stats = run(rows, model, workers=workers, rows_at_once=rows_at_once)
+    sink = run(rows, model, workers=workers, rows_at_once=rows_at_once)
     assert sink.ids == [r.id for r in rows]
     assert sink.texts == [r.id if is_good else None for r, is_good in zip(rows, good, strict=True)]
-    assert (stats.rows, stats.num_failed) == (len(good), good.count(False))
+    assert (sink.stats.rows, sink.stats.num_failed) == (len(good), good.count(False))
     assert max(model.calls, default=0) <= batch_size
 
 
@@ -129,7 +125,7 @@ def test_images_that_are_ready_early_wait_for_their_turn() -> None:
         time.sleep(random.random() / 200)
         return row.id
 
-    sink, _ = run([row(i) for i in range(60)], Model(shuffled=True), workers=8, prepare=uneven)
+    sink = run([row(i) for i in range(60)], Model(shuffled=True), workers=8, prepare=uneven)
     assert sink.ids == sink.texts == [f"row {i}" for i in range(60)]
 
 
@@ -143,12 +139,13 @@ def test_rows_that_are_known_to_be_bad_are_not_prepared() -> None:
     def never(row: InputRow) -> str:
         raise AssertionError(row)
 
-    sink, _ = run([row(0, error=RowError("image_not_allowed", "a link"))], Model(), prepare=never)
+    sink = run([row(0, error=RowError("image_not_allowed", "a link"))], Model(), prepare=never)
     assert str(sink.rows[0][1]) == "image_not_allowed: a link"
 
 
 def test_statistics_count_by_code_and_keep_the_first_ids() -> None:
-    _, stats = run([row(i, f"bad {i}" if i < 5 else None) for i in range(6)], Model(before=lambda _: time.sleep(0.01)))
+    rows = [row(i, f"bad {i}" if i < 5 else None) for i in range(6)]
+    stats = run(rows, Model(before=lambda _: time.sleep(0.01))).stats
     assert dict(stats.failed) == {"image_unreadable": 5}
     assert stats.failed_ids == {"image_unreadable": ["bad 0", "bad 1", "bad 2"]}
     assert stats.rate == pytest.approx(6 / stats.seconds)
@@ -167,26 +164,19 @@ def test_reading_ahead_is_bounded(rows_at_once: int) -> None:
             read.append(index)
             yield row(index)
 
-    options = FlowOptions(3, 2)
-    sink, stats = Sink(), RunStats()
+    sink = Sink()
     furthest: list[int] = []
 
     def look() -> None:
-        furthest.append(len(read) - stats.rows)
-        if stats.rows == 50:
+        furthest.append(len(read) - sink.stats.rows)
+        if sink.stats.rows == 50:
             raise KeyboardInterrupt
 
+    model = Model(before=lambda _: time.sleep(0.005))
     with pytest.raises(KeyboardInterrupt):
-        start(
-            endless(),
-            Model(before=lambda _: time.sleep(0.005)),
-            sink,
-            stats,
-            on_row=look,
-            rows_at_once=rows_at_once,
-        )
+        run(endless(), model, sink, on_row=look, rows_at_once=rows_at_once)
     assert len(sink.rows) == 50
-    assert max(furthest) <= options.window
+    assert max(furthest) <= FlowOptions(3, 2).window
 
 
 def test_a_row_that_takes_long_holds_the_others_back_in_bounds() -> None:
@@ -207,7 +197,7 @@ def test_a_row_that_takes_long_holds_the_others_back_in_bounds() -> None:
 
     thread = threading.Thread(target=release_later)
     thread.start()
-    sink, _ = run(map(row, range(200)), Model(), prepare=prepare)
+    sink = run(map(row, range(200)), Model(), prepare=prepare)
     thread.join()
     assert sink.ids == [f"row {i}" for i in range(200)]
     assert prepared.index(0) == FlowOptions(3, 2).window - 1
@@ -222,10 +212,10 @@ def test_rows_that_are_slow_to_come_leave_at_once() -> None:
             times[f"row {index}"] = time.monotonic()
             time.sleep(3 * PATIENCE)
 
-    sink, stats, left = Sink(), RunStats(), {}
-    start(slow(), Model(), sink, stats, on_row=lambda: left.update({sink.ids[-1]: time.monotonic()}), workers=1)
+    sink, left = Sink(), {}
+    run(slow(), Model(), sink, on_row=lambda: left.update({sink.ids[-1]: time.monotonic()}), workers=1)
     assert all(left[name] - times[name] < 2 * PATIENCE for name in times)
-    assert stats.seconds_waited > PATIENCE
+    assert sink.stats.seconds_waited > PATIENCE
 
 
 def test_errors_leave_while_the_model_waits_for_a_prompt() -> None:
@@ -236,7 +226,7 @@ def test_errors_leave_while_the_model_waits_for_a_prompt() -> None:
         assert left.wait(5), "the row was held back"
         yield row(1)
 
-    sink, _ = run(rows(), Model(), on_row=left.set, workers=1)
+    sink = run(rows(), Model(), on_row=left.set, workers=1)
     assert sink.ids == ["bad 0", "row 1"]
 
 
@@ -258,8 +248,7 @@ def test_the_model_is_not_made_to_wait_while_it_has_work() -> None:
         yield 1, FakeResult("second")
         assert source.take(8, True) == []
 
-    sink, stats = Sink(), RunStats()
-    run_rows(rows(), Steps(echo, decode), sink.write, FlowOptions(4, 1), stats, lambda: None)
+    sink = run(rows(), SimpleNamespace(batch_size=4, decode=decode), workers=1)
     assert sink.texts == ["first", "second"]
 
 
@@ -267,15 +256,15 @@ def test_the_model_is_not_made_to_wait_while_it_has_work() -> None:
 
 
 def test_enough_errors_end_the_run_early() -> None:
-    sink, stats = run([row(i, f"bad {i}" if i > 2 else None) for i in range(9)], Model(), max_errors=2)
-    assert len(sink.rows) == 5 and stats.stopped_early
+    sink = run([row(i, f"bad {i}" if i > 2 else None) for i in range(9)], Model(), max_errors=2)
+    assert len(sink.rows) == 5 and sink.stats.stopped_early
 
 
 def test_errors_of_an_earlier_run_do_not_end_this_one() -> None:
-    stats = RunStats()
-    stats.add("before", "image_missing")
-    start([row(0, "bad 0"), row(1)], Model(), Sink(), stats, max_errors=2)
-    assert not stats.stopped_early and stats.num_failed == 2
+    sink = Sink()
+    sink.stats.add("before", "image_missing")
+    run([row(0, "bad 0"), row(1)], Model(), sink, max_errors=2)
+    assert not sink.stats.stopped_early and sink.stats.num_failed == 2
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3])
@@ -285,10 +274,10 @@ def test_what_the_reader_raises_comes_behind_its_rows(num_rows: int, rows_at_onc
         yield from map(row, range(num_rows))
         raise InputError("two rows with one id")
 
-    sink, stats = Sink(), RunStats()
+    sink = Sink()
     with pytest.raises(InputError, match="one id"):
-        start(broken(), Model(), sink, stats, rows_at_once=rows_at_once)
-    assert len(sink.rows) == stats.rows == num_rows
+        run(broken(), Model(), sink, rows_at_once=rows_at_once)
+    assert len(sink.rows) == sink.stats.rows == num_rows
 
 
 def test_a_bug_goes_through_and_rows_before_it_are_written() -> None:
@@ -298,7 +287,7 @@ def test_a_bug_goes_through_and_rows_before_it_are_written() -> None:
 
     model, sink = Model(before=fail_later), Sink()
     with pytest.raises(ValueError, match="shapes"):
-        start(map(row, range(9)), model, sink, RunStats())
+        run(map(row, range(9)), model, sink)
     assert sink.ids == ["row 0", "row 1", "row 2"]
 
 
@@ -311,7 +300,7 @@ def test_a_bug_in_a_prepare_thread_goes_through_behind_the_rows_before_it(rows_a
 
     sink = Sink()
     with pytest.raises(ZeroDivisionError):
-        start(map(row, range(9)), Model(), sink, RunStats(), prepare=broken, rows_at_once=rows_at_once)
+        run(map(row, range(9)), Model(), sink, prepare=broken, rows_at_once=rows_at_once)
     assert sink.ids == [f"row {i}" for i in range(5)]
 
 
@@ -321,9 +310,7 @@ def test_a_model_that_forgets_a_row_is_found_out() -> None:
             yield from ()
 
     with pytest.raises(AssertionError, match="2 rows came in and 0 went out"):
-        run_rows(
-            iter(map(row, range(2))), Steps(echo, forgetful), Sink().write, FlowOptions(3, 1), RunStats(), lambda: None
-        )
+        run(map(row, range(2)), SimpleNamespace(batch_size=3, decode=forgetful))
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 16])

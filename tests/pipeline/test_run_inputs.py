@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -13,38 +12,24 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import FakeCaptioner, save_image
-from typer.testing import CliRunner, Result
+from conftest import rows_of, save_image
+from typer.testing import Result
 from written_manifests import TABLE_FORMATS, unescape_name, write_manifest
 
-from idefics_cli.cli import app as cli
-
 ADDRESSES = ["https://a.example/1.png", "HTTP://a.example", "data:image/png;base64,aGk=", "file:///etc/passwd"]
-
-
-@pytest.fixture
-def caption(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.delenv("IDEFICS_MODEL", raising=False)
-    monkeypatch.setattr(cli, "check_model", lambda request: None)
-    monkeypatch.setattr(cli, "load_model", lambda request, batch_size: FakeCaptioner())
-
-    def run(*arguments: str | Path) -> Result:
-        return CliRunner().invoke(cli.app, ["caption", *map(str, arguments)])
-
-    return run
 
 
 def written(output: Path) -> list[dict[str, Any]]:
     if output.suffix == ".parquet":
         return pq.read_table(output).to_pylist()
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    return rows_of(output.read_text())
 
 
 # Names
 
 
 @pytest.mark.parametrize("name", ["f.jsonl", "f.parquet"])
-def test_odd_names_keep_ids_that_lead_back_to_them(caption: Callable[..., Result], tmp_path: Path, name: str) -> None:
+def test_odd_names_keep_ids_that_lead_back_to_them(run: Callable[..., Result], tmp_path: Path, name: str) -> None:
     accents = ["caf\u00e9.png", unicodedata.normalize("NFD", "caf\u00e9.png")]
     texts = [
         "a\nb.png",
@@ -60,7 +45,7 @@ def test_odd_names_keep_ids_that_lead_back_to_them(caption: Callable[..., Result
     for each in names:
         save_image(tmp_path / "photos" / os.fsdecode(each))
     kept_apart = len(os.listdir(tmp_path / "photos"))
-    result = caption(tmp_path / "photos", "-o", tmp_path / name)
+    result = run("caption", tmp_path / "photos", "-o", tmp_path / name)
     ids = [row["id"] for row in written(tmp_path / name)]
     assert result.exit_code == 0, result.stderr
     assert len(ids) == len(set(ids)) == kept_apart
@@ -69,29 +54,12 @@ def test_odd_names_keep_ids_that_lead_back_to_them(caption: Callable[..., Result
         assert kept_apart == len(names)
 
 
-def test_what_is_no_file_is_neither_waited_for_nor_fatal(caption: Callable[..., Result], tmp_path: Path) -> None:
-    """All of them under names of images."""
-    folder = tmp_path / "photos"
-    save_image(folder / "good.png")
-    os.mkfifo(folder / "fifo.png")
-    (folder / "dangling.png").symlink_to("none.png")
-    (folder / "loop.png").symlink_to("loop.png")
-    (folder / "up.png").symlink_to("..")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(folder / "socket.png"))
-        result = caption(folder, "-o", tmp_path / "f.jsonl")
-    rows = written(tmp_path / "f.jsonl")
-    assert result.exit_code == 3, result.output
-    assert [row["id"] for row in rows if row["error"] is None] == ["good.png"]
-    assert {row["id"] for row in rows} >= {"dangling.png", "loop.png", "good.png"}
-
-
 # The network
 
 
 @pytest.mark.parametrize("name", TABLE_FORMATS)
 def test_an_address_in_any_column_causes_no_connection(
-    caption: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     asked: list[Any] = []
     for function in ("connect", "connect_ex"):
@@ -101,25 +69,12 @@ def test_an_address_in_any_column_causes_no_connection(
     rows = [{"id": address, "image": address, "note": address} for address in ADDRESSES]
     write_manifest(tmp_path / name, [*rows, {"id": "good", "image": "good.png", "note": ADDRESSES[0]}])
     options = ("--image-column", "image", "--keep", "note", "--prompt", "{image}https://b.example")
-    result = caption(tmp_path / name, *options, "-o", tmp_path / "f.jsonl")
+    result = run("caption", tmp_path / name, *options, "-o", tmp_path / "f.jsonl")
     *refused, good = written(tmp_path / "f.jsonl")
     assert result.exit_code == 3, result.output
     assert [row["id"] for row in refused] == [row["note"] for row in refused] == ADDRESSES
     assert all(row["error"].startswith("image_not_allowed: ") and "img2dataset" in row["error"] for row in refused)
     assert good["error"] is None and not asked
-
-
-# Images
-
-
-def test_a_run_with_whole_images_is_not_continued_with_drafts(caption: Callable[..., Result], tmp_path: Path) -> None:
-    """The pixels differ, and so may the texts."""
-    save_image(tmp_path / "photos/a.png")
-    output = ("-o", tmp_path / "f.jsonl")
-    assert caption(tmp_path / "photos", "--draft", *output).exit_code == 0
-    assert caption(tmp_path / "photos", "--draft", *output).exit_code == 0
-    refused = caption(tmp_path / "photos", *output)
-    assert refused.exit_code == 2 and "draft" in refused.stderr
 
 
 # Manifests that are not as they should be
@@ -159,14 +114,14 @@ def empty(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("name", TABLE_FORMATS)
 @pytest.mark.parametrize("spoil", [cut, mis_encoded, wrongly_typed, with_one_id_twice, without_the_column, empty])
 def test_a_spoilt_manifest_is_one_line_or_loses_no_row(
-    caption: Callable[..., Result], tmp_path: Path, spoil: Callable[..., int | None], name: str
+    run: Callable[..., Result], tmp_path: Path, spoil: Callable[..., int | None], name: str
 ) -> None:
     rows = [{"id": f"row {i}", "image": f"{i}.png", "note": f"note {i}"} for i in range(5)]
     for row in rows:
         save_image(tmp_path / row["image"])
     num_rows = spoil(tmp_path / name, rows)
     options = ("--image-column", "image", "--keep", "note", "-o", tmp_path / "f.jsonl")
-    result = caption(tmp_path / name, *options)
+    result = run("caption", tmp_path / name, *options)
     assert "Traceback" not in result.output
     if num_rows is None:
         assert result.exit_code == 2, result.output

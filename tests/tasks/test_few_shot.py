@@ -80,11 +80,6 @@ def test_shots_that_are_shown_as_texts_need_no_images(run: Callable[..., Result]
     assert "Q0?" in prompt and "a1" in prompt and "[0]" not in prompt
 
 
-def test_four_are_shown_where_no_number_is_given(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
-    captions = shots(caption=lambda k: f"caption {k}")
-    assert [shown(prompt)[:-1] for prompt in asked(run, "caption", manifest, "--shots", captions)] == [[0, 1, 2, 3]] * 6
-
-
 def test_a_seed_decides_which_random_shots_all_rows_have(
     run: Callable[..., Result], manifest: Path, shots: Shots
 ) -> None:
@@ -107,22 +102,14 @@ def test_no_shots_are_the_published_two_without_images_of_the_pool(
     assert {"Q0? Answer: a0", "Q1? Answer: a1"} == set(re.findall(r"Q\d\? Answer: a\d", prompts[0]))
 
 
-def test_instruct_models_are_shown_shots_as_turns(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:
-    instruct = FakeCaptioner(is_instruct=True)
-    prompt = asked(run, "vqa", manifest, "--shots", shots(), "--num-shots", "1", captioner=instruct)[0]
-    turn = "User:[0]Q0?<end_of_utterance>\nAssistant: a0<end_of_utterance>\n"
-    assert prompt == f"{turn}User:[100]Q?<end_of_utterance>\nAssistant:"
-
-
 # What they show
 
 
-@pytest.mark.parametrize("name", ["shots.jsonl", "shots.parquet"])
 def test_of_several_answers_the_most_common_one_is_shown(
-    run: Callable[..., Result], manifest: Path, shots: Shots, name: str
+    run: Callable[..., Result], manifest: Path, shots: Shots
 ) -> None:
     answers = ["no", "yes", "no"], ["a", "b"], ["c", None, "d", "d"]
-    pool = shots(3, name, question=lambda k: "Q?", answers=lambda k: answers[k])
+    pool = shots(3, "shots.parquet", question=lambda k: "Q?", answers=lambda k: answers[k])
     prompt = asked(run, "vqa", manifest, "--shots", pool, "--num-shots", "3")[0]
     assert re.findall(r"Answer: (\w+)", prompt) == ["no", "a", "d"]
 
@@ -145,15 +132,9 @@ def test_too_many_shots_lose_the_furthest_and_it_is_said_once(
     images = [shown(prompt) for prompt in prompts_of(captioner, rows_of(result.stdout))]
     assert images == [[2, 3, seed] for seed in range(100, 106)]
     assert result.stderr.count("too long for all shots") == 1
-
-
-def test_a_row_that_is_too_long_alone_is_a_row_with_an_error(
-    run: Callable[..., Result], manifest: Path, shots: Shots
-) -> None:
-    result = run("vqa", manifest, "--shots", shots(), captioner=FakeCaptioner(room=20))
-    assert result.exit_code == 3
-    assert all(row["error"].startswith("prompt_too_long: ") for row in rows_of(result.stdout))
-    assert "too long for all shots" not in result.stderr
+    alone = run("vqa", manifest, "--shots", shots(), captioner=FakeCaptioner(room=20))
+    assert all(row["error"].startswith("prompt_too_long: ") for row in rows_of(alone.stdout))
+    assert "too long for all shots" not in alone.stderr
 
 
 # Mistakes
@@ -178,19 +159,18 @@ def test_files_that_hold_no_shots_are_refused_before_the_model_is_loaded(
     assert not list(tmp_path.glob("f.jsonl*"))
 
 
+@pytest.mark.parametrize("selection", ["first", "similar"])
 def test_a_bad_image_is_one_line_and_leaves_no_output(
-    run: Callable[..., Result], manifest: Path, shots: Shots, tmp_path: Path
+    run: Callable[..., Result], manifest: Path, shots: Shots, tmp_path: Path, selection: str
 ) -> None:
-    pool = shots()
-    (pool.parent / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
-    command = "vqa", manifest, "--shots", pool, "-o", tmp_path / "f.jsonl"
-    result = run(*command)
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
+    pool = shots(2)
+    (pool.parent / "1.png").write_bytes(b"broken")
+    command = "vqa", manifest, "--shots", pool, "--num-shots", "2", "--shot-selection", selection
+    result = run(*command, "-o", tmp_path / "f.jsonl")
+    *_, line = result.stderr.splitlines()
+    assert result.exit_code == 2 and result.stderr.count("Error: ") == 1
     assert line.startswith("Error: ") and "image_unreadable" in line and "fix or remove it" in line
     assert not list(tmp_path.glob("f.jsonl*"))
-    save_image(pool.parent / "1.png", 1)
-    assert run(*command).exit_code == 0
 
 
 def test_only_images_that_are_shown_must_be_good(run: Callable[..., Result], manifest: Path, shots: Shots) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import FakeCaptioner, prompts_of, rows_of, save_image
-from PIL import Image
 from typer.testing import Result
 from written_manifests import write_manifest
-
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as the datasets library stores one
-
-
-def image_bytes(seed: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (seed, 0, 77)).save(file, format="PNG")
-    return file.getvalue()
 
 
 @pytest.fixture
@@ -48,15 +38,6 @@ def generated(run: Callable[..., Result], tmp_path: Path) -> Callable[..., list[
 
 
 Generated = Callable[..., list[tuple[str | None, str | None]]]
-CHAT = [
-    {"role": "user", "content": [{"type": "image", "image": "1.png"}, {"type": "text", "text": "What?"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
-    {"role": "user", "content": "And this? "},
-]
-WRITTEN_CHAT = (
-    "User:[1]What?<end_of_utterance>\nAssistant: A dog.<end_of_utterance>\n"
-    "User: And this? <end_of_utterance>\nAssistant:"
-)
 
 
 def test_lists_of_texts_and_images(generated: Generated) -> None:
@@ -69,52 +50,40 @@ def test_lists_of_texts_and_images(generated: Generated) -> None:
     assert generated(prompts) == [(prompt, None) for prompt in expected]
 
 
-def test_conversations_of_instruct_models(generated: Generated) -> None:
-    assert generated([CHAT], captioner=FakeCaptioner(is_instruct=True)) == [(WRITTEN_CHAT, None)]
-
-
-def test_a_conversation_is_no_prompt_for_a_base_model(generated: Generated) -> None:
-    (chat, error), beside = generated([CHAT, ["Once"]])
-    assert chat is None and error.startswith("row_invalid: a conversation") and "-m" in error
+def test_conversations_are_for_instruct_models(generated: Generated) -> None:
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": "1.png"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A dog."},
+        {"role": "user", "content": "And this? "},
+    ]
+    asked = "User:[1]What?<end_of_utterance>\nAssistant: A dog.<end_of_utterance>\n"
+    asked += "User: And this? <end_of_utterance>\nAssistant:"
+    assert generated([chat], captioner=FakeCaptioner(is_instruct=True)) == [(asked, None)]
+    (of_base, error), beside = generated([chat, ["Once"]])
+    assert of_base is None and error.startswith("row_invalid: a conversation") and "-m" in error
     assert beside == ("Once", None)
 
 
 def test_lists_of_structs_as_the_datasets_library_writes_them(generated: Generated, tmp_path: Path) -> None:
     """Every struct has all the fields, most of them null, and an image may be a struct of nulls."""
-    prompts = [
-        [
-            {"text": "A ", "image": None},
-            {"text": None, "image": {"bytes": image_bytes(3), "path": None}},
-            {"text": " or ", "image": {"bytes": None, "path": None}},
-            {"text": None, "image": {"bytes": None, "path": "2.png"}},
-        ]
+    data = save_image(tmp_path / "3.png", 3).read_bytes()
+    prompt = [
+        {"text": "A ", "image": None},
+        {"text": None, "image": {"bytes": data, "path": None}},
+        {"text": " or ", "image": {"bytes": None, "path": None}},
+        {"text": None, "image": {"bytes": None, "path": "2.png"}},
     ]
-    of = pa.list_(pa.struct([("text", pa.string()), ("image", IMAGE)]))
-    pq.write_table(pa.table({"prompt": pa.array(prompts, of)}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"prompt": [prompt]}), tmp_path / "rows.parquet")
     assert generated(manifest=tmp_path / "rows.parquet") == [("A [3] or [2]", None)]
 
 
-@pytest.mark.parametrize("address", ["http://a.example/b.png", "https://a.example/b.png", "data:image/png;base64,AA=="])
-def test_web_addresses_are_rows_with_an_error_and_words_in_a_text(generated: Generated, address: str) -> None:
-    image, text = generated([["A ", {"image": address}], ["A ", address]])
-    assert image[0] is None and image[1].startswith("image_not_allowed: ")
-    assert text == (f"A {address}", None)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "code"),
-    [
-        (None, "row_invalid"),
-        (["A ", None], "row_invalid"),
-        ([{"image": "none.png"}], "image_missing"),
-        ([{"image": "../1.png"}], "image_not_allowed"),
-        ([{"image": 7}], "row_invalid"),
-    ],
-)
-def test_what_is_no_prompt_is_a_row_with_an_error(generated: Generated, prompt: Any, code: str) -> None:
-    bad, good = generated([prompt, ["Once"]], captioner=FakeCaptioner(is_instruct=True))
-    assert bad[0] is None and bad[1].startswith(f"{code}: "), bad
-    assert good == ("Once", None)
+def test_what_cannot_be_shown_is_a_row_with_an_error(generated: Generated) -> None:
+    """What is not a prompt at all is tested where prompts are read."""
+    address = "https://a.example/b.png"
+    codes = ["row_invalid", "image_missing", "image_not_allowed", "image_not_allowed"]
+    found = generated([None, [{"image": "none.png"}], [{"image": "../1.png"}], [{"image": address}], ["A ", address]])
+    assert [error.split(":")[0] for _, error in found[:4]] == codes
+    assert found[4] == (f"A {address}", None)
 
 
 def test_images_stand_in_their_own_manifests_folder(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -142,7 +111,6 @@ def test_rows_of_a_result(run: Callable[..., Result], tmp_path: Path) -> None:
 
 
 def test_inputs_without_prompts_are_refused(refused: Callable[..., str], photos: Path, tmp_path: Path) -> None:
-    assert "is not a manifest" in refused("generate", photos)
     manifest = write_manifest(tmp_path / "rows.jsonl", [{"text": "Once"}])
-    assert "no column 'prompt'" in refused("generate", manifest)
+    assert "is not a manifest" in refused("generate", photos)
     assert "no column 'ask'" in refused("generate", manifest, "--prompt-column", "ask")

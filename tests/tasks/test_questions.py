@@ -11,26 +11,16 @@ from idefics_cli.tasks.questions import input_id, with_questions
 names = st.text("ab#1", min_size=1)
 
 
-def row(name: str, index: int = 0) -> InputRow:
-    return InputRow(index, name, None, (), {"question": "the manifest's own"})
-
-
 def rows(ids: list[str]) -> list[InputRow]:
-    return [row(name, index) for index, name in enumerate(ids)]
+    values = {"question": "the manifest's own"}
+    return [InputRow(index, name, None, (), values) for index, name in enumerate(ids)]
 
 
-def test_of_several_questions_each_makes_an_id_of_its_own() -> None:
+def test_each_of_several_questions_makes_an_id_and_one_alone_leaves_it() -> None:
     asked = list(with_questions(rows(["x", "y"]), ["What?", "Where?"]))
-    assert [(each.id, each.asked) for each in asked] == [
-        ("x#1", "What?"),
-        ("x#2", "Where?"),
-        ("y#1", "What?"),
-        ("y#2", "Where?"),
-    ]
+    assert [each.id for each in asked] == ["x#1", "x#2", "y#1", "y#2"]
+    assert [each.asked for each in asked] == ["What?", "Where?"] * 2
     assert all(each.values == {"question": "the manifest's own"} for each in asked)
-
-
-def test_one_question_leaves_the_ids_as_they_are() -> None:
     assert [each.id for each in with_questions(rows(["x", "y#1"]), ["What?"])] == ["x", "y#1"]
 
 

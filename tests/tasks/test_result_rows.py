@@ -17,14 +17,8 @@ FINISH = PostProcess((".",), "<", ">")
 
 def test_a_captioned_row() -> None:
     form = ResultForm("caption", FINISH)
-    assert form.row(ROW, RESULT) == {
-        "id": "a",
-        "image": "a.png",
-        "caption": "<two dogs>",
-        "score": -0.5,
-        "tokens": 3,
-        "error": None,
-    }
+    values = {"caption": "<two dogs>", "score": -0.5, "tokens": 3, "error": None}
+    assert form.row(ROW, RESULT) == {"id": "a", "image": "a.png", **values}
 
 
 @pytest.mark.parametrize("is_result", [True, False])

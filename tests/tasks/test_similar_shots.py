@@ -116,12 +116,11 @@ def test_a_place_that_cannot_be_written_costs_no_run(
     assert chosen(run, FakeCaptioner(), manifest, pool) == EXPECTED
 
 
-def test_bad_rows_are_rows_with_an_error(run: Callable[..., Result], pool: Path, tmp_path: Path) -> None:
-    red = str(save_colour(tmp_path / "red.png", COLOURS["red"]).name)
-    rows = [{"image": red, "question": "Q?"}, {"image": red, "question": None}, {"image": "no.png", "question": "Q?"}]
-    manifest = write_manifest(tmp_path / "rows.jsonl", rows)
-    options = "--shots", pool, "--shot-selection", "similar", "--num-shots", "1"
-    result = run("vqa", manifest, *options)
+def test_bad_rows_are_rows_with_an_error(run: Callable[..., Result], pool: Path) -> None:
+    cells = ("red.png", "Q?"), ("red.png", None), ("no.png", "Q?")
+    rows = [{"image": image, "question": question} for image, question in cells]
+    manifest = write_manifest(pool.with_name("rows.jsonl"), rows)
+    result = run("vqa", manifest, "--shots", pool, "--shot-selection", "similar", "--num-shots", "1")
     errors = [row["error"] and row["error"].split(":")[0] for row in rows_of(result.stdout)]
     assert (result.exit_code, errors) == (3, [None, "row_invalid", "image_missing"])
 
@@ -132,31 +131,14 @@ def test_the_furthest_of_similar_shots_go_first(run: Callable[..., Result], mani
     assert chosen(run, captioner, manifest, pool, 3) == {name: [name] for name in ("blue", "red", "green")}
 
 
-@pytest.mark.parametrize("image", [None, []])
-def test_a_shot_without_an_image_is_one_line(
-    run: Callable[..., Result], manifest: Path, tmp_path: Path, image: Any
-) -> None:
+def test_a_shot_without_an_image_is_one_line(run: Callable[..., Result], manifest: Path, tmp_path: Path) -> None:
     save_image(tmp_path / "pool" / "a.png")
-    rows = [{"image": each, "question": "Q?", "answer": "a"} for each in (["a.png"], image)]
+    rows = [{"image": each, "question": "Q?", "answer": "a"} for each in (["a.png"], [])]
     shots = write_manifest(tmp_path / "pool" / "shots.jsonl", rows)
     result = run("vqa", manifest, "--shots", shots, "--num-shots", "1", "--shot-selection", "similar")
-    assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
+    assert (result.exit_code, result.stdout) == (2, "")
     assert line.startswith("Error: row 2 of ") and "shots.jsonl" in line
-
-
-def test_a_bad_image_in_the_pool_is_one_line_and_leaves_no_output(
-    run: Callable[..., Result], manifest: Path, pool: Path, tmp_path: Path
-) -> None:
-    (pool.parent / "green.png").write_bytes(b"broken")
-    options = "--shots", pool, "--num-shots", "1", "--shot-selection", "similar", "-o", tmp_path / "f.jsonl"
-    result = run("vqa", manifest, *options)
-    assert result.exit_code == 2
-    assert [line for line in result.stderr.splitlines() if line.startswith("Error: ")] == [
-        result.stderr.splitlines()[-1]
-    ]
-    assert "image_unreadable" in result.stderr
-    assert not list(tmp_path.glob("f.jsonl*"))
 
 
 vectors = st.lists(st.integers(-9, 9), min_size=3, max_size=3).filter(any)
