@@ -1,4 +1,4 @@
-"""Manifests of every format, written from the same rows."""
+"""Manifests of every format, written from the same rows, and read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+
+from idefics_cli.errors import InputError
+from idefics_cli.readers.inputs import Inputs, open_inputs
+from idefics_cli.rows import InputRow, ReadOptions
 
 Rows = Sequence[Mapping[str, Any]]
 
 TEXT_FORMATS = ["rows.jsonl", "rows.ndjson", "rows.csv", "rows.tsv", "rows.jsonl.gz", "rows.csv.gz", "rows.tsv.gz"]
 TABLE_FORMATS = [*TEXT_FORMATS, "rows.parquet"]
+ALL_FORMATS = [*TABLE_FORMATS, "rows.tar", "rows.tar.gz"]
 
 
 def write_manifest(path: Path, rows: Rows) -> Path:
-    """A table of the format that the name says, with the columns of the first row."""
+    """A table of the format that the name says, with the columns of the first row; an archive of ids and questions."""
     name = path.name.removesuffix(".gz")
+    if name.endswith((".tar", ".tgz")):
+        texts = [(f"{row['id']}.txt", row["question"].encode()) for row in rows]
+        return write_archive(path, [each for text in texts for each in (text, (text[0].replace("txt", "png"), b"1"))])
     if name.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=3)
         return path
@@ -50,6 +59,23 @@ def write_archive(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def opened(*inputs: str | Path, stdin: bytes | None = None, **options: Any) -> Inputs:
+    stream = None if stdin is None else io.BytesIO(stdin)
+    return open_inputs([str(name) for name in inputs], ReadOptions(**options), stream)
+
+
+def read(*inputs: str | Path, stdin: bytes | None = None, **options: Any) -> list[InputRow]:
+    return list(opened(*inputs, stdin=stdin, **options).rows)
+
+
+def refusal(*inputs: str | Path, stdin: bytes | None = None, **options: Any) -> str:
+    """The line that refuses these inputs."""
+    with pytest.raises(InputError) as caught:
+        read(*inputs, stdin=stdin, **options)
+    assert "\n" not in str(caught.value) and str(caught.value).encode()
+    return str(caught.value)
 
 
 def unescape_name(text: str) -> str:

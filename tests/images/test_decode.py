@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import socket
@@ -43,6 +42,12 @@ def nothing_escapes():
     assert before == (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
 
 
+@pytest.fixture
+def may_warn(nothing_escapes):
+    """But where Pillow warns of damage."""
+    warnings.simplefilter("ignore")
+
+
 def saved(image: Image.Image, image_format: str, **options) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format=image_format, **options)
@@ -53,6 +58,19 @@ def photo(width: int = 40, height: int = 30) -> Image.Image:
     """Something smooth, so that lossy formats come close to it."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+
+
+def plain(image: Image.Image) -> Image.Image:
+    copy = image.copy()
+    copy.info.clear()
+    return copy
+
+
+def difference(result: Image.Image | RowError, expected: Image.Image) -> float:
+    """The mean one of their pixels."""
+    assert isinstance(result, Image.Image), str(result)
+    assert result.size == expected.size
+    return abs(np.asarray(result).astype(int) - np.asarray(expected)).mean()
 
 
 def pixel(result: Image.Image | RowError, x: int = 0, y: int = 0) -> tuple[int, ...]:
@@ -83,25 +101,6 @@ def _chunk(name: bytes, body: bytes) -> bytes:
 # ---- formats and kinds of input
 
 
-LOSSLESS = [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("TIFF", {"compression": "tiff_lzw"})]
-LOSSY = [("JPEG", {"quality": 95}), ("WEBP", {"quality": 95}), ("AVIF", {"quality": 95})]
-
-
-@pytest.mark.parametrize(("image_format", "options"), LOSSLESS)
-def test_lossless_formats(image_format, options):
-    assert load_image(saved(photo(), image_format, **options)) == plain(photo())
-
-
-@pytest.mark.parametrize(("image_format", "options"), LOSSY)
-def test_lossy_formats(image_format, options):
-    if image_format == "AVIF" and not features.check("avif"):
-        pytest.skip("this Pillow was built without AVIF")
-    result = load_image(saved(photo(), image_format, **options))
-    difference = np.asarray(result).astype(int) - np.asarray(photo())
-    assert result.size == (40, 30)
-    assert abs(difference).mean() < 4
-
-
 def heif(image: Image.Image) -> bytes:
     pillow_heif = pytest.importorskip("pillow_heif")
     stream = io.BytesIO()
@@ -109,11 +108,18 @@ def heif(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def test_heif():
-    result = load_image(heif(photo()))
-    assert result.size == (40, 30)
-    assert abs(np.asarray(result).astype(int) - np.asarray(photo())).mean() < 4
-    assert refusal(heif(photo()), ImageOptions(max_pixels=1199)).code == "image_too_large"
+LOSSLESS = [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("TIFF", {"compression": "tiff_lzw"})]
+LOSSY = [("JPEG", {"quality": 95}), ("WEBP", {"quality": 95}), ("AVIF", {"quality": 95}), ("HEIF", {})]
+
+
+@pytest.mark.parametrize(("image_format", "options"), [*LOSSLESS, *LOSSY])
+def test_formats(image_format, options):
+    if image_format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    data = heif(photo()) if image_format == "HEIF" else saved(photo(), image_format, **options)
+    lossy = (image_format, options) in LOSSY
+    assert difference(load_image(data), photo()) <= (4 if lossy else 0)
+    assert refusal(data, ImageOptions(max_pixels=1199)).code == "image_too_large"
 
 
 @pytest.fixture
@@ -146,12 +152,6 @@ def test_heif_without_its_extra(no_heif, head):
 def test_avif_needs_no_extra(no_heif):
     assert load_image(saved(photo(), "AVIF")).size == (40, 30)
     assert "extra" not in str(refusal(saved(photo(), "AVIF")[:60]))
-
-
-def plain(image: Image.Image) -> Image.Image:
-    copy = image.copy()
-    copy.info.clear()
-    return copy
 
 
 def test_paths_bytes_and_pillow_images_give_the_same(tmp_path):
@@ -206,14 +206,8 @@ COLOURS: dict[str, tuple[Callable[[], object], tuple[int, int, int]]] = {
     "HSV": (lambda: flat("HSV", (0, 255, 255)), RED),
     "LAB": (lambda: flat("LAB", (255, 128, 128)), WHITE),
     "RGBX": (lambda: flat("RGBX", (1, 2, 3, 0)), (1, 2, 3)),
-    "alpha 0": (lambda: saved(flat("RGBA", (255, 0, 0, 0)), "PNG"), WHITE),
-    "alpha 255": (lambda: saved(flat("RGBA", (255, 0, 0, 255)), "PNG"), RED),
     "alpha 100": (lambda: saved(flat("RGBA", (255, 0, 0, 100)), "PNG"), half_red_on_white(100)),
     "alpha, WebP": (lambda: saved(flat("RGBA", (255, 0, 0, 0)), "WEBP", lossless=True), WHITE),
-    "alpha, grey": (lambda: saved(flat("LA", (0, 0)), "PNG"), WHITE),
-    "alpha, premultiplied": (lambda: flat("RGBA", (255, 0, 0, 0)).convert("RGBa"), WHITE),
-    "alpha, grey, premultiplied": (lambda: flat("LA", (9, 0)).convert("La"), WHITE),
-    "alpha, palette": (lambda: flat("RGBA", (255, 0, 0, 0)).convert("PA"), WHITE),
     "palette, one transparent": (lambda: saved(palette_with_alpha(), "PNG", transparency=1), WHITE),
     "palette, one transparent, GIF": (lambda: saved(palette_with_alpha(), "GIF", transparency=1), WHITE),
     "palette, alpha for each": (
@@ -311,21 +305,14 @@ def turned(orientation: int) -> tuple[Image.Image, Image.Exif]:
 
 
 @pytest.mark.parametrize("orientation", UNDO)
-@pytest.mark.parametrize(("image_format", "options"), LOSSLESS[:1] + LOSSLESS[2:4])
+@pytest.mark.parametrize(("image_format", "options"), [*LOSSLESS[:1], *LOSSLESS[2:4], *LOSSY[:1]])
 def test_orientation(image_format, options, orientation):
+    """Of files, and of Pillow's images of them."""
     image, exif = turned(orientation)
-    assert load_image(saved(image, image_format, exif=exif, **options)) == photo(48, 32)
-
-
-@pytest.mark.parametrize("orientation", UNDO)
-def test_orientation_of_jpeg_and_of_pillow_images(orientation):
-    image, exif = turned(orientation)
-    data = saved(image, "JPEG", quality=95, exif=exif)
+    data = saved(image, image_format, exif=exif, **options)
     with Image.open(io.BytesIO(data)) as opened:
-        results = [load_image(data), load_image(opened)]
-    for result in results:
-        difference = np.asarray(result).astype(int) - np.asarray(photo(48, 32))
-        assert abs(difference).mean() < 4
+        for source in data, opened:
+            assert difference(load_image(source), photo(48, 32)) <= (4 if image_format == "JPEG" else 0)
 
 
 def test_an_upright_image_is_not_turned_twice():
@@ -339,10 +326,8 @@ def test_an_upright_image_is_not_turned_twice():
 @pytest.mark.parametrize(
     "exif", [b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff", b"Exif\x00\x00nonsense", b"Exif\x00\x00"]
 )
-def test_a_broken_exif_block_is_not_a_broken_image(exif):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert load_image(saved(photo(), "JPEG", exif=exif)).size == (40, 30)
+def test_a_broken_exif_block_is_not_a_broken_image(may_warn, exif):
+    assert load_image(saved(photo(), "JPEG", exif=exif)).size == (40, 30)
 
 
 # ---- the caller's own images
@@ -362,20 +347,15 @@ def test_a_pillow_image_is_left_as_it_was():
 
 def test_the_result_shares_no_pixels_with_the_callers_image():
     image = photo()
-    result = load_image(image)
-    result.paste((0, 0, 0), (0, 0, 40, 30))
+    load_image(image).paste((0, 0, 0), (0, 0, 40, 30))
     assert image == photo()
 
 
-def test_the_current_frame_of_an_opened_image():
+def test_the_current_frame_of_an_opened_image_until_it_is_closed():
     frames = [Image.new("RGB", (6, 6), colour) for colour in (RED, BLACK)]
-    with Image.open(io.BytesIO(saved(frames[0], "TIFF", save_all=True, append_images=frames[1:]))) as image:
-        image.seek(1)
-        assert pixel(load_image(image)) == BLACK
-
-
-def test_a_closed_image():
-    image = Image.open(io.BytesIO(saved(photo(), "PNG")))
+    image = Image.open(io.BytesIO(saved(frames[0], "TIFF", save_all=True, append_images=frames[1:])))
+    image.seek(1)
+    assert pixel(load_image(image)) == BLACK
     image.close()
     assert refusal(image).code == "image_unreadable"
 
@@ -383,23 +363,14 @@ def test_a_closed_image():
 # ---- damage
 
 
-SMALL = {
-    "JPEG": saved(photo(), "JPEG"),
-    "PNG": saved(photo(), "PNG"),
-    "GIF": saved(photo(), "GIF"),
-    "BMP": saved(photo(), "BMP"),
-    "TIFF": saved(photo(), "TIFF"),
-    "TIFF, LZW": saved(photo(), "TIFF", compression="tiff_lzw"),
-    "WEBP": saved(photo(), "WEBP"),
-}
+SMALL = {name: saved(photo(), name) for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")}
+SMALL["TIFF, LZW"] = saved(photo(), "TIFF", compression="tiff_lzw")
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_cut_off_anywhere(name):
+def test_cut_off_anywhere(may_warn, name):
     data = SMALL[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        results = [load_image(data[:length]) for length in range(0, len(data), 7)]
+    results = [load_image(data[:length]) for length in range(0, len(data), 7)]
     assert {type(result) for result in results} <= {RowError, Image.Image}
     assert all(result.code == "image_unreadable" for result in results if isinstance(result, RowError))
     assert isinstance(results[len(results) // 2], RowError)
@@ -429,10 +400,7 @@ def test_half_an_image_is_refused_again_and_again_unless_it_is_asked_for(image_f
     assert result.size == (200, 150)
     assert np.asarray(result).std() > 0, "the part that has arrived is there"
     assert refusal(path).code == "image_unreadable"
-
-
-def test_a_header_without_an_image_is_refused_even_where_half_would_do():
-    assert refusal(SMALL["PNG"][:20], ImageOptions(allow_truncated=True)).code == "image_unreadable"
+    assert refusal(whole[:20], ImageOptions(allow_truncated=True)).code == "image_unreadable"
 
 
 FOREIGN = {
@@ -458,12 +426,10 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
-def test_what_is_no_image(data, tmp_path):
+def test_what_is_no_image(may_warn, data, tmp_path):
     path = tmp_path / "image.jpg"
     path.write_bytes(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert refusal(path).code == refusal(data).code == "image_unreadable"
+    assert refusal(path).code == refusal(data).code == "image_unreadable"
 
 
 def test_reasons_name_the_kinds_that_are_known():
@@ -500,21 +466,20 @@ def bomb(image_format: str, width: int, height: int) -> bytes:
     if image_format == "WEBP":
         body = struct.pack("<I", 0)[:4] + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
         return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + body
-    data = bytearray(saved(flat("L", 0), image_format))
-    if image_format == "BMP":
-        data[18:26] = struct.pack("<ii", width, height)
-        return bytes(data)
-    if image_format == "JPEG":
-        at = data.index(b"\xff\xc0") + 5
-        data[at : at + 4] = struct.pack(">HH", height, width)
-        return bytes(data)
-    (offset,) = struct.unpack("<I", data[4:8])
-    for entry in range(struct.unpack("<H", data[offset : offset + 2])[0]):
-        at = offset + 2 + 12 * entry
-        for tag, value in ((256, width), (257, height)):
-            if struct.unpack("<H", data[at : at + 2])[0] == tag:
-                data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, value)
-    return bytes(data)
+    data = saved(flat("L", 0), image_format)
+    pack = struct.pack
+    declared = {
+        "BMP": [(pack("<ii", 4, 3), pack("<ii", width, height))],
+        "JPEG": [(pack(">BHH", 8, 3, 4), pack(">BHH", 8, height, width))],
+        "TIFF": [
+            (pack("<HHII", tag, 4, 1, old), pack("<HHII", tag, 4, 1, new))
+            for tag, old, new in [(256, 4, width), (257, 3, height)]
+        ],
+    }
+    for old, new in declared[image_format]:
+        assert data.count(old) == 1
+        data = data.replace(old, new)
+    return data
 
 
 BOMBS = [(name, side) for name in ("PNG", "GIF", "BMP", "JPEG", "TIFF") for side in (9_000, 10_000, 15_000)]
@@ -526,7 +491,7 @@ def test_pixels_are_counted_before_anything_is_decoded(image_format, side):
     start = time.monotonic()
     result = refusal(bomb(image_format, side, side))
     assert result.code == "image_too_large", result
-    assert f"{side} x {side} pixels" in result.message or f"({side * side} pixels)" in result.message
+    assert f"{side} x {side} pixels" in result.message or f"{side * side:,} pixels" in result.message
     assert time.monotonic() - start < 1
 
 
@@ -540,11 +505,10 @@ def test_the_limit_is_the_last_size_that_is_taken():
 
 
 def test_a_large_file_is_not_read(tmp_path):
-    path = tmp_path / "large"
-    with open(path, "wb") as file:
-        file.truncate(1 << 40)
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 40)
     start = time.monotonic()
-    assert refusal(path).code == "image_too_large"
+    assert refusal(tmp_path / "large").code == "image_too_large"
     assert time.monotonic() - start < 1
 
 
@@ -568,20 +532,10 @@ def test_names_that_are_not_utf8(tmp_path):
 
 def test_links_are_followed_unless_they_go_round(tmp_path):
     (tmp_path / "image").write_bytes(saved(photo(), "PNG"))
-    (tmp_path / "link").symlink_to(tmp_path / "image")
-    (tmp_path / "a").symlink_to(tmp_path / "b")
-    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for link, target in [("link", "image"), ("a", "b"), ("b", "a")]:
+        (tmp_path / link).symlink_to(target)
     assert load_image(tmp_path / "link") == plain(photo())
     assert refusal(tmp_path / "a").code == "image_unreadable"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_permission(tmp_path):
-    path = tmp_path / "locked.png"
-    path.write_bytes(saved(photo(), "PNG"))
-    path.chmod(0)
-    assert refusal(path).code == "image_unreadable"
-    assert "PermissionError" in refusal(path).message
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -598,27 +552,17 @@ def test_only_regular_files_are_opened(tmp_path):
         assert time.monotonic() - start < 1
 
 
-def test_a_file_that_becomes_a_fifo_after_the_first_look(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "fifo")
-    looked_at, real_stat = os.stat(__file__), os.stat
-    monkeypatch.setattr(os, "stat", lambda path, **how: looked_at if "fifo" in str(path) else real_stat(path, **how))
-    start = time.monotonic()
-    assert refusal(f"{tmp_path}/fifo").code == "image_not_allowed"
-    assert time.monotonic() - start < 1
-
-
 def test_no_address_is_fetched():
     web = [
         "http://a.b/cat.jpg",
-        " HTTPS://A.B/CAT.JPG",
+        " HTTPS://A.B/C.JPG",
         "ftp://a.b/cat.jpg",
         "s3://bucket/cat.jpg",
         Path("https://a.b/c"),
     ]
     for address in (*web, "file:///etc/passwd", "file:cat.jpg", "data:image/png;base64,iVBORw0KGgo=", "DATA:,x"):
         result = refusal(address)
-        assert result.code == "image_not_allowed"
-        assert "img2dataset" in result.message
+        assert result.code == "image_not_allowed" and "img2dataset" in result.message
     assert len(refusal("data:image/png;base64," + "A" * 100_000).message) < 400
 
 
@@ -632,18 +576,11 @@ def test_a_file_whose_name_looks_like_an_address_is_a_file(tmp_path, monkeypatch
 
 
 def test_many_threads():
-    sources = [
-        saved(photo(20 + n, 30), image_format) for n in range(10) for image_format in ("PNG", "JPEG", "GIF", "TIFF")
-    ]
+    sources = [saved(photo(20 + n, 30), name) for n in range(10) for name in ("PNG", "JPEG", "GIF", "TIFF")]
     sources += [data[: len(data) // 2] for data in sources[:20]]
-
-    def outcome(source: bytes) -> str | bytes:
-        result = load_image(source)
-        return str(result) if isinstance(result, RowError) else result.tobytes()
-
-    expected = [outcome(source) for source in sources]
+    expected = list(map(load_image, sources))
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(outcome, sources * 8)) == expected * 8
+        assert list(pool.map(load_image, sources * 8)) == expected * 8
 
 
 # ---- drafts
@@ -662,14 +599,14 @@ def test_a_draft_is_upright(orientation):
     data = saved(large, "JPEG", exif=exif, quality=95)
     whole, draft = (load_image(data, ImageOptions(draft=draft), side=40) for draft in (False, True))
     assert draft.size == (whole.width // 4, whole.height // 4)
-    difference = np.asarray(whole.resize(draft.size)).astype(int) - np.asarray(draft)
-    assert abs(difference).mean() < 2
+    assert difference(whole.resize(draft.size), draft) < 2
 
 
 def test_no_draft_unless_asked_for_and_none_of_other_formats():
     jpeg, png = (saved(photo(800, 600), image_format) for image_format in ("JPEG", "PNG"))
     assert load_image(jpeg, side=10) == load_image(jpeg) == load_image(jpeg, ImageOptions(draft=True))
     assert load_image(png, ImageOptions(draft=True), side=10) == plain(photo(800, 600))
+    assert refusal(jpeg, ImageOptions(max_pixels=479_999, draft=True)).code == "image_too_large", "of the whole image"
 
 
 def test_a_thumbnail_is_no_draft():
@@ -682,16 +619,12 @@ def test_a_thumbnail_is_no_draft():
     assert load_image(stream.getvalue(), ImageOptions(draft=True), side=10).size == (800, 600)
 
 
-def test_limits_count_the_whole_image_and_not_the_draft():
-    data = saved(photo(800, 600), "JPEG")
-    assert refusal(data, ImageOptions(max_pixels=479_999, draft=True)).code == "image_too_large"
-
-
 # ---- Pillow's own test images: years of reported crashes
 
 
 LOAD_ALL = """
-import json, resource, sys, time, warnings
+import resource, sys, time, warnings
+from collections import Counter
 from pathlib import Path
 from PIL import Image
 from idefics_cli.images.decode import load_image
@@ -699,29 +632,22 @@ from idefics_cli.errors import RowError
 
 warnings.simplefilter("ignore")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-rows, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+counts, before = Counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(path for path in Path(sys.argv[1]).rglob("*") if path.is_file()):
     start = time.monotonic()
     result = load_image(path)
+    assert time.monotonic() - start < 5, path
     assert isinstance(result, RowError) or result.mode == "RGB", path
-    rows.append([path.name, str(result) if isinstance(result, RowError) else "", time.monotonic() - start])
-print(json.dumps({"rows": rows, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before}))
+    assert "Warning" not in str(result), (path, result)
+    counts[result.code if isinstance(result, RowError) else "images"] += 1
+assert counts.keys() == {"images", "image_unreadable", "image_too_large"}, counts
+assert counts.total() > 500 and counts["images"] > 400, counts
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes over what the libraries take"
 """
 
 
-def test_pillows_own_test_images(record_property):
+def test_pillows_own_test_images():
     folder = sdist("pillow", PIL.__version__) / "Tests" / "images"
     command = [sys.executable, "-c", LOAD_ALL, str(folder)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    report = json.loads(finished.stdout)
-    names, errors, seconds = zip(*report["rows"], strict=True)
-    counts = {code: sum(error.startswith(code) for error in errors) for code in ("image_unreadable", "image_too_large")}
-    counts["images"] = errors.count("")
-    record_property("counts", counts)
-    assert len(names) == sum(path.is_file() for path in folder.rglob("*"))
-    assert sum(counts.values()) == len(names) > 500
-    assert counts["images"] > 400
-    assert not any("Warning" in error for error in errors)
-    assert max(seconds) < 5, names[seconds.index(max(seconds))]
-    assert report["memory"] < 500_000, "kilobytes over what the libraries take"

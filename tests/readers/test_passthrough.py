@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import io
 import json
-import math
 import tempfile
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import written_manifests
 from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
-from written_manifests import TABLE_FORMATS, write_archive, write_manifest
+from written_manifests import ALL_FORMATS, write_manifest
 
 from idefics_cli.columns import json_text, strict_json
 from idefics_cli.errors import InputError
-from idefics_cli.readers.inputs import Inputs, open_inputs
+from idefics_cli.readers.inputs import Inputs
 from idefics_cli.readers.undeclared_types import inferred_types
-from idefics_cli.rows import ReadOptions
 
-MOST_EXAMPLES = settings(max_examples=100, deadline=None)
-
-
-def opened(*inputs: str | Path, stdin: bytes = b"", keep: Any = "all", **options: Any) -> Inputs:
-    reading = ReadOptions(keep=keep, **options)
-    return open_inputs([str(name) for name in inputs], reading, io.BytesIO(stdin))
+opened = partial(written_manifests.opened, keep="all")
 
 
 def as_table(found: Inputs) -> pa.Table:
@@ -41,14 +35,12 @@ def as_table(found: Inputs) -> pa.Table:
 # Every format
 
 
-@pytest.mark.parametrize("name", [*TABLE_FORMATS, "rows.tar", "rows.tar.gz"])
+@pytest.mark.parametrize("name", ALL_FORMATS)
 @pytest.mark.parametrize("options", [{}, {"shard": (2, 3)}, {"limit": 4}, {"shard": (1, 2), "limit": 2}])
 def test_columns_are_those_of_the_rows(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     """Of those that have been read, those that were skipped, and those that have not been reached."""
     rows = [{"id": str(i), "image": f"{i}.png", "question": f"What is {i}?"} for i in range(8)]
-    members = [member for i in range(8) for member in [(f"{i}.png", b"1"), (f"{i}.txt", b"What is %d?" % i)]]
-    path = tmp_path / name
-    path = write_archive(path, members) if "tar" in name else write_manifest(path, rows)
+    path = write_manifest(tmp_path / name, rows)
     found = opened(path, **options)
     assert len(list(found.skip(1))) == 1 and next(found.rows).index > 0
     expected = [{"question": f"What is {row.id}?"} for row in opened(path, **options).rows]
@@ -84,14 +76,12 @@ def test_bad_rows_have_no_values(tmp_path: Path) -> None:
     assert list(opened(tmp_path / "rows.jsonl").passthrough_rows()) == [{"n": 1}, {"n": None}, {"n": 3}]
 
 
-@pytest.mark.parametrize("name", [*TABLE_FORMATS, "rows.tar"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv.gz", "rows.parquet", "rows.tar"])
 def test_inputs_that_have_changed_are_refused(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    for text in "ab":
-        if text == "b":
-            found = opened(path)
-        members = [("x.png", b"1"), ("x.txt", text.encode())]
-        write_archive(path, members) if "tar" in name else write_manifest(path, [{"image": "x.png", "q": text}])
+    row = {"id": "x", "image": "x.png"}
+    path = write_manifest(tmp_path / name, [{**row, "question": "a"}])
+    found = opened(path)
+    write_manifest(path, [{**row, "question": "b"}])
     for read in found.passthrough_rows, found.passthrough_batches:
         with pytest.raises(InputError, match=r"rows.* changed while the run was under way: restore it"):
             list(read())
@@ -117,8 +107,7 @@ def rounded(moment: datetime.datetime) -> datetime.datetime:
 
 def decimals(digits: int) -> st.SearchStrategy[decimal.Decimal]:
     numbers = st.integers(-(10**digits) + 1, 10**digits - 1)
-    with decimal.localcontext(decimal.Context(prec=80)):
-        return numbers.map(lambda number: decimal.Decimal(number).scaleb(-2, decimal.Context(prec=80)))
+    return numbers.map(lambda number: decimal.Decimal(number).scaleb(-2, decimal.Context(prec=80)))
 
 
 def texts(**options: Any) -> st.SearchStrategy[str]:
@@ -167,32 +156,20 @@ def maybe(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.none() | values
 
 
+def as_struct(items: list[Typed]) -> Typed:
+    types = pa.struct([(f"f{i}", of) for i, (of, _) in enumerate(items)])
+    return types, st.fixed_dictionaries({f"f{i}": maybe(values) for i, (_, values) in enumerate(items)})
+
+
 def nested(inner: st.SearchStrategy[Typed]) -> st.SearchStrategy[Typed]:
-    def as_list(item: Typed) -> Typed:
-        return pa.list_(item[0]), st.lists(maybe(item[1]), max_size=3)
-
-    def as_large_list(item: Typed) -> Typed:
-        return pa.large_list(item[0]), st.lists(maybe(item[1]), max_size=3)
-
-    def as_fixed_list(item: Typed) -> Typed:
-        return pa.list_(item[0], 2), st.lists(maybe(item[1]), min_size=2, max_size=2)
-
-    def as_struct(items: list[Typed]) -> Typed:
-        fields = {f"f{i}": item for i, item in enumerate(items)}
-        return pa.struct([(name, of) for name, (of, _) in fields.items()]), st.fixed_dictionaries(
-            {name: maybe(values) for name, (_, values) in fields.items()}
-        )
-
-    def as_map(item: Typed) -> Typed:
-        pairs = st.lists(st.tuples(texts(), maybe(item[1])), max_size=3)
-        return pa.map_(pa.string(), item[0]), pairs
-
     return st.one_of(
-        inner.map(as_list),
-        inner.map(as_large_list),
-        inner.map(as_fixed_list),
+        inner.map(lambda item: (pa.list_(item[0]), st.lists(maybe(item[1]), max_size=3))),
+        inner.map(lambda item: (pa.large_list(item[0]), st.lists(maybe(item[1]), max_size=3))),
+        inner.map(lambda item: (pa.list_(item[0], 2), st.lists(maybe(item[1]), min_size=2, max_size=2))),
+        inner.map(
+            lambda item: (pa.map_(pa.string(), item[0]), st.lists(st.tuples(texts(), maybe(item[1])), max_size=3))
+        ),
         st.lists(inner, min_size=1, max_size=3).map(as_struct),
-        inner.map(as_map),
     )
 
 
@@ -216,17 +193,19 @@ def saved(folder: str, column: pa.Array) -> tuple[Path, pa.Table]:
 
 
 @given(column=columns(TYPES).filter(len), step=st.integers(1, 3))
-@MOST_EXAMPLES
+@settings(max_examples=100, deadline=None)
 def test_arrow_stays_as_it_is(column: pa.Array, step: int) -> None:
-    """Column by column and bit by bit, and so does the part of a shard."""
+    """Column by column and bit by bit, and so does the part of a shard; as JSON lines it is strict."""
     with tempfile.TemporaryDirectory() as folder:
         path, table = saved(folder, column)
         found = as_table(opened(path, needs_image=False, shard=(1, step)))
-    indices = list(range(0, len(column), step))
+        lines = [strict_json(json_text(row)) for row in opened(path, needs_image=False).passthrough_rows()]
+    part = [table["v"][i] for i in range(0, len(column), step)]
     assert found.schema == table.schema
-    assert [found["v"][i] for i in range(len(indices))] == [table["v"][i] for i in indices] or alike(
-        found["v"].to_pylist(), table["v"].take(indices).to_pylist()
-    )
+    assert list(found["v"]) == part or str(found["v"].to_pylist()) == str([each.as_py() for each in part])  # NaN
+    for line in lines:
+        assert b"\n" not in line
+        json.loads(line.decode(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -257,51 +236,19 @@ def test_arrow_types_that_python_lacks_stay_as_they_are(
     assert pq.read_table(tmp_path / "result.parquet").equals(found)
 
 
-@given(columns(TYPES).filter(len))
-@MOST_EXAMPLES
-def test_json_lines_of_every_declared_type_are_strict(column: pa.Array) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path, _ = saved(folder, column)
-        for row in opened(path, needs_image=False).passthrough_rows():
-            line = strict_json(json_text(row))
-            assert b"\n" not in line
-            json.loads(line.decode(), parse_constant=refuse)
-
-
-def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is not JSON")
-
-
 @pytest.mark.parametrize(
     ("column", "expected"),
     [
-        (pa.array([b"\xff", None]), ["/w==", None]),
-        (pa.array([datetime.datetime(2020, 1, 2, 3)]), ["2020-01-02T03:00:00"]),
         (pa.array([1_700_000_000_123_456_789], pa.timestamp("ns", "UTC")), ["2023-11-14T22:13:20.123456789Z"]),
-        (pa.array([1_500], pa.time64("ns")), ["00:00:00.000001500"]),
-        (pa.array([-1_500, 2_000], pa.duration("ns")), ["-1.5", 2]),
-        (pa.array([decimal.Decimal("1.50")]), ["1.50"]),
         (pa.array([{"a": [b"x"]}]), [{"a": ["eA=="]}]),
         (pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())), [[["k", 1]]]),
         (pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers()), ["a", None]),
     ],
-    ids=lambda each: str(each.type)[:30] if isinstance(each, pa.Array) else "",
 )
 def test_what_json_has_no_form_for_is_text(tmp_path: Path, column: pa.Array, expected: list[Any]) -> None:
     path, _ = saved(str(tmp_path), column)
     rows = opened(path, needs_image=False).passthrough_rows()
     assert [json.loads(json_text(row))["v"] for row in rows] == expected
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Equal, with NaN equal to itself and moments by what they mean."""
-    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
-        return math.isnan(other)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(alike, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(alike(one[name], other[name]) for name in one)
-    return type(one) is type(other) and one == other
 
 
 # Undeclared columns: whatever JSON holds

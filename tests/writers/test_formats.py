@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,7 @@ from idefics_cli.errors import InputError, OutputError
 from idefics_cli.writers import formats
 from idefics_cli.writers.formats import JsonLines, Parquet, Passthrough, format_of, replacing
 
-COLUMNS = [
-    Column("id", "text"),
-    Column("score", "real"),
-    Column("tokens", "count"),
-    Column("candidates", "candidates"),
-]
+COLUMNS = [Column("id", "text"), Column("score", "real"), Column("tokens", "count"), Column("candidates", "candidates")]
 OWN = [column.name for column in COLUMNS]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 CANDIDATES = st.fixed_dictionaries({"text": TEXTS, "score": st.floats(-9, 0), "tokens": st.integers(0, 99)})
@@ -64,9 +59,8 @@ def test_rows_come_back_equal_with_the_run_that_made_them(name: str, rows: list[
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         run = write(path, rows)
-        form = format_of(path)
-        assert list(form.rows(path, OWN)) == rows
-        assert form.run_of(path).items() >= run.items()
+        assert list(format_of(path).rows(path, OWN)) == rows
+        assert format_of(path).run_of(path).items() >= run.items()
         assert not list(Path(folder).glob("*.tmp"))
 
 
@@ -175,39 +169,38 @@ def test_without_a_record_nothing_is_known_of_a_json_file(tmp_path: Path, record
     assert JsonLines().run_of(path) is None
 
 
-def test_nothing_is_known_of_parquet_files_of_others(tmp_path: Path) -> None:
-    path = tmp_path / "f.parquet"
+def of_others(path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"]}), path)
-    assert Parquet().run_of(path) is None
-    write(path, [{"id": "a"}])
-    path.write_bytes(path.read_bytes()[:-1])
-    assert Parquet().run_of(path) is None
-    path.write_bytes(b"")
-    assert Parquet().run_of(path) is None
 
 
-def test_a_parquet_file_with_other_rows_is_not_the_runs(tmp_path: Path) -> None:
-    path = tmp_path / "f.parquet"
-    write(path, [{"id": "a"}, {"id": "b"}])
+def with_other_rows(path: Path) -> None:
     pq.write_table(pq.read_table(path).slice(0, 1), path)  # keeps the metadata
-    assert Parquet().run_of(path) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of_others,
+        with_other_rows,
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+    ],
+)
+def test_nothing_is_known_of_another_parquet_file(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    write(tmp_path / "f.parquet", [{"id": "a"}, {"id": "b"}])
+    change(tmp_path / "f.parquet")
+    assert Parquet().run_of(tmp_path / "f.parquet") is None
 
 
 # ---- names
 
 
-@pytest.mark.parametrize("name", ["f.csv", "f", "f.jsonl.gz", "jsonl"])
-def test_other_formats_are_refused(name: str) -> None:
-    with pytest.raises(OutputError, match=r"ends in \.jsonl or \.parquet"):
-        format_of(Path(name))
-
-
-def test_capitals_do_not_matter() -> None:
-    assert [type(format_of(Path(name))) for name in ("f.JSONL", "f.ndjson", "f.Parquet")] == [
-        JsonLines,
-        JsonLines,
-        Parquet,
-    ]
+def test_the_suffix_says_the_format() -> None:
+    assert type(format_of(Path("f.JSONL"))) is type(format_of(Path("f.ndjson"))) is JsonLines
+    assert type(format_of(Path("f.Parquet"))) is Parquet
+    for name in "f.csv", "f", "f.jsonl.gz", "jsonl":
+        with pytest.raises(OutputError, match=r"ends in \.jsonl or \.parquet"):
+            format_of(Path(name))
 
 
 def test_what_cannot_be_finished_is_removed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from idefics_cli.errors import OutputError, StreamClosed
 from idefics_cli.writers import writers
 from idefics_cli.writers.journal import Journal
-from idefics_cli.writers.writers import JournalWriter, SidecarWriter, StreamWriter, shared_stems
+from idefics_cli.writers.writers import JournalWriter, SidecarWriter, StreamWriter
 
 HEADER = {"settings": {}}
 
@@ -24,13 +24,16 @@ HEADER = {"settings": {}}
 
 
 class Stream(io.BytesIO):
-    """Remembers how much was there at each flush."""
+    """Remembers how much was there at each flush, which raises `error` if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: OSError | None = None) -> None:
         super().__init__()
+        self.error = error
         self.flushed: list[int] = []
 
     def flush(self) -> None:
+        if self.error is not None:
+            raise self.error
         self.flushed.append(self.getvalue().count(b"\n"))
 
 
@@ -44,19 +47,10 @@ def test_each_row_is_flushed_when_it_is_written() -> None:
     assert json.loads(stream.getvalue().splitlines()[2]) == {"id": "2", "score": None}
 
 
-class Failing(io.BytesIO):
-    def __init__(self, error: OSError) -> None:
-        super().__init__()
-        self.error = error
-
-    def flush(self) -> None:
-        raise self.error
-
-
 def test_a_closed_stream_is_not_a_mistake_and_a_full_one_is() -> None:
     with pytest.raises(StreamClosed):
-        StreamWriter(Failing(BrokenPipeError())).write({"id": "a"})
-    writer = StreamWriter(Failing(OSError(errno.ENOSPC, "No space left on device")))
+        StreamWriter(Stream(BrokenPipeError())).write({"id": "a"})
+    writer = StreamWriter(Stream(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OutputError, match="cannot write to stdout: No space left"):
         writer.write({"id": "a"})
     assert writer.num_safe == 0
@@ -71,7 +65,7 @@ class FakeJournal:
     def __init__(self) -> None:
         self.batches: list[Sequence[bytes]] = []
         self.error: BaseException | None = None
-        self.may_go_on = threading.Event()
+        self.has_come, self.may_go_on = threading.Event(), threading.Event()
         self.may_go_on.set()
 
     def append(self, texts: Sequence[bytes]) -> None:
@@ -79,6 +73,12 @@ class FakeJournal:
         if self.error is not None:
             raise self.error
         self.batches.append(texts)
+        self.has_come.set()
+
+
+@pytest.fixture
+def journal() -> FakeJournal:
+    return FakeJournal()
 
 
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 7))
@@ -98,10 +98,9 @@ def test_rows_reach_the_journal_in_order_when_the_writer_closes(numbers: list[in
 
 
 def test_rows_are_written_many_at_a_time_and_no_more_are_held_than_a_few_times_as_many(
-    monkeypatch: pytest.MonkeyPatch,
+    journal: FakeJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writers, "COMMIT_ROWS", 10)
-    journal = FakeJournal()
     journal.may_go_on.clear()
     writer = JournalWriter(journal)
     written = []
@@ -123,57 +122,48 @@ def test_rows_are_written_many_at_a_time_and_no_more_are_held_than_a_few_times_a
     assert len(journal.batches) <= 200 // 10 + 1
 
 
-def test_a_row_alone_does_not_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_alone_does_not_wait_long(journal: FakeJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "COMMIT_SECONDS", 0.01)
-    journal = FakeJournal()
-    came = threading.Event()
-    append = journal.append
-    journal.append = lambda texts: (append(texts), came.set())  # type: ignore[method-assign,assignment]
     writer = JournalWriter(journal)
     writer.write({"id": "a"})
-    assert came.wait(20), "the row waits for others"
+    assert journal.has_come.wait(20), "the row waits for others"
     writer.close()
 
 
 @pytest.mark.parametrize("error", [OutputError("no space"), KeyboardInterrupt(), ValueError("a bug")])
-def test_what_goes_wrong_in_the_thread_is_raised_once_where_rows_come_from(error: BaseException) -> None:
-    journal = FakeJournal()
+def test_what_goes_wrong_in_the_thread_is_raised_once_where_rows_come_from(
+    journal: FakeJournal, error: BaseException
+) -> None:
+    """By the end of the run, or by a row before it."""
     journal.error = error
-    writer = JournalWriter(journal)
-    writer.write({"id": "a"})
-    with pytest.raises(type(error)):
+    for num_rows in 1, writers.COMMIT_ROWS * 10:
+        writer = JournalWriter(journal)
+        with pytest.raises(type(error)):
+            for _ in range(num_rows):
+                writer.write({"id": "a"})
+            writer.close()
+        assert writer.num_safe == 0 and not journal.batches
         writer.close()
-    assert writer.num_safe == 0 and not journal.batches
-    writer.close()
 
 
-def test_a_stop_does_not_take_the_journal_from_under_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = FakeJournal()
+def test_a_stop_does_not_take_the_journal_from_under_the_thread(
+    journal: FakeJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal.may_go_on.clear()
     writer = JournalWriter(journal)
     writer.write({"id": "a"})
-    join, times = writer._thread.join, iter([1, 2])
+    join, times = threading.Thread.join, iter([1, 2])
 
-    def interrupted() -> None:
+    def interrupted(thread: threading.Thread) -> None:
         if next(times) == 1:
             raise KeyboardInterrupt
         journal.may_go_on.set()
-        join()
+        join(thread)
 
-    monkeypatch.setattr(writer._thread, "join", interrupted)
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
         writer.close()
     assert writer.num_safe == 1
-
-
-def test_a_writer_whose_thread_has_failed_takes_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writers, "COMMIT_ROWS", 1)
-    journal = FakeJournal()
-    journal.error = OutputError("no space")
-    writer = JournalWriter(journal)
-    with pytest.raises(OutputError, match="no space"):
-        for _ in range(1_000):
-            writer.write({"id": "a"})
 
 
 # ---- texts beside images
@@ -201,10 +191,8 @@ def test_no_two_images_share_a_text(names: list[str]) -> None:
 def test_a_stem_alone_is_the_name_and_else_the_whole_name_is(tmp_path: Path) -> None:
     for name in "a.png", "b.png", "b.jpg", "notes.md":
         (tmp_path / name).touch()
-    assert shared_stems(tmp_path) == {"b"}
-    writer = SidecarWriter(overwrite=False)
-    for row, name in enumerate(["a.png", "b.png", "b.jpg"]):
-        writer.write(tmp_path / name, name, row)
+    for name in "a.png", "b.png", "b.jpg":
+        SidecarWriter(overwrite=False).write(tmp_path / name, name, 0)
     assert {path.name for path in tmp_path.glob("*.txt")} == {"a.txt", "b.png.txt", "b.jpg.txt"}
 
 
@@ -240,17 +228,14 @@ def test_an_image_is_the_same_however_its_folder_is_spelled(tmp_path: Path, monk
             writer.write(Path(folder, "a.png"), "a cat", 1)
 
 
-def test_a_folder_that_has_gone_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = SidecarWriter(overwrite=False)
     with pytest.raises(OutputError, match=r"cannot write a text beside .*a\.png: No such file or directory"):
-        SidecarWriter(overwrite=False).write(tmp_path / "none" / "a.png", "a dog", 0)
+        writer.write(tmp_path / "none" / "a.png", "a dog", 0)
 
-
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, data: bytes) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(
-        OutputError, match=r"cannot write a text beside .*a\.png: Read-only file system; leave --sidecar out"
-    ):
-        SidecarWriter(overwrite=False).write(tmp_path / "a.png", "a dog", 0)
+    with pytest.raises(OutputError, match=r"beside .*a\.png: Read-only file system; leave --sidecar out"):
+        writer.write(tmp_path / "a.png", "a dog", 0)
