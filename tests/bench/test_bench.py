@@ -19,8 +19,6 @@ from idefics_cli.bench.floor import (
     Counts,
     Product,
     Work,
-    copied_per_second,
-    copy_bandwidth,
     floor_seconds,
     work_of,
 )
@@ -66,10 +64,6 @@ def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     return Bench(random_subject(OPTIONS, CPU, FP32), OPTIONS)
-
-
-def quiet(message: str) -> None:
-    pass
 
 
 # Models
@@ -121,7 +115,7 @@ def test_shots_stay_and_images_change_from_draw_to_draw() -> None:
     first, second = drawn.draw(0), drawn.draw(1)
     prompts = [*first, *second]
     assert all(prompt.pixels[:2] == first[0].pixels[:2] for prompt in prompts)
-    assert all(prompt.input_ids[:47] == first[0].input_ids[:47] and prompt.shared_len == 47 for prompt in prompts)
+    assert all(prompt.input_ids[:50] == first[0].input_ids[:50] and prompt.shared_len == 50 for prompt in prompts)
     assert len({prompt.pixels[2].sum().item() for prompt in prompts}) == len(prompts)
     again = RandomPrompts(random_config("tiny"), replace(OPTIONS, shots=2)).draw(0)
     assert [prompt.input_ids for prompt in again] == [prompt.input_ids for prompt in first]
@@ -158,21 +152,15 @@ def test_a_checkpoint_is_asked_about_scenes(tmp_path: Path, instruct: bool) -> N
 # Both sides
 
 
-def test_varied_texts_end_at_different_steps() -> None:
-    options = replace(VARIED, rows=12, batch_size=12)
-    bench = Bench(random_subject(options, CPU, FP32), options)
-    lengths = {len(token_ids) for token_ids, _ in bench.run_theirs(bench.draw(1)).texts}
-    assert len(lengths) > 2 and min(lengths) < 24
-
-
-@pytest.mark.parametrize("options", [OPTIONS, VARIED], ids=["fixed", "varied"])
+@pytest.mark.parametrize("options", [OPTIONS, replace(VARIED, rows=8, batch_size=8)], ids=["fixed", "varied"])
 def test_scores_are_those_of_generate_and_of_one_forward_pass(options: BenchOptions) -> None:
     bench = Bench(random_subject(options, CPU, FP32), options)
     prompts = bench.draw(1)
     ours, theirs = bench.run_ours(prompts), bench.run_theirs(prompts, with_scores=True)
     without = bench.run_theirs(prompts)
     assert [ids for ids, _ in ours.texts] == [ids for ids, _ in theirs.texts] == [ids for ids, _ in without.texts]
-    assert any(len(ids) < 24 for ids, _ in ours.texts)
+    lengths = {len(ids) for ids, _ in ours.texts}
+    assert lengths == {4} if options is OPTIONS else len(lengths) > 1 and min(lengths) < 24
     for prompt, (token_ids, score), (_, our_score) in zip(prompts, theirs.texts, ours.texts, strict=True):
         assert bench.score(prompt, token_ids) == pytest.approx(score, abs=1e-4)
         assert our_score == pytest.approx(score, abs=1e-4)
@@ -200,10 +188,10 @@ def test_each_side_goes_first_in_turn_and_floors_follow_at_once(bench: Bench, mo
     for name in ("run_ours", "run_theirs", "with_floors"):
         noted(name)
     monkeypatch.setattr(bench, "options", replace(OPTIONS, repeats=2))
-    first, metered = warm_up(bench, quiet)
+    first, metered = warm_up(bench, [].append)
     assert order == ["run_ours", "run_theirs"] * 2
     assert metered[0].memory is not first[0].memory and first[1].memory == MemoryUse()
-    pairs, phased = timed_runs(bench, quiet)
+    pairs, phased = timed_runs(bench, [].append)
     ours, theirs = ["run_ours", "run_ours", "with_floors"], ["run_theirs", "run_theirs"]
     assert order[4:] == [*theirs, *ours, *ours, *theirs], "each timed run after a short one"
     assert [replace(each, floors={}) for each in phased] == [pair[0] for pair in pairs]
@@ -282,12 +270,6 @@ def test_floors_are_measured(dtype: torch.dtype) -> None:
         assert floor_seconds(work, 1e9)["bytes"] > 0
     nothing = work_of(model, counts(images=0))["vision"]
     assert floor_seconds(nothing, None) == {"products": 0, "attention": 0}
-
-
-def test_the_bandwidth_is_that_of_a_copy() -> None:
-    """On CUDA alone, but the copy itself runs anywhere."""
-    assert copy_bandwidth(CPU) is None
-    assert copied_per_second(1 << 20, CPU) > 0
 
 
 # The whole
