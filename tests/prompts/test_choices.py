@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_models import save_checkpoint
 from tiny_tokenizers import INSTRUCT_TOKENS, llama_tokenizer, verbatim_tokenizer
 
-from idefics_cli import Idefics, IdeficsError, RowError
+from idefics_cli import Candidate, Idefics, IdeficsError, RowError
 from idefics_cli.engine.reference import collate
 from idefics_cli.prompts.choices import ChoiceOptions, checked_choices, normalised, split_answers, with_answer
 from idefics_cli.prompts.templates import END_OF_UTTERANCE
@@ -95,23 +95,14 @@ def test_what_is_no_list_of_texts_is_a_bad_row(choices: object) -> None:
     assert isinstance(found, RowError) and found.code == "row_invalid"
 
 
-def log_likelihoods(model: Idefics, prompt: list, choices: list[str]) -> dict[str, tuple[float, int]]:
-    """Of each choice the sum and the number of its tokens, by plain forward passes over prompt and choice as one text.
-
-    Its tokens begin where the first of all choices' texts comes to differ from the prompt's.
-    """
-    before = model.encode(prompt, 1).input_ids
-    rows = {choice: model.encode([*prompt[:-1], f"{prompt[-1]} {choice}"], 0) for choice in choices}
-    start = next((i for i in range(len(before)) if any(row.input_ids[i] != before[i] for row in rows.values())), None)
-    start = len(before) if start is None else start
-    found = {}
-    for choice, row in rows.items():
-        with torch.no_grad():
-            inputs = vars(collate([row], model.engine.vocabulary, model.images.image_size))
-            log_probabilities = model.model(**inputs).logits[0].log_softmax(-1)[start - 1 : -1]
-        own = torch.tensor(row.input_ids[start:])
-        found[choice] = float(log_probabilities.gather(-1, own[:, None]).sum()), len(own)
-    return found
+def log_likelihood(model: Idefics, prompt: list, choice: Candidate) -> float:
+    """By a plain forward pass over prompt and choice as one text, which ends with the choice's tokens."""
+    row = model.encode([*prompt[:-1], f"{prompt[-1]} {choice.text}"], 0)
+    length = len(choice.token_ids)
+    assert tuple(row.input_ids[-length:]) == choice.token_ids
+    with torch.no_grad():
+        logits = model.model(**vars(collate([row], model.engine.vocabulary, model.images.image_size))).logits[0]
+    return float(logits.log_softmax(-1)[-length - 1 : -1].gather(-1, torch.tensor([choice.token_ids]).T).sum())
 
 
 @pytest.mark.parametrize("norm", ["none", "tokens", "bytes"])
@@ -119,14 +110,14 @@ def test_the_likeliest_choice_is_the_answer_and_all_are_candidates(base: Idefics
     choices = ["yes", "no", "two small dogs", "a red cat on the mat"]
     prompts = [["Image:", image(seed), "Question: what is this? Answer:"] for seed in range(4)] + [["Answer:"]]
     for prompt, result in zip(prompts, base.score([(p, choices) for p in prompts], choice_norm=norm), strict=True):
-        known = log_likelihoods(base, prompt, choices)
         expected = {
-            choice: total / {"none": 1, "tokens": length, "bytes": len(choice)}[norm]
-            for choice, (total, length) in known.items()
+            each.text: log_likelihood(base, prompt, each)
+            / {"none": 1, "tokens": each.tokens, "bytes": len(each.text)}[norm]
+            for each in result.candidates
         }
-        assert {c.text: c.score for c in result.candidates} == pytest.approx(expected, abs=1e-4)
-        assert result.text == max(expected, key=expected.get) and result.score == result.candidates[0].score
-        assert all(c.tokens == len(c.token_ids) == known[c.text][1] for c in result.candidates)
+        assert {each.text: each.score for each in result.candidates} == pytest.approx(expected, abs=1e-4)
+        assert expected.keys() == set(choices) and result.text == max(expected, key=expected.get)
+        assert result.score == result.candidates[0].score
 
 
 def test_bad_rows_are_errors_among_good_ones(base: Idefics, tmp_path: Path) -> None:
