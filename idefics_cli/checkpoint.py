@@ -42,7 +42,10 @@ RESAMPLER_FIELDS = ("resampler_n_heads", "resampler_head_dim", "qk_layer_norms_p
 LOADER_FIELDS = ("transformers_weights", "fusion_config")
 
 # What a damaged file or a wrong value in config.json raises in torch and transformers.
-LOADING_ERRORS = (ArithmeticError, AssertionError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+LOADING_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError),
+    *(LookupError, OSError, RuntimeError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,6 @@ def weights_digest(request: ModelRequest) -> str | None:
 
 def known_vision_fingerprint(request: ModelRequest) -> str | None:
     """`vision_fingerprint` of a model, or None for one not downloaded yet."""
-
     checkpoint = _downloaded(request)
     return None if checkpoint is None else vision_fingerprint(checkpoint)
 
@@ -219,7 +221,7 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     _require(not has_adapter, f"{folder} holds an adapter beside its weights: merge it into them, or remove it")
     files = weight_files(folder, SAFETENSORS)
     for file in files:
-        _require_whole(file)
+        _stored_shapes(file, is_pickled=False)
     if files:
         return Checkpoint(folder, files, is_pickled=False)
     # Without allow_pickle only the index of a hub's pickles is fetched.
@@ -260,13 +262,17 @@ def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
     return tuple(folder / shard for shard in shards)
 
 
-def _require_whole(file: Path) -> None:
-    """safetensors compares the file's length with its header."""
+def _stored_shapes(file: Path, is_pickled: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the file's tensors, without reading them; safetensors compares its header with the length."""
+    import torch
     from safetensors import SafetensorError, safe_open
 
+    if is_pickled:
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        with safe_open(file, framework="pt"):
-            pass
+        with safe_open(file, framework="pt") as stored:
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or cut short ({error}): fetch the file again") from error
 
@@ -347,21 +353,21 @@ def load_network(
 
     place = torch.device("cpu")
     try:
+        with torch.device("meta"):
+            expected = IdeficsForVisionText2Text(config)
+        _require_same_tensors(checkpoint, expected)
         with naming_memory_errors():
-            model, info = IdeficsForVisionText2Text.from_pretrained(
+            model = IdeficsForVisionText2Text.from_pretrained(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
                 use_safetensors=not checkpoint.is_pickled,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
             )
-            _require_all_tensors(checkpoint, info)
             place = device
             model = model.to(device)
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory(config, dtype, place) from error
+        raise _out_of_memory(expected.num_parameters() * dtype.itemsize, place) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"the pickles in {checkpoint.folder} hold more than weights, or are damaged: use safetensors"
@@ -376,24 +382,30 @@ def load_network(
     return model.eval().requires_grad_(False)
 
 
-def _out_of_memory(config: IdeficsConfig, dtype: torch.dtype, device: torch.device) -> DeviceError:
-    import torch
-
-    from idefics_cli.model.modeling import IdeficsForVisionText2Text
-
-    with torch.device("meta"):
-        num_bytes = IdeficsForVisionText2Text(config).num_parameters() * dtype.itemsize
+def _out_of_memory(num_bytes: int, device: torch.device) -> DeviceError:
     remedy = "a machine with more memory" if device.type == "cpu" else "a larger device, --device cpu"
     return DeviceError(
         f"out of memory: the model's {num_bytes / 1e9:.1f} GB do not fit on {device}: use {remedy} or a smaller model"
     )
 
 
-def _require_all_tensors(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    shapes = sorted(info["mismatched_keys"])
-    mismatched = [f"{name} {tuple(found)} instead of {tuple(expected)}" for name, found, expected in shapes]
-    kinds = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": mismatched}
-    said = [f"{len(names)} {kind} ({shown(sorted(names))})" for kind, names in kinds.items() if names]
+def _require_same_tensors(checkpoint: Checkpoint, model: IdeficsForVisionText2Text) -> None:
+    """Compare the files with `model`, of which only names and shapes count, before a weight is read."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    needed = dict(model.named_parameters()).keys()  # names a tied tensor once
+    stored = {
+        name: shape
+        for file in checkpoint.weight_files
+        for name, shape in _stored_shapes(file, checkpoint.is_pickled).items()
+        if not any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected)
+    }
+    shared = sorted(stored.keys() & expected.keys())
+    kinds = {
+        "missing": sorted(needed - stored.keys()),
+        "unexpected": sorted(stored.keys() - expected.keys()),
+        "of another shape": [f"{n} {stored[n]} instead of {expected[n]}" for n in shared if stored[n] != expected[n]],
+    }
+    said = [f"{len(names)} {kind} ({shown(names)})" for kind, names in kinds.items() if names]
     _require(
         not said,
         f"the weights in {checkpoint.folder} do not fit their config.json: {'; '.join(said)}; "

@@ -7,7 +7,9 @@ Our own mistakes are assertions and have no class here. This module imports noth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 ROW_ERROR_CODES = (
     "image_missing",
@@ -65,3 +67,7 @@ class RowError:
 
     def __str__(self) -> str:
         return f"{self.code}: {one_line(self.message)}"
+
+
+def first_error(values: Iterable[Any]) -> RowError | None:
+    return next((value for value in values if isinstance(value, RowError)), None)

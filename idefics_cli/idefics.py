@@ -30,7 +30,7 @@ from idefics_cli.engine.prompt_source import (
     PromptSource,
 )
 from idefics_cli.engine.scheduler import stream
-from idefics_cli.errors import CheckpointError, IdeficsError, RowError
+from idefics_cli.errors import CheckpointError, IdeficsError, RowError, first_error
 from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
@@ -57,7 +57,7 @@ from idefics_cli.prompts.templates import (
     shared_start,
 )
 from idefics_cli.prompts.tokenize import PromptEncoder
-from idefics_cli.result import Candidate, Embedding, Result
+from idefics_cli.result import Candidate, Result
 from idefics_cli.rows import ImageOptions
 from idefics_cli.validation import model_name, several, whole_number
 
@@ -232,24 +232,22 @@ class Idefics:
         That is the resampler's output or, without one, the vision tower's. Each may take the place of its image in a
         prompt for a model of the same `fingerprint`. Raises IdeficsError for an image that cannot be used.
         """
-        results = self._embeddings("embed", images)
-        error = next((result.error for result in results if result.error is not None), None)
+        latents = self._latents("embed", images)
+        error = first_error(latents)
         if error is not None:
             raise IdeficsError(f"an image cannot be embedded ({error}): use another device or dtype")
-        latents = [result.latents for result in results]
         return torch.stack(latents) if latents else torch.empty(0, *self.latents_shape, dtype=self.model.dtype)
 
-    def _embeddings(self, method: str, images: Iterable[ImageSource | PreparedImage]) -> list[Embedding]:
+    def _latents(self, method: str, images: Iterable[ImageSource | PreparedImage]) -> list[torch.Tensor | RowError]:
         encoded = [self.encode_image(image) for image in several(f"{method}'s images", images, "image")]
-        error = next((each for each in encoded if isinstance(each, RowError)), None)
+        error = first_error(encoded)
         if error is not None:
             raise IdeficsError(f"an image cannot be embedded ({error}): fix it, or leave it out")
-        return [result for _, result in self.embed_stream(IterableSource(encoded))]
+        return [found for _, found in self.embed_stream(IterableSource(encoded))]
 
-    def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, Embedding]]:
+    def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, torch.Tensor | RowError]]:
         """`embed` for the results of `encode_image`, as they come, in order and numbered as they are taken."""
-        for number, found in embed(self.engine, source):
-            yield number, Embedding(None, found) if isinstance(found, RowError) else Embedding(found)
+        return embed(self.engine, source)
 
     def image_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
         """One vector for each image, (images, dim) in fp32, similar for similar images: the mean of its latents.
@@ -257,10 +255,10 @@ class Idefics:
         It costs nothing beyond the latents, which decoding needs anyway; stored ones are accepted too. An image without
         latents (out of memory, NaN or Inf) has zeros.
         """
-        latents = [result.latents for result in self._embeddings("image_vectors", images)]
+        latents = self._latents("image_vectors", images)
         vectors = torch.zeros(len(latents), self.latents_shape[1])
         for vector, each in zip(vectors, latents, strict=True):
-            if each is not None:
+            if not isinstance(each, RowError):
                 vector.copy_(each.float().mean(dim=0))
         return vectors
 
@@ -289,9 +287,8 @@ class Idefics:
         input_ids = self.encoder.encode(items)
         longest = self.model.config.max_position_embeddings - max_new_tokens
         if len(input_ids) > longest:
-            return RowError(
-                "prompt_too_long", f"{len(input_ids)} tokens, and the model takes {longest} before its answer"
-            )
+            too_long = f"{len(input_ids)} tokens, and the model takes {longest} before its answer"
+            return RowError("prompt_too_long", too_long)
         return EncodedPrompt(input_ids, *_images_of(items), self._shared_len(start, input_ids))
 
     def _shared_len(self, start: Prompt, input_ids: Sequence[int]) -> int:
@@ -307,9 +304,9 @@ class Idefics:
         Prompt and choice are tokenised as one text, with a blank between them.
         """
         items, checked = self._items(prompt), checked_choices(choices)
-        for value in (items, checked):
-            if isinstance(value, RowError):
-                return value
+        error = first_error((items, checked))
+        if error is not None:
+            return error
         prompt_ids = self.encoder.encode(items)
         answered = [self.encoder.encode(with_answer(items, choice)) for choice in checked]
         longest, room = max(map(len, answered)), self.model.config.max_position_embeddings
@@ -342,7 +339,7 @@ class Idefics:
             item if isinstance(item, (str, SpecialToken)) else self.encode_image(item)
             for item in several("a prompt", prompt, "image, text")
         )
-        return next((item for item in items if isinstance(item, RowError)), items)
+        return first_error(items) or items
 
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
         found = [(each.token_ids, each.score) for each in hypotheses]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 from idefics_cli.errors import RowError
 
@@ -49,16 +49,8 @@ class Result:
         return self.of([replace(each, text=postprocess(each.text)) for each in self.candidates])
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """An image's latents (seq, dim), or why there are none."""
-
-    latents: Tensor | None
-    error: RowError | None = None
-
-
-Outcome: TypeAlias = Result | Embedding | RowError
+Outcome: TypeAlias = Union[Result, "Tensor", RowError]  # a tensor holds an image's latents (seq, dim)
 
 
 def error_of(outcome: Outcome) -> RowError | None:
-    return outcome if isinstance(outcome, RowError) else outcome.error
+    return outcome if isinstance(outcome, RowError) else getattr(outcome, "error", None)

@@ -142,36 +142,46 @@ def test_what_is_refused_before_anything_is_loaded(folder: Path, spoil: Callable
     assert said in early_refusal(folder)
 
 
-def change_tensors(change: Callable[[dict], object]) -> Callable[[Path], object]:
-    return lambda folder: edit_tensors(folder, change)
-
-
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("change", "said"),
     [
-        *(
-            (change_config(**change), "config.json")
-            for change in (
-                {"hidden_size": "large"},
-                {"hidden_act": "no such"},
-                {"alpha_type": "no such"},
-                {"num_attention_heads": 7},
-                {"cross_layer_interval": 0},
-                {"pad_token_id": 10_000},
-            )
-        ),
-        (change_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "quantized"),
-        (change_tensors(lambda tensors: tensors.pop("model.norm.weight")), "1 missing (model.norm.weight)"),
-        (change_tensors(lambda tensors: tensors.update({"model.extra": torch.ones(2)})), "1 unexpected (model.extra)"),
-        (
-            change_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)})),
-            "1 of another shape (model.norm.weight (3,) instead of (32,))",
-        ),
+        ({"hidden_size": "large"}, "config.json"),
+        ({"hidden_act": "no such"}, "config.json"),
+        ({"alpha_type": "no such"}, "config.json"),
+        ({"num_attention_heads": 7}, "config.json"),
+        ({"cross_layer_interval": 0}, "config.json"),
+        ({"pad_token_id": 10_000}, "config.json"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantized"),
     ],
 )
-def test_what_is_refused_while_it_is_loaded(folder: Path, spoil: Callable[[Path], object], said: str) -> None:
-    spoil(folder)
+def test_a_config_of_which_no_network_can_be_made(folder: Path, change: dict, said: str) -> None:
+    edit_json(folder / "config.json", **change)
     assert said in refusal(folder)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_wrong_tensors_are_named_before_a_weight_is_read(
+    folder: Path, pickled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop("model.layers.2.mlp.up_proj.weight")
+        tensors.update({"model.extra": torch.ones(2), "model.norm.weight": torch.ones(3)})
+
+    edit_tensors(folder, spoil)
+    if pickled:
+        to_pickles(folder)
+    monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", None)
+    said = refusal(folder, allow_pickle=pickled)
+    assert "1 missing (model.layers.2.mlp.up_proj.weight)" in said
+    assert "1 unexpected (model.extra)" in said
+    assert "1 of another shape (model.norm.weight (3,) instead of (32,))" in said
+
+
+def test_a_tied_tensor_may_be_stored_once(folder: Path) -> None:
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("lm_head")])
+    model = load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_unused_buffers_of_2023_are_ignored(folder: Path) -> None:
@@ -191,10 +201,11 @@ def test_pickles_are_refused_until_allowed(folder: Path) -> None:
     assert "--allow-pickle" in refusal(folder)
     got = load(folder, allow_pickle=True).state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_allowing_pickles_does_not_prefer_them(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
-    assert f"{len(expected)} missing (" in refusal(folder, allow_pickle=True)
-    save_file(expected, folder / SAFETENSORS, metadata={"format": "pt"})
-    load(folder, allow_pickle=True)  # the pickle is not preferred
+    load(folder, allow_pickle=True)
 
 
 def test_a_pickle_that_would_run_code_does_not(folder: Path, tmp_path: Path) -> None:
@@ -238,6 +249,13 @@ def test_a_machine_that_does_not_hold_the_model(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", full)
     with pytest.raises(DeviceError, match=r"model's \d.* GB do not fit on cpu: use a machine with more memory"):
         load(folder)
+
+
+@pytest.mark.parametrize("content", [[1], {"model.norm.weight": 1}])
+def test_a_pickle_of_something_else(folder: Path, content: object) -> None:
+    to_pickles(folder)
+    torch.save(content, folder / "pytorch_model.bin")
+    assert "cannot be loaded" in refusal(folder, allow_pickle=True)
 
 
 def test_code_beside_the_weights_is_never_run(folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,3 +50,13 @@ def write_archive(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def unescape_name(text: str) -> str:
+    """The name that `escape_name` made `text` from; `os.fsencode` of it gives the name's bytes."""
+
+    def restore(match: re.Match[str]) -> str:
+        byte = int(match[1], 16)
+        return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
+
+    return re.sub(r"\\x(5c|[89a-f][0-9a-f])", restore, text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from idefics_cli.engine.engine import Engine, PhaseTimes
 from idefics_cli.engine.options import DecodingOptions, Hypothesis
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.scheduler import stream
-from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.errors import IdeficsError, first_error
 from idefics_cli.model.packed_linear import pack_linears
 
 TIE = 1e-5  # two texts whose scores differ by less are equally good
@@ -55,7 +55,7 @@ class Bench:
 
     def __init__(self, subject: Subject, options: BenchOptions):
         self.subject, self.options = subject, options
-        self.device = subject.model.device
+        self.device, self.draw = subject.model.device, subject.prompts.draw
         self.theirs = transformers_model(subject.model)  # first: it keeps the weights that packing replaces
         with measured(self.device) as layout:
             started = self._now()
@@ -63,37 +63,33 @@ class Bench:
             self.layout_seconds = self._now() - started
         self.layout_bytes = layout.kept
         self.engine = Engine(subject.model, subject.vocabulary, options.batch_size)
-        self.bandwidth = copy_bandwidth(self.device)
-
-    def draw(self, number: int) -> list[EncodedPrompt]:
-        return self.subject.prompts.draw(number)
+        # Elsewhere caches would decide.
+        self.bandwidth = copy_bandwidth(self.device) if self.device.type == "cuda" else None
 
     # ---- ours
 
     def run_ours(
         self, prompts: Sequence[EncodedPrompt], decoding: DecodingOptions | None = None, metered: bool = False
     ) -> Run:
-        """Decoded as the benchmark's options say, or by `decoding`. `metered`: with its memory, which costs time."""
+        """`decoding` is that of the options unless it is given. `metered`: with its memory, which costs time."""
         taken = self._embedded(prompts) if self.options.embeddings else prompts
         self.engine.times.reset()
-        with self._memory(metered) as memory:
+        with measured(self.device) if metered else nullcontext(MemoryUse()) as memory:
             started = self._now()
             found = dict(stream(self.engine, IterableSource(taken), decoding or self.options.texts))
             seconds = self._now() - started
-        texts = [self._best(found[index]) for index in range(len(prompts))]
+        failed = first_error(found.values())
+        if failed is not None:
+            raise IdeficsError(f"a prompt has no text ({failed}): lower --shots or --num-beams")
+        texts = [best_text(found[index]) for index in range(len(prompts))]
         return Run(prompts, texts, seconds, memory, replace(self.engine.times))
-
-    def _best(self, found: list[Hypothesis] | RowError) -> Text:
-        if isinstance(found, RowError):
-            raise IdeficsError(f"a prompt has no text ({found}): lower --shots or --num-beams")
-        return found[0].token_ids, found[0].score
 
     def _embedded(self, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
         """The prompts with latents instead of images, as `idefics embed` makes them beforehand: not timed."""
         pixels = {key: each for prompt in prompts for key, each in zip(prompt.image_keys, prompt.pixels, strict=True)}
         images = IterableSource([EncodedImage((each,)) for each in pixels.values()])
         latents = dict(zip(pixels, (found for _, found in embed(self.engine, images)), strict=True))
-        failed = next((found for found in latents.values() if isinstance(found, RowError)), None)
+        failed = first_error(latents.values())
         if failed is not None:
             raise IdeficsError(f"an image has no latents ({failed}): use another --device or --dtype")
         self.engine.latents.clear()
@@ -108,11 +104,7 @@ class Bench:
             self.engine.waits = True
             run = self.run_ours(self.draw(number))
             self.engine.waits = False
-        work = work_of(self.theirs, self._counts(run))
-        return replace(run, floors={phase: floor_seconds(each, self.bandwidth) for phase, each in work.items()})
-
-    def _counts(self, run: Run) -> Counts:
-        return Counts(
+        counts = Counts(
             images=run.times.images,
             prompt_tokens=run.times.prompt_tokens,
             steps=run.times.steps,
@@ -122,6 +114,8 @@ class Bench:
             prompt_length=statistics.fmean(len(prompt.input_ids) for prompt in run.prompts),
             text_length=statistics.fmean(len(token_ids) for token_ids, _ in run.texts),
         )
+        work = work_of(self.theirs, counts)
+        return replace(run, floors={phase: floor_seconds(each, self.bandwidth) for phase, each in work.items()})
 
     # ---- transformers'
 
@@ -139,7 +133,7 @@ class Bench:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
         texts: dict[int, Text] = {}
         seconds = 0.0
-        with self._memory(metered) as memory:
+        with measured(self.device) if metered else nullcontext(MemoryUse()) as memory:
             for first in range(0, len(order), self.options.batch_size):
                 batch = order[first : first + self.options.batch_size]
                 inputs = self._inputs([prompts[index] for index in batch])
@@ -155,8 +149,7 @@ class Bench:
         tensors = {name: value.to(self.device) for name, value in inputs.items()}
         vocabulary = self.subject.vocabulary
         if with_scores:
-            found = reference.generate(self.theirs, tensors, options, vocabulary)
-            return [(hypotheses[0].token_ids, hypotheses[0].score) for hypotheses in found]
+            return map(best_text, reference.generate(self.theirs, tensors, options, vocabulary))
         config = reference.generation_config(options, vocabulary)
         config.return_dict_in_generate = config.output_scores = config.output_logits = False
         with torch.inference_mode():
@@ -180,15 +173,14 @@ class Bench:
             length += 1
         return total / length**options.length_penalty
 
-    # ---- clocks
-
-    def _memory(self, metered: bool) -> AbstractContextManager[MemoryUse]:
-        return measured(self.device) if metered else nullcontext(MemoryUse())
-
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def best_text(hypotheses: Sequence[Hypothesis]) -> Text:
+    return hypotheses[0].token_ids, hypotheses[0].score
 
 
 # ---- all runs
@@ -207,25 +199,21 @@ def warm_up(bench: Bench, say: Callable[[str], None]) -> tuple[Pair, Pair]:
 def timed_runs(bench: Bench, say: Callable[[str], None]) -> tuple[list[Pair], list[Run]]:
     """Pairs over new images, each side first in turn; and for each our run whose phases stand beside their floors."""
     pairs, phased, repeats = [], [], bench.options.repeats
+    short = replace(bench.options.texts, max_new_tokens=1, min_new_tokens=0)
     for repeat in range(1, repeats + 1):
         prompts = bench.draw(FIRST_CALL + 1 + repeat)
         others = bench.draw(WARMING + repeat)[: bench.options.batch_size]
         runs: dict[str, Run] = {}
         for side in ("theirs", "ours")[:: 1 if repeat % 2 else -1]:
-            runs[side] = timed_run(bench, side, prompts, others)
+            run = bench.run_ours if side == "ours" else bench.run_theirs
+            run(others, short)  # weights that lay idle meanwhile can be slow to reach at first
+            runs[side] = run(prompts)
             if side == "ours":
                 say("the bare matrix products")
                 phased.append(bench.with_floors(runs[side], FIRST_CALL + 1 + repeats + repeat))
         say(f"repeat {repeat}: ours {runs['ours'].seconds:.2f} s, transformers {runs['theirs'].seconds:.2f} s")
         pairs.append((runs["ours"], runs["theirs"]))
     return pairs, phased
-
-
-def timed_run(bench: Bench, side: str, prompts: Sequence[EncodedPrompt], others: Sequence[EncodedPrompt]) -> Run:
-    """After a short untimed run over `others`: weights that lay idle meanwhile can be slow to reach at first."""
-    run = bench.run_ours if side == "ours" else bench.run_theirs
-    run(others, replace(bench.options.texts, max_new_tokens=1, min_new_tokens=0))
-    return run(prompts)
 
 
 def agreement(bench: Bench, pairs: Iterable[Pair]) -> dict[str, Any]:

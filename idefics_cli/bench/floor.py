@@ -24,7 +24,6 @@ Network = transformers.IdeficsForVisionText2Text
 Multiply = Callable[[Tensor], Tensor]
 FLOOR_BYTES = 256 << 20  # no cache holds so much: weights in a loop come from memory
 FLOOR_SECONDS = 0.3  # for each timing
-COPY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -110,39 +109,30 @@ def prefill_work(model: Network, counts: Counts) -> Work:
     batches = max(1.0, counts.prompts / counts.rows)
     image_vectors = round(counts.images / batches) * image_seq_len(model.config)
     gated = model.model.gated_cross_attn_layers
-    own = max(1, round(counts.prompt_tokens / counts.prompts))
+    own, keys = max(1, round(counts.prompt_tokens / counts.prompts)), round(counts.prompt_length)
     return [
-        *text_products(model, round(counts.prompt_tokens / batches), counts.rows, batches),
+        *text_work(model, round(counts.prompt_tokens / batches), counts.rows, own, counts.rows, keys, batches),
         *(products_of(gated, image_vectors, batches, key_value=True) if counts.images else ()),
-        *text_attention(model, counts.rows, own, round(counts.prompt_length), batches),
     ]
 
 
 def decode_work(model: Network, counts: Counts) -> Work:
     # Half of a text's length on average, in a tree whose trunk the beams share.
     keys = round(counts.prompt_length + counts.text_length / 2)
-    queries = counts.rows * counts.beams
-    return [
-        *text_products(model, queries, queries, counts.steps),
-        *text_attention(model, counts.rows, counts.beams, keys, counts.steps),
-    ]
+    tokens = counts.rows * counts.beams
+    return text_work(model, tokens, counts.rows, counts.beams, tokens, keys, counts.steps)
 
 
-def text_products(model: Network, tokens: int, predictions: int, times: float) -> list[Product]:
-    network = model.model
-    return [
-        *products_of(network.layers, tokens, times),
-        *products_of(network.gated_cross_attn_layers, tokens, times, key_value=False),
-        Product((model.lm_head.weight,), predictions, times),
-    ]
-
-
-def text_attention(model: Network, rows: int, queries: int, keys: int, times: float) -> list[AttentionProduct]:
-    config, gated = model.config, len(model.model.gated_cross_attn_layers)
+def text_work(model: Network, tokens: int, rows: int, queries: int, predictions: int, keys: int, times: float) -> Work:
+    """`times` passes of `tokens` in all, where each of `rows` has `queries` tokens that see `keys` and an image."""
+    config, layers, gated = model.config, model.model.layers, model.model.gated_cross_attn_layers
     heads, head_dim = rows * config.num_attention_heads, config.hidden_size // config.num_attention_heads
     return [
-        AttentionProduct(heads, queries, keys, head_dim, times, config.num_hidden_layers),
-        AttentionProduct(heads, queries, image_seq_len(config), head_dim, times, gated),
+        *products_of(layers, tokens, times),
+        *products_of(gated, tokens, times, key_value=False),
+        Product((model.lm_head.weight,), predictions, times),
+        AttentionProduct(heads, queries, keys, head_dim, times, len(layers)),
+        AttentionProduct(heads, queries, image_seq_len(config), head_dim, times, len(gated)),
     ]
 
 
@@ -179,7 +169,10 @@ def product_seconds(product: Product) -> float:
     weights = product.weights[: max(1, -(-FLOOR_BYTES // max(1, product.weights[0].nbytes)))]
     like = weights[0]
     states = torch.randn(product.rows, like.shape[1], device=like.device).to(like.dtype)
-    fastest = min(loop_seconds(layout, states) for layout in layouts(weights, product.rows))
+    fastest = min(
+        repeated_seconds(lambda layout=layout: [multiply(states) for multiply in layout], states.device)
+        for layout in layouts(weights, product.rows)
+    )
     return fastest * len(product.weights) / len(weights) * product.times
 
 
@@ -193,14 +186,6 @@ def layouts(weights: Sequence[Tensor], rows: int) -> Iterator[list[Multiply]]:
 def packed(weight: Tensor, rows: int) -> Multiply:
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda states: torch.ops.mkldnn._linear_pointwise(states, blocks, None, "none", [], "")
-
-
-def loop_seconds(multiplies: Sequence[Multiply], states: Tensor) -> float:
-    def once() -> None:
-        for multiply in multiplies:
-            multiply(states)
-
-    return repeated_seconds(once, states.device)
 
 
 @torch.inference_mode()
@@ -240,12 +225,8 @@ def repeated_seconds(once: Callable[[], object], device: torch.device) -> float:
     return statistics.median(timed(min(calls, 1000)) for _ in range(5))
 
 
-def copy_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second that a large copy reads and writes, on CUDA; elsewhere caches would decide."""
-    return copied_per_second(COPY_BYTES, device) if device.type == "cuda" else None
-
-
-def copied_per_second(num_bytes: int, device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, num_bytes: int = 1 << 30) -> float:
+    """Bytes a second that a large copy reads and writes."""
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / repeated_seconds(lambda: target.copy_(source), device)

@@ -27,27 +27,22 @@ class MemoryUse:
 def measured(device: torch.device) -> Iterator[MemoryUse]:
     """What the body takes. What is garbage before or after it is not counted."""
     use = MemoryUse()
-    _collect_garbage()
-    before = _bytes_in_use(device)
+    before = _settled_bytes(device)
     counts_peak = _reset_peak(device)
     yield use
     peak = _peak(device) if counts_peak else None
-    _collect_garbage()
-    use.rise, use.kept = _difference(peak, before), _difference(_bytes_in_use(device), before)
+    after = _settled_bytes(device)
+    if before is not None and after is not None:
+        use.kept = after - before
+        use.rise = None if peak is None else peak - before
 
 
-def _difference(after: int | None, before: int | None) -> int | None:
-    return None if after is None or before is None else after - before
-
-
-def _collect_garbage() -> None:
+def _settled_bytes(device: torch.device) -> int | None:
+    """Bytes in use once garbage is collected."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory until it is told to return it
     if trim is not None:
         trim(0)
-
-
-def _bytes_in_use(device: torch.device) -> int | None:
     if device.type != "cuda":
         return resident_bytes()
     torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ from idefics_cli.errors import IdeficsError
 from idefics_cli.validation import Help
 
 RandomSize = Literal["tiny", "mid", "9b"]
-SIZES: tuple[RandomSize, ...] = get_args(RandomSize)  # of models with random weights
+SIZES: tuple[RandomSize, ...] = get_args(RandomSize)
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,8 @@ class BenchOptions:
     threads: Annotated[int | None, Help("CPU threads", min=1, max=1024, default="torch's own choice")] = None
 
     def __post_init__(self) -> None:
-        if self.random is not None and self.random not in SIZES:
-            raise IdeficsError(f"unknown random model {self.random!r}: use {', '.join(SIZES)}")
-        if self.random is not None and (self.request.revision or self.request.allow_pickle):
-            useless = "--revision" if self.request.revision else "--allow-pickle"
+        useless = "--revision" if self.request.revision else "--allow-pickle" if self.request.allow_pickle else None
+        if self.random is not None and useless is not None:
             raise IdeficsError(f"{useless} has no effect on --random {self.random}: leave it out")
         if self.rows is not None and self.scenes is not None:
             raise IdeficsError("--rows counts prompts and --scenes images: use one of them")
@@ -73,6 +71,5 @@ class BenchOptions:
     @property
     def texts(self) -> DecodingOptions:
         """How texts are decoded, with the fixed length."""
-        return (
-            replace(self.decoding, min_new_tokens=self.decoding.max_new_tokens) if self.fixed_length else self.decoding
-        )
+        least = self.decoding.max_new_tokens if self.fixed_length else self.decoding.min_new_tokens
+        return replace(self.decoding, min_new_tokens=least)

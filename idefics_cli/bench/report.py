@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -43,17 +43,17 @@ def report(bench: Bench, warm: tuple[Pair, Pair], pairs: Sequence[Pair], phased:
     ours, theirs = zip(*pairs, strict=True)
     ratios = quotients((run.seconds for run in theirs), (run.seconds for run in ours))
     kept, rise = first.memory.kept, metered.memory.rise
-    before = {
-        "first_call_seconds": first.seconds,
-        "layout_seconds": bench.layout_seconds,
-        "layout_bytes": bench.layout_bytes,
-    }
     return {
         "machine": machine(bench.device),
         "versions": versions(),
         "settings": settings(bench),
-        # What our first call keeps counts as ours: caches are part of how it works.
-        "ours": side(bench.options, ours, None if kept is None or rise is None else kept + rise) | before,
+        "ours": {
+            # What our first call keeps counts as ours: caches are part of how it works.
+            **side(bench.options, ours, None if kept is None or rise is None else kept + rise),
+            "first_call_seconds": first.seconds,
+            "layout_seconds": bench.layout_seconds,
+            "layout_bytes": bench.layout_bytes,
+        },
         "transformers": side(bench.options, theirs, their_metered.memory.rise),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
@@ -132,24 +132,17 @@ def versions() -> dict[str, str]:
 
 def settings(bench: Bench) -> dict[str, Any]:
     options = bench.options
-    copied = ("shots", "questions_per_image", "batch_size", "embeddings", "repeats", "seed")
     return {
+        **asdict(replace(options, decoding=options.texts)),
         "model": f"random {options.random}" if options.random else options.request.model,
         "parameters": sum(parameter.numel() for parameter in bench.theirs.parameters()),
         "dtype": str(bench.theirs.dtype).removeprefix("torch."),
         "rows": options.num_rows,
         "length": "fixed" if options.fixed_length else "varied",
-        "decoding": asdict(options.texts),
-        **{name: getattr(options, name) for name in copied},
     }
 
 
-# ---- tables
-
-
-def tables(found: dict[str, Any]) -> list[Table]:
-    """The report for people."""
-    return [comparison_table(found), phase_table(found["phases"])]
+# ---- tables for people
 
 
 def comparison_table(found: dict[str, Any]) -> Table:
@@ -164,19 +157,14 @@ def comparison_table(found: dict[str, Any]) -> Table:
     table.add_row("images encoded", str(found["work"]["images"]), "")
     table.add_row("peak memory over weights, MB", megabytes(ours["peak_bytes"]), megabytes(theirs["peak_bytes"]))
     table.add_row("times faster", f"{found['ratio']:.2f}", "1")
-    for label, value in agreement_lines(found["agreement"]):
-        table.add_row(label, value, "")
-    return table
-
-
-def agreement_lines(same: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = [("identical tokens", f"{same['identical']:.2%} of {same['rows']} rows")]
+    same = found["agreement"]
+    table.add_row("identical tokens", f"{same['identical']:.2%} of {same['rows']} rows")
     if same["differing_rows"]:
         examined = f"{same['differing_ties']} of {same['differing_examined']} examined are ties"
-        lines.append(("differing rows", f"{same['differing_rows']}; {examined}"))
+        table.add_row("differing rows", f"{same['differing_rows']}; {examined}")
     if same["max_score_difference"] is not None:
-        lines.append(("largest score difference", f"{same['max_score_difference']:.1e}"))
-    return lines
+        table.add_row("largest score difference", f"{same['max_score_difference']:.1e}")
+    return table
 
 
 def megabytes(count: int | None) -> str:
@@ -188,11 +176,8 @@ def phase_table(phases: dict[str, Any]) -> Table:
 
     table = Table("phase", "seconds", "products", "attention", "bytes", "above floor", title="Our time by phase")
     for name in PHASES:
-        phase = phases[name]
-        shown = [
-            f"{phase['floor'][part]:.3f}" if part in phase["floor"] else ""
-            for part in ("products", "attention", "bytes")
-        ]
+        phase, floor = phases[name], phases[name]["floor"]
+        shown = [f"{floor[part]:.3f}" if part in floor else "" for part in ("products", "attention", "bytes")]
         above = f"{phase['above_floor']:.2f}×" if phase["above_floor"] is not None else ""
         table.add_row(name, f"{phase['seconds']:.3f}", *shown, above)
     table.add_row("other", f"{phases['other']['seconds']:.3f}")

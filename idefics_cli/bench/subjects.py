@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import IdeficsConfig
-from transformers.models.idefics.modeling_idefics import IdeficsRotaryEmbedding, IdeficsVisionEmbeddings
+from transformers.initialization import no_init_weights
 
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint import find_checkpoint, load_config, load_network, load_tokenizer
@@ -29,9 +29,7 @@ from idefics_cli.prompts.tokenize import PromptEncoder
 
 FIRST_CALL = 0  # the draw of prompts for the first call; those of timed runs follow
 
-
 # ---- models with random weights
-
 
 TEXT_SETTINGS = (
     "vocab_size",
@@ -58,7 +56,7 @@ def random_config(size: str) -> IdeficsConfig:
     text, vision, resampler = SIZE_SETTINGS[size]
     return IdeficsConfig(
         **dict(zip(TEXT_SETTINGS, text, strict=True)),
-        vision_config={**dict(zip(VISION_SETTINGS, vision, strict=True)), "patch_size": 14, "hidden_act": "gelu"},
+        vision_config=dict(zip(VISION_SETTINGS, vision, strict=True)),
         perceiver_config={
             **dict(zip(RESAMPLER_SETTINGS, resampler, strict=True)),
             "use_resampler": True,
@@ -67,16 +65,11 @@ def random_config(size: str) -> IdeficsConfig:
         additional_vocab_size=2,
         qk_layer_norms=True,
         use_resampler=True,
-        alpha_type="float",
-        alpha_initializer="ones",
-        rms_norm_eps=1e-6,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
     )
 
 
 def random_model(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> IdeficsForVisionText2Text:
-    with torch.device(device):
+    with no_init_weights(), device:
         model = IdeficsForVisionText2Text._from_config(random_config(size), dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -102,18 +95,9 @@ def randomize(name: str, weight: Tensor, generator: torch.Generator) -> None:
 
 def transformers_model(ours: IdeficsForVisionText2Text) -> transformers.IdeficsForVisionText2Text:
     """transformers' own class around the very tensors of our model."""
-    config = copy.deepcopy(ours.config)
-    with torch.device("meta"):
-        theirs = transformers.IdeficsForVisionText2Text._from_config(config, dtype=ours.dtype)
+    with no_init_weights(), ours.device:  # on the device, so that the buffers are there too
+        theirs = transformers.IdeficsForVisionText2Text._from_config(copy.deepcopy(ours.config), dtype=ours.dtype)
     theirs.load_state_dict(ours.state_dict(), assign=True)
-    for module in theirs.modules():  # buffers that no checkpoint holds
-        if isinstance(module, IdeficsRotaryEmbedding):
-            made = IdeficsRotaryEmbedding(config).to(ours.device)
-            module.inv_freq, module.original_inv_freq = made.inv_freq, made.original_inv_freq
-        elif isinstance(module, IdeficsVisionEmbeddings):
-            module.position_ids = torch.arange(module.num_positions, device=ours.device).expand((1, -1))
-    left = [name for name, tensor in (*theirs.named_parameters(), *theirs.named_buffers()) if tensor.is_meta]
-    assert not left, f"transformers' model has tensors that ours has not: {left}"
     return theirs.eval().requires_grad_(False)
 
 

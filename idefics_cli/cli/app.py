@@ -23,16 +23,15 @@ from idefics_cli.cli.console import (
     Progress,
     exit_codes,
     print_data,
-    print_facts,
     rows_so_far,
     say,
     say_finished,
     say_summary,
-    show_table,
+    show,
 )
 from idefics_cli.cli.options import DebugFlag, flattened
 from idefics_cli.errors import IdeficsError
-from idefics_cli.evaluation.score import ScoreOptions
+from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 
@@ -162,7 +161,7 @@ def bench(context: typer.Context, options: BenchOptions, debug: DebugFlag = Fals
     separately; timed runs have new images and the same shots. Tables go to stderr, one JSON line to stdout.
     """
     with exit_codes(debug):
-        from idefics_cli.bench.report import run, tables
+        from idefics_cli.bench.report import comparison_table, phase_table, run
         from idefics_cli.checkpoint import check_model_request
 
         if options.random is None:
@@ -170,8 +169,8 @@ def bench(context: typer.Context, options: BenchOptions, debug: DebugFlag = Fals
         elif context.get_parameter_source("model").name == "COMMANDLINE":
             raise IdeficsError(f"-m has no effect on --random {options.random}: leave it out")
         found = run(options, say)
-        for table in tables(found):
-            show_table(table, soft_wrap=False)
+        for table in (comparison_table(found), phase_table(found["phases"])):
+            show(table, soft_wrap=False)
         print_data(json.dumps(found))
 
 
@@ -189,7 +188,7 @@ def info(
         facts = _machine_facts(request)
         if model is not None:
             facts["model"] = _model_fact(replace(request, model=model))
-        print_facts(facts)
+        print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
 
 
 # Runs
@@ -228,9 +227,6 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
         raise typer.Exit(EXIT_FAILED_ROWS)
 
 
-# Scores
-
-
 def _closing_scores(answers_column: str, command: str) -> ScoreOptions:
     """How a finished run is scored. Raises IdeficsError where it cannot be."""
     from idefics_cli.evaluation.metrics import require_cider
@@ -246,11 +242,8 @@ def _print_scores(results: str, options: ScoreOptions) -> None:
     from idefics_cli.evaluation.score import score_results, score_table
 
     scores = score_results(results, options)
-    show_table(score_table(scores))
+    show(score_table(scores))
     print_data(json.dumps(scores.as_dict(), ensure_ascii=False))
-
-
-# Facts
 
 
 def _machine_facts(request: ModelRequest) -> dict[str, str]:

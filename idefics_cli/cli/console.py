@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
 
 import typer
@@ -24,6 +24,7 @@ from idefics_cli.pipeline.task import Observer
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
     from tqdm import tqdm
 
     from idefics_cli.pipeline.prefetch import RunStats
@@ -146,18 +147,14 @@ def say(message: str, label: str = "") -> None:
     """One line on stderr, whatever characters the names in it have."""
     from rich.text import Text
 
-    if sys.stderr is None:
-        return
-    line = Text.assemble((label, "bold red"), _printable(one_line(message)))
-    with contextlib.suppress(OSError):  # the log's disk is full
-        console(sys.stderr).print(line)
+    show(Text.assemble((label, "bold red"), _printable(one_line(message))))
 
 
-def show_table(table: Table, *, soft_wrap: bool = True) -> None:
+def show(shown: Table | Text, *, soft_wrap: bool = True) -> None:
     """On stderr. Without `soft_wrap` no wider than the terminal."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            console(sys.stderr).print(table, soft_wrap=soft_wrap)
+        with contextlib.suppress(OSError):  # the log's disk is full
+            console(sys.stderr).print(shown, soft_wrap=soft_wrap)
 
 
 def print_data(*lines: str) -> None:
@@ -173,19 +170,6 @@ def say_error(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     say(message, label="Error: ")
-
-
-def print_facts(facts: Mapping[str, str]) -> None:
-    """On stdout: a table on a terminal, else a line each."""
-    from rich.table import Table
-
-    if not is_terminal(sys.stdout):
-        print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
-        return
-    table = Table(show_header=False)
-    for name, fact in facts.items():
-        table.add_row(name, fact)
-    console(sys.stdout).print(table)
 
 
 def _printable(text: str) -> str:
@@ -262,7 +246,7 @@ def say_failures(stats: RunStats) -> None:
         else:
             say(f"{code}: {counted(number, 'row')}: {ids}")
     if table.rows:
-        show_table(table, soft_wrap=False)
+        show(table, soft_wrap=False)
 
 
 def counted(number: int, noun: str) -> str:
@@ -286,17 +270,15 @@ def say_summary(stats: RunStats, output: str, made: str) -> None:
 
 def say_finished(stats: RunStats, output: str) -> None:
     """There was nothing to do."""
-    failed = ""
-    if stats.num_failed:
-        failed = f", {stats.num_failed} of them failed (--retry-errors redoes these)"
+    failed = f", {stats.num_failed} of them failed (--retry-errors redoes these)" if stats.num_failed else ""
     say(f"{output} is finished: {counted(stats.rows, 'row')}{failed}. Use --overwrite to start over.")
 
 
 def rows_so_far(stats: RunStats, output: str, overwrite: bool = False, condition: str = "") -> str:
-    if output == "-":
-        return f"{counted(stats.safe, 'row')} written so far." if stats.safe else ""
     if not stats.safe:
         return ""
+    if output == "-":
+        return f"{counted(stats.safe, 'row')} written so far."
     part = f"{output}.part"
     if not os.path.exists(part):
         return f"{output} is finished." if os.path.exists(output) else ""

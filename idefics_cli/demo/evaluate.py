@@ -1,22 +1,21 @@
 """How well the `demo` model sees: `python -m idefics_cli.demo.evaluate`.
 
-Scenes that training never draws (seeds from EVALUATION_SEEDS on) are captioned and asked about through the public
-`Idefics`, with the prompts that `idefics caption` and `idefics vqa` make: without shots, the default's two text-only
-ones precede the query, or none with `--bare`. A caption or an answer counts when it is right to the letter. Prints one
-JSON object to stdout, progress to stderr.
+Scenes that training never draws (seeds from EVALUATION_SEEDS on) are captioned and asked about with the prompts of
+`idefics caption` and `idefics vqa`. A text counts when it is right to the letter. Prints one JSON object to stdout,
+progress to stderr.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from tqdm import tqdm
 
 from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
@@ -59,12 +58,9 @@ def question_kind(question: str) -> str:
 def run(model: Idefics, asked: Sequence[Asked], num_beams: int) -> dict[str, list[bool]]:
     """Whether each text is right, by kind."""
     right: dict[str, list[bool]] = defaultdict(list)
-    window = 8 * model.batch_size
-    for first in tqdm(range(0, len(asked), window), file=sys.stderr):
-        chosen = asked[first : first + window]
-        results = model.generate([prompt for _, prompt, _ in chosen], num_beams=num_beams)
-        for (kind, _, expected), result in zip(chosen, results, strict=True):
-            right[kind].append(result.text == expected)
+    results = model.generate((prompt for _, prompt, _ in tqdm(asked, file=sys.stderr)), num_beams=num_beams)
+    for (kind, _, expected), result in zip(asked, results, strict=True):
+        right[kind].append(result.text == expected)
     return right
 
 
@@ -90,21 +86,21 @@ def evaluate(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--scenes", type=int, default=2_000)
-    parser.add_argument("--shots", type=int, default=0)
-    parser.add_argument("--bare", action="store_true", help="no shots at all, not even the default's text-only ones")
-    parser.add_argument("--num-beams", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64)
-    options = parser.parse_args()
+def main(
+    model: str = "demo",
+    device: str = "auto",
+    scenes: int = 2_000,
+    shots: int = 0,
+    bare: Annotated[bool, typer.Option("--bare", help="Show no shots, not even the two usual texts.")] = False,
+    num_beams: int = 3,
+    batch_size: int = 64,
+) -> None:
+    """How well the model sees scenes that training never draws."""
     from idefics_cli.idefics import Idefics
 
-    model = Idefics.from_pretrained(options.model, device=options.device, batch_size=options.batch_size)
-    print(json.dumps(evaluate(model, options.scenes, options.shots, options.bare, options.num_beams)))
+    loaded = Idefics.from_pretrained(model, device=device, batch_size=batch_size)
+    print(json.dumps(evaluate(loaded, scenes, shots, bare, num_beams)))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -7,10 +7,11 @@ files.
 
 from __future__ import annotations
 
-import argparse
 import io
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from idefics_cli.demo.evaluate import question_kind
 from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, scene
@@ -37,36 +38,24 @@ def unseen_row(number: int) -> dict[str, Any]:
 
 def write_rows(path: Path, numbers: range) -> None:
     import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
+    import pyarrow.parquet as pq
 
     text, texts = pa.string(), pa.list_(pa.string())
     schema = pa.schema(
         {"id": text, "image": pa.binary(), "question": text, "answers": texts, "kind": text, "captions": texts}
     )
-    with ParquetWriter(path, schema) as writer:
-        for first in range(0, len(numbers), GROUP_ROWS):
-            group = [unseen_row(number) for number in numbers[first : first + GROUP_ROWS]]
-            writer.write_table(pa.Table.from_pylist(group, schema))
+    pq.write_table(pa.Table.from_pylist(list(map(unseen_row, numbers)), schema), path, row_group_size=GROUP_ROWS)
 
 
-def write_manifests(folder: Path, num_scenes: int, num_shots: int) -> tuple[Path, Path]:
-    """The two files in `folder`, which is created if needed."""
-    assert num_scenes <= SHOTS_APART, f"{num_scenes} scenes would reach those of the shots"
+def write_manifests(folder: Path, scenes: int = 2_000, shots: int = 8) -> tuple[Path, Path]:
+    """Write so many unseen scenes, and others to show as shots, into FOLDER, which is created if needed."""
+    assert scenes <= SHOTS_APART, f"{scenes} scenes would reach those of the shots"
     folder.mkdir(parents=True, exist_ok=True)
-    scenes, shots = folder / "scenes.parquet", folder / "shots.parquet"
-    write_rows(scenes, range(num_scenes))
-    write_rows(shots, range(SHOTS_APART, SHOTS_APART + num_shots))
-    return scenes, shots
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the two files are written")
-    parser.add_argument("--scenes", type=int, default=2_000)
-    parser.add_argument("--shots", type=int, default=8)
-    options = parser.parse_args()
-    write_manifests(options.folder, options.scenes, options.shots)
+    paths = folder / "scenes.parquet", folder / "shots.parquet"
+    for path, numbers in zip(paths, (range(scenes), range(SHOTS_APART, SHOTS_APART + shots)), strict=True):
+        write_rows(path, numbers)
+    return paths
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(write_manifests)

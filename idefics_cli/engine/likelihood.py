@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,50 +17,15 @@ from torch import Tensor
 
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.memory_budget import AdaptiveBatchSize, attempt
-from idefics_cli.engine.prefill import Intake, PrefillBatch, QueuedPrompt
+from idefics_cli.engine.prefill import PrefillBatch, PromptQueue, QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedChoices, PromptSource
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
-from idefics_cli.engine.scheduler import WINDOWS_AHEAD
 from idefics_cli.errors import RowError
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
-CHOICE_TOKENS_PER_ROW = 512  # what stands after a prompt in one row; more choices are more rows
 PLACES_AT_ONCE = 256  # so many tokens have their logits over the whole vocabulary at a time
 
 Choices = Sequence[tuple[int, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Some of a prompt's choices, those from number `first` on: what one row reads."""
-
-    prompt: QueuedPrompt
-    first: int
-    choice_ids: tuple[tuple[int, ...], ...]
-
-    @property
-    def tail(self) -> list[int]:
-        """What is read after the prompt: each choice without its last token, which nothing follows."""
-        return [token_id for ids in self.choice_ids for token_id in ids[:-1]]
-
-    def split(self, at: int) -> list[Part]:
-        return [
-            replace(self, choice_ids=self.choice_ids[:at]),
-            replace(self, first=self.first + at, choice_ids=self.choice_ids[at:]),
-        ]
-
-
-def parts_of(prompt: QueuedPrompt, choice_ids: Choices, most_tokens: int) -> list[Part]:
-    """The choices in their order, as many to a part as have `most_tokens` together, and at least one."""
-    parts, rest = [], Part(prompt, 0, tuple(choice_ids))
-    num_tokens, length = 0, 0
-    for ids in choice_ids:
-        if length and num_tokens + len(ids) > most_tokens:
-            part, rest = rest.split(length)
-            parts.append(part)
-            num_tokens, length = 0, 0
-        num_tokens, length = num_tokens + len(ids), length + 1
-    return [*parts, rest]
 
 
 # ---- one pass
@@ -142,6 +106,8 @@ def log_probabilities(model: IdeficsForVisionText2Text, states: Tensor, place_of
 
 # ---- a stream of prompts
 
+Scored = tuple[int, EncodedChoices, list[float] | RowError]
+
 
 class Scoring:
     """One run over a stream of prompts with choices. The engine's caches and bounds hold for it too."""
@@ -149,81 +115,57 @@ class Scoring:
     def __init__(self, engine: Engine):
         self.engine, self.batch_size = engine, AdaptiveBatchSize(engine.batch_size.now)
         self.overflows = Overflows(engine.model.dtype)
-        self.queue: list[Part] = []
         self.scores: dict[int, dict[int, float]] = {}  # by number of the prompt and of the choice
 
-    def run(self, source: PromptSource) -> Iterator[tuple[int, EncodedChoices, list[float] | RowError]]:
+    def run(self, source: PromptSource) -> Iterator[Scored]:
         """(number, prompt, log-likelihood of each choice) in the order of finishing, numbers in that of taking.
 
         One that the device's memory does not hold even alone, or whose values are not finite, has a RowError in their
         place; IdeficsError is raised where none of the first prompts' are.
         """
-        intake = Intake(source, self.engine.vocabulary.image_token_id)
+        queue = PromptQueue(source, self.engine.vocabulary.image_token_id)
         while True:
-            self._look_ahead(intake)
-            if not self.queue:
+            if len(queue) < self.batch_size.now:
+                queue.look_ahead(self.batch_size.now, idle=True)
+            if not queue:
                 return
-            for prompt in self._score_some():
-                yield prompt.index, prompt.prompt, self._outcome(self.scores.pop(prompt.index))
-
-    def _outcome(self, scores: dict[int, float]) -> list[float] | RowError:
-        if not scores:
-            return TOO_LARGE
-        found = [scores[choice] for choice in sorted(scores)]
-        return found if all(map(math.isfinite, found)) else self.overflows.error
-
-    def _look_ahead(self, intake: Intake) -> None:
-        """Lengthen the queue, sorted by length after what the last look ahead has left in it."""
-        if len(self.queue) >= self.batch_size.now:
-            return
-        most = WINDOWS_AHEAD * self.batch_size.now - len(self.queue)
-        taken = intake.take(most, wait=not self.queue)
-        self.scores |= {prompt.index: {} for prompt in taken}
-        parts = [part for each in taken for part in parts_of(each, each.prompt.choice_ids, CHOICE_TOKENS_PER_ROW)]
-        self.queue += sorted(parts, key=lambda part: len(part.prompt.content) + len(part.tail))
-
-    def _score_some(self) -> list[QueuedPrompt]:
-        """Read the first in the queue and those that share its prefix -> the prompts that are finished by it."""
-        shared = self.queue[0].prompt.shared
-        group = [part for part in self.queue if part.prompt.shared == shared][: self.batch_size.now]
-        found = attempt(partial(self._log_likelihoods, group))
-        if found is None:
-            return self._back_off(group)
-        self.batch_size.record_success(len(group))
-        self.overflows.look_at([not all(map(math.isfinite, scores)) for scores in found])
-        self._drop(group)
-        for part, scores in zip(group, found, strict=True):
-            self.scores[part.prompt.index].update(enumerate(scores, start=part.first))
-        prompts = dict.fromkeys(part.prompt for part in group)
-        return [each for each in prompts if len(self.scores[each.index]) == len(each.prompt.choice_ids)]
+            group = queue.pop_group(self.batch_size.now)
+            found = attempt(partial(self._log_likelihoods, group, queue))
+            yield from self._back_off(group, queue) if found is None else self._finished(group, found)
 
     @torch.inference_mode()
-    def _log_likelihoods(self, group: Sequence[Part]) -> list[list[float]]:
-        engine, prompts = self.engine, [part.prompt for part in group]
-        prefix = engine.prefixes.get_or_prefill(prompts[0])
-        batch = PrefillBatch(prompts, prefix, engine.vocabulary, tails=[part.tail for part in group])
-        queued = [part.prompt for part in self.queue]  # the group among them
-        images = batch.arrange(engine.images(prompts, batch.wanted, ahead=queued))
+    def _log_likelihoods(self, group: Sequence[QueuedPrompt], queue: PromptQueue) -> list[list[float]]:
+        engine = self.engine
+        batch = PrefillBatch(group, engine.prefixes.get_or_prefill(group[0]), engine.vocabulary)
+        images = batch.arrange(engine.images(group, batch.wanted, ahead=queue.prompts))
         with engine.timed("prefill"):
-            found = log_likelihoods(engine.model, batch, [part.choice_ids for part in group], images)
+            found = log_likelihoods(engine.model, batch, [row.choice_ids for row in group], images)
         engine.times.prompt_tokens += sum(batch.lengths)
         return found
 
-    def _drop(self, group: Sequence[Part]) -> None:
-        done = set(group)
-        self.queue = [part for part in self.queue if part not in done]
+    def _finished(self, group: Sequence[QueuedPrompt], found: Sequence[Sequence[float]]) -> Iterator[Scored]:
+        """The prompts whose last choices these are."""
+        self.batch_size.record_success(len(group))
+        self.overflows.look_at([not all(map(math.isfinite, scores)) for scores in found])
+        for row, scores in zip(group, found, strict=True):
+            known = self.scores.setdefault(row.index, {})
+            known |= enumerate(scores, start=row.first_choice)
+            if len(known) == len(row.prompt.choice_ids):
+                of_all = [known[choice] for choice in range(len(known))]
+                yield row.index, row.prompt, of_all if all(map(math.isfinite, of_all)) else self.overflows.error
+                del self.scores[row.index]
 
-    def _back_off(self, group: Sequence[Part]) -> list[QueuedPrompt]:
+    def _back_off(self, group: Sequence[QueuedPrompt], queue: PromptQueue) -> list[Scored]:
         """Half as many rows, then half as many choices in a row; one choice that does not fit alone ends its prompt."""
         self.engine.free_memory()
         if self.batch_size.shrink(len(group)):
+            queue.prompts = [*group, *queue.prompts]
             return []
-        (part,) = group
-        self._drop(group)
-        if len(part.choice_ids) > 1:
-            self.queue = [*part.split(len(part.choice_ids) // 2), *self.queue]
+        (row,) = group
+        if len(row.choice_ids) > 1:
+            queue.prompts = [*row.split(len(row.choice_ids) // 2), *queue.prompts]
             return []
         self.batch_size.reset()
-        self.queue = [other for other in self.queue if other.prompt is not part.prompt]
-        self.scores[part.prompt.index] = {}
-        return [part.prompt]
+        queue.prompts = [other for other in queue.prompts if other.index != row.index]
+        self.scores.pop(row.index, None)
+        return [(row.index, row.prompt, TOO_LARGE)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from idefics_cli.errors import IdeficsError
-from idefics_cli.validation import Help, whole_number
+from idefics_cli.validation import Help, help_of, whole_number
 
 LARGEST_PENALTY = 10.0  # a length to a higher power is soon more than a float holds
 LARGEST_FACTOR = 1e5  # of sums of log-probabilities, which are told from "none", −1e9, in transformers as here
@@ -36,36 +36,36 @@ class DecodingOptions:
     ] = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
-            self._require_at_least(name, least)
-        for name, least in (("no_repeat_ngram_size", 0), ("num_return_sequences", 1)):
-            self._require_at_least(name, least)
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            least = help_of(hint).min
+            if least is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise IdeficsError(f"early_stopping is {self.early_stopping!r}: use True, False or 'never'")
-        if not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= LARGEST_PENALTY:
-            raise IdeficsError(
-                f"length_penalty is {self.length_penalty!r}: use a number from -{LARGEST_PENALTY:g} to "
-                f"{LARGEST_PENALTY:g}, 1.0 for the mean log-probability"
-            )
-        object.__setattr__(self, "length_penalty", float(self.length_penalty))
-        if self.max_new_tokens**-self.length_penalty > LARGEST_FACTOR:
-            least = -math.log(LARGEST_FACTOR) / math.log(self.max_new_tokens)
-            raise IdeficsError(
-                f"length_penalty {self.length_penalty:g} makes scores of {self.max_new_tokens} tokens too large to tell"
-                f" apart: use one from {math.ceil(least * 10) / 10:g} on, or fewer max_new_tokens"
-            )
+            raise IdeficsError(f"invalid early_stopping {self.early_stopping!r}: use True, False or 'never'")
+        self._check_length_penalty()
         if self.min_new_tokens > self.max_new_tokens:
             raise IdeficsError(
                 f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}: lower it"
             )
         if self.num_return_sequences > self.num_beams:
             raise IdeficsError(
-                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}: "
-                "raise the latter, a search keeps no more texts than it has beams"
+                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}: lower it, "
+                "or raise num_beams"
             )
 
-    def _require_at_least(self, name: str, least: int) -> None:
-        object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+    def _check_length_penalty(self) -> None:
+        if not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= LARGEST_PENALTY:
+            raise IdeficsError(
+                f"invalid length_penalty {self.length_penalty!r}: use a number from -{LARGEST_PENALTY:g} to "
+                f"{LARGEST_PENALTY:g}, 1.0 for the mean log-probability"
+            )
+        object.__setattr__(self, "length_penalty", float(self.length_penalty))
+        if self.max_new_tokens**-self.length_penalty > LARGEST_FACTOR:
+            least = -math.log(LARGEST_FACTOR) / math.log(self.max_new_tokens)
+            raise IdeficsError(
+                f"length_penalty {self.length_penalty:g} makes scores of {self.max_new_tokens} tokens too large to "
+                f"compare: use at least {math.ceil(least * 10) / 10:g}, or fewer max_new_tokens"
+            )
 
     @classmethod
     def from_keywords(cls, decoding: dict[str, Any]) -> DecodingOptions:
@@ -73,7 +73,7 @@ class DecodingOptions:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(decoding) - set(known))
         if unknown:
-            raise IdeficsError(f"no decoding option is called {', '.join(unknown)}: use {', '.join(known)}")
+            raise IdeficsError(f"unknown decoding option {', '.join(unknown)}: use {', '.join(known)}")
         return cls(**decoding)
 
 

@@ -7,29 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
 
 from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, Prefix
 from idefics_cli.engine.options import Vocabulary
-from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
+from idefics_cli.engine.prompt_source import EncodedChoices, EncodedPrompt, PromptSource
 from idefics_cli.engine.tree_attention import PrefillMemory
 from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.model.kv_interface import image_attention_mask, image_visibility
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
+WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
+CHOICE_TOKENS_PER_ROW = 512  # what stands after a prompt in one row; more choices are more rows
+
 
 @dataclass(frozen=True, eq=False)
 class QueuedPrompt:
-    """A prompt in the queue, by its number in the stream. `content` is what its tokens stand for, images by what they
-    show; `shared` is the start of it that other prompts have too."""
+    """A prompt in the queue, by its number in the stream, with its choices from number `first_choice` on, if any.
+
+    `content` is what its tokens stand for, images by what they show; `shared` is the start of it that other prompts
+    have too.
+    """
 
     index: int
     prompt: EncodedPrompt = field(repr=False)
     content: tuple[int, ...] = field(repr=False)
     shared: tuple[int, ...] = field(repr=False)
+    choice_ids: tuple[tuple[int, ...], ...] = field(repr=False)
+    first_choice: int = 0
 
     @classmethod
     def of(cls, index: int, prompt: EncodedPrompt, image_token_id: int) -> QueuedPrompt:
@@ -41,26 +49,57 @@ class QueuedPrompt:
             -1 - int.from_bytes(next(in_order), "big") if token_id == image_token_id else token_id
             for token_id in prompt.input_ids
         )
-        return cls(index, prompt, content, content[: min(prompt.shared_len, len(content) - 1)])
+        choice_ids = prompt.choice_ids if isinstance(prompt, EncodedChoices) else ()
+        return cls(index, prompt, content, content[: min(prompt.shared_len, len(content) - 1)], choice_ids)
 
-    def extends(self, start: tuple[int, ...]) -> bool:
-        """Whether the prompt begins with it and has a token of its own after it."""
-        return len(self.content) > len(start) and self.content[: len(start)] == start
+    @property
+    def tail(self) -> list[int]:
+        """What is read after the prompt: each choice without its last token, which nothing follows."""
+        return [token_id for ids in self.choice_ids for token_id in ids[:-1]]
+
+    def split(self, at: int) -> list[QueuedPrompt]:
+        """The prompt twice, with its first `at` choices and with the others."""
+        return [
+            replace(self, choice_ids=self.choice_ids[:at]),
+            replace(self, choice_ids=self.choice_ids[at:], first_choice=self.first_choice + at),
+        ]
+
+    def in_rows(self) -> list[QueuedPrompt]:
+        """The prompt once for every `CHOICE_TOKENS_PER_ROW` tokens of its choices, each with at least one choice."""
+        rows, rest = [], self
+        while len(rest.choice_ids) > 1:
+            lengths = accumulate(map(len, rest.choice_ids))
+            fitting = sum(1 for _ in takewhile(lambda length: length <= CHOICE_TOKENS_PER_ROW, lengths))
+            if fitting == len(rest.choice_ids):
+                break
+            row, rest = rest.split(max(1, fitting))
+            rows.append(row)
+        return [*rows, rest]
 
 
-class Intake:
-    """Takes prompts from a source, numbered from 0.
+class PromptQueue:
+    """Prompts of a source, numbered from 0 as they are taken, a few batches ahead.
 
-    Prompts that do not say what they share are given the common start of those that first came together.
+    Those that do not say what they share are given the common start of those that first came together.
     """
 
     def __init__(self, source: PromptSource, image_token_id: int):
+        self.prompts: list[QueuedPrompt] = []
         self._source, self._image_token_id = source, image_token_id
         self._num_taken = 0
         self._start: tuple[int, ...] | None = None
 
-    def take(self, most: int, wait: bool) -> list[QueuedPrompt]:
-        taken = self._source.take(most, wait)
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def look_ahead(self, batch_size: int, idle: bool) -> None:
+        """Take more, sorted by length after what the last look ahead has left; wait for them if all is `idle`."""
+        most = WINDOWS_AHEAD * batch_size - len(self.prompts)
+        taken = self._numbered(self._source.take(most, wait=idle and not self.prompts))
+        rows = [row for prompt in taken for row in prompt.in_rows()]
+        self.prompts += sorted(rows, key=lambda row: len(row.content) + len(row.tail))
+
+    def _numbered(self, taken: Sequence[EncodedPrompt]) -> list[QueuedPrompt]:
         prompts = [
             QueuedPrompt.of(number, prompt, self._image_token_id)
             for number, prompt in enumerate(taken, start=self._num_taken)
@@ -72,7 +111,16 @@ class Intake:
 
     def _sharing_start(self, prompt: QueuedPrompt) -> QueuedPrompt:
         start = self._start
-        return replace(prompt, shared=start) if start and not prompt.shared and prompt.extends(start) else prompt
+        if not start or prompt.shared or len(prompt.content) <= len(start) or prompt.content[: len(start)] != start:
+            return prompt
+        return replace(prompt, shared=start)
+
+    def pop_group(self, most: int) -> list[QueuedPrompt]:
+        """Take out the first and those after it that share its prefix, at most so many."""
+        group = [prompt for prompt in self.prompts if prompt.shared == self.prompts[0].shared][:most]
+        chosen = set(group)
+        self.prompts = [prompt for prompt in self.prompts if prompt not in chosen]
+        return group
 
 
 def common_start(prompts: Sequence[QueuedPrompt]) -> tuple[int, ...]:
@@ -106,22 +154,16 @@ class PrefixCache(BoundedCache[Prefix]):
 
 
 class PrefillBatch:
-    """What is read of some prompts after `prefix`: their own tokens, and their `tails` after these.
+    """What is read of some prompts after `prefix`: their own tokens and their tails.
 
     Each token sees the last image at or before it; the one that the prefix ended in comes before the prompts' own.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[QueuedPrompt],
-        prefix: Prefix,
-        vocabulary: Vocabulary,
-        tails: Sequence[Sequence[int]] | None = None,
-    ):
+    def __init__(self, prompts: Sequence[QueuedPrompt], prefix: Prefix, vocabulary: Vocabulary):
         self.prefix, self.vocabulary = prefix, vocabulary
         own_ids = [prompt.prompt.input_ids[prefix.length :] for prompt in prompts]
         self.prompt_lengths = [len(ids) for ids in own_ids]
-        self.own_ids = own_ids if tails is None else [[*ids, *tail] for ids, tail in zip(own_ids, tails, strict=True)]
+        self.own_ids = [[*ids, *prompt.tail] for ids, prompt in zip(own_ids, prompts, strict=True)]
         self.lengths = [len(ids) for ids in self.own_ids]
         self.inherited = [] if prefix.last_image is None else [prefix.last_image]
         self.image_keys = [[*self.inherited, *prompt.prompt.image_keys[prefix.num_images :]] for prompt in prompts]

@@ -17,15 +17,13 @@ from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.kv_cache import NO_PREFIX, KVStore
 from idefics_cli.engine.memory_budget import attempt
 from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
-from idefics_cli.engine.prefill import Intake, PrefillBatch, QueuedPrompt
+from idefics_cli.engine.prefill import PrefillBatch, PromptQueue, QueuedPrompt
 from idefics_cli.engine.prompt_source import PromptSource
 from idefics_cli.engine.reference import until_end
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
 from idefics_cli.engine.tree_attention import DecodeMemory
 from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.errors import RowError
-
-WINDOWS_AHEAD = 4  # prompts looked at ahead, in multiples of the rows, to group them by length
 
 Outcome = list[Hypothesis] | RowError
 
@@ -49,14 +47,13 @@ class Scheduler:
 
     def __init__(self, engine: Engine, source: PromptSource, options: DecodingOptions, vocabulary: Vocabulary):
         self.engine, self.model, self.options = engine, engine.model, options
-        self.intake = Intake(source, vocabulary.image_token_id)
+        self.queue = PromptQueue(source, vocabulary.image_token_id)
         config, device = engine.model.config, engine.model.device
         self.rules = BeamRules.of(options, config.vocab_size + config.additional_vocab_size, vocabulary, device)
         self.context_length = longest_start(vocabulary.banned_sequences)  # of prompts, None for all of it
         if options.no_repeat_ngram_size:
             self.context_length = None
         self.overflows = Overflows(self.model.dtype)
-        self.queue: list[QueuedPrompt] = []
         self._start_over()
 
     def _start_over(self) -> None:
@@ -95,22 +92,20 @@ class Scheduler:
         if self.rows and free < max(1, batch_size // 4):
             return []
         if len(self.queue) < free:
-            self._look_ahead()
-        if not self.queue or (self.rows and self.queue[0].shared != self.prefix.content):
+            self.queue.look_ahead(batch_size, idle=not self.rows)
+        if not self.queue or (self.rows and self.queue.prompts[0].shared != self.prefix.content):
             return []
-        group = [prompt for prompt in self.queue if prompt.shared == self.queue[0].shared][:free]
-        chosen = set(group)
-        self.queue = [prompt for prompt in self.queue if prompt not in chosen]
-        return group
+        return self.queue.pop_group(free)
 
     def prefill(self, group: list[QueuedPrompt]) -> None:
         """Read the prompts and choose their first tokens."""
+        assert not any(prompt.choice_ids for prompt in group), "choices are scored, not continued"
         engine, rows = self.engine, slice(len(self.rows), len(self.rows) + len(group))
         if not self.rows:
             self.prefix = engine.prefixes.get_or_prefill(group[0])
         batch = PrefillBatch(group, self.prefix, engine.vocabulary)
         # Before the store grows: it then lies where the vision tower's activations have been.
-        images = batch.arrange(engine.images(group, batch.wanted, ahead=self.queue))
+        images = batch.arrange(engine.images(group, batch.wanted, ahead=self.queue.prompts))
         expected = min(engine.batch_size.now, rows.stop + len(self.queue))
         self.store.reserve(rows.stop, max(batch.lengths), expected)
         logits = engine.prefill(batch, images, self.store.prompts(rows, max(batch.lengths)))
@@ -163,19 +158,13 @@ class Scheduler:
         self._start_over()
         self.engine.free_memory()
         if self.engine.batch_size.shrink(len(begun)):
-            self.queue = begun + self.queue
+            self.queue.prompts = begun + self.queue.prompts
             return []
         self.engine.batch_size.reset()
         assert len(begun) == 1, f"{len(begun)} rows running where one fits"
         return [(begun[0].index, TOO_LARGE)]
 
     # ---- what the loop is made of
-
-    def _look_ahead(self) -> None:
-        """Lengthen the queue, sorted by length after what the last look ahead has left in it."""
-        idle = not self.rows and not self.queue
-        taken = self.intake.take(WINDOWS_AHEAD * self.engine.batch_size.now - len(self.queue), wait=idle)
-        self.queue = self.queue + sorted(taken, key=lambda prompt: len(prompt.content))
 
     def _context_of(self, group: list[QueuedPrompt]) -> Tensor:
         """What n-gram blocking and banned sequences look at of each prompt, padded on the left with −1."""

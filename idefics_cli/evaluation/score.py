@@ -12,17 +12,17 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.evaluation.metrics import cider, exact_match, require_cider, vqa_accuracy
+from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.manifest import is_manifest, open_table
 from idefics_cli.readers.references import references_of
 from idefics_cli.readers.table import OWN_ERROR, Table
 from idefics_cli.storage.filenames import listed
 from idefics_cli.storage.files import find
-from idefics_cli.validation import Help
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -33,26 +33,6 @@ METRICS = {"vqa": ("vqa_accuracy", "exact_match"), "cider": ("cider", "exact_mat
 ROW_METRICS: dict[str, Callable[..., float]] = {"vqa_accuracy": vqa_accuracy, "exact_match": exact_match}
 TITLES = {"vqa_accuracy": "VQA accuracy %", "cider": "CIDEr ×100", "exact_match": "exact match %"}
 NO_GROUP = "(none)"
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """`answers_column` holds the references, `by` the groups.
-
-    `metric` "auto" is vqa for answers, cider for captions, exact for others. `tokenization` is how CIDEr's words
-    are found: "ptb" as the published figures do, with Java; "treebank" without.
-    """
-
-    answers_column: Annotated[str, Help("Column of the references, a list of texts", metavar="NAME")] = "answers"
-    by: Annotated[str | None, Help("Group scores by this column", metavar="NAME")] = None
-    metric: Annotated[
-        Literal["auto", "vqa", "cider", "exact"],
-        Help("auto: VQA accuracy for answers, CIDEr for captions; exact match always"),
-    ] = "auto"
-    tokenization: Annotated[
-        Literal["ptb", "treebank"],
-        Help("How CIDEr splits words; ptb: as published, needs Java; treebank: without Java"),
-    ] = "ptb"
 
 
 @dataclass

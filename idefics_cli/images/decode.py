@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from idefics_cli.errors import RowError
 from idefics_cli.rows import ImageOptions
 from idefics_cli.storage.filenames import ADDRESS, shown
-from idefics_cli.storage.files import IrregularFile, open_regular
+from idefics_cli.storage.regular_file import IrregularFile, open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 # A file's first box lists what the file is compatible with.

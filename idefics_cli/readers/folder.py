@@ -15,7 +15,6 @@ from typing import Any
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.image_paths import any_place, read_image, remote_image
-from idefics_cli.readers.table import Record
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
 from idefics_cli.storage.files import File, open_regular, walk
@@ -30,37 +29,36 @@ class FileListing:
     """Images whose names are known: the names are the ids, and each comes once."""
 
     distinct = True
-    is_streaming = False
     prefix = ""
     passthrough: Mapping[str, Any] = NO_VALUES
 
     def __init__(self, place: File, names: Sequence[str]) -> None:
         self.size = len(names)
         self._place = place
-        self._names = names
+        self.names = names
         self._root = os.path.realpath(place.path) if place.is_local and place.is_folder else None
 
     @property
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for name in self._names:
+        for name in self.names:
             digest.update(os.fsencode(name) + b"\0")
         kind = "folder" if self._place.is_folder else "file"
         return {"kind": kind, "name": self._place.name, "files": self.size, "digest": digest.hexdigest()}
 
     def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
         for number in range(start, self.size, step):
-            name = self._names[number]
+            name = self.names[number]
             yield InputRow(number, escape_name(name), None, (), NO_VALUES) if ids_only else self._row(number, name)
-
-    def chunks(self, start: int, step: int) -> Iterator[list[Record]]:
-        yield [NO_VALUES] * len(range(start, self.size, step))
 
     def resolve(self, value: object) -> ImageSource | RowError:
         return read_image(value, any_place)
 
+    def file(self, name: str) -> File:
+        return self._place.child(name) if self._place.is_folder else self._place
+
     def _row(self, number: int, name: str) -> InputRow:
-        file = self._place.child(name) if self._place.is_folder else self._place
+        file = self.file(name)
         source = Path(file.path) if file.is_local else remote_image(file)
         error = None if self._root is None else _link_error(file.path, self._root)
         return InputRow(number, escape_name(name), file.name, (source,), NO_VALUES, error)
@@ -71,6 +69,20 @@ def list_file(file: File) -> FileListing:
     if file.is_local and not os.access(file.path, os.R_OK):
         raise InputError(f"cannot read {file.name}: permission denied; change its permissions or leave it out")
     return FileListing(file, [file.path if file.is_local else file.name])
+
+
+def refuse_equal_ids(listings: Sequence[FileListing]) -> None:
+    """Raises InputError for two images of one id. Within a listing there are none."""
+    known: dict[str, FileListing] = {}
+    for listing in listings:
+        for name in listing.names:
+            first = known.setdefault(name, listing)
+            if first is not listing:
+                raise InputError(
+                    f"{first.file(name).name} and {listing.file(name).name} have the same id, {escape_name(name)}: name"
+                    " each image once, and instead of folders with equal names the folder above them, or use a run for"
+                    " each"
+                )
 
 
 def list_folder(folder: File, recursive: bool) -> FileListing:

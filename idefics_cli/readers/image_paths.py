@@ -26,12 +26,14 @@ FOLDERS_REMEMBERED = 4096
 Resolve: TypeAlias = Callable[[str], "ImageSource | RowError"]
 
 
-def open_root(folder: File, image_root: str | None) -> Resolve:
-    """How paths lead to images below `image_root` where one was named, else below the `folder` of the manifest."""
+def open_root(folder: File | None, image_root: str | None) -> Resolve:
+    """How paths lead to images below `image_root` where one was named, else below `folder`; None: anywhere."""
     if image_root is not None:
         folder = place(image_root)
         if folder.is_local and not os.path.isdir(image_root):
             raise InputError(f"--image-root {folder.name} is not a folder: name one that exists")
+    if folder is None:
+        return any_place
     return LocalRoot(folder.path).resolve if folder.is_local else partial(_resolve_remote, folder)
 
 
@@ -87,7 +89,7 @@ def _refuse_path(path: str) -> RowError | None:
         return RowError("row_invalid", "the path holds a NUL byte" if path else "the path is empty")
     if ":" in path and ADDRESS.match(path):
         return _refuse_address(path)
-    if not path.isascii() and not _is_name(path):
+    if not is_utf8(escape_name(path)):
         return RowError("row_invalid", f"no file can have this name: {shown(path)}")
     return None
 
@@ -99,29 +101,14 @@ def _refuse_address(address: str) -> RowError:
     return RowError("image_not_allowed", f"{name} lies outside the image root: name its folder with --image-root")
 
 
-def _is_name(path: str) -> bool:
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 # ---- values
 
 
 def read_images(value: object, resolve: Resolve) -> tuple[ImageSource, ...] | RowError:
     """What an image column holds in one row -> what opens it. A list is several images."""
-    if not isinstance(value, list | tuple):
-        source = read_image(value, resolve)
-        return source if isinstance(source, RowError) else (source,)
-    sources = []
-    for item in value:
-        source = read_image(item, resolve)
-        if isinstance(source, RowError):
-            return source
-        sources.append(source)
-    return tuple(sources) or RowError("row_invalid", "no image: the list is empty")
+    sources = [read_image(item, resolve) for item in (value if isinstance(value, list | tuple) else [value])]
+    refused = next((source for source in sources if isinstance(source, RowError)), None)
+    return refused or tuple(sources) or RowError("row_invalid", "no image: the list is empty")
 
 
 def read_image(value: object, resolve: Resolve) -> ImageSource | RowError:
@@ -152,9 +139,7 @@ def _read_struct(value: Mapping, resolve: Resolve) -> ImageSource | RowError:
 
 def shown_images(value: object) -> str | None:
     """What people are shown of an image column: the path; of several images, a JSON list of them."""
-    if not isinstance(value, list | tuple):
-        return _shown_image(value)
-    names = [_shown_image(item) for item in value]
+    names = [_shown_image(item) for item in (value if isinstance(value, list | tuple) else [value])]
     return names[0] if len(names) == 1 else json.dumps(names, ensure_ascii=False)
 
 

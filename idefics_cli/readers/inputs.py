@@ -7,18 +7,21 @@ No image is opened here, nothing is fetched from the web, and nothing is known o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import sys
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
+from idefics_cli.columns import json_text
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.folder import FileListing, list_file, list_folder
-from idefics_cli.readers.manifest import is_manifest, open_manifest
+from idefics_cli.readers.folder import FileListing, list_file, list_folder, refuse_equal_ids
+from idefics_cli.readers.manifest import Manifest, is_manifest, open_manifest
 from idefics_cli.readers.stdin_paths import PathList
 from idefics_cli.readers.table import Chunk, Record
-from idefics_cli.readers.undeclared_types import inferred_array, inferred_types
-from idefics_cli.rows import ImageSource, InputRow, ReadOptions
+from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import find
 from idefics_cli.storage.unique_ids import UniqueIds
@@ -27,32 +30,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Source(Protocol):
-    """What one INPUT holds.
-
-    `size` is the number of rows, None while it is not known: at the end of `rows` it is. `distinct` says that no two
-    rows can have one id, `is_streaming` that rows may come only as somebody sends them. `prefix` makes a row's number
-    unique among inputs. `identity` is equal while the input is unchanged.
-    """
-
-    size: int | None
-    distinct: bool
-    is_streaming: bool
-    prefix: str
-    identity: Mapping[str, Any]
-    passthrough: Mapping[str, pa.DataType | None]
-
-    def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
-        """Every `step`-th row from number `start` on, with its number as index, and "" as id where it has none."""
-        ...
-
-    def chunks(self, start: int, step: int) -> Iterator[Chunk]:
-        """The pass-through columns of the same rows, in bounded chunks."""
-        ...
-
-    def resolve(self, value: object) -> ImageSource | RowError:
-        """One image value of this input's rows -> what opens it."""
-        ...
+# What one INPUT holds. `size` is None while it is not known: at the end of `rows` it is. `distinct`: no two rows can
+# have one id. `prefix` makes a row's number unique among inputs. `identity` is equal while the input is unchanged.
+# `rows` gives every `step`-th row from number `start` on, with its number as index, and "" as id where it has none.
+Source: TypeAlias = FileListing | PathList | Manifest
 
 
 def open_inputs(inputs: Sequence[str], options: ReadOptions, stdin: BinaryIO | None = None) -> Inputs:
@@ -87,40 +68,36 @@ class Inputs:
     def __init__(self, sources: Sequence[Source], options: ReadOptions) -> None:
         self._sources = sources
         self._shard = options.shard or (1, 1)
-        self._limit = options.limit
+        self._limit = sys.maxsize if options.limit is None else options.limit
         self._current = 0  # the source that is read
         self._next = 0  # the number of its first unread row
         self._starts = [0]  # the index of the first row of each source that has been reached
-        self._skipped = 0
         self._ids = self._ids_to_remember()
-        self.is_streaming = any(source.is_streaming for source in sources)
+        self.is_streaming = any(isinstance(source, PathList) for source in sources)
         self.total = self._count()
         self.identity = [dict(source.identity) for source in sources]
         self.passthrough = _merged([source.passthrough for source in sources])
-        self.rows = self._rows()
+        self.rows = self._walk(ids_only=False)
+        self._remaining = self._limit
 
     def skip(self, count: int) -> Iterator[InputRow]:
         """The next `count` rows, or as many as there are, without images and values; before `rows` is read."""
-        number = count if self._limit is None else min(count, self._limit - self._skipped)
-        for row in islice(self._walk(ids_only=True), number):
-            self._skipped += 1
-            yield row
+        return islice(self._walk(ids_only=True), count)
 
     def resolve(self, value: object, index: int = 0) -> ImageSource | RowError:
         """An image value that stands in the row of this `index` -> what opens it."""
-        reached = [start for start in self._starts if start <= index]
-        return self._sources[len(reached) - 1].resolve(value)
-
-    def _rows(self) -> Iterator[InputRow]:
-        yield from islice(self._walk(ids_only=False), None if self._limit is None else self._limit - self._skipped)
+        return self._sources[bisect(self._starts, index) - 1].resolve(value)
 
     def _walk(self, ids_only: bool) -> Iterator[InputRow]:
-        """The rows of the shard, from where the walk before has stopped."""
-        while self._current < len(self._sources):
+        """The rows of the shard up to the limit, from where the walk before has stopped."""
+        while self._remaining and self._current < len(self._sources):
             source, offset = self._sources[self._current], self._starts[-1]
             for row in source.rows(self._first(offset, self._next), self._shard[1], ids_only):
                 self._next = row.index + 1
+                self._remaining -= 1
                 yield self._placed(row, source, offset)
+                if not self._remaining:
+                    return
             assert source.size is not None, "a source knows its size at its end"
             self._current, self._next = self._current + 1, 0
             self._starts.append(offset + source.size)
@@ -136,12 +113,12 @@ class Inputs:
             return None
         place, step = self._shard
         total = len(range(place - 1, sum(sizes), step))
-        return total if self._limit is None else min(total, self._limit)
+        return min(total, self._limit)
 
     # ---- pass-through columns, in a second pass
 
     def passthrough_rows(self) -> Iterator[Record]:
-        """The pass-through columns of each row of `rows`, from the first on, as values that JSON can hold.
+        """The pass-through columns of each row of `rows`, from the first on, as values that `json_text` takes.
 
         Raises InputError, as `passthrough_batches` does, where an input has changed since it was opened.
         """
@@ -156,8 +133,10 @@ class Inputs:
         """
         import pyarrow as pa
 
+        from idefics_cli.readers.undeclared_types import inferred_types
+
         undeclared = [name for name, of in self.passthrough.items() if of is None]
-        inferred = inferred_types(lambda: (list(_records(chunk)) for chunk in self._chunks()), undeclared)
+        inferred = inferred_types(lambda: map(_json_records, self._chunks()), undeclared)
         schema = pa.schema([(name, of or inferred[name]) for name, of in self.passthrough.items()])
         yield pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
         for chunk in self._chunks():
@@ -167,13 +146,20 @@ class Inputs:
         self._require_unchanged()
         remaining, offset = self._limit, 0
         for source in self._sources:
-            for chunk in source.chunks(self._first(offset), self._shard[1]):
-                yield chunk if remaining is None else chunk[:remaining]
-                remaining = None if remaining is None else max(0, remaining - len(chunk))
-                if remaining == 0:
+            for chunk in self._source_chunks(source, self._first(offset), remaining):
+                yield chunk[:remaining]
+                remaining = max(0, remaining - len(chunk))
+                if not remaining:
                     return
             offset += source.size or 0
         self._require_unchanged()
+
+    def _source_chunks(self, source: Source, start: int, most: int) -> Iterator[Chunk]:
+        """Where the size is not known yet, more rows than `most` have come."""
+        if isinstance(source, Manifest):
+            yield from source.chunks(start, self._shard[1])
+        else:
+            yield [NO_VALUES] * (most if source.size is None else len(range(start, source.size, self._shard[1])))
 
     def _require_unchanged(self) -> None:
         for source, known in zip(self._sources, self.identity, strict=True):
@@ -190,30 +176,8 @@ class Inputs:
             return None
         if not all(isinstance(source, FileListing) for source in self._sources):
             return UniqueIds()
-        self._refuse_equal_names()
+        refuse_equal_ids(self._sources)
         return None
-
-    def _refuse_equal_names(self) -> None:
-        known: dict[str, int] = {}
-        offset = 0
-        for source in self._sources:
-            for row in source.rows(0, 1, ids_only=True):
-                index = offset + row.index
-                first = known.setdefault(row.id, index)
-                if first != index:
-                    raise InputError(
-                        f"rows {first + 1} ({self._image(first)}) and {index + 1} ({self._image(index)}) have the same"
-                        f" id, {row.id}: name each image once, and instead of folders with equal names the folder above"
-                        " them, or use a run for each"
-                    )
-            offset += source.size
-
-    def _image(self, index: int) -> str | None:
-        for source in self._sources:
-            if index < source.size:
-                return next(source.rows(index, 1, ids_only=False)).image
-            index -= source.size
-        raise AssertionError(f"no input has row {index}")
 
     def _placed(self, row: InputRow, source: Source, offset: int) -> InputRow:
         """The row with its index and id among all rows."""
@@ -239,19 +203,29 @@ def _merged(columns: Sequence[Mapping[str, pa.DataType | None]]) -> dict[str, pa
     return merged
 
 
-def _records(chunk: Chunk) -> Iterator[Record]:
+def _records(chunk: Chunk) -> Iterable[Record]:
     if isinstance(chunk, list):
-        return iter(chunk)
-    from idefics_cli.readers.parquet import json_rows
+        return chunk
+    from idefics_cli.readers.parquet import python_rows
 
-    return json_rows(chunk)
+    return python_rows(chunk)
+
+
+def _json_records(chunk: Chunk) -> list[Record]:
+    """As values that come from JSON."""
+    if isinstance(chunk, list):
+        return chunk
+    rows = ({name: record.get(name) for name in chunk.schema.names} for record in _records(chunk))
+    return [json.loads(json_text(row)) for row in rows]
 
 
 def _column(chunk: Chunk, field: pa.Field) -> pa.Array:
     import pyarrow as pa
 
+    from idefics_cli.readers.undeclared_types import inferred_array
+
     is_arrow = isinstance(chunk, pa.RecordBatch)
     if is_arrow and field.name in chunk.schema.names and chunk.schema.field(field.name).type == field.type:
         return chunk.column(field.name)
-    values = [record.get(field.name) for record in _records(chunk)]
+    values = [record.get(field.name) for record in _json_records(chunk)]
     return inferred_array(values, field.type) if values.count(None) < len(values) else pa.nulls(len(values), field.type)

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import InputError, RowError
+from idefics_cli.readers.csv import open_delimited
 from idefics_cli.readers.image_paths import open_root, read_image, read_images, shown_images
+from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.table import OWN_ERROR, Chunk, Record, Table
+from idefics_cli.readers.webdataset import open_archive
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import is_utf8, listed, shown
 from idefics_cli.storage.files import File, file_digest
@@ -42,28 +45,19 @@ def open_table(file: File) -> Table:
     packed = "gz" if match["tgz"] else (match["packed"] or "").lower()
     if packed not in ("", "gz") or (packed and kind == "parquet"):
         raise InputError(f"{file.name} cannot be read compressed like this: unpack it first")
-    # Imported here so that other inputs are read without these.
     if kind == "parquet":
-        from idefics_cli.readers.parquet import ParquetTable
+        from idefics_cli.readers.parquet import ParquetTable  # imports pyarrow
 
         return ParquetTable(file)
     if kind == "tar":
-        from idefics_cli.readers.webdataset import open_archive
-
         return open_archive(file, packed == "gz")
     if kind in ("csv", "tsv"):
-        from idefics_cli.readers.csv import open_delimited
-
         return open_delimited(file, packed == "gz", "," if kind == "csv" else "\t")
-    from idefics_cli.readers.jsonl import open_json_lines
-
     return open_json_lines(file, packed == "gz")
 
 
 class Manifest:
     """The rows of one manifest; those without an id column have their number as id."""
-
-    is_streaming = False
 
     def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions) -> None:
         self.prefix = prefix
@@ -93,11 +87,7 @@ class Manifest:
         columns = [self._id] if ids_only else [self._image, self._id, *self._values]
         wanted = list(dict.fromkeys(name for name in columns if name is not None))
         for number, record in self._table.records(start, step, wanted):
-            row_id = self._row_id(number, record)
-            if ids_only or isinstance(record, RowError):
-                yield InputRow(number, row_id, None, (), NO_VALUES, record if isinstance(record, RowError) else None)
-            else:
-                yield self._row(number, row_id, record)
+            yield self._row(number, record, ids_only)
 
     def chunks(self, start: int, step: int) -> Iterator[Chunk]:
         return self._table.chunks(start, step, list(self.passthrough))
@@ -105,29 +95,26 @@ class Manifest:
     def resolve(self, value: object) -> ImageSource | RowError:
         return read_image(value, self._resolve)
 
-    def _row_id(self, number: int, record: Record | RowError) -> str:
-        if self._id is None:
-            return f"{self.prefix}{number}"
-        return "" if isinstance(record, RowError) else id_text(record.get(self._id))
-
-    def _row(self, number: int, row_id: str, record: Record) -> InputRow:
+    def _row(self, number: int, record: Record | RowError, ids_only: bool) -> InputRow:
+        row_id = f"{self.prefix}{number}" if self._id is None else ""
+        if isinstance(record, RowError):
+            return InputRow(number, row_id, None, (), NO_VALUES, record)
+        row_id = row_id or id_text(record.get(self._id))
+        if ids_only:
+            return InputRow(number, row_id, None, (), NO_VALUES)
+        value = record.get(self._image)
+        sources = () if self._image is None else read_images(value, self._resolve)
+        image = None if self._image is None else shown_images(value)
         values = {name: record.get(name) for name in self._values} if self._values else NO_VALUES
-        image, sources, error = self._images(record)
+        if isinstance(sources, RowError):
+            return InputRow(number, row_id, image, (), values, self._error(record, row_id) or sources)
+        return InputRow(number, row_id, image, sources, values, self._error(record, row_id))
+
+    def _error(self, record: Record, row_id: str) -> RowError | None:
         failure = record.get(OWN_ERROR)
         if isinstance(failure, RowError):
-            error = failure
-        elif not row_id:
-            error = RowError("row_invalid", f"no id: column {shown(self._id)} holds no usable text here")
-        return InputRow(number, row_id, image, sources, values, error)
-
-    def _images(self, record: Record) -> tuple[str | None, tuple[ImageSource, ...], RowError | None]:
-        if self._image is None:
-            return None, (), None
-        value = record.get(self._image)
-        sources = read_images(value, self._resolve)
-        if isinstance(sources, RowError):
-            return shown_images(value), (), sources
-        return shown_images(value), sources, None
+            return failure
+        return None if row_id else RowError("row_invalid", f"no id: column {shown(self._id)} holds no usable text here")
 
 
 # ---- columns
@@ -166,14 +153,8 @@ def _image_column(manifest: str, table: Table, options: ReadOptions) -> str | No
 def _only_image_column(manifest: str, table: Table) -> str:
     if len(table.images) == 1:
         return table.images[0]
-    if table.images:
-        raise InputError(
-            f"{manifest} has several columns that may hold the image: choose one with --image-column:"
-            f" {listed(table.images)}"
-        )
-    raise InputError(
-        f"{manifest} has no column that looks like images: name it with --image-column: {listed(table.columns)}"
-    )
+    found = "several columns that may hold the image" if table.images else "no column that looks like images"
+    raise InputError(f"{manifest} has {found}: name it with --image-column: {listed(table.images or table.columns)}")
 
 
 def id_text(value: object) -> str:

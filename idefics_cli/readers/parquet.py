@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import decimal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from idefics_cli.columns import json_value
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Chunk, Record, image_columns
+from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Chunk, Record, Table, image_columns
 from idefics_cli.storage.filenames import shown
-from idefics_cli.storage.files import BUFFER_BYTES, File, cannot_read
+from idefics_cli.storage.files import BUFFER_BYTES, File, refusing
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ColumnChunkMetaData, ParquetFile
@@ -35,16 +34,13 @@ BOMB_RATIO = 100
 LIST_VALUE_BYTES = 16  # the least that each value of a list takes in memory
 
 
-class ParquetTable:
-    image_column = None
-    id_column = None
-
+class ParquetTable(Table):
     def __init__(self, file: File) -> None:
         self._file = file
         with self._open() as parquet:
             self._schema = parquet.schema_arrow
             self.size: int = parquet.metadata.num_rows
-        self.columns: Sequence[str] = self._schema.names
+        self.columns = self._schema.names
         repeated = [name for name in self.columns if self.columns.count(name) > 1]
         if repeated:
             raise InputError(f"{file.name} has two columns named {shown(repeated[0])}: rename one of them")
@@ -65,20 +61,21 @@ class ParquetTable:
 
     def may_hold_images(self, column: str) -> bool:
         kind = _item_type(self.type_of(column))
-        return _is_bytes(kind) or _is_text(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_null(kind)
+        is_text = kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+        return is_text or _is_bytes(kind) or pa.types.is_fixed_size_binary(kind)
 
     def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
         if not columns:
             yield from ((number, {}) for number in range(start, self.size, step))
+            return
         for first, batch in self._batches(start, step, columns):
             numbers = range(first, self.size, step)
             yield from zip(numbers, _records(batch, numbers), strict=False)
 
     def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[Chunk]:
         if not columns:
-            yield [{}] * len(range(start, self.size, step))
-        for _, batch in self._batches(start, step, columns):
-            yield batch
+            return super().chunks(start, step, columns)
+        return (batch for _, batch in self._batches(start, step, columns))
 
     def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Every `step`-th row from `start` on in pieces that fit into memory, with the number of each one's first row.
@@ -87,17 +84,16 @@ class ParquetTable:
         """
         with self._open() as parquet:
             offset = 0
-            for group in range(parquet.num_row_groups if columns else 0):
+            for group in range(parquet.num_row_groups):
                 declared = parquet.metadata.row_group(group).num_rows
                 if offset + declared > start:
                     for number, batch in self._group_batches(parquet, group, offset, columns):
-                        first = start if start > number else number + (start - number) % step
+                        first = max(start, number + (start - number) % step)
                         if first < number + batch.num_rows:
                             yield first, _strided(batch, first - number, step)
                         del batch
                 offset += declared
-            if columns:
-                self._require_rows(self.size, offset)
+            self._require_rows(self.size, offset)
 
     def _group_batches(
         self, parquet: ParquetFile, group: int, offset: int, columns: Sequence[str]
@@ -105,8 +101,7 @@ class ParquetTable:
         row_bytes, worst_bytes = self._row_bytes(parquet, group, columns)
         batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes, WORST_BATCH_BYTES // worst_bytes))
         declared, held = parquet.metadata.row_group(group).num_rows, 0
-        with self._refusing():
-            batches = parquet.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False)
+        batches = parquet.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False)
         while (batch := self._next(batches)) is not None:
             yield offset + held, batch.select(list(columns))
             held += batch.num_rows
@@ -133,13 +128,10 @@ class ParquetTable:
                 )
             yield parquet
 
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
+    def _refusing(self) -> AbstractContextManager[None]:
         """Whatever Arrow finds wrong with the file is the user's to fix."""
-        try:
-            yield
-        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-            raise cannot_read(self._file.name, error, "fetch or make it again") from error
+        kinds = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+        return refusing(self._file.name, *kinds, remedy="fetch or make it again")
 
     # ---- bombs
 
@@ -186,28 +178,16 @@ def _dictionary_bytes(chunk: ColumnChunkMetaData) -> int:
 
 
 def _strided(batch: pa.RecordBatch, first: int, step: int) -> pa.RecordBatch:
+    """Joined from slices, since `take` knows no views."""
     if step == 1:
         return batch.slice(first)
-    places = range(first, batch.num_rows, step)
-    try:
-        return batch.take(pa.array(places, pa.int64()))
-    except pa.ArrowNotImplementedError:  # of views
-        arrays = (pa.concat_arrays([array.slice(place, 1) for place in places]) for array in batch)
-        return pa.RecordBatch.from_arrays(list(arrays), schema=batch.schema)
+    rows = [batch.slice(place, 1) for place in range(first, batch.num_rows, step)]
+    (joined,) = pa.Table.from_batches(rows).combine_chunks().to_batches()
+    return joined
 
 
-def json_rows(batch: pa.RecordBatch) -> Iterator[Record]:
-    """The rows as JSON can hold them; null for what has no Python value."""
-    for record in _records(batch, range(batch.num_rows)):
-        yield {name: _for_json(record.get(name)) for name in batch.schema.names}
-
-
-def _for_json(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, dict):
-        return {name: _for_json(item) for name, item in value.items()}
-    return [_for_json(item) for item in value] if isinstance(value, list | tuple) else json_value(value)
+def python_rows(batch: pa.RecordBatch) -> Iterator[Record]:
+    return _records(batch, range(batch.num_rows))
 
 
 def _records(batch: pa.RecordBatch, numbers: range) -> Iterator[Record]:
@@ -260,19 +240,11 @@ def _microseconds(nanoseconds: int) -> datetime.timedelta | str:
 
 def _item_type(kind: pa.DataType) -> pa.DataType:
     """The type of a column's images, which may come in lists."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return _item_type(kind.storage_type)
-    if pa.types.is_dictionary(kind):
-        return kind.value_type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return _item_type(kind.value_type) if is_list or pa.types.is_list_view(kind) else kind
+    inner = getattr(kind, "storage_type", None) or getattr(kind, "value_type", None)
+    return kind if inner is None else _item_type(inner)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name in ("bytes", "path") for field in kind)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())

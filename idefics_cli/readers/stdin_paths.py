@@ -8,11 +8,10 @@ from itertools import chain, islice
 from typing import Any, BinaryIO
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.image_paths import any_place, open_root, read_image
-from idefics_cli.readers.table import Record
+from idefics_cli.readers.image_paths import open_root, read_image
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow
 from idefics_cli.storage.filenames import escape_name
-from idefics_cli.storage.files import local_file, split_stream
+from idefics_cli.storage.files import split_stream
 
 
 class PathList:
@@ -23,7 +22,6 @@ class PathList:
 
     size: int | None = None
     distinct = False
-    is_streaming = True
     prefix = "-:"
     identity: Mapping[str, Any] = {"kind": "stdin"}
     passthrough: Mapping[str, Any] = NO_VALUES
@@ -37,20 +35,13 @@ class PathList:
             raise InputError("no paths on stdin: pipe paths into `-`, one per line (or separated by NUL, with --null)")
         if first and b"\0" in first:
             raise InputError("the paths on stdin are separated by NUL: add -0/--null")
-        self._resolve = open_root(local_file(""), image_root) if image_root is not None else any_place
+        self._resolve = open_root(None, image_root)
         self._records = chain([first], records)
         self._taken = 0
 
     def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
         for record in islice(self._remaining(), start - self._taken, None, step):
             yield self._row(self._taken - 1, record)
-
-    def chunks(self, start: int, step: int) -> Iterator[list[Record]]:
-        """Of the rows that have been read, then of those that have not."""
-        read = len(range(start, self._taken, step))
-        yield [NO_VALUES] * read
-        for _ in self.rows(start + read * step, step, ids_only=True):
-            yield [NO_VALUES]
 
     def resolve(self, value: object) -> ImageSource | RowError:
         return read_image(value, self._resolve)
@@ -63,14 +54,12 @@ class PathList:
 
     def _row(self, number: int, record: bytes | None) -> InputRow:
         if record is None:
-            error = RowError("row_invalid", "the path is longer than 64 MB")
-            return InputRow(number, "", None, (), NO_VALUES, error)
+            return InputRow(number, "", None, (), NO_VALUES, RowError("row_invalid", "the path is longer than 64 MB"))
         path = os.fsdecode(record)
         name = escape_name(path)
         source = self._resolve(path)
-        if isinstance(source, RowError):
-            return InputRow(number, name, name, (), NO_VALUES, source)
-        return InputRow(number, name, name, (source,), NO_VALUES)
+        error = source if isinstance(source, RowError) else None
+        return InputRow(number, name, name, (source,) if error is None else (), NO_VALUES, error)
 
 
 def _records(stdin: BinaryIO, null: bool) -> Iterator[bytes | None]:

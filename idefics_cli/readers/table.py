@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, WEB_ADDRESS
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Record: TypeAlias = Mapping[str, Any]
 Read: TypeAlias = "Callable[[BinaryIO, Sequence[str] | None], Iterator[Callable[[], Record | RowError]]]"
-Chunk: TypeAlias = "pa.RecordBatch | Sequence[Record]"  # rows as Arrow, or as values that JSON can hold
+Chunk: TypeAlias = "pa.RecordBatch | Sequence[Record]"  # rows as Arrow, or one by one
 
 SAMPLE_ROWS = 100
 SAMPLE_BYTES = 16 << 20
@@ -29,42 +29,53 @@ OWN_ID = "\0stem"
 OWN_ERROR = "\0error"
 
 
-class Table(Protocol):
+class Table:
     """A manifest that has been checked: it is of its kind, and its columns are known.
 
     `size` is the number of records, None until it is known: at the end of `records` it is. `images` are the columns
     that seem to hold images. `image_column` and `id_column` are the format's own, where it has any.
     """
 
-    size: int | None
+    size: int | None = None
     columns: Sequence[str]
     images: Sequence[str]
-    image_column: str | None
-    id_column: str | None
+    image_column: str | None = None
+    id_column: str | None = None
 
     def type_of(self, column: str) -> pa.DataType | None:
         """The column's Arrow type; None where it may differ from row to row."""
-        ...
+        return None
 
-    def may_hold_images(self, column: str) -> bool: ...
+    def may_hold_images(self, column: str) -> bool:
+        return True
 
     def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
         """Every `step`-th record from number `start` on, with its number and at least these of its columns."""
-        ...
+        raise NotImplementedError
 
     def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[Chunk]:
-        """The same records in bounded chunks of just these columns, as Arrow where the format has it."""
-        ...
+        """The same records in bounded chunks of just these columns, as Arrow where the format has it.
+
+        A bad record has no values.
+        """
+        chunk: list[Record] = []
+        size = 0
+        for _, record in self.records(start, step, columns):
+            chunk.append({} if isinstance(record, RowError) else {name: record.get(name) for name in columns})
+            size += sum(len(value if isinstance(value, str) else str(value)) for value in chunk[-1].values())
+            if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
+                yield chunk
+                chunk, size = [], 0
+        yield chunk
 
 
-class StreamTable:
+class StreamTable(Table):
     """A manifest that is read forwards, whose format is `read`: its bytes -> a function for each record that makes it,
     given the columns that are wanted. `columns` None: they are those of the first records."""
 
     def __init__(
         self, file: File, compressed: bool, read: Read, columns: Sequence[str] | None = None, own: tuple[str, ...] = ()
     ) -> None:
-        self.size: int | None = None
         self.image_column, self.id_column = own or (None, None)
         self._file, self._compressed, self._read = file, compressed, read
         self._is_text = columns is not None
@@ -80,9 +91,6 @@ class StreamTable:
 
         return pa.string()
 
-    def may_hold_images(self, column: str) -> bool:
-        return True
-
     def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
         size = 0
         with open_stream(self._file, self._compressed) as stream:
@@ -91,19 +99,6 @@ class StreamTable:
                 if number >= start and (number - start) % step == 0:
                     yield number, make()
         self.size = size
-
-    def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[list[Record]]:
-        """A bad record has no values."""
-        chunk: list[Record] = []
-        size = 0
-        for _, record in self.records(start, step, columns):
-            chunk.append({} if isinstance(record, RowError) else {name: record.get(name) for name in columns})
-            size += sum(len(value if isinstance(value, str) else str(value)) for value in chunk[-1].values())
-            if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
-                yield chunk
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
 
     def _sample(self) -> list[Record]:
         """The first records without bad ones and images. Raises InputError where they tell no columns."""
@@ -125,14 +120,9 @@ class StreamTable:
 
 def image_columns(columns: Iterable[str], sample: Sequence[Record]) -> list[str]:
     """The columns whose first values look like images; web addresses only where there are no others."""
-    found = [name for name in columns if _all_images(record.get(name) for record in sample)]
-    local = [name for name in found if not any(_is_web_address(record.get(name)) for record in sample)]
-    return local or found
-
-
-def _all_images(values: Iterable[object]) -> bool:
-    known = [value for value in values if value not in (None, "")]
-    return bool(known) and all(map(_looks_like_image, known))
+    known = {name: [value for record in sample if (value := record.get(name)) not in (None, "")] for name in columns}
+    found = [name for name, values in known.items() if values and all(map(_looks_like_image, values))]
+    return [name for name in found if not any(map(_is_web_address, known[name]))] or found
 
 
 def _looks_like_image(value: object) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from idefics_cli.columns import encodable
+import pyarrow as pa
+import pyarrow.types as kinds
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+from idefics_cli.columns import json_text
 
 MOST_FIELDS = 200
 DEEPEST = 20  # nested lists and objects
@@ -22,8 +21,6 @@ def inferred_types(
 
     Values are gone through a second time only for columns whose chunks differ in type.
     """
-    import pyarrow as pa
-
     types: dict[str, pa.DataType] = dict.fromkeys(names, pa.null())
     mixed: set[str] = set()
     for rows in chunks() if names else ():
@@ -42,8 +39,6 @@ def inferred_types(
 
 def _type_of(values: list[Any]) -> pa.DataType:
     """Arrow's type of values from JSON; text where it has none, or one that hardly any file holds."""
-    import pyarrow as pa
-
     try:
         found = pa.infer_type(values)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError):
@@ -52,8 +47,6 @@ def _type_of(values: list[Any]) -> pa.DataType:
 
 
 def _holds(of: pa.DataType, values: list[Any]) -> bool:
-    import pyarrow as pa
-
     try:
         pa.array(values, of)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError):
@@ -70,8 +63,6 @@ def _is_schema(of: pa.DataType, depth: int = 0) -> bool:
 
 def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     """The type of the values of both; text where Arrow knows none."""
-    import pyarrow as pa
-
     try:
         schemas = [pa.schema([("values", of)]) for of in (one, other)]
         common = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
@@ -82,9 +73,6 @@ def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 def _settled(of: pa.DataType) -> pa.DataType | None:
     """With text where no value tells the type; None where Parquet has no such type."""
-    import pyarrow as pa
-    import pyarrow.types as kinds
-
     if kinds.is_null(of):
         return pa.string()
     if kinds.is_list(of):
@@ -98,13 +86,8 @@ def _settled(of: pa.DataType) -> pa.DataType | None:
 
 def inferred_array(values: Iterable[Any], of: pa.DataType) -> pa.Array:
     """Values of an undeclared column in its inferred type: in a column of texts, whatever is not text becomes JSON."""
-    import pyarrow as pa
-    import pyarrow.types as kinds
-
     return pa.array([_as_text(value) for value in values] if kinds.is_string(of) else list(values), of)
 
 
 def _as_text(value: Any) -> str | None:
-    if value is None:
-        return None
-    return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return value if value is None or isinstance(value, str) else json_text(value).decode()

@@ -66,30 +66,28 @@ def _read_record(stem: str, members: Iterator[_Member], *, images: bool, fields:
     record: dict[str, Any] = {}
     for member in members:
         suffix = _suffix(member)
-        if images and IMAGE_SUFFIX.search(f".{suffix}"):
-            content = _read(member)
-            found |= {} if isinstance(content, RowError) else {member.name: {"bytes": content, "path": member.name}}
-        elif fields and suffix in ("json", "txt"):
-            content = _read_fields(member, suffix)
-            record |= {} if isinstance(content, RowError) else content
-        else:
+        is_image = IMAGE_SUFFIX.search(f".{suffix}") is not None
+        if not (images if is_image else fields and suffix in ("json", "txt")):
             continue
+        content = _read(member)
+        if isinstance(content, bytes) and not is_image:
+            content = _parse_fields(content, suffix, escape_name(member.name))
         if isinstance(content, RowError):
             record.setdefault(OWN_ERROR, content)
+        elif is_image:
+            found[member.name] = {"bytes": content, "path": member.name}
+        else:
+            record |= content
     return {**record, OWN_ID: escape_name(stem), OWN_IMAGES: [found[name] for name in sorted(found)]}
 
 
-def _read_fields(member: _Member, suffix: str) -> Record | RowError:
-    content = _read(member)
-    if isinstance(content, RowError):
-        return content
+def _parse_fields(content: bytes, suffix: str, name: str) -> Record | RowError:
     if suffix == "json":
-        return parse_object(content, escape_name(member.name))
+        return parse_object(content, name)
     try:
         return {"question": content.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        place = f"{escape_name(member.name)} is not valid UTF-8 at byte {error.start + 1}"
-        return RowError("row_invalid", place)
+        return RowError("row_invalid", f"{name} is not valid UTF-8 at byte {error.start + 1}")
 
 
 def _read(member: _Member) -> bytes | RowError:

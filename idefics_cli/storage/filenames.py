@@ -33,10 +33,10 @@ SHOWN_CHARACTERS = 200
 
 
 def escape_name(name: str) -> str:
-    """A name from the file system as text that JSON and Parquet hold; `unescape_name` gives the name back.
+    """A name from the file system as text that JSON and Parquet hold.
 
     Names that are UTF-8 stay as they are. A byte that is not UTF-8 becomes `\\xNN`; a backslash of the name itself that
-    would read as such an escape becomes `\\x5c`, so that no two names ever share a text.
+    would read as such an escape becomes `\\x5c`, so that the name can be told from the text.
     """
     escaped = ESCAPED_BYTE.sub(lambda match: r"\x5c" + match.group()[1:], name) if "\\" in name else name
     if not escaped.isascii():
@@ -44,25 +44,9 @@ def escape_name(name: str) -> str:
     return escaped
 
 
-def unescape_name(text: str) -> str:
-    """The name that `escape_name` made `text` from; `os.fsencode` of it gives the name's bytes."""
-
-    def restore(match: re.Match[str]) -> str:
-        byte = int(match.group(1), 16)
-        return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
-
-    return ESCAPED_BYTE.sub(restore, text)
-
-
 def is_utf8(text: str) -> bool:
     """Whether `text` can be encoded: half of a surrogate pair cannot."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.isascii() or text.encode(errors="ignore").decode() == text
 
 
 def shown(text: str) -> str:

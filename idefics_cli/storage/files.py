@@ -1,7 +1,7 @@
 """Files and folders, local and remote, behind fsspec's interface: found, listed, opened, read in pieces.
 
-Of local files only regular ones are opened, without waiting. Whatever keeps a named file from being read, then or half
-way through, is an `InputError` that names it. Knows nothing of rows or images.
+Whatever keeps a named file from being read, then or half way through, is an `InputError` that names it. Knows nothing
+of rows or images.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import posixpath
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,39 +22,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from idefics_cli.errors import InputError
 from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, escape_name, is_hidden, shown_address
+from idefics_cli.storage.regular_file import open_regular
 
 READ_BYTES = 1 << 18
 BUFFER_BYTES = 2 << 20
 DIGEST_BYTES = 1 << 20
 MAX_PIECE_BYTES = 64 << 20
-KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
-
-
-class IrregularFile(OSError):
-    """A folder, FIFO, socket or device, which is not opened."""
-
-
-def open_regular(path: str) -> io.FileIO:
-    """A local file, unbuffered. Raises IrregularFile or another OSError, and ValueError for an impossible name."""
-    # Checked before opening, since opening a FIFO or a device already has effects; and after, since the name may by
-    # then belong to another file.
-    _require_regular(os.stat(path).st_mode)
-    return open(path, "rb", buffering=0, opener=_open_without_waiting)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-    try:
-        _require_regular(os.fstat(descriptor).st_mode)
-    except IrregularFile:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _require_regular(mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        raise IrregularFile(f"is a {KINDS.get(stat.S_IFMT(mode), 'device')}: only regular files are opened")
 
 
 class LocalFiles(LocalFileSystem):
@@ -87,7 +59,7 @@ class File:
 
     @property
     def parent(self) -> File:
-        return File(posixpath.dirname(self.name), posixpath.dirname(self.path), self.filesystem, is_folder=True)
+        return File(posixpath.dirname(self.name), posixpath.dirname(self.path), self.filesystem)
 
     def child(self, path: str) -> File:
         """What lies at the relative `path` below this folder."""
@@ -95,17 +67,18 @@ class File:
 
     def info(self) -> dict[str, Any]:
         """What fsspec knows of it as it is now, among others its `size` and `type`."""
-        try:
+        with refusing(self.name, OSError, ValueError):
             return self.filesystem.info(self.path)
-        except (OSError, ValueError) as error:
-            raise cannot_read(self.name, error) from error
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The same of what lies in this folder."""
+        with refusing(self.name, OSError):
+            return self.filesystem.ls(self.path, detail=True)
 
     def open(self) -> BinaryIO:
         """Its bytes from the start, seekable."""
-        try:
+        with refusing(self.name, OSError):
             return io.BufferedReader(self.filesystem.open(self.path, "rb"), BUFFER_BYTES)
-        except OSError as error:
-            raise cannot_read(self.name, error) from error
 
 
 def local_file(path: str) -> File:
@@ -152,7 +125,7 @@ def walk(folder: File, recursive: bool) -> Iterator[tuple[str, bool]]:
     folders = [""]
     while folders:
         below = folders.pop()
-        for info in _entries(folder.child(below) if below else folder):
+        for info in (folder.child(below) if below else folder).entries():
             name = posixpath.basename(info["name"])
             path = posixpath.join(below, name)
             if is_hidden(name):
@@ -163,16 +136,20 @@ def walk(folder: File, recursive: bool) -> Iterator[tuple[str, bool]]:
                 folders.append(path)
 
 
-def _entries(folder: File) -> list[dict[str, Any]]:
-    try:
-        return folder.filesystem.ls(folder.path, detail=True)
-    except OSError as error:
-        raise cannot_read(folder.name, error) from error
-
-
-def cannot_read(name: str, error: Exception, remedy: str = "check the name and your access to it") -> InputError:
+def cannot_read(name: str, error: Exception, remedy: str) -> InputError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return InputError(f"cannot read {name}: {reason}; {remedy}")
+
+
+@contextmanager
+def refusing(
+    name: str, *kinds: type[Exception], remedy: str = "check the name and your access to it"
+) -> Iterator[None]:
+    """Errors of these kinds become one line of how `name` cannot be read."""
+    try:
+        yield
+    except kinds as error:
+        raise cannot_read(name, error, remedy) from error
 
 
 # ---- streams
@@ -181,13 +158,12 @@ def cannot_read(name: str, error: Exception, remedy: str = "check the name and y
 @contextmanager
 def open_stream(file: File, compressed: bool) -> Iterator[BinaryIO]:
     """The bytes of `file`, unpacked where it is `compressed` with gzip; an InputError where it is damaged."""
-    try:
-        with file.open() as raw, gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw as stream:
-            yield stream
-    except EOFError as error:
-        raise InputError(f"{file.name} is cut off inside its compressed bytes: fetch or make it again") from error
-    except (OSError, zlib.error) as error:
-        raise cannot_read(file.name, error, "fetch or make it again") from error
+    with (
+        refusing(file.name, EOFError, OSError, zlib.error, remedy="fetch or make it again"),
+        file.open() as raw,
+        gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw as stream,
+    ):
+        yield stream
 
 
 def split_stream(stream: BinaryIO, separator: bytes) -> Iterator[bytes | None]:

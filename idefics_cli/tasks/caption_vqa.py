@@ -26,7 +26,7 @@ from idefics_cli.prompts.templates import (
 )
 from idefics_cli.result import Outcome
 from idefics_cli.rows import InputRow
-from idefics_cli.tasks.embed import StoredLatents, stored_latents
+from idefics_cli.tasks.embed import StoredLatents
 from idefics_cli.tasks.few_shot import chosen_for_all, open_shots, opened, read_shots
 from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
 from idefics_cli.tasks.questions import input_id, with_questions
@@ -49,7 +49,7 @@ class CaptionVqa(Task):
 
     def __init__(self, options: CaptionVqaOptions) -> None:
         self.options = options
-        self.embeddings = stored_latents(options.embeddings)
+        self.embeddings = None if options.embeddings is None else StoredLatents(options.embeddings)
         self.command = options.prompts.task
         self.rows_each = len(options.questions) or 1
         self.columns = options.columns
@@ -63,15 +63,12 @@ class CaptionVqa(Task):
 
     @cached_property
     def _pool(self) -> list[Shot]:
-        if self._shots_file is None:
-            return []
-        options = self.options
-        return read_shots(options.shots, self._shots_file, options.prompts.task, options.prompt_fields)
+        file, options = self._shots_file, self.options
+        return [] if file is None else read_shots(options.shots, file, options.prompts.task, options.prompt_fields)
 
     @property
     def settings(self) -> dict[str, Any]:
-        shots = None if self._shots_file is None else list(self._shots_file.identity)
-        stored = None if self.embeddings is None else self.embeddings.identity
+        shots, stored = (file and file.identity for file in (self._shots_file, self.embeddings))
         return {**by_option(self.options), "shots_file": shots, "embeddings_file": stored}
 
     def check(self, request: ModelRequest) -> None:
@@ -110,8 +107,7 @@ class CaptionVqa(Task):
         prompts = RowPrompts(self.options, model, images, self.embeddings, dropped)
         shots, decode = self.options.shots, self._decode(model)
         if shots.number and shots.selection == "similar":
-            similar = SimilarShots(shots, self._pool, model, prompts.open_shot)
-            similar.encode_pool(observer.say)
+            similar = SimilarShots(shots, self._pool, model, prompts.open_shot, observer.say)
             return Steps(prompts.without_shots, lambda source: decode(SimilarPrompts(source, prompts, similar)))
         chosen = chosen_for_all(shots, self._pool)
         leading = [prompts.open_shot(shot) for shot in leading_shots(self.options.prompts, chosen, model.is_instruct)]
@@ -169,11 +165,9 @@ class RowPrompts:
     def without_shots(self, row: InputRow) -> Opened | RowError:
         """The row and its images; whatever is wrong with a row shows here, before its shots are chosen."""
         images = self._opened(row)
-        if isinstance(images, RowError):
-            return images
-        if not images:
+        if not isinstance(images, RowError) and not images:
             return RowError("row_invalid", "the row has no image to compare with those of the shots")
-        alone = self.after_shots(row, images, ())
+        alone = images if isinstance(images, RowError) else self.after_shots(row, images, ())
         return alone if isinstance(alone, RowError) else (row, images)
 
     def _opened(self, row: InputRow) -> Sequence[Any] | RowError:

@@ -12,16 +12,16 @@ from idefics_cli.columns import Column
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline.prefetch import Steps
 from idefics_cli.pipeline.task import Observer, Task, open_images
-from idefics_cli.result import error_of
 from idefics_cli.rows import InputRow
 from idefics_cli.writers.embeddings_file import ERROR, ID, LATENTS, VISION, EmbeddingFile, latents_value
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.engine.prompt_source import EncodedImage
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
-    from idefics_cli.result import Embedding
 
 
 class EmbeddingForm:
@@ -30,11 +30,10 @@ class EmbeddingForm:
     text_column = None
     columns = (Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text"))
 
-    def row(self, row: InputRow, outcome: Embedding | RowError) -> dict[str, Any]:
+    def row(self, row: InputRow, outcome: Tensor | RowError) -> dict[str, Any]:
         """A failed row has no latents."""
-        error = error_of(outcome)
-        latents = None if error else latents_value(outcome.latents)
-        return {ID: row.id, "image": row.image, LATENTS: latents, ERROR: str(error) if error else None}
+        latents, error = (None, str(outcome)) if isinstance(outcome, RowError) else (latents_value(outcome), None)
+        return {ID: row.id, "image": row.image, LATENTS: latents, ERROR: error}
 
 
 class Embed(Task):
@@ -71,36 +70,21 @@ class Embed(Task):
         return Steps(prepare, model.embed_stream)
 
 
-class StoredLatents:
-    """A file of `embed` instead of images. Raises InputError for a file of another kind.
+class StoredLatents(EmbeddingFile):
+    """A file of `embed` instead of images.
 
     Another model's latents are refused before a model is loaded that is on this machine, else after.
     """
 
-    def __init__(self, path: str) -> None:
-        self._file = EmbeddingFile(path)
-        self._is_checked = False
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self._file.identity
+    _is_checked = False
 
     def check(self, request: ModelRequest) -> None:
         from idefics_cli.checkpoint import known_vision_fingerprint
 
         fingerprint = known_vision_fingerprint(request)
         if fingerprint is not None:
-            self._file.require_model(fingerprint, self._file.shape)
+            self.require_model(fingerprint, self.shape)
             self._is_checked = True
 
     def begin(self, model: Idefics) -> None:
-        fingerprint = self._file.fingerprint if self._is_checked else model.fingerprint
-        self._file.require_model(fingerprint, model.latents_shape)
-
-    def latents(self, row_id: str) -> Any | RowError:
-        """What stands for an image, or why there is nothing. Safe in many threads."""
-        return self._file.latents(row_id)
-
-
-def stored_latents(path: str | None) -> StoredLatents | None:
-    return None if path is None else StoredLatents(path)
+        self.require_model(self.fingerprint if self._is_checked else model.fingerprint, model.latents_shape)

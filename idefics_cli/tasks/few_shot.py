@@ -6,12 +6,12 @@ Knows no network; `similar_shots.py` finds shots with similar images.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from idefics_cli.errors import InputError, RowError
+from idefics_cli.errors import InputError, RowError, first_error
 from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
 from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.manifest import is_manifest
@@ -48,30 +48,13 @@ def read_shots(options: ShotOptions, rows: Inputs, task: str, fields: Sequence[s
 
 
 def _read_shot(row: InputRow, task: str, fields: Sequence[str], file: str) -> Shot:
-    place = f"row {row.index + 1} of {file}"
-    if row.error is not None:
-        raise _bad_shot(place, row.error)
-    return make_shot(row.values, row.sources, task, fields, place)
-
-
-def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> Shot:
-    """The shot with its images as `prepare` opens them. Raises InputError for one that cannot be opened."""
-    images = tuple(prepare(source) for source in shot.images)
-    error = next((each for each in images if isinstance(each, RowError)), None)
-    if error is not None:
-        raise _bad_shot(f"an image in {file}", error)
-    return replace(shot, image=images or None)
-
-
-def _bad_shot(place: str, error: RowError) -> InputError:
-    return InputError(f"{place} cannot be used as a shot ({error}): fix or remove it")
-
-
-def make_shot(values: Mapping[str, Any], images: tuple[Any, ...], task: str, fields: Sequence[str], place: str) -> Shot:
-    """A row of a manifest as a worked example; of several answers the most common one is shown.
+    """A row of the file as a worked example; of several answers the most common one is shown.
 
     Raises InputError for a row without an answer, or without one of the `fields` that prompts have.
     """
+    place, values = f"row {row.index + 1} of {file}", row.values
+    if row.error is not None:
+        raise _bad_shot(place, row.error)
     column = next((name for name in ANSWER_COLUMNS[task] if values.get(name) is not None), None)
     if column is None:
         raise InputError(
@@ -85,7 +68,20 @@ def make_shot(values: Mapping[str, Any], images: tuple[Any, ...], task: str, fie
     without = next((name for name in fields if name not in texts), None)
     if without is not None:
         raise InputError(f"{place} has no text in the column {without!r}, which the prompt needs: add it")
-    return Shot(images or None, shot_answer(task, references), texts.get("question", ""), texts)
+    return Shot(row.sources or None, shot_answer(task, references), texts.get("question", ""), texts)
+
+
+def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> Shot:
+    """The shot with its images as `prepare` opens them. Raises InputError for one that cannot be opened."""
+    images = tuple(prepare(source) for source in shot.images)
+    error = first_error(images)
+    if error is not None:
+        raise _bad_shot(f"an image in {file}", error)
+    return replace(shot, image=images or None)
+
+
+def _bad_shot(place: str, error: RowError) -> InputError:
+    return InputError(f"{place} cannot be used as a shot ({error}): fix or remove it")
 
 
 def chosen_for_all(options: ShotOptions, pool: Sequence[Shot]) -> Sequence[Shot]:

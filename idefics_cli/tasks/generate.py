@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from idefics_cli.errors import RowError
+from idefics_cli.errors import RowError, first_error
 from idefics_cli.pipeline.prefetch import Steps
 from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.prompts.interleaved import ImageItem, interleaved_prompt
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt
 from idefics_cli.rows import InputRow
-from idefics_cli.tasks.embed import stored_latents
+from idefics_cli.tasks.embed import StoredLatents
 from idefics_cli.tasks.options import GenerateOptions
 from idefics_cli.tasks.result_rows import ResultForm
 from idefics_cli.validation import by_option
@@ -35,7 +35,7 @@ class Generate(Task):
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
-        self.embeddings = stored_latents(options.embeddings)
+        self.embeddings = None if options.embeddings is None else StoredLatents(options.embeddings)
         self.columns = (options.prompt_column,)
         self.files = tuple(filter(None, (options.embeddings,)))
         self.needs_manifest = f"name one with a column {options.prompt_column!r} of texts and images"
@@ -69,8 +69,7 @@ class Generate(Task):
             if isinstance(prompt, RowError):
                 return prompt
             items = [opened(item, row.index) if isinstance(item, ImageItem) else item for item in prompt]
-            error = next((item for item in items if isinstance(item, RowError)), None)
-            return error or model.encode(items, self.options.decoding.max_new_tokens)
+            return first_error(items) or model.encode(items, self.options.decoding.max_new_tokens)
 
         return Steps(prepare, lambda source: model.stream(source, **asdict(self.options.decoding)))
 

@@ -33,31 +33,33 @@ OPENERS = 8
 class SimilarShots:
     """A pool of shots, to be asked in the model's thread. Raises InputError for a shot without an image.
 
-    `open_shot` gives the shot with its images opened; it is called from several threads at once.
+    The model looks at the pool here, where no earlier run has. `open_shot` gives the shot with its images opened; it is
+    called from several threads at once.
     """
 
     def __init__(
-        self, options: ShotOptions, pool: Sequence[Shot], model: Idefics, open_shot: Callable[[Shot], Shot]
+        self,
+        options: ShotOptions,
+        pool: Sequence[Shot],
+        model: Idefics,
+        open_shot: Callable[[Shot], Shot],
+        say: Callable[[str], None],
     ) -> None:
         self._options, self._pool, self._model = options, pool, model
         without = next((number for number, shot in enumerate(pool, start=1) if not shot.images), None)
         if without is not None:
             raise InputError(f"row {without} of {options.file} has no image: choose --shot-selection first or random")
         self._opened = lru_cache(OPENED_KEPT)(lambda index: open_shot(pool[index]))
-        self._vectors: Tensor | None = None
-
-    def encode_pool(self, say: Callable[[str], None]) -> None:
-        """See all images of the pool, where no earlier run has."""
-        kept = _kept_vectors(self._pool, self._model.fingerprint)
-        self._vectors = _read_vectors(kept, len(self._pool))
-        if self._vectors is None:
-            say(f"Looking at {len(self._pool)} shots once.")
-            self._vectors = self._encoded()
-            _write_vectors(kept, self._vectors)
+        kept = _kept_vectors(pool, model.fingerprint)
+        vectors = _read_vectors(kept, len(pool))
+        if vectors is None:
+            say(f"Looking at {len(pool)} shots once.")
+            vectors = self._encoded()
+            _write_vectors(kept, vectors)
+        self._vectors = vectors
 
     def shots_for(self, rows: Sequence[Sequence[Any]]) -> list[list[Shot]]:
         """For the images of each row its shots, the nearest last."""
-        assert self._vectors is not None, "the pool has not been encoded"
         chosen = [nearest(vector, self._vectors, self._options.number) for vector in self._row_vectors(rows)]
         self._open({index for indices in chosen for index in indices})
         return [[self._opened(index) for index in indices] for indices in chosen]

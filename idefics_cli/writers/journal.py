@@ -16,7 +16,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ class Journal:
             raise
         self._size += len(data)
 
-    def _writing(self) -> Any:
+    def _writing(self) -> AbstractContextManager[None]:
         return _refusing(self.path, "write", "free some space or use another disk, and run the same command again")
 
     # ---- the end

@@ -19,12 +19,13 @@ from idefics_cli.bench.floor import (
     Counts,
     Product,
     Work,
+    copy_bandwidth,
     floor_seconds,
     work_of,
 )
 from idefics_cli.bench.memory import MemoryUse, measured, reset_resident_peak
 from idefics_cli.bench.options import BenchOptions
-from idefics_cli.bench.report import phase_report, run, tables
+from idefics_cli.bench.report import comparison_table, phase_report, phase_table, run
 from idefics_cli.bench.subjects import (
     RANDOM_ENDS,
     RandomPrompts,
@@ -272,6 +273,10 @@ def test_floors_are_measured(dtype: torch.dtype) -> None:
     assert floor_seconds(nothing, None) == {"products": 0, "attention": 0}
 
 
+def test_the_bandwidth_is_that_of_a_copy() -> None:
+    assert copy_bandwidth(CPU, 1 << 20) > 0
+
+
 # The whole
 
 
@@ -286,7 +291,8 @@ def test_the_report_is_plain_json_and_a_table() -> None:
     assert found["work"]["prompt_tokens"] > 0 and found["work"]["steps"] >= 4
     assert found["phases"]["decode"]["above_floor"] > 0
     assert found["settings"]["decoding"]["min_new_tokens"] == 4
-    assert len(told) == 6 and len(tables(found)) == 2
+    assert len(told) == 6
+    assert comparison_table(found).row_count > 5 and phase_table(found["phases"]).row_count == 4
 
 
 @pytest.mark.parametrize(("shots", "dtype"), [(0, "fp32"), (2, "bf16")])

@@ -416,7 +416,8 @@ try:
     app(sys.argv[1:])
 except SystemExit as end:
     assert end.code == 0
-heavy = {"torch", "transformers", "pyarrow", "numpy", "PIL", "huggingface_hub", "rich", "tqdm"} & set(sys.modules)
+heavy = {"torch", "transformers", "pyarrow", "numpy", "PIL", "huggingface_hub", "rich", "tqdm", "fsspec"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, cwd=ROOT)

@@ -150,7 +150,6 @@ DECODING = DecodingOptions(max_new_tokens=15)
         (lambda: BenchOptions(rows=1, scenes=1), "--rows counts prompts and --scenes images: use one of them"),
         (lambda: BenchOptions(ModelRequest(revision="a"), random="tiny"), "--revision has no effect"),
         (lambda: BenchOptions(ModelRequest(allow_pickle=True), random="tiny"), "--allow-pickle has no effect"),
-        (lambda: BenchOptions(random="large"), "unknown random model 'large'"),
     ],
 )
 def test_a_contradiction_is_named(make: Callable[[], Any], said: str) -> None:

@@ -18,7 +18,7 @@ from idefics_cli.rows import ReadOptions
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_manifests(tmp_path_factory.mktemp("unseen"), num_scenes=300, num_shots=5)
+    return write_manifests(tmp_path_factory.mktemp("unseen"), scenes=300, shots=5)
 
 
 def seed_of(row: dict) -> int:

@@ -26,7 +26,7 @@ from prompts_for_tests import (
 from tiny_models import IMAGE_SIZE, tiny_config
 from transformers import IdeficsForVisionText2Text as TheirModel
 
-from idefics_cli.engine import likelihood
+from idefics_cli.engine import likelihood, prefill
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import Scoring
 from idefics_cli.engine.prompt_source import EncodedChoices, EncodedPrompt, IterableSource
@@ -102,7 +102,7 @@ def test_a_shared_start_changes_nothing(network, shots, some) -> None:
 def test_company_and_the_number_of_choices_in_a_row_change_nothing(network, some, most_tokens) -> None:
     expected = [score(engine(network, 1), [prompt])[0] for prompt in some]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likelihood, "CHOICE_TOKENS_PER_ROW", most_tokens)
+        patch.setattr(prefill, "CHOICE_TOKENS_PER_ROW", most_tokens)
         patch.setattr(likelihood, "PLACES_AT_ONCE", most_tokens)
         for got, wanted in zip(score(engine(network), some), expected, strict=True):
             assert_close(got, wanted)

@@ -8,9 +8,9 @@ import torch
 from prompts_for_tests import IMAGE_ID, IMAGES, MODELS, after_shots, assert_same, decode, engine, some_prompts
 
 from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.prefill import QueuedPrompt, common_start
+from idefics_cli.engine.prefill import WINDOWS_AHEAD, QueuedPrompt, common_start
 from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource, content_key
-from idefics_cli.engine.scheduler import WINDOWS_AHEAD, Scheduler, stream
+from idefics_cli.engine.scheduler import Scheduler, stream
 
 OPTIONS = DecodingOptions(num_beams=2, max_new_tokens=6)
 SHOTS = EncodedPrompt([1, *range(3, 33)])

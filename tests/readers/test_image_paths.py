@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 from conftest import save_image
-from written_manifests import write_manifest
+from written_manifests import unescape_name, write_manifest
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.image_paths import LocalRoot
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.rows import InputRow, ReadOptions
-from idefics_cli.storage.filenames import unescape_name
 
 
 def rows(folder: Path, values: list[object], **options) -> list[InputRow]:

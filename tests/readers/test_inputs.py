@@ -12,11 +12,12 @@ import pytest
 from conftest import save_image
 from hypothesis import example, given
 from hypothesis import strategies as st
+from written_manifests import unescape_name
 
 from idefics_cli.errors import InputError
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.rows import InputRow, ReadOptions
-from idefics_cli.storage.filenames import escape_name, unescape_name
+from idefics_cli.storage.filenames import escape_name
 
 
 def read(*inputs: str | Path, stdin: BinaryIO | None = None, **options) -> Iterator[InputRow]:

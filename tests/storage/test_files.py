@@ -16,7 +16,8 @@ from written_manifests import TABLE_FORMATS, write_archive, write_manifest
 from idefics_cli.errors import InputError
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.rows import InputRow, ReadOptions, RemoteFile
-from idefics_cli.storage.files import IrregularFile, find, open_regular
+from idefics_cli.storage.files import find
+from idefics_cli.storage.regular_file import IrregularFile, open_regular
 
 server = pytest.importorskip("moto.server")
 

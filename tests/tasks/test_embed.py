@@ -143,7 +143,9 @@ def test_an_image_that_does_not_fit_alone_is_an_error_among_others(
     source = IterableSource([base.encode_image(image(seed)) for seed in range(6)])
     found = list(base.embed_stream(source))
     assert [number for number, _ in found] == list(range(6))
-    assert [each.error.code if each.error else None for _, each in found] == [None] * 3 + ["out_of_memory"] + [None] * 2
+    assert [each.code if isinstance(each, RowError) else None for _, each in found] == [None] * 3 + [
+        "out_of_memory"
+    ] + [None] * 2
     assert sizes[0] == 3 and sizes[-1] == 2, "the others are seen together, before and after it"
 
 
@@ -160,7 +162,7 @@ def test_an_image_whose_numbers_overflow_is_an_error_among_others(
     monkeypatch.setattr(base.model.model, "encode_images", overflowing)
     source = IterableSource([base.encode_image(image(seed)) for seed in range(6)])
     found = list(base.embed_stream(source))
-    assert [each.error.code if each.error else None for _, each in found] == [None] * 4 + ["overflow", None]
+    assert [each.code if isinstance(each, RowError) else None for _, each in found] == [None] * 4 + ["overflow", None]
     vectors = base.image_vectors([image(3), image(4)])
     assert vectors[0].any() and not vectors[1].any()
     with pytest.raises(IdeficsError, match=r"an image cannot be embedded .*non-finite values .*in float32"):

@@ -1,0 +1,28 @@
+"""How a result file is scored. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from idefics_cli.validation import Help
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """`answers_column` holds the references, `by` the groups.
+
+    `metric` "auto" is vqa for answers, cider for captions, exact for others. `tokenization` is how CIDEr's words
+    are found: "ptb" as the published figures do, with Java; "treebank" without.
+    """
+
+    answers_column: Annotated[str, Help("Column of the references, a list of texts", metavar="NAME")] = "answers"
+    by: Annotated[str | None, Help("Group scores by this column", metavar="NAME")] = None
+    metric: Annotated[
+        Literal["auto", "vqa", "cider", "exact"],
+        Help("auto: VQA accuracy for answers, CIDEr for captions; exact match always"),
+    ] = "auto"
+    tokenization: Annotated[
+        Literal["ptb", "treebank"],
+        Help("How CIDEr splits words; ptb: as published, needs Java; treebank: without Java"),
+    ] = "ptb"

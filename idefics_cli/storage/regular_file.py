@@ -1,0 +1,36 @@
+"""Local files, opened without waiting and only where they are regular. Imports nothing heavy: image workers use it."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+
+KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+
+
+class IrregularFile(OSError):
+    """A folder, FIFO, socket or device, which is not opened."""
+
+
+def open_regular(path: str) -> io.FileIO:
+    """A local file, unbuffered. Raises IrregularFile or another OSError, and ValueError for an impossible name."""
+    # Checked before opening, since opening a FIFO or a device already has effects; and after, since the name may by
+    # then belong to another file.
+    _require_regular(os.stat(path).st_mode)
+    return open(path, "rb", buffering=0, opener=_open_without_waiting)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _require_regular(os.fstat(descriptor).st_mode)
+    except IrregularFile:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise IrregularFile(f"is a {KINDS.get(stat.S_IFMT(mode), 'device')}: only regular files are opened")
