@@ -50,15 +50,12 @@ def prompts() -> list[list]:
     ]
 
 
-def log_probability(model: Idefics, prompt: list, token_ids: tuple[int, ...]) -> float:
-    """The sum over `token_ids`, in one forward pass without a cache."""
-    encoded = model.encode(prompt, 30)
-    start = len(encoded.input_ids)
-    row = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
+def log_probability(model: Idefics, encoded: EncodedPrompt, length: int) -> float:
+    """The sum over the last `length` tokens, in one forward pass without a cache."""
     with torch.no_grad():
-        logits = model.model(**vars(collate([row], model.engine.vocabulary, model.images.image_size))).logits[0]
-    chosen = logits.log_softmax(-1)[start - 1 : -1].gather(-1, torch.tensor(token_ids)[:, None])
-    return float(chosen.sum())
+        logits = model.model(**vars(collate([encoded], model.engine.vocabulary, model.images.image_size))).logits[0]
+    chosen = torch.tensor(encoded.input_ids[-length:])[:, None]
+    return float(logits.log_softmax(-1)[-length - 1 : -1].gather(-1, chosen).sum())
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -70,8 +67,27 @@ def test_the_score_is_what_the_page_says(base: Idefics, prompts: list, num_beams
         token_ids = result.token_ids
         if len(token_ids) < 6:
             token_ids = (*token_ids, base.encoder.eos_token_id)
-        expected = log_probability(base, prompt, token_ids) / len(token_ids) ** length_penalty
+        encoded = base.encode(prompt, 30)
+        encoded = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
+        expected = log_probability(base, encoded, len(token_ids)) / len(token_ids) ** length_penalty
         assert result.score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["none", "tokens", "bytes"])
+def test_the_likeliest_choice_is_the_answer_and_all_are_candidates(base: Idefics, norm: str) -> None:
+    """Beside the prompt and each choice as one text, which ends with the choice's tokens."""
+    choices = ["yes", "no", "two small dogs", "a red cat on the mat"]
+    prompts = [["Image:", image(seed), "Question: what is this? Answer:"] for seed in range(4)] + [["Answer:"]]
+    for prompt, result in zip(prompts, base.score([(p, choices) for p in prompts], choice_norm=norm), strict=True):
+        expected = {}
+        for each in result.candidates:
+            encoded = base.encode([*prompt[:-1], f"{prompt[-1]} {each.text}"], 0)
+            assert tuple(encoded.input_ids[-each.tokens :]) == each.token_ids
+            divisor = {"none": 1, "tokens": each.tokens, "bytes": len(each.text)}[norm]
+            expected[each.text] = log_probability(base, encoded, each.tokens) / divisor
+        assert {each.text: each.score for each in result.candidates} == pytest.approx(expected, abs=1e-4)
+        assert expected.keys() == set(choices) and result.text == max(expected, key=expected.get)
+        assert result.score == result.candidates[0].score
 
 
 def test_image_tokens_are_never_written_and_ends_are_cut(base: Idefics, prompts: list) -> None:
@@ -159,11 +175,23 @@ def test_bad_rows_are_errors_among_good_ones(base: Idefics, tmp_path: Path) -> N
     assert captions[1] == Result(error=captions[1].error) and captions[0].text is not None
     texts = base.generate([["a", image(), tmp_path / "gone.png", "c"], ["word " * 400], ["short"]], max_new_tokens=4)
     assert codes(texts) == ["image_missing", "prompt_too_long", None]
+    good = (["Answer:"], ["yes", "no"])
+    scored = base.score([good, ([tmp_path / "gone.png", "?"], ["yes"]), (["a"], []), (["word " * 400], ["yes"]), good])
+    assert codes(scored) == [None, "image_missing", "row_invalid", "prompt_too_long", None]
+    assert scored[0] == scored[4] and scored[0].text in ("yes", "no")
     assert base.generate([]) == base.caption([]) == []
 
 
 def codes(results: list[Result]) -> list[str | None]:
     return [result.error and result.error.code for result in results]
+
+
+def test_a_prompt_with_its_longest_choice_may_fill_the_model(base: Idefics) -> None:
+    space = base.model.config.max_position_embeddings
+    per_word = len(base.encoder.encode(("a a",))) - len(base.encoder.encode(("a",)))
+    fitting = ["a" + " a" * ((space - len(base.encoder.encode(("a a",)))) // per_word)]
+    assert base.score([(fitting, ["a"])])[0].error is None
+    assert base.score([(fitting, ["a", "a a a"])])[0].error.code == "prompt_too_long"
 
 
 def test_text_stays_text(base: Idefics) -> None:
@@ -198,9 +226,11 @@ def test_what_is_no_list_is_told(base: Idefics, one: Any) -> None:
         base.generate([one])
 
 
-def test_tensors_of_another_shape_are_told(base: Idefics) -> None:
+def test_other_shapes_and_norms_are_told(base: Idefics) -> None:
     with pytest.raises(IdeficsError, match=r"shape \(3, 5, 5\)"):
         base.caption([torch.zeros(3, 5, 5)])
+    with pytest.raises(IdeficsError, match="use 'none', 'tokens', 'bytes'"):
+        base.score([], choice_norm="length")
 
 
 @pytest.mark.parametrize(
