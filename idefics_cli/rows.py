@@ -78,10 +78,10 @@ class ReadOptions:
     """Which rows are read, and which of their columns.
 
     Every manifest must have `columns` and `keep`, the columns to pass through ("all": every one but those of id and
-    image); `reads_passthrough` says whether rows' `values` hold these too. `shard` is (I, N), 1 <= I <= N: the rows
-    whose index is I - 1 modulo N. `limit` counts the rows of the shard. Without an `image_column`, images are in the
-    first of `usual_image_columns` that a manifest has, else in the only column that looks like images. Without
-    `needs_image` rows have images only where `image_column` names them; without `needs_id` their ids are their numbers.
+    image). `shard` is (I, N), 1 <= I <= N: the rows whose index is I - 1 modulo N. `limit` counts the rows of the
+    shard. Without an `image_column`, images are in the first of `usual_image_columns` that a manifest has, else in the
+    only column that looks like images. Without `needs_image` rows have images only where `image_column` names them;
+    without `needs_id` their ids are their numbers.
     """
 
     recursive: Annotated[bool, Help("Skip the sub-folders of folders", flags=("--no-recursive",))] = True
@@ -112,7 +112,6 @@ class ReadOptions:
     ] = None
     needs_image: bool = True
     needs_id: bool = True
-    reads_passthrough: bool = True
 
     def __post_init__(self) -> None:
         assert self.limit is None or self.limit > 0, f"limit {self.limit}"

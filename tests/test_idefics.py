@@ -53,7 +53,7 @@ def prompts() -> list[list]:
 def log_probability(model: Idefics, encoded: EncodedPrompt, length: int) -> float:
     """The sum over the last `length` tokens, in one forward pass without a cache."""
     with torch.no_grad():
-        logits = model.model(**vars(collate([encoded], model.engine.vocabulary, model.images.image_size))).logits[0]
+        logits = model.model(**collate([encoded], model.engine.vocabulary, model.images.image_size)).logits[0]
     chosen = torch.tensor(encoded.input_ids[-length:])[:, None]
     return float(logits.log_softmax(-1)[-length - 1 : -1].gather(-1, chosen).sum())
 

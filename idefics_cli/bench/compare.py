@@ -143,7 +143,7 @@ class Bench:
         return Run(prompts, [texts[index] for index in range(len(prompts))], seconds, memory)
 
     def _inputs(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
-        return vars(reference.collate(prompts, self.subject.vocabulary, self.subject.image_size))
+        return reference.collate(prompts, self.subject.vocabulary, self.subject.image_size)
 
     def _generate(self, inputs: dict[str, Tensor], options: DecodingOptions, with_scores: bool) -> Iterable[Text]:
         tensors = {name: value.to(self.device) for name, value in inputs.items()}

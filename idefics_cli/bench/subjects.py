@@ -150,18 +150,18 @@ class ScenePrompts:
         self._template = choose_template(PromptOptions("vqa" if self._asks else "caption"), encoder.is_instruct)
         first = EVALUATION_SEEDS + SHOTS_APART + options.seed
         drawn = [scene(first + number) for number in range(options.shots)]
-        self._shots = [self._shot(each, images.pixels(each.image), number) for number, each in enumerate(drawn)]
+        self._shots = [self._shot(each, images.prepare(each.image), number) for number, each in enumerate(drawn)]
 
     def draw(self, number: int) -> list[EncodedPrompt]:
         first = EVALUATION_SEEDS + self._options.seed + number * self._options.num_images
         drawn = [scene(seed) for seed in range(first, first + self._options.num_images)]
-        pixels = [self._images.pixels(each.image) for each in drawn]
+        pixels = [self._images.prepare(each.image) for each in drawn]
         places = (divmod(row, self._options.questions_per_image) for row in range(self._options.num_rows))
         return [self._prompt(self._shot(drawn[place], pixels[place], question)) for place, question in places]
 
     def _shot(self, drawn: Scene, pixels: Tensor, number: int) -> Shot:
         question, answer = drawn.questions[number % len(drawn.questions)]
-        return Shot(pixels, answer, question) if self._asks else Shot(pixels, drawn.caption)
+        return Shot((pixels,), answer, {"question": question}) if self._asks else Shot((pixels,), drawn.caption)
 
     def _prompt(self, query: Shot) -> EncodedPrompt:
         prompt = few_shot_prompt(self._template, self._shots, replace(query, answer=""))

@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from idefics_cli.cli.console import exit_codes
+from idefics_cli.errors import IdeficsError
 from idefics_cli.validation import Help, help_of, option_name
 
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
@@ -105,10 +106,16 @@ class Option:
 
     def value(self, typed: Any) -> Any:
         if self.help.parse is not None:
-            return self.help.parse(typed)
+            return self._parsed(typed)
         if isinstance(typed, list):
             return tuple(typed)
         return not typed if self._is_inverted else typed
+
+    def _parsed(self, typed: str) -> Any:
+        try:
+            return self.help.parse(typed)
+        except IdeficsError as error:
+            raise IdeficsError(f"{option_name(self.field, self.help)}: {error}") from error
 
     def parameter(self, default: Any) -> inspect.Parameter:
         """The one that Typer reads. What is parsed or may be repeated is None until it is given."""

@@ -47,7 +47,7 @@ def _pool(drawn: Scene, options: PromptOptions, number: int) -> Iterator[Shot]:
     for shot in map(scene, range(first, first + options.num_shots)):
         questions = _questions(shot, options)
         question, answer = questions[number % len(questions)]
-        yield Shot(shot.image, answer, question)
+        yield Shot((shot.image,), answer, {"question": question})
 
 
 def question_kind(question: str) -> str:

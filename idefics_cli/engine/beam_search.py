@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,44 +45,27 @@ class BeamRules:
         vocabulary: Vocabulary,
         device: torch.device | str = "cpu",
     ) -> BeamRules:
-        end_token_ids = vocabulary.end_token_ids
         if options.num_beams == 1:
             # `generate` with one beam is greedy search: its text is over at the first end token, whatever may follow.
             options = replace(options, early_stopping=True)
-        forbidden = torch.tensor([*vocabulary.banned_token_ids, *single_ids(vocabulary)], dtype=torch.long)
-        end_ids = torch.tensor(end_token_ids, dtype=torch.long)
-        banned_start, banned_last = (table.to(device) for table in banned_tables(vocabulary.banned_sequences))
-        ends = torch.zeros(vocab_size, dtype=torch.bool)
-        ends[end_ids] = True
+        ends, banned = vocabulary.end_token_ids, vocabulary.banned_sequences
+        # As in transformers, an end token alone is not banned: texts must end.
+        singles = [ids[0] for ids in banned if len(ids) == 1 and ids[0] not in ends]
+        several, width = [ids for ids in banned if len(ids) > 1], longest_start(banned)
+        starts = [[-1] * (width + 1 - len(ids)) + list(ids[:-1]) for ids in several]
         lengths = range(options.max_new_tokens + 1)
-        penalties = torch.tensor([float(max(length, 1)) ** options.length_penalty for length in lengths])
-        # Even if every beam's best token ends its text, enough candidates are left to go on with.
-        num_candidates = max(2, 1 + len(end_token_ids)) * options.num_beams
+        ids_of = partial(torch.tensor, dtype=torch.long, device=device)
         return cls(
             options,
-            forbidden.to(device),
-            banned_start,
-            banned_last,
-            end_ids.to(device),
-            ends.to(device),
-            penalties.to(device),
-            num_candidates,
+            forbidden=ids_of([*vocabulary.banned_token_ids, *singles]),
+            banned_start=ids_of(starts).view(len(several), width),
+            banned_last=ids_of([ids[-1] for ids in several]),
+            end_ids=ids_of(ends),
+            ends=torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill(0, ids_of(ends), True),
+            penalties=torch.tensor([float(max(each, 1)) ** options.length_penalty for each in lengths], device=device),
+            # Even if every beam's best token ends its text, enough candidates are left to continue with.
+            num_candidates=max(2, 1 + len(ends)) * options.num_beams,
         )
-
-
-def single_ids(vocabulary: Vocabulary) -> list[int]:
-    """Banned sequences of one token. As in transformers, an end token alone is not banned: texts must end."""
-    singles = (sequence[0] for sequence in vocabulary.banned_sequences if len(sequence) == 1)
-    return [token_id for token_id in singles if token_id not in vocabulary.end_token_ids]
-
-
-def banned_tables(banned_sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Sequences of two tokens and more as (sequences, tokens before the last), padded, and (sequences,), the last."""
-    several = [sequence for sequence in banned_sequences if len(sequence) > 1]
-    width = longest_start(banned_sequences)
-    starts = [[-1] * (width + 1 - len(sequence)) + list(sequence[:-1]) for sequence in several]
-    last = [sequence[-1] for sequence in several]
-    return torch.tensor(starts, dtype=torch.long).view(len(several), width), torch.tensor(last, dtype=torch.long)
 
 
 def longest_start(banned_sequences: Sequence[Sequence[int]]) -> int:
@@ -137,9 +121,7 @@ class BeamState:
         return BeamState(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
 
-def beam_step(
-    logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None = None
-) -> tuple[BeamState, Tensor]:
+def beam_step(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> tuple[BeamState, Tensor]:
     """Write one token to every beam: logits (rows, beams, vocabulary) -> the next state and each new beam's parent.
 
     Parents are (rows, beams), indices among the row's old beams. `context` (rows, prompt tokens), padded on the left
@@ -171,7 +153,7 @@ def beam_step(
     return stepped, parents.gather(1, chosen)
 
 
-def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None) -> Tensor:
+def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> Tensor:
     """log p of each next token, −inf where it may not be written; not normalised again, as in transformers.
 
     The vocabulary is gone through as seldom as it can be: only the few tokens that are not allowed are written to.
@@ -189,7 +171,7 @@ def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules
     return log_probabilities
 
 
-def add_bans(log_probabilities: Tensor, state: BeamState, rules: BeamRules, context: Tensor | None) -> None:
+def add_bans(log_probabilities: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> None:
     """−inf, in place, on tokens that would complete a banned sequence."""
     recent = last_tokens(known_tokens(state, context), state, rules.banned_start.shape[1])  # (rows, beams, tokens)
     same = (recent[:, :, None] == rules.banned_start) | (rules.banned_start < 0)
@@ -197,7 +179,7 @@ def add_bans(log_probabilities: Tensor, state: BeamState, rules: BeamRules, cont
     log_probabilities.scatter_add_(2, rules.banned_last.expand_as(penalties), penalties)
 
 
-def repeated_ngrams(state: BeamState, context: Tensor | None, rules: BeamRules) -> Tensor:
+def repeated_ngrams(state: BeamState, context: Tensor, rules: BeamRules) -> Tensor:
     """(rows, beams, vocabulary): true on tokens that would complete an n-gram which prompt or text holds already."""
     size = rules.options.no_repeat_ngram_size
     sequence = known_tokens(state, context)
@@ -213,10 +195,9 @@ def repeated_ngrams(state: BeamState, context: Tensor | None, rules: BeamRules) 
     return repeats.scatter(2, target, True)[..., :-1]
 
 
-def known_tokens(state: BeamState, context: Tensor | None) -> Tensor:
+def known_tokens(state: BeamState, context: Tensor) -> Tensor:
     """Prompt and text, (rows, beams, prompt tokens + max_new_tokens), −1 where there is no token."""
-    rows, beams, longest = state.tokens.shape
-    context = torch.full((rows, 0), -1, device=state.tokens.device) if context is None else context
+    _, beams, longest = state.tokens.shape
     written = torch.arange(longest, device=state.tokens.device) < state.length[:, None, None]
     return torch.cat([context[:, None].expand(-1, beams, -1), state.tokens.masked_fill(~written, -1)], dim=2)
 

@@ -78,9 +78,10 @@ class Engine:
     # ---- prompts
 
     def prefill(self, batch: PrefillBatch, images: Sequence[Sequence[Tensor]], key_values: Sequence[Tensor]) -> Tensor:
-        """The last tokens' logits; keys and values go into `key_values`."""
+        """The last tokens' logits, (rows, vocabulary); keys and values go into `key_values`."""
         with self.timed("prefill"):
-            logits = batch.logits(self.model, images, key_values)
+            rows, hidden_states = batch.forward(self.model, images, key_values)
+            logits = self.model.lm_head(rows.last(hidden_states))
         self.times.prompt_tokens += sum(batch.lengths)
         return logits
 

@@ -64,10 +64,8 @@ def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> list[Tensor]
 
     Index 0 of the second axis holds keys, 1 values. Each image's are a tensor of their own, to be dropped one by one.
     """
-    layers = [layer.cross_attn.project_image(latents) for layer in gated_layers]
-    return [
-        torch.stack([torch.stack([key[image], value[image]]) for key, value in layers]) for image in range(len(latents))
-    ]
+    layers = [torch.stack(layer.cross_attn.project_image(latents)) for layer in gated_layers]
+    return [torch.stack([layer[:, image] for layer in layers]) for image in range(len(latents))]
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,11 @@ TABLES = ("sees_image", "prompt_lengths", "prompt_widths", "ancestors", "newest"
 class KVStore:
     """Space for `rows` rows: their prompts' and beams' keys and values, and those of the one image each still sees.
 
-    A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. Prompts that were read together
-    begin in one slot, and the longest of them fills the part up to its end (`widths`), so that a step only reads as
-    many slots as the longest of its rows needs. A token stays in its slot; `ancestors` (rows, beams, tree slots) says
-    which of them a beam's own path holds, so another order of beams is another order of this table's lines. A slot that
-    no path holds any more is given out again: beams share most of their past, and few slots are in use however long the
-    texts become. `used` tree slots are, known without asking the device.
+    A row has `prompt_slots` for its prompt, then `tree_slots` for what its beams write. Prompts read together begin in
+    one slot, and the longest fills the part up to its end (`widths`): a step reads no more slots than its longest row
+    needs. A token stays in its slot; `ancestors` (rows, beams, tree slots) says which of them a beam's path holds, so
+    reordering beams only reorders this table. Slots that no path holds are given out again; the first `used` tree slots
+    hold all that are in use, known without asking the device.
     """
 
     def __init__(self, config: IdeficsConfig, options: DecodingOptions, device: torch.device, dtype: torch.dtype):
@@ -149,9 +146,10 @@ class KVStore:
         tree_slots = max(min(tree_slots, self.max_new_tokens * self.num_beams), self.tree_slots)
         if (rows, prompt_slots, tree_slots) == (self.rows, self.prompt_slots, self.tree_slots):
             return
+        first = prompt_slots - self.prompt_slots
         for layer, old in enumerate(self.key_values):  # one by one, so that no more than one is there twice
-            new = old.new_empty(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
-            fill(new, old, first_slot=prompt_slots - self.prompt_slots)
+            new = old.new_zeros(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
+            new[:, : self.rows, :, first : first + old.shape[3]] = old
             self.key_values[layer] = new
         self.image_key_values = enlarged(self.image_key_values, 2, rows)
         for name in TABLES:
@@ -218,15 +216,6 @@ class KVStore:
         self.image_key_values[:, :, targets] = self.image_key_values[:, :, origins]
         for table in map(vars(self).get, TABLES):
             table[targets] = table[origins]
-
-
-def fill(new: Tensor, old: Tensor, first_slot: int) -> None:
-    """(2, rows, heads, slots, head_dim): what was there, from `first_slot` on, and zeros all around it."""
-    rows, end = old.shape[1], first_slot + old.shape[3]
-    new[:, :rows, :, first_slot:end] = old
-    new[:, :rows, :, :first_slot] = 0
-    new[:, :rows, :, end:] = 0
-    new[:, rows:] = 0
 
 
 def enlarged(table: Tensor, axis: int, size: int) -> Tensor:

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.memory_budget import AdaptiveBatchSize, attempt
@@ -53,16 +54,13 @@ def log_likelihoods(
 
 def places(prompt_lengths: Sequence[int], choices: Sequence[Choices]) -> tuple[Tensor, Tensor]:
     """Whose each token is, as `packed_mask` has it, and its place after the prefix; both (rows, tokens)."""
-    tails = [[len(ids) - 1 for ids in some] for some in choices]
-    width = max(length + sum(tail) for length, tail in zip(prompt_lengths, tails, strict=True))
-    owners = torch.full((len(choices), width), -1)
-    offsets = torch.zeros_like(owners)
-    for row, (prompt_length, tail) in enumerate(zip(prompt_lengths, tails, strict=True)):
-        numbers = torch.tensor([0, *range(1, len(tail) + 1)]).repeat_interleave(torch.tensor([prompt_length, *tail]))
-        owners[row, : len(numbers)] = numbers
-        steps = [torch.arange(prompt_length), *(prompt_length + torch.arange(length) for length in tail)]
-        offsets[row, : len(numbers)] = torch.cat(steps)
-    return owners, offsets
+    owners, offsets = [], []
+    for prompt_length, some in zip(prompt_lengths, choices, strict=True):
+        lengths = [prompt_length, *(len(ids) - 1 for ids in some)]
+        owners.append(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
+        steps = (prompt_length + torch.arange(length) for length in lengths[1:])
+        offsets.append(torch.cat([torch.arange(prompt_length), *steps]))
+    return pad_sequence(owners, batch_first=True, padding_value=-1), pad_sequence(offsets, batch_first=True)
 
 
 def packed_mask(owners: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +30,6 @@ def attempt(work: Callable[[], Found]) -> Found | None:
         return None
 
 
-@dataclass
 class AdaptiveBatchSize:
     """How many are worked on at a time: `wanted`, fewer where memory has ended, and more again when that is long ago.
 
@@ -39,16 +37,13 @@ class AdaptiveBatchSize:
     they are tried again half as often.
     """
 
-    wanted: int
-    now: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.now = self.wanted
-        self._num_succeeded, self._patience, self._is_trial = 0, PATIENCE * self.wanted, False
+    def __init__(self, wanted: int):
+        self.wanted = self.now = wanted
+        self._num_succeeded, self._patience, self._is_trial = 0, PATIENCE * wanted, False
 
     def shrink(self, tried: int) -> bool:
         """`tried` at a time were too many: from now on half as many. False where it was one at a time already."""
-        was_alone = self.now == 1
+        was_alone = self.now == tried == 1  # another stream of the same engine may have made `now` smaller
         self.now = max(1, min(self.now, tried) // 2)
         self._patience *= 2 if self._is_trial else 1
         self._num_succeeded, self._is_trial = 0, False

@@ -67,12 +67,9 @@ class QueuedPrompt:
     def in_rows(self) -> list[QueuedPrompt]:
         """The prompt once for every `CHOICE_TOKENS_PER_ROW` tokens of its choices, each with at least one choice."""
         rows, rest = [], self
-        while len(rest.choice_ids) > 1:
+        while sum(map(len, rest.choice_ids)) > CHOICE_TOKENS_PER_ROW and len(rest.choice_ids) > 1:
             lengths = accumulate(map(len, rest.choice_ids))
-            fitting = sum(1 for _ in takewhile(lambda length: length <= CHOICE_TOKENS_PER_ROW, lengths))
-            if fitting == len(rest.choice_ids):
-                break
-            row, rest = rest.split(max(1, fitting))
+            row, rest = rest.split(max(1, sum(length <= CHOICE_TOKENS_PER_ROW for length in lengths)))
             rows.append(row)
         return [*rows, rest]
 
@@ -193,16 +190,6 @@ class PrefillBatch:
         last = torch.tensor(self.lengths) - 1
         return self._sees(self._padded())[torch.arange(len(last)), last].any(dim=-1)
 
-    def logits(
-        self, model: IdeficsForVisionText2Text, images: Sequence[Sequence[Tensor]], key_values: Sequence[Tensor]
-    ) -> Tensor:
-        """The last tokens', (rows, vocabulary).
-
-        `key_values`, for each layer (2, rows, heads, width, head_dim), is filled; the longest row has `width` tokens.
-        """
-        rows, hidden_states = self.forward(model, images, key_values)
-        return model.lm_head(rows.last(hidden_states))
-
     def forward(
         self,
         model: IdeficsForVisionText2Text,
@@ -213,13 +200,13 @@ class PrefillBatch:
     ) -> tuple[PackedRows, Tensor]:
         """The one pass over all rows, packed: hidden states (1, packed, hidden).
 
-        `mask` is `PrefillMemory`'s; `offsets` (rows, width) are the tokens' places after the prefix, by default in
-        order.
+        `key_values` and `mask` are `PrefillMemory`'s; `offsets` (rows, width) are the tokens' places after the prefix,
+        by default in order.
         """
         device = model.device
         input_ids = self._padded().to(device)  # (rows, width)
         image_mask, image_gate = image_visibility(self._sees(input_ids), images[0][0].shape[3], model.dtype)
-        rows = PackedRows(self.lengths, device, model.model.line_length(sum(self.lengths)))
+        rows = PackedRows(self.lengths, device, model.model.padded_length(sum(self.lengths)))
         memory = PrefillMemory(self.prefix, rows, key_values, images, image_mask, image_gate, mask)
         if offsets is None:
             offsets = torch.arange(rows.width, device=device).expand_as(input_ids)

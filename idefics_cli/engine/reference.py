@@ -6,10 +6,11 @@ Tensors in, token sequences out. It knows no text and no files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -19,39 +20,32 @@ from idefics_cli.model.kv_interface import image_attention_mask
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 
-@dataclass(frozen=True)
-class ModelInputs:
-    """A batch, padded on the left. `images` is the most images in any row, at least 1; absent ones are all zero."""
+def collate(encoded: Sequence[EncodedPrompt], vocabulary: Vocabulary, image_size: int) -> dict[str, Tensor]:
+    """Rows -> the model's own keyword tensors, padded on the left; `image_size` is S, needed where no row has an image.
 
-    input_ids: Tensor  # (rows, tokens) int64
-    attention_mask: Tensor  # (rows, tokens) int64, 0 on padding
-    pixel_values: Tensor  # (rows, images, 3, S, S) float32
-    image_attention_mask: Tensor  # (rows, tokens, images) int64, 1 where the token sees the image
-
-
-def collate(encoded: Sequence[EncodedPrompt], vocabulary: Vocabulary, image_size: int) -> ModelInputs:
-    """Rows -> one batch. `image_size` is S, needed where no row holds an image."""
+    `input_ids` and `attention_mask` (rows, tokens), `pixel_values` (rows, images, 3, S, S) with at least one image,
+    absent ones all zero, and `image_attention_mask` (rows, tokens, images).
+    """
     assert encoded, "a batch has at least one row"
     for row in encoded:
         num_image_tokens = row.input_ids.count(vocabulary.image_token_id)
         assert num_image_tokens == len(row.pixels), f"{num_image_tokens} image tokens for {len(row.pixels)} images"
-    input_ids, attention_mask = _pad_left([row.input_ids for row in encoded], vocabulary.pad_token_id)
+    ids = [torch.tensor(row.input_ids) for row in encoded]
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    input_ids = pad_left(ids, padding_value=vocabulary.pad_token_id)
     num_images = max(1, *(len(row.pixels) for row in encoded))
     pixel_values = torch.zeros(len(encoded), num_images, 3, image_size, image_size)
     for images, row in zip(pixel_values, encoded, strict=True):
         for image, pixels in zip(images, row.pixels, strict=False):
             image.copy_(pixels)
-    mask = image_attention_mask(input_ids, num_images, vocabulary.image_token_id, vocabulary.end_token_ids[0])
-    return ModelInputs(input_ids, attention_mask, pixel_values, mask)
-
-
-def _pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both (rows, tokens) int64."""
-    num_tokens = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad_token_id] * (num_tokens - len(row)) + row for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    attention_mask = torch.arange(num_tokens) >= num_tokens - lengths[:, None]  # (rows, tokens)
-    return input_ids, attention_mask.long()
+    return {
+        "input_ids": input_ids,
+        "attention_mask": pad_left([torch.ones_like(each) for each in ids]),
+        "pixel_values": pixel_values,
+        "image_attention_mask": image_attention_mask(
+            input_ids, num_images, vocabulary.image_token_id, vocabulary.end_token_ids[0]
+        ),
+    }
 
 
 def generation_config(options: DecodingOptions, vocabulary: Vocabulary) -> GenerationConfig:

@@ -161,8 +161,8 @@ class Scheduler:
             self.queue.prompts = begun + self.queue.prompts
             return []
         self.engine.batch_size.reset()
-        assert len(begun) == 1, f"{len(begun)} rows running where one fits"
-        return [(begun[0].index, TOO_LARGE)]
+        (prompt,) = begun
+        return [(prompt.index, TOO_LARGE)]
 
     # ---- what the loop is made of
 
@@ -177,7 +177,7 @@ class Scheduler:
     def _next_logits(self) -> Tensor:
         """The network over every beam's newest token: what may come next, (rows, beams, vocabulary)."""
         num_rows, beams, model = len(self.rows), self.options.num_beams, self.model.model
-        rows = PackedRows([beams] * num_rows, self.model.device, model.line_length(num_rows * beams))
+        rows = PackedRows([beams] * num_rows, self.model.device, model.padded_length(num_rows * beams))
         memory = DecodeMemory.of(self.store, self.prefix, rows)
         steps = self.state.length - 1  # (rows,): tokens whose keys are stored
         tokens = self.state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from idefics_cli.errors import IdeficsError, one_line
 
@@ -84,7 +83,6 @@ def exact_match(text: str, references: Sequence[str]) -> float:
 
 # ---- CIDEr, by pycocoevalcap
 
-HOW_TO_INSTALL = 'pip install "idefics-cli[score]"'
 NOT_A_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
@@ -105,11 +103,14 @@ def require_cider(tokenization: str) -> None:
     """Raises IdeficsError for what CIDEr needs and this machine lacks."""
     try:
         import pycocoevalcap.cider.cider  # noqa: F401
+
+        if tokenization == "treebank":
+            import nltk.tokenize  # noqa: F401
     except ImportError as error:
-        raise IdeficsError(f"CIDEr needs pycocoevalcap: {HOW_TO_INSTALL}, or use --metric exact") from error
-    if tokenization == "treebank":
-        _treebank_tokenizer()
-    elif shutil.which("java") is None:
+        needed = "pycocoevalcap, and nltk for --tokenization treebank"
+        remedy = 'pip install "idefics-cli[score]", or use --metric exact'
+        raise IdeficsError(f"CIDEr needs {needed}: {remedy}") from error
+    if tokenization == "ptb" and shutil.which("java") is None:
         raise IdeficsError("CIDEr splits words with Java: install a Java runtime, or use --tokenization treebank")
 
 
@@ -142,14 +143,8 @@ def _split_by_ptb(lines: Sequence[str]) -> list[list[str]]:
 
 
 def _split_by_treebank(lines: Sequence[str]) -> list[list[str]]:
-    tokenizer = _treebank_tokenizer()
+    from nltk.tokenize import TreebankWordTokenizer
+
+    tokenize_line = TreebankWordTokenizer().tokenize
     # Lower case comes last, as with Stanford's: -lrb- and its like stay words, since only -LRB- is dropped.
-    return [[word.lower() for word in tokenizer.tokenize(line, convert_parentheses=True)] for line in lines]
-
-
-def _treebank_tokenizer() -> Any:
-    try:
-        from nltk.tokenize import TreebankWordTokenizer
-    except ImportError as error:
-        raise IdeficsError(f"--tokenization treebank needs nltk: {HOW_TO_INSTALL}") from error
-    return TreebankWordTokenizer()
+    return [[word.lower() for word in tokenize_line(line, convert_parentheses=True)] for line in lines]

@@ -10,11 +10,7 @@ from idefics_cli.validation import Help
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """`answers_column` holds the references, `by` the groups.
-
-    `metric` "auto" is vqa for answers, cider for captions, exact for others. `tokenization` is how CIDEr's words
-    are found: "ptb" as the published figures do, with Java; "treebank" without.
-    """
+    """`metric` "auto" is vqa for answers, cider for captions, exact for others."""
 
     answers_column: Annotated[str, Help("Column of the references, a list of texts", metavar="NAME")] = "answers"
     by: Annotated[str | None, Help("Group scores by this column", metavar="NAME")] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,12 +21,12 @@ from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.manifest import is_manifest, open_table
 from idefics_cli.readers.references import references_of
-from idefics_cli.readers.table import OWN_ERROR, Table
+from idefics_cli.readers.table import OWN_ERROR
 from idefics_cli.storage.filenames import listed
 from idefics_cli.storage.files import find
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from rich.table import Table
 
 AUTOMATIC_METRIC = {"answer": "vqa", "caption": "cider", "text": "exact"}
 TEXT_COLUMNS = tuple(AUTOMATIC_METRIC)
@@ -41,10 +42,7 @@ class GroupScores:
 
     rows: int = 0
     errors: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def add(self, metric: str, value: float) -> None:
-        self.sums[metric] = self.sums.get(metric, 0.0) + value
+    sums: Counter[str] = field(default_factory=Counter)
 
     @property
     def values(self) -> dict[str, float]:
@@ -81,28 +79,22 @@ class Scores:
             return
         self.single_reference += len(references) == 1
         text = row.get(self.text_column)
-        failed = text is None or row.get("error") is not None
+        failed = text is None or row.get("error") is not None  # wrong even beside an empty reference
+        measures = {name: measure for name, measure in ROW_METRICS.items() if name in self.metrics}
+        values = {name: 0.0 if failed else measure(str(text), references) for name, measure in measures.items()}
         groups = self._groups_of(row)
         for group in groups:
             group.rows += 1
             group.errors += failed
-        self._score(groups, None if failed else str(text), references)
+            group.sums.update(values)  # a Counter's update adds
+        if "cider" in self.metrics:
+            self._captions.append((groups, "" if failed else str(text), references))
 
     def _groups_of(self, row: Mapping[str, Any]) -> list[GroupScores]:
         if self.options.by is None:
             return [self.total]
         key = json.dumps(row.get(self.options.by), default=str)
         return [self.total, self.groups.setdefault(key, GroupScores())]
-
-    def _score(self, groups: list[GroupScores], text: str | None, references: list[str]) -> None:
-        """`text` is None where there is none, which is wrong even beside an empty reference."""
-        if "cider" in self.metrics:
-            self._captions.append((groups, text or "", references))
-        for metric in self.metrics:
-            if metric in ROW_METRICS:
-                value = 0.0 if text is None else ROW_METRICS[metric](text, references)
-                for group in groups:
-                    group.add(metric, value)
 
     def finish(self) -> Scores:
         """Raises InputError when no row could be scored."""
@@ -112,10 +104,10 @@ class Scores:
                 "name another --answers-column"
             )
         if self._captions:
-            groups, texts, references = zip(*self._captions, strict=True)
-            values = cider(texts, references, self.options.tokenization)
-            for group, value in ((each, value) for row, value in zip(groups, values, strict=True) for each in row):
-                group.add("cider", value)
+            rows, texts, references = zip(*self._captions, strict=True)
+            for groups, value in zip(rows, cider(texts, references, self.options.tokenization), strict=True):
+                for group in groups:
+                    group.sums["cider"] += value
             self._captions.clear()
         names = _group_names(self.groups)
         self.groups = {names[key]: self.groups[key] for key in sorted(names, key=names.__getitem__)}
@@ -141,9 +133,13 @@ def _group_names(keys: Iterable[str]) -> Mapping[str, str]:
 
 
 def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = None) -> Scores:
-    """Score a result file (JSONL or Parquet, .gz too for JSONL). Raises IdeficsError for what cannot be scored."""
+    """Score a result file: a manifest by its name, JSON lines under any other. Raises IdeficsError for what cannot be
+    scored."""
     options = options or ScoreOptions()
-    table = _open_results(os.fspath(path))
+    file = find(os.fspath(path))
+    if file.is_folder:
+        raise InputError(f"{path} is a folder: name a result file (.jsonl or .parquet)")
+    table = open_table(file) if is_manifest(file.name) else open_json_lines(file, compressed=False)
     scores = Scores(options, find_text_column(table.columns, options))
     wanted = dict.fromkeys((scores.text_column, "error", options.answers_column, options.by))
     for _, row in table.records(0, 1, [name for name in wanted if name in table.columns]):
@@ -159,14 +155,6 @@ def closing_tokenization() -> Literal["ptb", "treebank"]:
     return "treebank" if shutil.which("java") is None else "ptb"
 
 
-def _open_results(path: str) -> Table:
-    """A manifest by its name, JSON lines under any other name. Raises InputError for a file that is neither."""
-    file = find(path)
-    if file.is_folder:
-        raise InputError(f"{path} is a folder: name a result file (.jsonl or .parquet)")
-    return open_table(file) if is_manifest(path) else open_json_lines(file, compressed=False)
-
-
 def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
     """The text that a run has written, else `answer`, `caption` or `text`. Raises InputError if a column is missing."""
     for name in (options.answers_column, options.by):
@@ -180,7 +168,7 @@ def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
     return texts[0]
 
 
-def score_table(scores: Scores) -> RichTable:
+def score_table(scores: Scores) -> Table:
     """A line for each group and one for all rows; figures in hundredths, as papers print them."""
     from rich.table import Table
     from rich.text import Text

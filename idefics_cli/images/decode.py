@@ -53,7 +53,9 @@ def load_image(
         data = _read(source, options)
         return data if isinstance(data, RowError) else _decode(data, options, side)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return RowError("image_too_large", str(error))
+        found = re.search(r"\((\d+) pixels\)", str(error))  # refused before its sides were known here
+        number = f"{int(found[1]):,}" if found else "too many"
+        return RowError("image_too_large", f"{number} pixels, over the limit of {options.max_pixels:,} pixels")
     except UnidentifiedImageError:
         return RowError("image_unreadable", f"not an image in a known format ({', '.join((*FORMATS, 'HEIF'))})")
     except Exception as error:  # Pillow's decoders raise nearly anything at bytes that were made to break them
@@ -64,10 +66,9 @@ def _refuse_size(size: tuple[int, int], options: ImageOptions) -> RowError | Non
     width, height = size
     if 0 in size:
         return RowError("image_unreadable", f"the image is empty: {width} x {height} pixels")
-    if width * height > options.max_pixels:
-        limit = f"over the limit of {options.max_pixels:,} pixels"
-        return RowError("image_too_large", f"{width} x {height} pixels, {limit}")
-    return None
+    if width * height <= options.max_pixels:
+        return None
+    return RowError("image_too_large", f"{width} x {height} pixels, over the limit of {options.max_pixels:,} pixels")
 
 
 # Bytes
@@ -77,19 +78,15 @@ def _read(source: object, options: ImageOptions) -> bytes | RowError:
     if isinstance(source, bytes | bytearray | memoryview):
         return _refuse_bytes(memoryview(source).nbytes, options) or bytes(source)
     if not isinstance(source, str | os.PathLike):
-        return RowError("row_invalid", f"an image is a path, bytes or a Pillow image, not {_kind(source)}")
+        remedies = {"__array_interface__": ": use PIL.Image.fromarray()", "read": ": use its read()"}
+        remedy = next((remedies[name] for name in remedies if hasattr(source, name)), "")
+        found = f"{type(source).__name__}{remedy}"
+        return RowError("row_invalid", f"an image is a path, bytes or a Pillow image, not {found}")
     path = os.fsdecode(source)
     if ADDRESS.match(path) and not (isinstance(source, os.PathLike) and os.path.lexists(path)):
         remedy = "download it first, for example with img2dataset"
         return RowError("image_not_allowed", f"{shown(path)} is an address, not a file: {remedy}")
     return _read_file(path, options)
-
-
-def _kind(source: object) -> str:
-    """Its type, and how to make an image of it."""
-    if hasattr(source, "__array_interface__"):
-        return f"{type(source).__name__}: use PIL.Image.fromarray()"
-    return f"{type(source).__name__}: use its read()" if hasattr(source, "read") else type(source).__name__
 
 
 def _read_file(path: str, options: ImageOptions) -> bytes | RowError:
@@ -124,8 +121,7 @@ def _decode(data: bytes, options: ImageOptions, side: int | None) -> Image.Image
     if is_heif and not _has_heif():
         return RowError("image_unreadable", "HEIF images need an extra: pip install 'idefics-cli[heif]'")
     with Image.open(BytesIO(data), formats=("HEIF",) if is_heif else FORMATS) as image:
-        refusal = _refuse_size(image.size, options)
-        if refusal:
+        if refusal := _refuse_size(image.size, options):
             return refusal
         if options.draft and side is not None and image.format in ("JPEG", "MPO"):
             image.draft(image.mode, (DRAFT_SIDES * side, DRAFT_SIDES * side))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from idefics_cli.rows import ImageOptions
 if TYPE_CHECKING:
     import torch
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
+FIXED_SETTINGS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "resample": 3}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ImageProcessor:
 
         Raises CheckpointError for a file that cannot be read or asks for other steps than these.
         """
-        path = Path(folder) / PREPROCESSOR_FILE
+        path = Path(folder) / "preprocessor_config.json"
         try:
             return cls(**_image_settings(json.loads(path.read_text(encoding="utf-8"))))
         except FileNotFoundError:
@@ -67,52 +66,39 @@ class ImageProcessor:
         resized = np.asarray(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))  # (S, S, 3)
         return np.stack([self._pixel_of_byte[c][resized[..., c]] for c in range(3)])  # (3, S, S)
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """RGB image -> (3, image_size, image_size) float32."""
-        import torch
-
-        return torch.from_numpy(self.array(image))
-
-    def prepare_array(self, source: Any, limits: ImageOptions = DEFAULT_OPTIONS) -> np.ndarray | RowError:
+    def prepare_array(self, source: Any, options: ImageOptions = DEFAULT_OPTIONS) -> np.ndarray | RowError:
         """Anything `load_image` takes -> pixels, or why there are none. Safe to call from many threads."""
-        image = load_image(source, limits, self.image_size)
+        image = load_image(source, options, self.image_size)
         return image if isinstance(image, RowError) else self.array(image)
 
-    def prepare(self, source: Any, limits: ImageOptions = DEFAULT_OPTIONS) -> torch.Tensor | RowError:
+    def prepare(self, source: Any, options: ImageOptions = DEFAULT_OPTIONS) -> torch.Tensor | RowError:
         """`prepare_array` as a tensor."""
         import torch
 
-        array = self.prepare_array(source, limits)
+        array = self.prepare_array(source, options)
         return array if isinstance(array, RowError) else torch.from_numpy(array)
 
 
 def _image_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of ImageProcessor from a `preprocessor_config.json` of 2023 (`image_size`) or of today (`size`)."""
-    fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "resample": 3}
-    for key, value in fixed.items():
+    for key, value in FIXED_SETTINGS.items():
         if config.get(key) not in (None, value):
             raise ValueError(f"{key}={config[key]!r} is not what IDEFICS was trained with")
-    settings: dict[str, Any] = {
-        key: _three_numbers(key, config[key]) for key in ("image_mean", "image_std") if key in config
-    }
-    if "rescale_factor" in config:
-        settings["rescale_factor"] = float(config["rescale_factor"])
-    if side := config.get("image_size") or config.get("size"):
-        settings["image_size"] = _side(side)
+    given = config | {"image_size": config.get("image_size") or config.get("size")}
+    kinds = {"image_mean": _channels, "image_std": _channels, "rescale_factor": float, "image_size": _side}
+    settings = {key: kind(given[key]) for key, kind in kinds.items() if given.get(key) is not None}
     if settings.get("image_size", 1) < 1 or 0 in settings.get("image_std", ()):
         raise ValueError(f"no image can be made of {settings}")
     return settings
 
 
-def _three_numbers(key: str, values: Sequence[float]) -> tuple[float, ...]:
+def _channels(values: list[float]) -> tuple[float, ...]:
     if len(values) != 3:
-        raise ValueError(f"{key} has {len(values)} values instead of 3")
-    return tuple(float(value) for value in values)
+        raise ValueError(f"{values} are not 3 values, one for each channel")
+    return tuple(map(float, values))
 
 
 def _side(size: int | dict[str, int]) -> int:
-    if not isinstance(size, dict):
-        return int(size)
-    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+    if isinstance(size, dict) and (set(size) != {"height", "width"} or size["height"] != size["width"]):
         raise ValueError(f"size {size} is not a square's height and width")
-    return int(size["height"])
+    return int(size["height"] if isinstance(size, dict) else size)

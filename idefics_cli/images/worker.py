@@ -13,10 +13,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import AvifImagePlugin, Image
@@ -31,20 +29,18 @@ LONGEST_MESSAGE = 10_000  # characters
 BYTES_PER_PIXEL = 32  # of the costliest form of an image on its way
 PR_SET_PDEATHSIG = 1
 
-Prepare: TypeAlias = Callable[[ImageProcessor, Any, ImageOptions], np.ndarray | RowError]
-
 
 def main(descriptor: int) -> None:
-    """The first message says what to do, as (ImageProcessor, ImageOptions, Prepare); each other one is an image."""
+    """The first message says what to do, as (ImageProcessor, ImageOptions); each other one is an image."""
     if sys.platform == "linux":  # even inside a decoder that hangs; elsewhere it ends when it next looks for work
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with Connection(descriptor) as connection, suppress(EOFError):
-        processor, options, prepare = connection.recv()
+        processor, options = connection.recv()
         _limit_resources(options)
         _set_up_pillow(options)
         connection.send_bytes(b"ready")
         while True:
-            _answer(connection, _prepared(prepare, processor, connection.recv(), options))
+            _answer(connection, _prepared(processor, connection.recv(), options))
 
 
 def _limit_resources(options: ImageOptions) -> None:
@@ -61,9 +57,9 @@ def _set_up_pillow(options: ImageOptions) -> None:
     warnings.simplefilter("ignore")
 
 
-def _prepared(prepare: Prepare, processor: ImageProcessor, source: object, options: ImageOptions) -> np.ndarray | str:
+def _prepared(processor: ImageProcessor, source: object, options: ImageOptions) -> np.ndarray | str:
     try:
-        result = prepare(processor, source, options)
+        result = processor.prepare_array(source, options)
     except MemoryError:
         result = RowError("image_unreadable", "decoding needs more memory than a worker may use")
     except Exception:  # nothing that an image may cause: the parent raises it
@@ -72,10 +68,8 @@ def _prepared(prepare: Prepare, processor: ImageProcessor, source: object, optio
 
 
 def _answer(connection: Connection, result: np.ndarray | str) -> None:
-    if isinstance(result, str):
-        connection.send_bytes(result.encode("utf-8", "backslashreplace"))
-    else:
-        connection.send_bytes(PIXELS)
-        view = memoryview(result).cast("B")
-        while view:
-            view = view[os.write(connection.fileno(), view) :]
+    is_text = isinstance(result, str)
+    connection.send_bytes(result.encode("utf-8", "backslashreplace") if is_text else PIXELS)
+    pixels = memoryview(b"" if is_text else result).cast("B")
+    while pixels:
+        pixels = pixels[os.write(connection.fileno(), pixels) :]

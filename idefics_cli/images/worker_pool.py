@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, LifoQueue
@@ -24,7 +24,7 @@ import numpy as np
 
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, RowError
 from idefics_cli.images.preprocess import ImageProcessor
-from idefics_cli.images.worker import BUG, PIXELS, Prepare
+from idefics_cli.images.worker import BUG, PIXELS
 from idefics_cli.rows import ImageOptions, RemoteFile
 
 if TYPE_CHECKING:
@@ -34,40 +34,29 @@ START_TIMEOUT = 60.0  # seconds; usually a fraction of one
 KILL_TIMEOUT = 5.0  # seconds
 MESSAGE_TIMEOUT = struct.pack("ll", 30, 0)  # seconds and microseconds, for a message that stops half way
 STEP = 1.0  # seconds
-ATTEMPTS = 2
 CLOSED = "the image workers have been closed"
 LONGEST_TEXT = 1 << 20  # bytes
 # The folders of modules are set before anything is imported: the working folder is not one of them.
 BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from idefics_cli.images.worker import main; main(int(sys.argv[1]))"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class WorkerPool:
+class WorkerPool(AbstractContextManager["WorkerPool"]):
     """`ImageProcessor.prepare` in up to `options.num_workers` processes, which start when they are needed.
 
-    A context: `close` ends them. Safe to call from many threads. `prepare` is what the workers do: a function that they
-    can import by its name.
+    Leaving the context ends them. Safe to call from many threads.
     """
 
-    def __init__(
-        self, processor: ImageProcessor, options: ImageOptions, prepare: Prepare = ImageProcessor.prepare_array
-    ) -> None:
+    def __init__(self, processor: ImageProcessor, options: ImageOptions) -> None:
         assert options.num_workers > 0 and options.decode_timeout > 0, options
-        self._processor, self._options, self._prepare = processor, options, prepare
+        self._processor, self._options = processor, options
         self._slots: LifoQueue[_Worker | None] = LifoQueue()  # None: a worker may be started
         for _ in range(options.num_workers):
             self._slots.put(None)
         self._running: set[_Worker] = set()
         self._closed = False
         # Linux ends a worker with the *thread* that started it, so one thread starts them all, and stays to the end.
-        # Workers inherit its signal mask: Ctrl-C reaches the whole process group, and only the parent reacts.
-        self._starter = ThreadPoolExecutor(
-            1, "worker-starter", signal.pthread_sigmask, (signal.SIG_BLOCK, FOR_THE_PARENT)
-        )
-
-    def __enter__(self) -> WorkerPool:
-        return self
+        self._starter = ThreadPoolExecutor(1, "worker-starter")
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -81,13 +70,17 @@ class WorkerPool:
         import torch
 
         if isinstance(source, RemoteFile):
-            source = _read_remote(source, self._options)
+            source = _read_remote(source, self._options.max_bytes)
         if isinstance(source, RowError):
             return source
-        request = _request(source, self._options)
-        if request is None:  # a Pillow image is decoded already, and what else comes here is not an image
+        if isinstance(source, os.PathLike):
+            source = Path(os.fsdecode(source))
+        if isinstance(source, bytearray | memoryview):
+            source = bytes(source)
+        is_large = isinstance(source, bytes) and len(source) > self._options.max_bytes
+        if is_large or not isinstance(source, Path | str | bytes):  # refused, or a Pillow image, which is decoded
             return self._processor.prepare(source, self._options)
-        answer = self._ask(request)
+        answer = self._ask(source)
         return answer if isinstance(answer, RowError) else torch.from_numpy(answer)
 
     def close(self) -> None:
@@ -98,13 +91,12 @@ class WorkerPool:
             worker.kill()  # a thread that waits for its answer sees the connection end
         with suppress(Empty):
             while True:
-                worker = self._slots.get_nowait()
-                if worker is not None:
+                if worker := self._slots.get_nowait():
                     worker.end()
         self._slots.put(None)
 
     def _ask(self, request: Path | str | bytes) -> np.ndarray | RowError:
-        for _ in range(ATTEMPTS):  # a worker may die of what the image before did to its memory: a fresh one tells
+        for _attempt in range(2):  # a worker may die of what the image before did to its memory: a fresh one tells
             worker = self._take()
             try:
                 answer = worker.ask(request, self._processor.image_size, self._options.decode_timeout)
@@ -139,7 +131,7 @@ class WorkerPool:
         """Raises OSError where the system does not allow it."""
         worker = self._starter.submit(_Worker, self._running).result()
         try:
-            worker.begin((self._processor, self._options, self._prepare))
+            worker.begin(self._processor, self._options)
         except (OSError, EOFError) as error:
             self._running.discard(worker)
             raise ChildProcessError(worker.end()) from error
@@ -169,30 +161,28 @@ class _Worker:
                 stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
                 env=os.environ | ONE_THREAD,
+                start_new_session=True,  # Ctrl-C reaches the whole process group, and only the parent reacts
             )
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, option, MESSAGE_TIMEOUT)
             self.connection = Connection(ours.detach())
         running.add(self)
 
-    def begin(self, work: tuple[ImageProcessor, ImageOptions, Prepare]) -> None:
+    def begin(self, processor: ImageProcessor, options: ImageOptions) -> None:
         """Say what it is to do with images. Raises OSError or EOFError where it does not come up."""
-        self.connection.send(work)
+        self.connection.send((processor, options))
         self._wait(START_TIMEOUT)
         self.connection.recv_bytes(LONGEST_TEXT)
         self.process.stderr.close()  # what libraries print about images is not for the terminal
 
     def ask(self, request: Path | str | bytes, image_size: int, timeout: float) -> np.ndarray | RowError:
-        """Pixels (3, image_size, image_size) float32, or why there are none.
-
-        Raises TimeoutError for an image that takes too long, EOFError or OSError for a worker that is lost, and
-        RuntimeError for a bug in it.
-        """
+        """Raises TimeoutError for an image that takes too long, EOFError or OSError for a worker that is lost, and
+        RuntimeError for a bug in it."""
         self.connection.send(request)
         self._wait(timeout)
         text = self.connection.recv_bytes(LONGEST_TEXT)
         if text == PIXELS:
-            return self._receive(np.empty((3, image_size, image_size), np.float32))
+            return self._receive((3, image_size, image_size))
         code, _, message = text.decode("utf-8", "replace").partition(": ")
         if code == BUG:
             raise RuntimeError(f"in an image worker: {message}")
@@ -200,9 +190,9 @@ class _Worker:
             raise OSError(f"unknown answer {code[:20]!r}")
         return RowError(code, message)
 
-    def _receive(self, pixels: np.ndarray) -> np.ndarray:
-        """`pixels`, filled in place: most of the bytes of an answer are not copied twice."""
-        view = memoryview(pixels).cast("B")
+    def _receive(self, shape: tuple[int, ...]) -> np.ndarray:
+        pixels = np.empty(shape, np.float32)
+        view = memoryview(pixels).cast("B")  # filled in place: these bytes are not copied twice
         while received := os.readv(self.connection.fileno(), [view]):
             view = view[received:]
         if view:
@@ -225,32 +215,20 @@ class _Worker:
         """Make sure that it has ended, and say how; of one that did not come up, its last line, too."""
         self.kill()
         self.connection.close()
-        how = _ending(self.process.returncode)
-        if self.process.returncode is None or self.process.stderr.closed:
+        status = self.process.returncode
+        if status is None:
+            return "it cannot be killed"
+        how = f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+        if self.process.stderr.closed:
             return how
         with self.process.stderr as errors:
             lines = errors.read().decode("utf-8", "replace").splitlines()
         return ": ".join([how, *lines[-1:]])
 
 
-def _ending(returncode: int | None) -> str:
-    if returncode is None:
-        return "it cannot be killed"
-    return f"exit status {returncode}" if returncode >= 0 else f"signal {signal.Signals(-returncode).name}"
-
-
-def _request(source: object, options: ImageOptions) -> Path | str | bytes | None:
-    """What to send to a worker, None for what needs no decoder."""
-    if isinstance(source, os.PathLike):
-        return Path(os.fsdecode(source))
-    if isinstance(source, bytes | bytearray | memoryview) and memoryview(source).nbytes <= options.max_bytes:
-        return bytes(source)
-    return source if isinstance(source, str) else None
-
-
-def _read_remote(file: RemoteFile, options: ImageOptions) -> bytes | RowError:
+def _read_remote(file: RemoteFile, max_bytes: int) -> bytes | RowError:
     try:
-        return file.read(options.max_bytes + 1)  # one byte more shows a file that is too large
+        return file.read(max_bytes + 1)  # one byte more shows a file that is too large
     except FileNotFoundError as error:
         return RowError("image_missing", f"file not found: {error}")
     except Exception as error:  # each kind of storage has errors of its own

@@ -36,7 +36,6 @@ class IdeficsDecoupledEmbedding(nn.Embedding):
     ):
         super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx)
         self.num_additional_embeddings = num_additional_embeddings
-        self.partially_freeze = partially_freeze
         if partially_freeze:
             self.weight.requires_grad_(False)
         if num_additional_embeddings > 0:
@@ -53,9 +52,6 @@ class IdeficsDecoupledEmbedding(nn.Embedding):
         added_ids = (input_ids - self.num_embeddings).clamp(min=0)
         return torch.where(additional.unsqueeze(-1), self.additional_embedding(added_ids), regular)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_additional_embeddings={self.num_additional_embeddings}"
-
 
 class IdeficsRMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019): statistics in fp32, rounded to the weight's type."""
@@ -71,9 +67,6 @@ class IdeficsRMSNorm(nn.Module):
         variance = hidden_states.float().square().mean(-1, keepdim=True)
         normalized = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
         return self.weight * normalized.to(self.weight.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 class IdeficsRotaryEmbedding(nn.Module):

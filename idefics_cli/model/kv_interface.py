@@ -96,15 +96,15 @@ def _last_position(found: Tensor) -> Tensor:
     return positions.masked_fill(~found, -1).cummax(dim=1).values if found.shape[1] else positions
 
 
-def image_visibility(image_attention_mask: Tensor, image_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """From (rows, tokens, images) to an additive mask (rows, 1, tokens, images * image_seq_len) and the open gate.
+def image_visibility(image_attention_mask: Tensor, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """From (rows, tokens, images) to an additive mask (rows, 1, tokens, images * seq_len) and the open gate.
 
     The gate, (rows, tokens) and boolean, is open where a token sees at least one image.
     """
     visible = image_attention_mask.bool()
     additive = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     additive = additive.masked_fill(~visible, torch.finfo(dtype).min)
-    additive = additive.repeat_interleave(image_seq_len, dim=-1).unsqueeze(1)  # (rows, 1, tokens, images * seq)
+    additive = additive.repeat_interleave(seq_len, dim=-1).unsqueeze(1)  # (rows, 1, tokens, images * seq)
     return additive, visible.any(dim=-1)
 
 
@@ -143,13 +143,6 @@ class PlainMemory:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PlainMemory:
         """The same memory with its masks on `device`: a model spread over devices moves it from layer to layer."""
-
-        def move(mask: Tensor | None) -> Tensor | None:
-            return mask.to(device, non_blocking=non_blocking) if isinstance(mask, Tensor) else mask
-
-        return replace(
-            self,
-            causal_mask=move(self.causal_mask),
-            image_mask=move(self.image_mask),
-            image_gate=move(self.image_gate),
-        )
+        masks = {name: getattr(self, name) for name in ("causal_mask", "image_mask", "image_gate")}
+        tensors = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}
+        return replace(self, **{name: mask.to(device, non_blocking=non_blocking) for name, mask in tensors.items()})

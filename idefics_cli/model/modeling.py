@@ -33,11 +33,12 @@ from idefics_cli.model.decoder import (
     initial_alpha,
     rotation,
 )
-from idefics_cli.model.generation_inputs import IMAGE_INPUTS, extend_image_mask, image_inputs, image_mask_for_tokens
 from idefics_cli.model.kv_interface import Memory, PlainMemory, image_visibility
-from idefics_cli.model.packed_linear import IdeficsDecoupledLinear, padded_length
+from idefics_cli.model.packed_linear import IdeficsDecoupledLinear
 from idefics_cli.model.perceiver import IdeficsPerceiverResampler
 from idefics_cli.model.vision import IdeficsVisionEmbeddings, IdeficsVisionTransformer
+
+IMAGE_INPUTS = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
 
 
 @dataclass
@@ -172,16 +173,13 @@ class IdeficsModel(IdeficsPreTrainedModel):
             hidden_states = self.perceiver_resampler(hidden_states)
         return hidden_states.unflatten(0, rows_and_images)
 
-    def line_length(self, num_tokens: int) -> int:
+    def padded_length(self, num_tokens: int) -> int:
         """How many tokens to give `decode` so that it copies nothing: `num_tokens`, or a few more of padding."""
-        return padded_length(self.layers[0].mlp.down_proj, num_tokens)
+        joint = getattr(self.layers[0].mlp.down_proj, "joint", None)
+        return num_tokens if joint is None else joint.padded_rows(num_tokens)
 
     def decode(
-        self,
-        hidden_states: Tensor,
-        position_ids: Tensor,
-        memory: Memory,
-        image_hidden_states: Tensor | None = None,
+        self, hidden_states: Tensor, position_ids: Tensor, memory: Memory, image_hidden_states: Tensor | None = None
     ) -> Tensor:
         """The one pass over the layers: (rows, tokens, hidden) -> the same, normalised.
 
@@ -333,11 +331,7 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
         )
 
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
+        self, expand_size: int = 1, **model_kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Images are encoded before rows become beams: the latents are expanded, not the pixels."""
         if expand_size > 1 and model_kwargs.get("image_hidden_states") is None:
@@ -345,30 +339,33 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
             interpolate = model_kwargs.get("interpolate_pos_encoding", False)
             encoded = self.model.encode_images(**images, interpolate_pos_encoding=interpolate)
             model_kwargs["image_hidden_states"] = encoded
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        return super()._expand_inputs_for_generation(expand_size, **model_kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, image_attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        images = image_inputs(kwargs, self.config.use_resampler)
-        rest = {name: value for name, value in kwargs.items() if name not in (*IMAGE_INPUTS, "image_hidden_states")}
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **rest)
+        """The images are what the last forward has encoded, else what the caller gave; tokens beyond the mask see what
+        its last token sees."""
+        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        encoded = kwargs.pop("image_hidden_states", None)
+        if encoded is not None:
+            images = {"perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings": encoded}
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if image_attention_mask is not None:
             tokens = model_inputs.get("input_ids")
             num_tokens = (tokens if tokens is not None else model_inputs["inputs_embeds"]).shape[1]
-            images["image_attention_mask"] = image_mask_for_tokens(image_attention_mask, num_tokens)
+            last = image_attention_mask[:, -1:].expand(-1, max(0, num_tokens - image_attention_mask.shape[1]), -1)
+            images["image_attention_mask"] = torch.cat([image_attention_mask, last], dim=1)[:, -num_tokens:]
         return {**model_inputs, **images}
 
     def _update_model_kwargs_for_generation(
-        self,
-        outputs: ModelOutput,
-        model_kwargs: dict[str, Any],
-        is_encoder_decoder: bool = False,
-        **kwargs: Any,
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, **kwargs)
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         mask = model_kwargs.get("image_attention_mask")
         if mask is not None:
-            model_kwargs["image_attention_mask"] = extend_image_mask(mask, model_kwargs.get("use_cache", True))
+            last = mask[:, -1:]  # all that the new token needs, where there is a cache
+            cached = model_kwargs.get("use_cache", True)
+            model_kwargs["image_attention_mask"] = last if cached else torch.cat([mask, last], dim=1)
         model_kwargs["image_hidden_states"] = outputs.image_hidden_states
         return model_kwargs

@@ -34,7 +34,6 @@ class IdeficsDecoupledLinear(nn.Linear):
     ):
         super().__init__(in_features, out_features, bias)
         self.out_additional_features = out_additional_features
-        self.partially_freeze = partially_freeze
         if partially_freeze:
             self.requires_grad_(False)
         if out_additional_features > 0:
@@ -45,9 +44,6 @@ class IdeficsDecoupledLinear(nn.Linear):
         if self.out_additional_features == 0:
             return output
         return torch.cat([output, self.additional_fc(hidden_states)], dim=-1)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, out_additional_features={self.out_additional_features}"
 
 
 def project(inputs: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
@@ -61,12 +57,6 @@ def project(inputs: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
 def project_heads(inputs: Tensor, head_dim: int, *linears: nn.Module) -> list[Tensor]:
     """`project` for attention: (rows, tokens, in) -> (rows, heads, tokens, head_dim) of each layer."""
     return [output.unflatten(-1, (-1, head_dim)).transpose(1, 2) for output in project(inputs, *linears)]
-
-
-def padded_length(linear: nn.Module, num_tokens: int) -> int:
-    """The least number of tokens, `num_tokens` or a few more, that the layer takes without copying its inputs."""
-    joint = getattr(linear, "joint", None)
-    return num_tokens if joint is None else joint.padded_rows(num_tokens)
 
 
 def kernel_rows(rows: int) -> int:
@@ -96,7 +86,7 @@ class PackedMatrix:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         # Without this the product would pass a wrong gradient on, and only warn.
@@ -116,12 +106,8 @@ class PackedMatrix:
         pieces, rest = divmod(rows, LARGEST_KERNEL)
         return pieces * LARGEST_KERNEL + kernel_rows(rest)
 
-    def plain_weight(self) -> Tensor:
-        """A copy, (out, in)."""
-        return self._packed.to_dense()
-
     def _multiply(self, inputs: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
 
     def _multiply_pieces(self, inputs: Tensor) -> Tensor:
         """(rows, in) -> (rows, out)."""
@@ -168,7 +154,7 @@ class PackedLinear(nn.Module):
 
     def plain_weight(self) -> Tensor:
         """A copy of the weight, (out, in)."""
-        return self.joint.plain_weight()[self.start : self.start + self.out_features].clone()
+        return self.joint.packed.to_dense()[self.start : self.start + self.out_features].clone()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

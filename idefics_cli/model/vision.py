@@ -119,17 +119,6 @@ class IdeficsVisionEncoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
-class IdeficsVisionEncoder(nn.Module):
-    def __init__(self, config: IdeficsVisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(IdeficsVisionEncoderLayer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return hidden_states
-
-
 class IdeficsVisionTransformer(nn.Module):
     """(images, 3, height, width) -> last hidden state (images, 1 + patches, dim) and class vector (images, dim)."""
 
@@ -140,12 +129,14 @@ class IdeficsVisionTransformer(nn.Module):
         self.config = config
         self.embeddings = IdeficsVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = IdeficsVisionEncoder(config)
+        layers = nn.ModuleList(IdeficsVisionEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> BaseModelOutputWithPooling:
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding))
-        hidden_states = self.encoder(hidden_states)
+        for layer in self.encoder["layers"]:
+            hidden_states = layer(hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[:, 0])
         )

@@ -232,17 +232,13 @@ def _own_file(row: InputRow) -> Path:
 
 
 def _reading(options: RunOptions, task: Task) -> ReadOptions:
-    """With the columns that the task reads and the answers, which are kept too.
-
-    Rows have the columns that are passed through only for stdout; else the output takes them from the inputs.
-    """
+    """With the columns that the task reads and the answers, which are kept too."""
     reading, answers = options.reading, () if options.answers_column is None else (options.answers_column,)
     return replace(
         reading,
         columns=tuple(dict.fromkeys((*task.columns, *answers))),
         keep="all" if reading.keep == "all" else tuple(dict.fromkeys((*reading.keep, *answers))),
         needs_image=reading.needs_image and task.needs_image,
-        reads_passthrough=options.output == STDOUT,
     )
 
 

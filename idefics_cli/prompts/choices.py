@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any, Literal, get_args
@@ -23,7 +24,7 @@ ChoiceNorm = Literal["none", "tokens", "bytes"]
 def parse_choices(text: str) -> tuple[str, ...]:
     choices = checked_choices(split_choices(text))
     if isinstance(choices, RowError):
-        raise IdeficsError(f"--choices {text!r}: {choices.message}")
+        raise IdeficsError(f"{choices.message}; write them as in yes,no")
     return choices
 
 
@@ -60,19 +61,13 @@ class ChoiceOptions:
     def of(self, values: Mapping[str, Any]) -> Any:
         """What a row with these values chooses from, unchecked. A text, all that a cell of CSV can hold, is a list in
         JSON, or is split at its commas, as the option is."""
-        if self.column is None:
-            return self.words
-        value = values.get(self.column)
-        return listed_choices(value) if isinstance(value, str) else value
-
-
-def listed_choices(text: str) -> Any:
-    if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            pass  # the bracket belongs to the first of the choices
-    return split_choices(text)
+        value = self.words if self.column is None else values.get(self.column)
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            with suppress(ValueError, RecursionError):  # the bracket may belong to the first of the choices
+                return json.loads(value)
+        return split_choices(value)
 
 
 def split_choices(text: str) -> tuple[str, ...]:
@@ -95,10 +90,9 @@ def with_answer(prompt: Prompt, answer: str) -> Prompt:
 
     After an image or a special token there is none: tokenizers of LLaMA's kind begin a text with a blank themselves.
     """
-    merged = merge_texts(prompt)
-    last = merged[-1] if merged else None
+    *_, last = (None, *merge_texts(prompt))
     blank = " " if isinstance(last, str) and not last[-1].isspace() else ""
-    return merge_texts((*merged, blank + answer))
+    return merge_texts((*prompt, blank, answer))
 
 
 def split_answers(prompt_ids: Sequence[int], answered: Sequence[Sequence[int]]) -> tuple[int, list[tuple[int, ...]]]:

@@ -34,27 +34,14 @@ TEXT_ONLY_SHOTS = 2
 
 @dataclass(frozen=True)
 class Shot:
-    """A worked example: its image (several as a tuple; None: a text-only shot), its answer or caption, its question.
+    """A worked example: its images, its answer or caption, and the texts of the template's fields, as `question`.
 
-    `fields` are the texts for a template's further fields. The query is a shot without an answer.
+    The query is a shot without an answer.
     """
 
-    image: Any | None
+    images: Prompt = ()
     answer: str = ""
-    question: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def images(self) -> Prompt:
-        if self.image is None:
-            return ()
-        return self.image if isinstance(self.image, tuple) else (self.image,)
-
-    def text(self, name: str) -> str:
-        texts = {"question": self.question, **self.fields}
-        if name not in texts:
-            raise IdeficsError(f"the prompt has a field {name!r}, and a shot has only {listed(texts)}: add it")
-        return texts[name]
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,7 @@ class Template:
     instruct: bool = False
     prefix: str = ""
 
-    @functools.cached_property
+    @property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields, images among them, as often as they stand there."""
         return tuple(name for _, name in parse_text(self.text) if name is not None)
@@ -93,7 +80,7 @@ class Template:
             if name == IMAGE_FIELD:
                 asked += islice(images, at_each)
             elif name is not None:
-                asked.append(shot.text(name))
+                asked.append(shot.fields.get(name, ""))  # a caption that was written as a shot has no question
         return ("User:", *asked, END_OF_UTTERANCE, "\nAssistant:") if self.instruct else tuple(asked)
 
     def takes(self, num_images: int) -> bool:
@@ -158,14 +145,17 @@ TASKS = {
         ("Caption", "Description", "User", "Image", "task", END_OF_UTTERANCE.name),
         30,
         (
-            Shot(None, "a man riding a bicycle down a quiet street"),
-            Shot(None, "two dogs playing with a ball in the grass"),
+            Shot(answer="a man riding a bicycle down a quiet street"),
+            Shot(answer="two dogs playing with a ball in the grass"),
         ),
     ),
     "vqa": PublishedTask(
         ("Question", "User", "Image", "task", "What", "Who", "When", "Where", "Why", "How", END_OF_UTTERANCE.name),
         15,
-        (Shot(None, "red", "What color is the bus?"), Shot(None, "2", "How many people are there?")),
+        (
+            Shot((), "red", {"question": "What color is the bus?"}),
+            Shot((), "2", {"question": "How many people are there?"}),
+        ),
     ),
 }
 
@@ -240,7 +230,7 @@ def leading_shots(options: PromptOptions, pool: Sequence[Shot], instruct: bool) 
     if options.num_shots or options.bare or instruct or options.text is not None:
         return tuple(pool[: options.num_shots])
     texts = pool[:TEXT_ONLY_SHOTS] or TASKS[options.task].text_only_shots
-    return tuple(replace(shot, image=None) for shot in texts)
+    return tuple(replace(shot, images=()) for shot in texts)
 
 
 def build_prompt(
@@ -282,17 +272,18 @@ def field_text(name: str, value: Any) -> str | RowError:
 def few_shot_prompt(template: Template, shots: Sequence[Shot], query: Shot) -> Prompt:
     """Prefix, `shots` in their order, then `query` (a shot without an answer); no white space at either end."""
     assert not query.answer, f"the query is not to hold its answer: {query.answer!r}"
-    examples = (item for shot in shots for item in template.shot(shot))
-    return strip(merge_texts((template.prefix, *examples, *template.query(query))))
+    return strip((*_before_query(template, shots), *template.query(query)))
+
+
+def _before_query(template: Template, shots: Sequence[Shot]) -> Prompt:
+    return (template.prefix, *(item for shot in shots for item in template.shot(shot)))
 
 
 def shared_start(template: Template, shots: Sequence[Shot]) -> Prompt:
     """What all prompts with these shots begin with, up to the query's first field; nothing without prefix and shots."""
     if not template.prefix and not shots:
         return ()
-    examples = (item for shot in shots for item in template.shot(shot))
-    first, *rest = merge_texts((template.prefix, *examples, template.opening))
-    return merge_texts((first.lstrip() if isinstance(first, str) else first, *rest))
+    return strip((*_before_query(template, shots), template.opening, None))[:-1]  # the None keeps white space before it
 
 
 def shot_answer(task: str, references: Sequence[str]) -> str:
@@ -313,8 +304,8 @@ def merge_texts(items: Iterable[Any]) -> Prompt:
 
 
 def strip(prompt: Prompt) -> Prompt:
-    """The prompt without white space at its two ends; between its items nothing changes."""
-    items = list(prompt)
+    """The prompt, merged, without white space at its two ends."""
+    items = list(merge_texts(prompt))
     if items and isinstance(items[0], str):
         items[0] = items[0].lstrip()
     if items and isinstance(items[-1], str):

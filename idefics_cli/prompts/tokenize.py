@@ -106,7 +106,7 @@ class PromptEncoder:
         The last id of a sequence must not follow the others; it is free elsewhere. LLaMA's "\n" is a piece for a blank
         and then a byte, so that neither blanks nor a line break right after a word are banned.
         """
-        return tuple(dict.fromkeys(tuple(self._twin_ids(NOT_TEXT.sub(REPLACEMENT, word))) for word in words))
+        return tuple(dict.fromkeys(tuple(self._twin_ids(self._marked(word))) for word in words))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated ids, stripped, special tokens left out."""

@@ -40,9 +40,6 @@ def _checked_header(name: str, header: list[str] | RowError | None, delimiter: s
         raise InputError(f"{name} cannot be read: {header.message}; save it as UTF-8 with a header")
     if any(map(IMAGE_SUFFIX.search, header)):
         raise InputError(f"{name} has no header, but {shown(delimiter.join(header))}: add a line of column names")
-    repeated = [column for column in header if header.count(column) > 1]
-    if repeated:
-        raise InputError(f"{name} has two columns named {shown(repeated[0])}: rename one of them")
     return header
 
 

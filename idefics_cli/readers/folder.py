@@ -17,7 +17,8 @@ from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.image_paths import any_place, read_image, remote_image
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
-from idefics_cli.storage.files import File, open_regular, walk
+from idefics_cli.storage.files import File, walk
+from idefics_cli.storage.regular_file import open_regular
 
 IMAGE_SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp(avif|heic|mif1)", re.DOTALL
@@ -28,7 +29,6 @@ SIGNATURE_BYTES = 16
 class FileListing:
     """Images whose names are known: the names are the ids, and each comes once."""
 
-    distinct = True
     prefix = ""
     passthrough: Mapping[str, Any] = NO_VALUES
 

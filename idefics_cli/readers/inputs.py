@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# What one INPUT holds. `size` is None while it is not known: at the end of `rows` it is. `distinct`: no two rows can
-# have one id. `prefix` makes a row's number unique among inputs. `identity` is equal while the input is unchanged.
-# `rows` gives every `step`-th row from number `start` on, with its number as index, and "" as id where it has none.
+# What one INPUT holds. `size` is None while it is not known: at the end of `rows` it is. `prefix` makes a row's number
+# unique among inputs. `identity` is equal while the input is unchanged. `rows` gives every `step`-th row from number
+# `start` on, with its number as index, and "" as id where it has none.
 Source: TypeAlias = FileListing | PathList | Manifest
 
 
@@ -172,12 +172,11 @@ class Inputs:
 
     def _ids_to_remember(self) -> UniqueIds | None:
         """None where no two rows can have one id. Of files and folders all ids are compared here and now."""
-        if len(self._sources) == 1 and self._sources[0].distinct:
+        if all(isinstance(source, FileListing) for source in self._sources):
+            refuse_equal_ids(self._sources)
             return None
-        if not all(isinstance(source, FileListing) for source in self._sources):
-            return UniqueIds()
-        refuse_equal_ids(self._sources)
-        return None
+        first = self._sources[0]
+        return None if len(self._sources) == 1 and isinstance(first, Manifest) and first.is_numbered else UniqueIds()
 
     def _placed(self, row: InputRow, source: Source, offset: int) -> InputRow:
         """The row with its index and id among all rows."""
@@ -208,7 +207,7 @@ def _records(chunk: Chunk) -> Iterable[Record]:
         return chunk
     from idefics_cli.readers.parquet import python_rows
 
-    return python_rows(chunk)
+    return python_rows(chunk, range(chunk.num_rows))
 
 
 def _json_records(chunk: Chunk) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +46,23 @@ def open_table(file: File) -> Table:
     packed = "gz" if match["tgz"] else (match["packed"] or "").lower()
     if packed not in ("", "gz") or (packed and kind == "parquet"):
         raise InputError(f"{file.name} cannot be read compressed like this: unpack it first")
+    table = _table(file, kind, packed == "gz")
+    repeated = [column for column, times in Counter(table.columns).items() if times > 1]
+    if repeated:
+        raise InputError(f"{file.name} has two columns named {shown(repeated[0])}: rename one of them")
+    return table
+
+
+def _table(file: File, kind: str, compressed: bool) -> Table:
     if kind == "parquet":
         from idefics_cli.readers.parquet import ParquetTable  # imports pyarrow
 
         return ParquetTable(file)
     if kind == "tar":
-        return open_archive(file, packed == "gz")
+        return open_archive(file, compressed)
     if kind in ("csv", "tsv"):
-        return open_delimited(file, packed == "gz", "," if kind == "csv" else "\t")
-    return open_json_lines(file, packed == "gz")
+        return open_delimited(file, compressed, "," if kind == "csv" else "\t")
+    return open_json_lines(file, compressed)
 
 
 class Manifest:
@@ -64,13 +73,13 @@ class Manifest:
         self._file, self._table = file, table
         self._image = _image_column(file.name, table, options)
         self._id = _id_column(file.name, table, options)
-        self.distinct = self._id is None
+        self.is_numbered = self._id is None  # no two rows can have one id
         own = (self._image, self._id)
         keep = [name for name in table.columns if name not in own] if options.keep == "all" else options.keep
         for name in (*options.columns, *keep):
             _require(file.name, table, name)
         self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
-        self._values = list(dict.fromkeys((*options.columns, *(keep if options.reads_passthrough else ()))))
+        self._values = list(dict.fromkeys((*options.columns, *keep)))
         self._resolve = open_root(file.parent, options.image_root)
 
     @property
@@ -104,11 +113,11 @@ class Manifest:
             return InputRow(number, row_id, None, (), NO_VALUES)
         value = record.get(self._image)
         sources = () if self._image is None else read_images(value, self._resolve)
-        image = None if self._image is None else shown_images(value)
         values = {name: record.get(name) for name in self._values} if self._values else NO_VALUES
+        error = self._error(record, row_id)
         if isinstance(sources, RowError):
-            return InputRow(number, row_id, image, (), values, self._error(record, row_id) or sources)
-        return InputRow(number, row_id, image, sources, values, self._error(record, row_id))
+            sources, error = (), error or sources
+        return InputRow(number, row_id, shown_images(value), sources, values, error)
 
     def _error(self, record: Record, row_id: str) -> RowError | None:
         failure = record.get(OWN_ERROR)

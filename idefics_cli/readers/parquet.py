@@ -41,9 +41,6 @@ class ParquetTable(Table):
             self._schema = parquet.schema_arrow
             self.size: int = parquet.metadata.num_rows
         self.columns = self._schema.names
-        repeated = [name for name in self.columns if self.columns.count(name) > 1]
-        if repeated:
-            raise InputError(f"{file.name} has two columns named {shown(repeated[0])}: rename one of them")
         if self.size == 0:
             raise InputError(f"{file.name} holds no rows: name a manifest with rows")
 
@@ -70,7 +67,7 @@ class ParquetTable(Table):
             return
         for first, batch in self._batches(start, step, columns):
             numbers = range(first, self.size, step)
-            yield from zip(numbers, _records(batch, numbers), strict=False)
+            yield from zip(numbers, python_rows(batch, numbers), strict=False)
 
     def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[Chunk]:
         if not columns:
@@ -186,11 +183,7 @@ def _strided(batch: pa.RecordBatch, first: int, step: int) -> pa.RecordBatch:
     return joined
 
 
-def python_rows(batch: pa.RecordBatch) -> Iterator[Record]:
-    return _records(batch, range(batch.num_rows))
-
-
-def _records(batch: pa.RecordBatch, numbers: range) -> Iterator[Record]:
+def python_rows(batch: pa.RecordBatch, numbers: range) -> Iterator[Record]:
     """The rows of a batch, which have these numbers in the file."""
     names = batch.schema.names
     try:
@@ -207,25 +200,18 @@ def _record(batch: pa.RecordBatch, place: int, number: int) -> Record:
     record: dict[str, Any] = {}
     for name, array in zip(batch.schema.names, batch, strict=True):
         try:
-            record[name] = _value(array, place)
+            (record[name],) = _python_values(array.slice(place, 1))
         except (ValueError, OverflowError, pa.ArrowException) as error:
             message = f"row {number + 1} cannot be read: column {shown(name)}: {error}"
             record[OWN_ERROR] = RowError("row_invalid", message)
     return record
 
 
-def _value(array: pa.Array, place: int) -> Any:
-    """The value there; a moment finer than Python's as ISO text."""
-    try:
-        return _python_values(array.slice(place, 1))[0]
-    except ValueError:
-        if not pa.types.is_timestamp(array.type):
-            raise
-        return str(array[place].cast(pa.string())).replace(" ", "T", 1)
-
-
 def _python_values(array: pa.Array) -> list[Any]:
-    """`to_pylist`, but times and durations that are finer than Python's as text: ISO, and a number of microseconds."""
+    """`to_pylist`, but what counts nanoseconds as text: ISO, moments with a zone in UTC; durations in microseconds."""
+    if pa.types.is_timestamp(array.type) and array.type.unit == "ns":
+        moments = array.cast(pa.timestamp("ns", "UTC")) if array.type.tz else array
+        return [text and text.replace(" ", "T") for text in moments.cast(pa.string()).to_pylist()]
     if array.type == pa.time64("ns"):
         return array.cast(pa.string()).to_pylist()
     if array.type != pa.duration("ns"):

@@ -21,7 +21,6 @@ class PathList:
     """
 
     size: int | None = None
-    distinct = False
     prefix = "-:"
     identity: Mapping[str, Any] = {"kind": "stdin"}
     passthrough: Mapping[str, Any] = NO_VALUES

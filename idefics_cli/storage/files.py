@@ -138,7 +138,7 @@ def walk(folder: File, recursive: bool) -> Iterator[tuple[str, bool]]:
 
 def cannot_read(name: str, error: Exception, remedy: str) -> InputError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return InputError(f"cannot read {name}: {reason}; {remedy}")
+    return InputError(f"cannot read {name}: {reason.removesuffix('.')}; {remedy}")
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def _read_shot(row: InputRow, task: str, fields: Sequence[str], file: str) -> Sh
     without = next((name for name in fields if name not in texts), None)
     if without is not None:
         raise InputError(f"{place} has no text in the column {without!r}, which the prompt needs: add it")
-    return Shot(row.sources or None, shot_answer(task, references), texts.get("question", ""), texts)
+    return Shot(row.sources, shot_answer(task, references), texts)
 
 
 def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> Shot:
@@ -77,7 +77,7 @@ def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> S
     error = first_error(images)
     if error is not None:
         raise _bad_shot(f"an image in {file}", error)
-    return replace(shot, image=images or None)
+    return replace(shot, images=images)
 
 
 def _bad_shot(place: str, error: RowError) -> InputError:

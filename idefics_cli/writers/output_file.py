@@ -21,6 +21,7 @@ from idefics_cli.writers.formats import SETTINGS, Passthrough, content_of, forma
 from idefics_cli.writers.journal import Journal, reason, shown_path, sync_folder
 
 REPLACES = "replaces"
+FINGERPRINTS = frozenset({"weights", "vision"})  # settings that are known once the model is on this machine
 
 
 class FileOutput:
@@ -107,7 +108,8 @@ class FileOutput:
         """Raise OutputError naming what differs from the run that is there. Settings not known yet are left out."""
         if self.settings is None:
             return
-        differing = sorted(differences(self.settings, json.loads(json.dumps(settings))))
+        found = differences(self.settings, json.loads(json.dumps(settings)))
+        differing = sorted(found, key=lambda text: (not text.startswith("command: "), text))
         if differing:
             raise OutputError(
                 f"{shown_path(self.path)} belongs to a run with other settings ({'; '.join(differing[:4])}): name"
@@ -150,9 +152,9 @@ class FileOutput:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: tuple[str, ...] = ()) -> Iterator[str]:
-    """`--option: was this, now that` for each setting that differs; what only one of them knows is left out."""
-    for name in old.keys() & new.keys():
-        before, now, path = old[name], new[name], (*within, name)
+    """`--option: was this, now that` for each setting that differs. A fingerprint may not be known yet."""
+    for name in (old.keys() | new.keys()) - (FINGERPRINTS - (old.keys() & new.keys())):
+        before, now, path = old.get(name), new.get(name), (*within, name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             yield from differences(before, now, path)
         elif _are_lists_alike(before, now):

@@ -106,7 +106,7 @@ def test_what_is_left_out_has_its_default() -> None:
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({"pair": "3/2"}, "invalid shard '3/2'"), ({"plain": True, "no_deep": True}, "--plain needs depth")],
+    [({"pair": "3/2"}, "--pair: invalid shard '3/2'"), ({"plain": True, "no_deep": True}, "--plain needs depth")],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], given: dict[str, Any], said: str

@@ -72,7 +72,7 @@ def after_shots(shots: EncodedPrompt, prompt: EncodedPrompt) -> EncodedPrompt:
 
 
 def tensors_of(prompt: EncodedPrompt) -> dict[str, torch.Tensor]:
-    return vars(collate([prompt], VOCABULARY, IMAGE_SIZE))
+    return collate([prompt], VOCABULARY, IMAGE_SIZE)
 
 
 def some_prompts(count: int, images: int = 1) -> list[EncodedPrompt]:

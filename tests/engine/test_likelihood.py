@@ -50,7 +50,7 @@ def plainly(network: torch.nn.Module, prompt: EncodedChoices) -> list[float]:
     """Every choice in a row of its own after the prompt, in one forward pass without a cache."""
     rows = [EncodedPrompt([*prompt.input_ids, *ids], prompt.pixels) for ids in prompt.choice_ids]
     with torch.no_grad():
-        logits = network(**vars(collate(rows, VOCABULARY, IMAGE_SIZE))).logits.double()  # padded on the left
+        logits = network(**collate(rows, VOCABULARY, IMAGE_SIZE)).logits.double()  # padded on the left
     told = [each[-len(ids) - 1 : -1].log_softmax(-1) for each, ids in zip(logits, prompt.choice_ids, strict=True)]
     chosen = [each.gather(-1, torch.tensor(ids)[:, None]) for each, ids in zip(told, prompt.choice_ids, strict=True)]
     return [float(each.sum()) for each in chosen]

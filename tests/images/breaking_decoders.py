@@ -1,4 +1,4 @@
-"""What workers may do that breaks as real decoders have broken. Imports next to nothing."""
+"""Processors that break in a worker as real decoders have broken. Imports next to nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from idefics_cli.errors import RowError
+from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.rows import ImageOptions
 
@@ -60,27 +62,33 @@ FAULTS = {
 }
 
 
-def breaking(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> np.ndarray | RowError:
+class Breaking(ImageProcessor):
     """An image as it is; of the bytes that name a fault, the fault, and a grey image where that returns."""
-    if poisoned:
-        os.abort()
-    if source not in FAULTS:
-        return processor.prepare_array(source, limits)
-    FAULTS[source]()
-    return np.zeros((3, processor.image_size, processor.image_size), np.float32)
+
+    def prepare_array(self, source: Any, options: ImageOptions = DEFAULT_OPTIONS) -> np.ndarray | RowError:
+        if poisoned:
+            os.abort()
+        if source not in FAULTS:
+            return super().prepare_array(source, options)
+        FAULTS[source]()
+        return np.zeros((3, self.image_size, self.image_size), np.float32)
 
 
-def sleeping(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> np.ndarray | RowError:
+class Sleeping(ImageProcessor):
     """For the path of a folder: say so there, wait for a second, and answer."""
-    with Path(source, "decoding").open("a") as file:
-        file.write("once ")
-    time.sleep(1)
-    return RowError("image_missing", "it slept")
+
+    def prepare_array(self, source: Any, options: ImageOptions = DEFAULT_OPTIONS) -> np.ndarray | RowError:
+        with Path(source, "decoding").open("a") as file:
+            file.write("once ")
+        time.sleep(1)
+        return RowError("image_missing", "it slept")
 
 
-def describing(processor: ImageProcessor, source: str | bytes, limits: ImageOptions) -> RowError:
+class Describing(ImageProcessor):
     """What there is in this process."""
-    heavy = [name for name in ("torch", "transformers", "pyarrow", "idefics_cli.cli.app") if name in sys.modules]
-    processor.prepare_array(source, limits)
-    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
-    return RowError("row_invalid", f"heavy {heavy}, threads {threads}")
+
+    def prepare_array(self, source: Any, options: ImageOptions = DEFAULT_OPTIONS) -> np.ndarray | RowError:
+        heavy = sorted({"torch", "transformers", "pyarrow", "fsspec", "idefics_cli.cli.app"} & set(sys.modules))
+        super().prepare_array(source, options)
+        threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+        return RowError("row_invalid", f"heavy {heavy}, threads {threads}")

@@ -14,7 +14,7 @@ from idefics_cli.images.preprocess import ImageProcessor
 
 def test_pixels_by_hand():
     processor = ImageProcessor(image_size=4)
-    pixels = processor.pixels(Image.new("RGB", (9, 2), (255, 0, 128)))
+    pixels = processor.prepare(Image.new("RGB", (9, 2), (255, 0, 128)))
     assert pixels.shape == (3, 4, 4)
     assert pixels.dtype == torch.float32
     assert pixels.is_contiguous()
@@ -30,7 +30,7 @@ def test_a_bad_image_is_a_value(tmp_path):
 
 def test_pixels_are_made_from_rgb():
     with pytest.raises(AssertionError, match="CMYK"):
-        ImageProcessor().pixels(Image.new("CMYK", (2, 2)))
+        ImageProcessor().array(Image.new("CMYK", (2, 2)))
 
 
 CONFIGS = {

@@ -29,6 +29,7 @@ from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.rows import ImageOptions, RemoteFile
 
 PROCESSOR = ImageProcessor(image_size=16, image_mean=(0.1, 0.2, 0.3))
+BREAKING = breaking_decoders.Breaking(image_size=16, image_mean=(0.1, 0.2, 0.3))
 LIMITS = ImageOptions(max_pixels=100_000, max_bytes=1_000_000, workers=2)
 FAST = replace(LIMITS, decode_timeout=2.0)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -62,7 +63,7 @@ def workers() -> Iterator[WorkerPool]:
 
 @pytest.fixture
 def breaking() -> Iterator[WorkerPool]:
-    with WorkerPool(PROCESSOR, FAST, prepare=breaking_decoders.breaking) as opened:
+    with WorkerPool(BREAKING, FAST) as opened:
         yield opened
 
 
@@ -197,9 +198,7 @@ def test_faults_among_many_threads_leave_nothing_behind():
     faults = [b"abort", b"exit", b"out of memory", b"nonsense", b"sleep"]
     sources = [*good, *faults] * 3
     before = os.listdir("/proc/self/fd")
-    with WorkerPool(
-        PROCESSOR, replace(LIMITS, workers=3, decode_timeout=2.0), prepare=breaking_decoders.breaking
-    ) as workers:
+    with WorkerPool(BREAKING, replace(FAST, workers=3)) as workers:
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(workers.prepare, sources))
         children = pids(workers)
@@ -214,7 +213,7 @@ def test_faults_among_many_threads_leave_nothing_behind():
 
 @on_linux
 def test_a_decoder_process_is_light():
-    with WorkerPool(PROCESSOR, LIMITS, prepare=breaking_decoders.describing) as workers:
+    with WorkerPool(breaking_decoders.Describing(), LIMITS) as workers:
         data = saved(image(), "AVIF" if features.check("avif") else "PNG")
         assert workers.prepare(data).message == "heavy [], threads 1"
 
@@ -231,7 +230,7 @@ def test_processes_start_as_they_are_needed():
 
 
 def test_close_does_not_wait_for_a_decoder():
-    workers = WorkerPool(PROCESSOR, replace(LIMITS, decode_timeout=1000), prepare=breaking_decoders.breaking)
+    workers = WorkerPool(BREAKING, replace(LIMITS, decode_timeout=1000))
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(workers.prepare, source) for source in [b"sleep", b"spin"] * 2]
         while len(pids(workers)) < 2:
@@ -276,7 +275,7 @@ def is_running(pid: int) -> bool:
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     body = """
         options = ImageOptions(decode_timeout=1000, workers=3)
-        workers = WorkerPool(ImageProcessor(), options, breaking_decoders.breaking)
+        workers = WorkerPool(breaking_decoders.Breaking(), options)
         for fault in (b"sleep", b"spin"):
             threading.Thread(target=workers.prepare, args=(fault,), daemon=True).start()
         while len(workers._running) < 2 or not all(worker.process.stderr.closed for worker in workers._running):
@@ -299,7 +298,7 @@ SLEEPER = """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     options = ImageOptions(decode_timeout=2.0, workers=1)
-    with WorkerPool(ImageProcessor(), options, breaking_decoders.sleeping) as workers:
+    with WorkerPool(breaking_decoders.Sleeping(), options) as workers:
         print(workers.prepare("."))
 """
 

@@ -89,7 +89,7 @@ def generated_prompt(rng: random.Random) -> list:
 def ours(prompts: list[list], encoder: PromptEncoder, processor: ImageProcessor):
     def encode(prompt: list) -> EncodedPrompt:
         images = [item for item in prompt if isinstance(item, Image.Image)]
-        return EncodedPrompt(encoder.encode(tuple(prompt)), tuple(processor.pixels(image) for image in images))
+        return EncodedPrompt(encoder.encode(tuple(prompt)), tuple(processor.prepare(image) for image in images))
 
     return collate([encode(prompt) for prompt in prompts], vocabulary_of(encoder), processor.image_size)
 
@@ -100,11 +100,11 @@ def theirs(prompts: list[list], tokenizer, image_size: int = 32, **options):
 
 
 def assert_same(inputs, expected) -> None:
-    assert torch.equal(inputs.input_ids, expected["input_ids"])
-    assert torch.equal(inputs.attention_mask, expected["attention_mask"])
-    assert torch.equal(inputs.pixel_values, expected["pixel_values"])
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     # transformers gives its mask as bool, with nothing in it, when no row of the batch holds an image.
-    assert torch.equal(inputs.image_attention_mask, expected["image_attention_mask"].long())
+    assert torch.equal(inputs["image_attention_mask"], expected["image_attention_mask"].long())
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -122,13 +122,13 @@ def test_a_batch_without_images():
     prompts = [["hello world"], ["a red cat on the mat"]]
     tokenizer = tokenizer_of("llama")
     inputs = ours(prompts, PromptEncoder(tokenizer), ImageProcessor(image_size=32))
-    assert inputs.pixel_values.shape == (2, 1, 3, 32, 32)
+    assert inputs["pixel_values"].shape == (2, 1, 3, 32, 32)
     assert_same(inputs, theirs(prompts, tokenizer))
 
 
 def test_the_end_of_an_utterance_is_the_token_transformers_finds_in_its_text():
     tokenizer, image = tokenizer_of("llama, instruct"), images()[0]
-    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot(image, question="how many dogs?"))
+    prompt = few_shot_prompt(INSTRUCT_QUESTION, (), Shot((image,), fields={"question": "how many dogs?"}))
     assert SpecialToken("<end_of_utterance>") in prompt
     spelled = [item.name if item == END_OF_UTTERANCE else item for item in prompt]
     assert PromptEncoder(tokenizer).encode(prompt) == theirs([spelled], tokenizer)["input_ids"][0].tolist()
@@ -237,7 +237,7 @@ def test_a_checkpoint_with_other_statistics(tmp_path):
     theirs = IdeficsImageProcessorPil(**config)
     theirs.save_pretrained(tmp_path)
     image = images()[2]
-    assert torch.equal(ImageProcessor.from_pretrained(tmp_path).pixels(image), theirs(image, return_tensors="pt")[0])
+    assert torch.equal(ImageProcessor.from_pretrained(tmp_path).prepare(image), theirs(image, return_tensors="pt")[0])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK"])

@@ -57,7 +57,7 @@ def test_a_special_token_that_is_missing_or_has_no_image_is_refused() -> None:
     with pytest.raises(CheckpointError, match="<image>"):
         PromptEncoder(llama_tokenizer(legacy=False, added=()))
     with pytest.raises(IdeficsError, match="end_of_utterance"):
-        encoder_of("base").encode(few_shot_prompt(INSTRUCT_CAPTION, (), Shot(IMAGE)))
+        encoder_of("base").encode(few_shot_prompt(INSTRUCT_CAPTION, (), Shot((IMAGE,))))
     with pytest.raises(IdeficsError, match="image"):
         encoder_of("llama").encode((SpecialToken("<image>"),))
 

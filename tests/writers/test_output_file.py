@@ -148,7 +148,9 @@ def test_a_difference_is_named(tmp_path: Path) -> None:
     finish(tmp_path / "f.jsonl", OLD)
     output = FileOutput(tmp_path / "f.jsonl")
     output.require_same(SETTINGS)
-    output.require_same({**SETTINGS, "not": "known then"})
+    output.require_same({**SETTINGS, "model": {**SETTINGS["model"], "weights": "not known then"}, "--unset": None})
+    with pytest.raises(OutputError, match="--new: was unset, now 1"):
+        output.require_same({**SETTINGS, "--new": 1})
     other = {**SETTINGS, "model": {"name": "other"}, "inputs": [{"name": "b.csv"}]}
     with pytest.raises(OutputError) as caught:
         output.require_same(other)

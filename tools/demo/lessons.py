@@ -97,7 +97,7 @@ class LessonPlan(torch.utils.data.Dataset):
         first = self.first_seed + step * self.scenes
         max_objects = min(MAX_OBJECTS, 1 + MAX_OBJECTS * step // self.easy_steps) if self.easy_steps else MAX_OBJECTS
         drawn = [scene(seed, max_objects) for seed in range(first, first + self.scenes)]
-        pixel_values = torch.stack([self.images.pixels(each.image) for each in drawn])
+        pixel_values = torch.stack([self.images.prepare(each.image) for each in drawn])
         texts = tuple(self._texts(drawn, np.random.default_rng([first, 7]))) if self.questions else ()
         return Lesson(pixel_values, object_table(drawn), texts)
 
@@ -130,28 +130,30 @@ class LessonPlan(torch.utils.data.Dataset):
                 yield self._question_row(scenes, indices, questions, text_only)
 
     def _caption_row(self, scenes: list[Scene], indices: list[int], text_only: bool = False) -> Row:
-        return self._row(CAPTION, [Shot(index, scenes[index].caption) for index in indices], text_only)
+        return self._row(CAPTION, [Shot((index,), scenes[index].caption) for index in indices], text_only)
 
     def _question_row(
         self, scenes: list[Scene], indices: list[int], questions: list[int], text_only: bool = False
     ) -> Row:
         asked = [(index, *scenes[index].questions[which]) for index, which in zip(indices, questions, strict=True)]
         return self._row(
-            QUESTION_ANSWER, [Shot(index, answer, question) for index, question, answer in asked], text_only
+            QUESTION_ANSWER,
+            [Shot((index,), answer, {"question": question}) for index, question, answer in asked],
+            text_only,
         )
 
     def _published_caption_row(self, scenes: list[Scene], index: int) -> Row:
         shots = leading_shots(PromptOptions("caption"), (), instruct=False)
-        return self._row(CAPTION, [*shots, Shot(index, scenes[index].caption)])
+        return self._row(CAPTION, [*shots, Shot((index,), scenes[index].caption)])
 
     def _published_question_row(self, scenes: list[Scene], index: int, which: int) -> Row:
         shots = leading_shots(PromptOptions("vqa"), (), instruct=False)
         question, answer = scenes[index].questions[which]
-        return self._row(QUESTION_ANSWER, [*shots, Shot(index, answer, question)])
+        return self._row(QUESTION_ANSWER, [*shots, Shot((index,), answer, {"question": question})])
 
     def _row(self, template: Template, turns: list[Shot], text_only: bool = False) -> Row:
         """Token ids of shots, query and answer; every answer that has its image in sight is learned, with its end."""
-        shots = [replace(shot, image=None) if text_only else shot for shot in turns[:-1]]
+        shots = [replace(shot, images=()) if text_only else shot for shot in turns[:-1]]
         input_ids: list[int] = []
         labels: list[int] = []
         for number, turn in enumerate([*shots, turns[-1]]):
@@ -160,8 +162,8 @@ class LessonPlan(torch.utils.data.Dataset):
             input_ids = self.encoder.encode((*prompt, f" {turn.answer}"))
             labels += [IGNORED] * (start - len(labels))
             learned = [*input_ids[start:], self.encoder.eos_token_id]
-            labels += learned if turn.image is not None else [IGNORED] * len(learned)
-        images = [turn.image for turn in (*shots, turns[-1]) if turn.image is not None]
+            labels += learned if turn.images else [IGNORED] * len(learned)
+        images = [index for turn in (*shots, turns[-1]) for index in turn.images]
         return Row([*input_ids, self.encoder.eos_token_id], labels, images)
 
 

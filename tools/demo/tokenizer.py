@@ -31,7 +31,7 @@ def world_texts() -> Iterator[str]:
     yield from (f"{size} {color} {shape}" for size in SIZES for color in COLORS for shape in SHAPES)
     yield " ".join(str(number) for number in range(MAX_OBJECTS + 1))
     for template in (CAPTION, QUESTION_ANSWER):
-        yield from few_shot_prompt(template, (), Shot(None))
+        yield from few_shot_prompt(template, (), Shot(fields={"question": ""}))
 
 
 def learn_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
