@@ -5,11 +5,11 @@ Fetched with pip as it is configured, once, and kept; a test that cannot have on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -20,18 +20,17 @@ DOWNLOAD_SECONDS = 240
 
 def sdist(package: str, version: str) -> Path:
     """The unpacked source distribution of `package`, kept between runs; or the test is skipped."""
-    folder = _cache() / f"{package}-{version}"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "idefics-cli-tests" / f"{package}-{version}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            archive = _download(package, version, Path(scratch))
-            _keep(_unpack(archive, Path(scratch)), folder)
+            unpacked = Path(scratch) / "unpacked"
+            shutil.unpack_archive(_download(package, version, Path(scratch)), unpacked, filter="data")
+            (top,) = unpacked.iterdir()
+            with contextlib.suppress(OSError):  # another test process was faster
+                top.rename(folder)
     return folder
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "idefics-cli-tests"
 
 
 def _download(package: str, version: str, folder: Path) -> Path:
@@ -48,19 +47,3 @@ def _download(package: str, version: str, folder: Path) -> Path:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         pytest.skip(f"the source of {package} {version} cannot be had here: {reason}")
     return archives[0]
-
-
-def _unpack(archive: Path, folder: Path) -> Path:
-    target = folder / "unpacked"
-    with tarfile.open(archive) as tar:
-        tar.extractall(target, filter="data")
-    (top,) = target.iterdir()
-    return top
-
-
-def _keep(unpacked: Path, folder: Path) -> None:
-    try:
-        unpacked.rename(folder)  # whole or not at all, so that test processes side by side can share it
-    except OSError:
-        if not folder.exists():
-            shutil.move(unpacked, folder)

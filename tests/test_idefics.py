@@ -50,24 +50,12 @@ def prompts() -> list[list]:
     ]
 
 
-def log_probability(model: Idefics, prompt: list, token_ids: tuple[int, ...]) -> float:
-    """The sum over `token_ids`, in one forward pass without a cache."""
-    encoded = model.encode(prompt, 30)
-    start = len(encoded.input_ids)
-    row = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
+def log_probability(model: Idefics, encoded: EncodedPrompt, length: int) -> float:
+    """The sum over the last `length` tokens, in one forward pass without a cache."""
     with torch.no_grad():
-        logits = model.model(**collate([row], model.engine.vocabulary, model.images.image_size)).logits[0]
-    chosen = logits.log_softmax(-1)[start - 1 : -1].gather(-1, torch.tensor(token_ids)[:, None])
-    return float(chosen.sum())
-
-
-@pytest.mark.parametrize("num_beams", [1, 3, 5])
-def test_a_prompt_gets_the_same_text_alone_and_in_company(base: Idefics, prompts: list, num_beams: int) -> None:
-    together = base.generate(prompts, num_beams=num_beams, max_new_tokens=8)
-    for prompt, result in zip(prompts, together, strict=True):
-        (alone,) = base.generate([prompt], num_beams=num_beams, max_new_tokens=8)
-        assert alone.token_ids == result.token_ids
-        assert alone.score == pytest.approx(result.score, abs=1e-4)
+        logits = model.model(**collate([encoded], model.engine.vocabulary, model.images.image_size)).logits[0]
+    chosen = torch.tensor(encoded.input_ids[-length:])[:, None]
+    return float(logits.log_softmax(-1)[-length - 1 : -1].gather(-1, chosen).sum())
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -79,8 +67,27 @@ def test_the_score_is_what_the_page_says(base: Idefics, prompts: list, num_beams
         token_ids = result.token_ids
         if len(token_ids) < 6:
             token_ids = (*token_ids, base.encoder.eos_token_id)
-        expected = log_probability(base, prompt, token_ids) / len(token_ids) ** length_penalty
+        encoded = base.encode(prompt, 30)
+        encoded = EncodedPrompt([*encoded.input_ids, *token_ids], encoded.pixels)
+        expected = log_probability(base, encoded, len(token_ids)) / len(token_ids) ** length_penalty
         assert result.score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["none", "tokens", "bytes"])
+def test_the_likeliest_choice_is_the_answer_and_all_are_candidates(base: Idefics, norm: str) -> None:
+    """Beside the prompt and each choice as one text, which ends with the choice's tokens."""
+    choices = ["yes", "no", "two small dogs", "a red cat on the mat"]
+    prompts = [["Image:", image(seed), "Question: what is this? Answer:"] for seed in range(4)] + [["Answer:"]]
+    for prompt, result in zip(prompts, base.score([(p, choices) for p in prompts], choice_norm=norm), strict=True):
+        expected = {}
+        for each in result.candidates:
+            encoded = base.encode([*prompt[:-1], f"{prompt[-1]} {each.text}"], 0)
+            assert tuple(encoded.input_ids[-each.tokens :]) == each.token_ids
+            divisor = {"none": 1, "tokens": each.tokens, "bytes": len(each.text)}[norm]
+            expected[each.text] = log_probability(base, encoded, each.tokens) / divisor
+        assert {each.text: each.score for each in result.candidates} == pytest.approx(expected, abs=1e-4)
+        assert expected.keys() == set(choices) and result.text == max(expected, key=expected.get)
+        assert result.score == result.candidates[0].score
 
 
 def test_image_tokens_are_never_written_and_ends_are_cut(base: Idefics, prompts: list) -> None:
@@ -160,33 +167,31 @@ def test_captions_from_paths_images_and_pixels_are_one(base: Idefics, tmp_path: 
     assert len(texts) == 1
 
 
-def test_a_bad_image_is_an_error_among_good_ones(base: Idefics, tmp_path: Path) -> None:
+def test_bad_rows_are_errors_among_good_ones(base: Idefics, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
     row_error = RowError("row_invalid", "said before")
-    results = base.caption([image(), tmp_path / "gone.png", tmp_path / "broken.png", row_error], max_new_tokens=3)
-    codes = [result.error.code if result.error else None for result in results]
-    assert codes == [None, "image_missing", "image_unreadable", "row_invalid"]
-    assert results[1] == Result(error=results[1].error)
-    assert results[0].text is not None
+    captions = base.caption([image(), tmp_path / "gone.png", tmp_path / "broken.png", row_error], max_new_tokens=3)
+    assert codes(captions) == [None, "image_missing", "image_unreadable", "row_invalid"]
+    assert captions[1] == Result(error=captions[1].error) and captions[0].text is not None
+    texts = base.generate([["a", image(), tmp_path / "gone.png", "c"], ["word " * 400], ["short"]], max_new_tokens=4)
+    assert codes(texts) == ["image_missing", "prompt_too_long", None]
+    good = (["Answer:"], ["yes", "no"])
+    scored = base.score([good, ([tmp_path / "gone.png", "?"], ["yes"]), (["a"], []), (["word " * 400], ["yes"]), good])
+    assert codes(scored) == [None, "image_missing", "row_invalid", "prompt_too_long", None]
+    assert scored[0] == scored[4] and scored[0].text in ("yes", "no")
+    assert base.generate([]) == base.caption([]) == []
 
 
-def test_a_bad_image_anywhere_in_a_prompt_is_an_error(base: Idefics, tmp_path: Path) -> None:
-    (result,) = base.generate([["a", image(), "b", tmp_path / "gone.png", "c"]])
-    assert result.error.code == "image_missing"
+def codes(results: list[Result]) -> list[str | None]:
+    return [result.error and result.error.code for result in results]
 
 
-def test_a_prompt_that_is_too_long_is_an_error(base: Idefics) -> None:
-    results = base.generate([["word " * 400], ["short"]], max_new_tokens=4)
-    assert results[0].error.code == "prompt_too_long" and results[1].error is None
-
-
-def test_numbers_that_overflow_are_an_error_among_good_ones(base: Idefics, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoilt = torch.full_like(base.prepare_image(image()), torch.nan)
-    results = base.caption([image(1), spoilt, image(2)], max_new_tokens=3)
-    assert [result.error.code if result.error else None for result in results] == [None, "overflow", None]
-    assert "use another checkpoint" in str(results[1].error)
-    scored = base.score([([each, "a"], ["yes", "no"]) for each in (image(1), spoilt, image(2))])
-    assert [result.error.code if result.error else None for result in scored] == [None, "overflow", None]
+def test_a_prompt_with_its_longest_choice_may_fill_the_model(base: Idefics) -> None:
+    space = base.model.config.max_position_embeddings
+    per_word = len(base.encoder.encode(("a a",))) - len(base.encoder.encode(("a",)))
+    fitting = ["a" + " a" * ((space - len(base.encoder.encode(("a a",)))) // per_word)]
+    assert base.score([(fitting, ["a"])])[0].error is None
+    assert base.score([(fitting, ["a", "a a a"])])[0].error.code == "prompt_too_long"
 
 
 def test_text_stays_text(base: Idefics) -> None:
@@ -196,32 +201,36 @@ def test_text_stays_text(base: Idefics) -> None:
     assert all(result.error is None for result in results)
 
 
-def test_mistakes_are_told_in_one_line(base: Idefics) -> None:
-    with pytest.raises(IdeficsError, match=r"num_beans.*num_beams"):
-        base.generate([["a"]], num_beans=3)
-    with pytest.raises(IdeficsError, match="num_return_sequences 4 is more than num_beams 3"):
-        base.generate([["a"]], num_return_sequences=4)
-    with pytest.raises(IdeficsError, match="a prompt must be a list"):
-        base.generate(["a"])
-    wrong = {
-        "num_beams": (0, True),
-        "max_new_tokens": (1.5, base.model.config.max_position_embeddings),
-        "early_stopping": ("soon", 1),
-        "length_penalty": ("long", float("nan"), float("-inf"), 1e5, -5.0),
-    }
-    for name, values in wrong.items():
-        for value in values:
-            with pytest.raises(IdeficsError, match=name):
-                base.generate([["a"]], **{name: value})
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_beans": 3}, "num_beans.*num_beams"),
+        ({"num_return_sequences": 4}, "num_return_sequences 4 is more than num_beams 3"),
+        *(({"num_beams": value}, "num_beams") for value in (0, True)),
+        *(({"max_new_tokens": value}, "max_new_tokens") for value in (1.5, 256)),
+        *(({"early_stopping": value}, "early_stopping") for value in ("soon", 1)),
+        *(({"length_penalty": value}, "length_penalty") for value in ("long", np.nan, -np.inf, 1e5, -5.0)),
+    ],
+)
+def test_options_that_cannot_be_are_told(base: Idefics, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(IdeficsError, match=said):
+        base.generate([["a"]], **options)
 
 
-def test_what_is_no_list_of_images_is_told(base: Idefics, tmp_path: Path) -> None:
-    for one in ("image.png", tmp_path / "image.png", b"bytes", bytearray(b"bytes"), image(), None):
-        for method in base.caption, base.embed:
-            with pytest.raises(IdeficsError, match=rf"{method.__name__}'s images must be a list.*write \[image\]"):
-                method(one)
+@pytest.mark.parametrize("one", ["image.png", Path("image.png"), b"bytes", bytearray(b"bytes"), image(), None])
+def test_what_is_no_list_is_told(base: Idefics, one: Any) -> None:
+    for method in base.caption, base.embed:
+        with pytest.raises(IdeficsError, match=rf"{method.__name__}'s images must be a list.*write \[image\]"):
+            method(one)
+    with pytest.raises(IdeficsError, match=f"a prompt must be a list, not {type(one).__name__}: write"):
+        base.generate([one])
+
+
+def test_other_shapes_and_norms_are_told(base: Idefics) -> None:
     with pytest.raises(IdeficsError, match=r"shape \(3, 5, 5\)"):
         base.caption([torch.zeros(3, 5, 5)])
+    with pytest.raises(IdeficsError, match="use 'none', 'tokens', 'bytes'"):
+        base.score([], choice_norm="length")
 
 
 @pytest.mark.parametrize(
@@ -234,16 +243,10 @@ def test_what_is_no_list_of_pairs_is_told(base: Idefics, pairs: Any) -> None:
         base.score(pairs)
 
 
-def test_what_is_no_prompt_is_told(base: Idefics) -> None:
-    for prompt, kind in ("text", "str"), (b"text", "bytes"), (None, "NoneType"), (3, "int"):
-        with pytest.raises(IdeficsError, match=f"a prompt must be a list, not {kind}: write"):
-            base.generate([prompt])
-
-
 @pytest.mark.parametrize("question", ["", " ", "\t\n", None])
 def test_a_question_that_asks_nothing_is_an_error_among_others(base: Idefics, question: str | None) -> None:
     results = base.answer([(image(), "What?"), (image(), question), (image(), "Why?")], max_new_tokens=2)
-    assert [result.error.code if result.error else None for result in results] == [None, "row_invalid", None]
+    assert codes(results) == [None, "row_invalid", None]
 
 
 @pytest.mark.parametrize(
@@ -314,33 +317,6 @@ def test_what_prompts_share_are_whole_tokens(base: Idefics, rest: str | Image.Im
         shared = encoded.input_ids[: encoded.shared_len]
         assert shared[: len(alone)] == alone[: len(shared)] and len(shared) >= (len(alone) - 2 if start else 0)
         assert bool(shared) is bool(start)
-
-
-def test_no_prompts_no_results(base: Idefics) -> None:
-    assert base.generate([]) == [] and base.caption([]) == []
-
-
-def test_minimum_length_and_repetition(base: Idefics, prompts: list) -> None:
-    for result in base.generate(prompts, num_beams=3, min_new_tokens=5, max_new_tokens=12, no_repeat_ngram_size=2):
-        assert result.tokens >= 5
-        pairs = list(zip(result.token_ids, result.token_ids[1:], strict=False))
-        assert len(pairs) == len(set(pairs))
-
-
-def test_prompts_are_taken_a_few_batches_ahead_only(base: Idefics, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream of prompts is taken as it is decoded, not all at first."""
-    taken = []
-
-    def stream():
-        for number in range(60):
-            taken.append(number)
-            yield ["hello"]
-
-    taken_at = []
-    decode = base.model.model.decode
-    monkeypatch.setattr(base.model.model, "decode", lambda *args: taken_at.append(len(taken)) or decode(*args))
-    assert len(base.generate(stream(), num_beams=1, max_new_tokens=1)) == 60
-    assert taken_at[0] == 12  # four batches of three
 
 
 def test_a_stream_gives_what_generate_gives(base: Idefics, prompts: list) -> None:

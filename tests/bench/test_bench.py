@@ -67,10 +67,6 @@ def bench() -> Bench:
     return Bench(random_subject(OPTIONS, CPU, FP32), OPTIONS)
 
 
-def quiet(message: str) -> None:
-    pass
-
-
 # Models
 
 
@@ -157,21 +153,15 @@ def test_a_checkpoint_is_asked_about_scenes(tmp_path: Path, instruct: bool) -> N
 # Both sides
 
 
-def test_varied_texts_end_at_different_steps() -> None:
-    options = replace(VARIED, rows=12, batch_size=12)
-    bench = Bench(random_subject(options, CPU, FP32), options)
-    lengths = {len(token_ids) for token_ids, _ in bench.run_theirs(bench.draw(1)).texts}
-    assert len(lengths) > 2 and min(lengths) < 24
-
-
-@pytest.mark.parametrize("options", [OPTIONS, VARIED], ids=["fixed", "varied"])
+@pytest.mark.parametrize("options", [OPTIONS, replace(VARIED, rows=8, batch_size=8)], ids=["fixed", "varied"])
 def test_scores_are_those_of_generate_and_of_one_forward_pass(options: BenchOptions) -> None:
     bench = Bench(random_subject(options, CPU, FP32), options)
     prompts = bench.draw(1)
     ours, theirs = bench.run_ours(prompts), bench.run_theirs(prompts, with_scores=True)
     without = bench.run_theirs(prompts)
     assert [ids for ids, _ in ours.texts] == [ids for ids, _ in theirs.texts] == [ids for ids, _ in without.texts]
-    assert any(len(ids) < 24 for ids, _ in ours.texts)
+    lengths = {len(ids) for ids, _ in ours.texts}
+    assert lengths == {4} if options is OPTIONS else len(lengths) > 1 and min(lengths) < 24
     for prompt, (token_ids, score), (_, our_score) in zip(prompts, theirs.texts, ours.texts, strict=True):
         assert bench.score(prompt, token_ids) == pytest.approx(score, abs=1e-4)
         assert our_score == pytest.approx(score, abs=1e-4)
@@ -199,10 +189,10 @@ def test_each_side_goes_first_in_turn_and_floors_follow_at_once(bench: Bench, mo
     for name in ("run_ours", "run_theirs", "with_floors"):
         noted(name)
     monkeypatch.setattr(bench, "options", replace(OPTIONS, repeats=2))
-    first, metered = warm_up(bench, quiet)
+    first, metered = warm_up(bench, [].append)
     assert order == ["run_ours", "run_theirs"] * 2
     assert metered[0].memory is not first[0].memory and first[1].memory == MemoryUse()
-    pairs, phased = timed_runs(bench, quiet)
+    pairs, phased = timed_runs(bench, [].append)
     ours, theirs = ["run_ours", "run_ours", "with_floors"], ["run_theirs", "run_theirs"]
     assert order[4:] == [*theirs, *ours, *ours, *theirs], "each timed run after a short one"
     assert [replace(each, floors={}) for each in phased] == [pair[0] for pair in pairs]

@@ -1,14 +1,21 @@
-"""Models of several shapes, and prompts of token ids and random images of every shape that the engine must take."""
+"""Models of several shapes, prompts of every shape that the engine must take, and what becomes of them."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
+import pytest
 import torch
 from hypothesis import strategies as st
 from tiny_models import IMAGE_SIZE, Shape, randomize, tiny_config
 
-from idefics_cli.engine.options import DecodingOptions, Vocabulary
-from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.engine.engine import Engine
+from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
+from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
+from idefics_cli.engine.scheduler import stream
+from idefics_cli.engine.tree_attention import DecodeMemory, PrefillMemory
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 FAKE_ID, IMAGE_ID, END_ID = 64, 65, 2
@@ -51,10 +58,10 @@ def options(draw, max_beams: int = 8, longest: int = 12) -> DecodingOptions:
     return DecodingOptions(
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
-        min_new_tokens=draw(st.sampled_from([0, 0, min(3, max_new_tokens)])),
-        length_penalty=draw(st.sampled_from([0.0, 1.0, 2.0, -0.5])),
+        min_new_tokens=draw(st.sampled_from([0, 0, min(3, max_new_tokens), min(4, max_new_tokens)])),
+        length_penalty=draw(st.sampled_from([0.0, 1.0, 2.0, -0.5, 0.7])),
         early_stopping=draw(st.sampled_from([True, False, "never"])),
-        no_repeat_ngram_size=draw(st.sampled_from([0, 0, 2, 3])),
+        no_repeat_ngram_size=draw(st.sampled_from([0, 0, 1, 2, 3])),
         num_return_sequences=draw(st.integers(1, num_beams)),
     )
 
@@ -66,3 +73,52 @@ def after_shots(shots: EncodedPrompt, prompt: EncodedPrompt) -> EncodedPrompt:
 
 def tensors_of(prompt: EncodedPrompt) -> dict[str, torch.Tensor]:
     return collate([prompt], VOCABULARY, IMAGE_SIZE)
+
+
+def some_prompts(count: int, images: int = 1) -> list[EncodedPrompt]:
+    chance = random.Random(count)
+    made = []
+    for _ in range(count):
+        ids = [1, *chance.choices(range(3, 40), k=chance.randint(1, 9))]
+        pixels = chance.choices(list(IMAGES), k=images)
+        made.append(EncodedPrompt([*ids, *[FAKE_ID, IMAGE_ID, FAKE_ID] * images, 7], tuple(pixels)))
+    return made
+
+
+def engine(network: IdeficsForVisionText2Text, rows: int = 4) -> Engine:
+    return Engine(network, VOCABULARY, rows)
+
+
+def decode(runner: Engine, some: list[EncodedPrompt], chosen: DecodingOptions) -> list[list[Hypothesis]]:
+    """In the order of the prompts, each exactly once."""
+    results = list(stream(runner, IterableSource(some), chosen))
+    assert sorted(index for index, _ in results) == list(range(len(some)))
+    return [hypotheses for _, hypotheses in sorted(results, key=lambda result: result[0])]
+
+
+def assert_same(got: list[Hypothesis], expected: list[Hypothesis]) -> None:
+    expected = [each for each in expected if each.score > -1e8]  # transformers fills up with texts that are none
+    assert [each.token_ids for each in got] == [each.token_ids for each in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.score == pytest.approx(theirs.score, abs=1e-4, rel=2e-5)
+
+
+def watch_decoding(monkeypatch: pytest.MonkeyPatch, watch: Callable[[PrefillMemory | DecodeMemory], None]) -> None:
+    """`watch` sees the memory of each pass over the first model, before it."""
+    decode = MODELS[0].model.decode
+
+    def watched(states: torch.Tensor, positions: torch.Tensor, memory: PrefillMemory | DecodeMemory) -> torch.Tensor:
+        watch(memory)
+        return decode(states, positions, memory)
+
+    monkeypatch.setattr(MODELS[0].model, "decode", watched)
+
+
+def run_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, is_too_much: Callable[[PrefillMemory | DecodeMemory], bool]
+) -> None:
+    def scarce(memory: PrefillMemory | DecodeMemory) -> None:
+        if is_too_much(memory):
+            raise torch.OutOfMemoryError("no more")
+
+    watch_decoding(monkeypatch, scarce)

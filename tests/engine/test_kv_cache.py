@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,20 +123,3 @@ def test_rows_that_stay_are_compacted(done: list[bool]) -> None:
     for name, tensor in tensors.items():
         assert torch.equal(tensor[: len(sources)], before[name][sources]), name
         assert torch.equal(tensor[len(sources) :], before[name][len(sources) :]), name
-
-
-def test_a_store_that_grows_keeps_what_it_holds() -> None:
-    store = tree(3, 6)
-    for tensor in (*store.key_values, store.image_key_values):
-        tensor.normal_()
-    store.grow(1, 4, 9)
-    store.advance(slice(0, 1), torch.zeros(1, 3, dtype=torch.long))
-    before = copy.deepcopy(vars(store))
-    store.grow(3, 7, 12)
-    assert (store.rows, store.prompt_slots, store.tree_slots) == (3, 7, 18)
-    for old, new in zip(before["key_values"], store.key_values, strict=True):
-        assert torch.equal(new[:, :1, :, 3:], old), "both parts stay where they meet"
-        assert not new[:, 1:].any() and not new[:, :, :, :3].any()
-    assert torch.equal(store.image_key_values[:, :, :1], before["image_key_values"])
-    assert torch.equal(store.ancestors[:1], before["ancestors"])
-    assert torch.equal(store.newest[:1], before["newest"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ from prompts_for_tests import (
     SHAPES,
     VOCABULARY,
     after_shots,
+    engine,
     model,
     prompts,
+    run_out_of_memory,
     words,
 )
 from tiny_models import IMAGE_SIZE, tiny_config
@@ -27,13 +29,10 @@ from transformers import IdeficsForVisionText2Text as TheirModel
 from idefics_cli.engine import likelihood, prefill
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import Scoring
-from idefics_cli.engine.prefill import QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedChoices, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
-from idefics_cli.engine.tree_attention import PrefillMemory
 from idefics_cli.errors import IdeficsError
-from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 choice_lists = st.lists(st.lists(words, min_size=1, max_size=6).map(tuple), min_size=1, max_size=5)
 few = settings(max_examples=15, deadline=None)
@@ -55,10 +54,6 @@ def plainly(network: torch.nn.Module, prompt: EncodedChoices) -> list[float]:
     told = [each[-len(ids) - 1 : -1].log_softmax(-1) for each, ids in zip(logits, prompt.choice_ids, strict=True)]
     chosen = [each.gather(-1, torch.tensor(ids)[:, None]) for each, ids in zip(told, prompt.choice_ids, strict=True)]
     return [float(each.sum()) for each in chosen]
-
-
-def engine(network: IdeficsForVisionText2Text, rows: int = 4) -> Engine:
-    return Engine(network, VOCABULARY, rows)
 
 
 def score(runner: Engine, some: Sequence[EncodedChoices]) -> list[list[float]]:
@@ -84,10 +79,12 @@ def some_questions(count: int, num_choices: int = 3) -> list[EncodedChoices]:
 
 
 @few
-@given(model, st.lists(questions, min_size=1, max_size=6), st.sampled_from([1, 2, 4, 9]))
-def test_choices_are_as_likely_as_the_plain_forward_pass_finds_them(network, some, rows) -> None:
-    for prompt, got in zip(some, score(engine(network, rows), some), strict=True):
-        assert_close(got, plainly(network, prompt))
+@given(st.sampled_from(range(len(SHAPES))), st.lists(questions, min_size=1, max_size=6), st.sampled_from([1, 2, 4, 9]))
+def test_choices_are_as_likely_as_transformers_forward_pass_finds_them(place, some, rows) -> None:
+    theirs = TheirModel(tiny_config(SHAPES[place])).eval()
+    theirs.load_state_dict(MODELS[place].state_dict())
+    for prompt, got in zip(some, score(engine(MODELS[place], rows), some), strict=True):
+        assert_close(got, plainly(theirs, prompt))
 
 
 @few
@@ -100,14 +97,6 @@ def test_a_shared_start_changes_nothing(network, shots, some) -> None:
             assert_close(got, plainly(network, prompt))
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.sampled_from(range(len(SHAPES))), questions)
-def test_transformers_finds_the_same(place, prompt) -> None:
-    theirs = TheirModel(tiny_config(SHAPES[place])).eval()
-    theirs.load_state_dict(MODELS[place].state_dict())
-    assert_close(score(engine(MODELS[place]), [prompt])[0], plainly(theirs, prompt))
-
-
 @few
 @given(model, st.lists(questions, min_size=2, max_size=6), st.integers(1, 12))
 def test_company_and_the_number_of_choices_in_a_row_change_nothing(network, some, most_tokens) -> None:
@@ -117,17 +106,6 @@ def test_company_and_the_number_of_choices_in_a_row_change_nothing(network, some
         patch.setattr(likelihood, "PLACES_AT_ONCE", most_tokens)
         for got, wanted in zip(score(engine(network), some), expected, strict=True):
             assert_close(got, wanted)
-
-
-@given(choice_lists, st.integers(1, 12))
-def test_rows_hold_every_choice_once_in_order(choice_ids, most_tokens) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefill, "CHOICE_TOKENS_PER_ROW", most_tokens)
-        rows = QueuedPrompt.of(0, asked(EncodedPrompt([1]), choice_ids), IMAGE_ID).in_rows()
-    assert [ids for row in rows for ids in row.choice_ids] == choice_ids
-    for row in rows:
-        assert len(row.choice_ids) == 1 or sum(map(len, row.choice_ids)) <= most_tokens
-        assert row.choice_ids[0] == choice_ids[row.first_choice]
 
 
 def test_a_prompt_is_read_once_and_choices_cost_their_own_tokens() -> None:
@@ -149,22 +127,11 @@ def test_shots_are_read_once_for_all_rows() -> None:
     assert runner.times.prompt_tokens == own + len(shots.input_ids)
 
 
-def end_memory(monkeypatch: pytest.MonkeyPatch, is_too_much: Callable[[PrefillMemory], bool]) -> None:
-    decode = MODELS[0].model.decode
-
-    def scarce(states: torch.Tensor, positions: torch.Tensor, memory: PrefillMemory) -> torch.Tensor:
-        if is_too_much(memory):
-            raise torch.OutOfMemoryError("no more")
-        return decode(states, positions, memory)
-
-    monkeypatch.setattr(MODELS[0].model, "decode", scarce)
-
-
 @pytest.mark.parametrize("limit", [1, 3])
 def test_where_memory_ends_rows_are_halved(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     some = some_questions(9)
     expected = score(engine(MODELS[0]), some)
-    end_memory(monkeypatch, lambda memory: memory.rows.num_rows > limit)
+    run_out_of_memory(monkeypatch, lambda memory: memory.rows.num_rows > limit)
     for got, wanted in zip(score(engine(MODELS[0], 8), some), expected, strict=True):
         assert_close(got, wanted)
 
@@ -175,7 +142,7 @@ def test_choices_that_do_not_fit_together_are_halved_and_one_too_large_ends_its_
     some = some_questions(4, num_choices=5)
     some[2] = asked(some[2], [(5, 6), (7,) * 60, (8,), (9, 9)])
     expected = [plainly(MODELS[0], prompt) for prompt in some]
-    end_memory(monkeypatch, lambda memory: memory.rows.width > 18)
+    run_out_of_memory(monkeypatch, lambda memory: memory.rows.width > 18)
     got = score(engine(MODELS[0]), some)
     assert got.pop(2) == TOO_LARGE and expected.pop(2)
     for scores, wanted in zip(got, expected, strict=True):

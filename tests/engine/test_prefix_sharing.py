@@ -6,8 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prompts_for_tests import END_ID, FAKE_ID, IMAGE_ID, IMAGES, MODELS, VOCABULARY, tensors_of
-from test_engine import assert_same, decode, engine, some_prompts, watch_decoding
+from prompts_for_tests import (
+    END_ID,
+    FAKE_ID,
+    IMAGE_ID,
+    IMAGES,
+    MODELS,
+    VOCABULARY,
+    assert_same,
+    decode,
+    engine,
+    some_prompts,
+    tensors_of,
+    watch_decoding,
+)
 from test_likelihood import asked, assert_close, plainly, score
 
 from idefics_cli.engine import reference

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from prompts_for_tests import IMAGE_ID, IMAGES, MODELS, after_shots
-from test_engine import assert_same, decode, engine, some_prompts
+from prompts_for_tests import IMAGE_ID, IMAGES, MODELS, after_shots, assert_same, decode, engine, some_prompts
 
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prefill import WINDOWS_AHEAD, QueuedPrompt, common_start

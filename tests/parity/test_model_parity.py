@@ -76,19 +76,13 @@ def loss_by_hand(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -(chosen * counted).sum() / counted.sum()
 
 
-@pytest.mark.parametrize("num_beams", [1, 3, 5])
+@pytest.mark.parametrize(("num_beams", "use_cache"), [(1, True), (3, True), (5, True), (3, False)])
 @pytest.mark.parametrize("shape", whole_grid(SAMPLE[:4]))
-def test_generate(shape: Shape, num_beams: int) -> None:
+def test_generate(shape: Shape, num_beams: int, use_cache: bool) -> None:
     ours, theirs = pair(shape)
     inputs = random_inputs(ours.config)
-    settings = {"num_beams": num_beams, "max_new_tokens": 12, "do_sample": False, "eos_token_id": [5, 9]}
-    assert torch.equal(ours.generate(**inputs, **settings), theirs.generate(**inputs, **settings))
-
-
-def test_generate_without_a_cache() -> None:
-    ours, theirs = pair(SAMPLE[0])
-    inputs = random_inputs(ours.config)
-    settings = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "use_cache": False}
+    settings = {"num_beams": num_beams, "max_new_tokens": 12, "do_sample": False, "use_cache": use_cache}
+    settings["eos_token_id"] = [5, 9]
     assert torch.equal(ours.generate(**inputs, **settings), theirs.generate(**inputs, **settings))
 
 

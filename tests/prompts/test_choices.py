@@ -1,19 +1,13 @@
-"""Answers to choose from: their tokens after a prompt, how scores are normalised, and `Idefics.score` over both."""
+"""Answers to choose from: what they are, their tokens after a prompt, and how scores are normalised."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from tiny_models import save_checkpoint
 from tiny_tokenizers import INSTRUCT_TOKENS, llama_tokenizer, verbatim_tokenizer
 
-from idefics_cli import Idefics, IdeficsError, RowError
-from idefics_cli.engine.reference import collate
+from idefics_cli import RowError
 from idefics_cli.prompts.choices import ChoiceOptions, checked_choices, normalised, split_answers, with_answer
 from idefics_cli.prompts.templates import END_OF_UTTERANCE
 from idefics_cli.prompts.tokenize import PromptEncoder
@@ -23,16 +17,6 @@ ENCODERS = [
     for make in (llama_tokenizer, verbatim_tokenizer)
     for legacy in (True, False)
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Idefics:
-    return Idefics.from_pretrained(save_checkpoint(tmp_path_factory.mktemp("base")), batch_size=3)
-
-
-def image(seed: int = 0) -> Image.Image:
-    pixels = torch.randint(0, 256, (30, 40, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
 def test_an_answer_follows_one_blank_between_texts_only() -> None:
@@ -93,62 +77,6 @@ def test_norms() -> None:
 def test_what_is_no_list_of_texts_is_a_bad_row(choices: object) -> None:
     found = checked_choices(choices)
     assert isinstance(found, RowError) and found.code == "row_invalid"
-
-
-def log_likelihoods(model: Idefics, prompt: list, choices: list[str]) -> dict[str, tuple[float, int]]:
-    """Of each choice the sum and the number of its tokens, by plain forward passes over prompt and choice as one text.
-
-    Its tokens begin where the first of all choices' texts comes to differ from the prompt's.
-    """
-    before = model.encode(prompt, 1).input_ids
-    rows = {choice: model.encode([*prompt[:-1], f"{prompt[-1]} {choice}"], 0) for choice in choices}
-    start = next((i for i in range(len(before)) if any(row.input_ids[i] != before[i] for row in rows.values())), None)
-    start = len(before) if start is None else start
-    found = {}
-    for choice, row in rows.items():
-        with torch.no_grad():
-            inputs = collate([row], model.engine.vocabulary, model.images.image_size)
-            log_probabilities = model.model(**inputs).logits[0].log_softmax(-1)[start - 1 : -1]
-        own = torch.tensor(row.input_ids[start:])
-        found[choice] = float(log_probabilities.gather(-1, own[:, None]).sum()), len(own)
-    return found
-
-
-@pytest.mark.parametrize("norm", ["none", "tokens", "bytes"])
-def test_the_likeliest_choice_is_the_answer_and_all_are_candidates(base: Idefics, norm: str) -> None:
-    choices = ["yes", "no", "two small dogs", "a red cat on the mat"]
-    prompts = [["Image:", image(seed), "Question: what is this? Answer:"] for seed in range(4)] + [["Answer:"]]
-    for prompt, result in zip(prompts, base.score([(p, choices) for p in prompts], choice_norm=norm), strict=True):
-        known = log_likelihoods(base, prompt, choices)
-        expected = {
-            choice: total / {"none": 1, "tokens": length, "bytes": len(choice)}[norm]
-            for choice, (total, length) in known.items()
-        }
-        assert {c.text: c.score for c in result.candidates} == pytest.approx(expected, abs=1e-4)
-        assert result.text == max(expected, key=expected.get) and result.score == result.candidates[0].score
-        assert all(c.tokens == len(c.token_ids) == known[c.text][1] for c in result.candidates)
-
-
-def test_bad_rows_are_errors_among_good_ones(base: Idefics, tmp_path: Path) -> None:
-    good = (["Answer:"], ["yes", "no"])
-    asked = [good, ([tmp_path / "gone.png", "?"], ["yes"]), (["a"], []), (["word " * 400], ["yes"]), good]
-    results = base.score(asked)
-    codes = [result.error.code if result.error else None for result in results]
-    assert codes == [None, "image_missing", "row_invalid", "prompt_too_long", None]
-    assert results[0] == results[4] and results[0].text in ("yes", "no")
-
-
-def test_a_prompt_with_its_longest_choice_may_fill_the_model(base: Idefics) -> None:
-    room = base.model.config.max_position_embeddings
-    per_word = len(base.encoder.encode(("a a",))) - len(base.encoder.encode(("a",)))
-    fitting = ["a" + " a" * ((room - len(base.encoder.encode(("a a",)))) // per_word)]
-    assert base.score([(fitting, ["a"])])[0].error is None
-    assert base.score([(fitting, ["a", "a a a"])])[0].error.code == "prompt_too_long"
-
-
-def test_an_unknown_norm_is_refused(base: Idefics) -> None:
-    with pytest.raises(IdeficsError, match="use 'none', 'tokens', 'bytes'"):
-        base.score([], choice_norm="length")
 
 
 @pytest.mark.parametrize(
