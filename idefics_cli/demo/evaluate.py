@@ -58,9 +58,12 @@ def question_kind(question: str) -> str:
 def run(model: Idefics, asked: Sequence[Asked], num_beams: int) -> dict[str, list[bool]]:
     """Whether each text is right, by kind."""
     right: dict[str, list[bool]] = defaultdict(list)
-    results = model.generate((prompt for _, prompt, _ in tqdm(asked, file=sys.stderr)), num_beams=num_beams)
-    for (kind, _, expected), result in zip(asked, results, strict=True):
-        right[kind].append(result.text == expected)
+    window = 8 * model.batch_size
+    for first in tqdm(range(0, len(asked), window), file=sys.stderr):
+        chosen = asked[first : first + window]
+        results = model.generate([prompt for _, prompt, _ in chosen], num_beams=num_beams)
+        for (kind, _, expected), result in zip(chosen, results, strict=True):
+            right[kind].append(result.text == expected)
     return right
 
 
