@@ -63,7 +63,7 @@ def plain_processes(workers: int) -> Iterator[RunAll]:
 @contextmanager
 def threads(workers: int) -> Iterator[RunAll]:
     with ThreadPoolExecutor(workers) as pool:
-        yield lambda paths: list(pool.map(partial(PROCESSOR.prepare, limits=LIMITS), paths))
+        yield lambda paths: list(pool.map(partial(PROCESSOR.prepare, options=LIMITS), paths))
 
 
 @contextmanager
