@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Read when huggingface_hub is imported, by the processes too that tests start.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Read when torch is imported. Tiny networks gain nothing by threads, and lose much where other work needs the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
