@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -172,7 +173,7 @@ class RowFlow:
         self.seconds_waited = 0.0
         self._rows, self._prepare, self._leave, self._options = rows, prepare, leave, options
         self._reading = threading.Lock()  # the reader is asked by one thread at a time
-        self._unprepared: deque[tuple[int, InputRow]] = deque()  # places and rows; guarded by `_reading` and the GIL
+        self._unprepared: deque[tuple[int, InputRow]] = deque()  # places and rows that no thread has taken up
         lock = threading.Lock()  # guards all below
         self._changed, self._has_space = threading.Condition(lock), threading.Condition(lock)
         self._ready: deque[tuple[int, InputRow, Prepared]] = deque()  # places, rows and prompts not taken yet
@@ -268,10 +269,13 @@ class RowFlow:
 
     def _next_row(self) -> tuple[int, InputRow] | None:
         """The next row and its place; None at the end."""
-        with self._reading:
-            if not self._unprepared and not self._has_ended:
-                self._read()
-            return self._unprepared.popleft() if self._unprepared else None
+        while self._unprepared or not self._has_ended:
+            with suppress(IndexError):  # another thread was faster; a lock here would be contended for every row
+                return self._unprepared.popleft()
+            with self._reading:
+                if not self._unprepared and not self._has_ended:
+                    self._read()
+        return None
 
     def _read(self) -> None:
         """As many rows as are read at once, when there is space for them."""

@@ -56,7 +56,7 @@ class Template:
     instruct: bool = False
     prefix: str = ""
 
-    @property
+    @functools.cached_property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields, images among them, as often as they stand there."""
         return tuple(name for _, name in parse_text(self.text) if name is not None)
