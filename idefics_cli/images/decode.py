@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from idefics_cli.errors import RowError
 from idefics_cli.rows import ImageOptions
 from idefics_cli.storage.filenames import ADDRESS, shown
-from idefics_cli.storage.regular_file import IrregularFile, open_regular
+from idefics_cli.storage.regular_file import IrregularFile, lfs_pointer, open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 # A file's first box lists what the file is compatible with.
@@ -117,6 +117,8 @@ def _refuse_bytes(num_bytes: int, options: ImageOptions) -> RowError | None:
 def _decode(data: bytes, options: ImageOptions, side: int | None) -> Image.Image | RowError:
     if not data:
         return RowError("image_unreadable", "the file is empty")
+    if pointer := lfs_pointer(data):
+        return RowError("image_unreadable", pointer)
     is_heif = HEIF.match(data) is not None
     if is_heif and not _has_heif():
         return RowError("image_unreadable", "HEIF images need an extra: pip install 'idefics-cli[heif]'")

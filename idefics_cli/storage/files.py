@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from idefics_cli.errors import InputError
 from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, escape_name, is_hidden, shown_address
-from idefics_cli.storage.regular_file import open_regular
+from idefics_cli.storage.regular_file import POINTER_BYTES, lfs_pointer, open_regular
 
 READ_BYTES = 1 << 18
 BUFFER_BYTES = 2 << 20
@@ -78,7 +78,11 @@ class File:
     def open(self) -> BinaryIO:
         """Its bytes from the start, seekable."""
         with refusing(self.name, OSError):
-            return io.BufferedReader(self.filesystem.open(self.path, "rb"), BUFFER_BYTES)
+            stream = io.BufferedReader(self.filesystem.open(self.path, "rb"), BUFFER_BYTES)
+            pointer = lfs_pointer(stream.peek(1)) if (self.size or 0) <= POINTER_BYTES else None
+        if pointer:
+            raise InputError(f"{self.name} is {pointer}")
+        return stream
 
 
 def local_file(path: str) -> File:

@@ -6,6 +6,11 @@ import io
 import os
 import stat
 
+POINTER_BYTES = 1024  # Git LFS and git-annex write no longer ones
+POINTERS = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer: run `git lfs pull`",
+    b"/annex/objects/": "a git-annex pointer: run `git annex get`",
+}
 KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
@@ -19,6 +24,11 @@ def open_regular(path: str) -> io.FileIO:
     # then belong to another file.
     _require_regular(os.stat(path).st_mode)
     return open(path, "rb", buffering=0, opener=_open_without_waiting)
+
+
+def lfs_pointer(head: bytes) -> str | None:
+    """What a file that begins like this is, where it only stands for the real one, and how to get that."""
+    return next((remedy for start, remedy in POINTERS.items() if head.startswith(start)), None)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
