@@ -12,12 +12,13 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
+from idefics_cli.storage.regular_file import POINTER_BYTES, lfs_pointer, read_json_object
 from idefics_cli.validation import Help
 
 if TYPE_CHECKING:
@@ -62,11 +63,14 @@ class ModelRequest:
     ] = DEFAULT_MODEL
     revision: Annotated[str | None, Help("Branch, tag or commit of the hub model", metavar="NAME")] = None
     dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"],
+        Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
         Help("Number format of the weights; auto: bf16 or fp16 on CUDA, fp32 on the CPU"),
     ] = "auto"
     device: Annotated[str, Help("Where the model runs", metavar="auto|cuda|cuda:N|cpu|mps")] = "auto"
     allow_pickle: Annotated[bool, Help("Load pickled weights (weights only) if the model has no safetensors")] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,9 @@ def _downloaded(request: ModelRequest) -> Checkpoint | None:
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
-    """Our name for `dtype` where it is one of torch's; anything else as it is."""
-    return next((name for name, full in DTYPES.items() if str(dtype) == f"torch.{full}"), str(dtype))
+    """Our name for `dtype` where it is one of torch's or its name; anything else as it is."""
+    given = str(dtype).removeprefix("torch.")
+    return next((name for name, full in DTYPES.items() if given == full), str(dtype))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -212,6 +217,7 @@ def local_folder(model: str) -> Path | None:
 
 def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     """Check that it is an IDEFICS model with tokenizer and weights, and that no safetensors file is cut short."""
+    _require_config(folder)
     model_type = read_json(folder / "config.json").get("model_type")
     _require(model_type == "idefics", f"{folder} has model_type {model_type!r}: only 'idefics' can be run")
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -219,7 +225,9 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     # transformers would load an adapter silently over the checked weights, even from a pickle.
     has_adapter = (folder / "adapter_config.json").exists()
     _require(not has_adapter, f"{folder} holds an adapter beside its weights: merge it into them, or remove it")
+    _require_no_pointers(path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).is_file())
     files = weight_files(folder, SAFETENSORS)
+    _require_no_pointers(files)
     for file in files:
         _stored_shapes(file, is_pickled=False)
     if files:
@@ -232,17 +240,38 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             f"{folder} has its weights as pickles only ({pickles[0]}), which can run code: convert them to safetensors,"
             " or trust them with --allow-pickle"
         )
-    return Checkpoint(folder, weight_files(folder, PICKLES), is_pickled=True)
+    files = weight_files(folder, PICKLES)
+    _require_no_pointers(files)
+    return Checkpoint(folder, files, is_pickled=True)
+
+
+def _require_no_pointers(files: Iterable[Path]) -> None:
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                pointer = lfs_pointer(file.read(POINTER_BYTES))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}; check your access to it") from error
+        _require(pointer is None, f"{path} is {pointer}")
+
+
+def _require_config(folder: Path) -> None:
+    """Where there is none, name what the folder is."""
+    if (folder / "config.json").is_file():
+        return
+    saved = [path for path in folder.glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal()]
+    if saved:
+        newest = max(saved, key=lambda path: int(path.name.split("-", 1)[1]))
+        raise CheckpointError(f"{folder} holds checkpoints of a training: name one of them, such as {newest}")
+    raise CheckpointError(f"{folder} has no config.json: give a checkpoint's folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     _require(path.is_file(), f"{path.parent} has no {path.name}: give a checkpoint's folder")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): fetch the file again") from error
-    _require(isinstance(value, dict), f"{path} is not a JSON object: fetch the file again")
-    return value
 
 
 def weight_files(folder: Path, name: str) -> tuple[Path, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,7 @@ from idefics_cli.engine.prompt_source import (
 from idefics_cli.engine.scheduler import stream
 from idefics_cli.errors import CheckpointError, IdeficsError, RowError, first_error
 from idefics_cli.images.decode import DEFAULT_OPTIONS
-from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.images.preprocess import SETTINGS_FILES, ImageProcessor, settings_file
 from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.packed_linear import pack_linears
@@ -100,21 +101,20 @@ class Idefics:
     ) -> Idefics:
         """Load a hub id, a local folder or "demo".
 
-        `dtype`: auto, bf16, fp16, fp32 or one of torch's; `device`: auto, cpu, mps, cuda, cuda:N or one of torch's;
-        `batch_size`: prompts decoded together, by default as many as memory holds. Raises IdeficsError, which names
-        the remedy.
+        `dtype`: auto, bf16, fp16, fp32, or one of torch's or its name; `device`: auto, cpu, mps, cuda, cuda:N or one
+        of torch's; `batch_size`: prompts decoded together, by default as many as memory holds. Raises IdeficsError,
+        which names the remedy.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, least=1)
-        dtype_name = checkpoints.dtype_name(dtype)
-        request = ModelRequest(model_name(model), revision, dtype_name, str(device), allow_pickle)
+        request = ModelRequest(model_name(model), revision, dtype, str(device), allow_pickle)
         place = checkpoints.resolve_device(request.device)
         number_format = checkpoints.resolve_dtype(request.dtype, place)
         checkpoint = checkpoints.find_checkpoint(request)
         config = checkpoints.load_config(checkpoint)
         encoder = PromptEncoder(checkpoints.load_tokenizer(checkpoint))
         images = ImageProcessor.from_pretrained(checkpoint.folder)
-        _require_one_checkpoint(config, encoder, images)
+        _require_one_checkpoint(config, encoder, images, checkpoint.folder)
         network = checkpoints.load_network(checkpoint, config, place, number_format)
         if place.type == "cpu":
             pack_linears(network)
@@ -391,7 +391,9 @@ def vocabulary_of(encoder: PromptEncoder) -> Vocabulary:
     return Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id, encoder.image_token_id)
 
 
-def _require_one_checkpoint(config: IdeficsConfig, encoder: PromptEncoder, images: ImageProcessor) -> None:
+def _require_one_checkpoint(
+    config: IdeficsConfig, encoder: PromptEncoder, images: ImageProcessor, folder: Path
+) -> None:
     size, image_size = config.vocab_size + config.additional_vocab_size, config.vision_config.image_size
     largest = max(*encoder.banned_token_ids, *encoder.end_token_ids)
     if largest >= size:
@@ -399,7 +401,7 @@ def _require_one_checkpoint(config: IdeficsConfig, encoder: PromptEncoder, image
             f"the tokenizer uses token id {largest} but the model has {size} tokens: take both from one checkpoint"
         )
     if images.image_size != image_size:
+        settings = settings_file(folder) or f"{folder}, which has no {' or '.join(SETTINGS_FILES)},"
         raise CheckpointError(
-            f"preprocessor_config.json resizes to {images.image_size} but the model takes {image_size}: "
-            "take both files from one checkpoint"
+            f"{settings} resizes to {images.image_size} but the model takes {image_size}: take both from one checkpoint"
         )

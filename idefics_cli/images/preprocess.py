@@ -5,7 +5,6 @@ Worker processes import this module, so torch is imported only where a tensor is
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +17,14 @@ from PIL import Image
 from idefics_cli.errors import CheckpointError, RowError
 from idefics_cli.images.decode import DEFAULT_OPTIONS, load_image
 from idefics_cli.rows import ImageOptions
+from idefics_cli.storage.regular_file import read_json_object
 
 if TYPE_CHECKING:
     import torch
 
 FIXED_SETTINGS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "resample": 3}
+SETTINGS_FILES = ("processor_config.json", "preprocessor_config.json")
+WITHIN_JOINT = "image_processor"  # the key of the first file that has the content of the second
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,14 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> ImageProcessor:
-        """What the checkpoint's `preprocessor_config.json` says, and the published values where it is silent or absent.
+        """What the checkpoint's `settings_file` says, and the published values where it is silent or absent.
 
         Raises CheckpointError for a file that cannot be read or asks for other steps than these.
         """
-        path = Path(folder) / "preprocessor_config.json"
+        path = settings_file(folder)
         try:
-            return cls(**_image_settings(json.loads(path.read_text(encoding="utf-8"))))
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            return cls() if path is None else cls(**_image_settings(_read_settings(path)))
+        except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{path} cannot be used ({type(error).__name__}: {error}): restore the published file"
             ) from error
@@ -79,8 +79,29 @@ class ImageProcessor:
         return array if isinstance(array, RowError) else torch.from_numpy(array)
 
 
+def settings_file(folder: str | os.PathLike) -> Path | None:
+    """Where the image processor's settings are: `processor_config.json` where it holds them, as transformers 5 writes
+    it and prefers it, else `preprocessor_config.json`."""
+    joint, own = (Path(folder) / name for name in SETTINGS_FILES)
+    try:
+        if WITHIN_JOINT in read_json_object(joint):
+            return joint
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):
+        return joint
+    return own if own.exists() else None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    settings = read_json_object(path)
+    return settings[WITHIN_JOINT] if path.name == SETTINGS_FILES[0] else settings
+
+
 def _image_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of ImageProcessor from a `preprocessor_config.json` of 2023 (`image_size`) or of today (`size`)."""
+    if not isinstance(config, dict):
+        raise TypeError(f"{WITHIN_JOINT} is not an object")
     for key, value in FIXED_SETTINGS.items():
         if config.get(key) not in (None, value):
             raise ValueError(f"{key}={config[key]!r} is not what IDEFICS was trained with")

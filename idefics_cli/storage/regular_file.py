@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import stat
+from typing import Any
 
 POINTER_BYTES = 1024  # Git LFS and git-annex write no longer ones
 POINTERS = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer: run `git lfs pull`",
     b"/annex/objects/": "a git-annex pointer: run `git annex get`",
 }
+MAX_JSON_BYTES = 16 << 20
 KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
@@ -29,6 +32,23 @@ def open_regular(path: str) -> io.FileIO:
 def lfs_pointer(head: bytes) -> str | None:
     """What a file that begins like this is, where it only stands for the real one, and how to get that."""
     return next((remedy for start, remedy in POINTERS.items() if head.startswith(start)), None)
+
+
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in a local file. Raises OSError, or ValueError for another content and for more than 16 MB."""
+    with open_regular(os.fspath(path)) as file:
+        if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+            raise ValueError(f"has more than {MAX_JSON_BYTES >> 20} MB")
+        data = file.readall()
+    if pointer := lfs_pointer(data):
+        raise ValueError(f"is {pointer}")
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("is nested too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError("is not a JSON object")
+    return value
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
