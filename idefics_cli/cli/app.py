@@ -153,7 +153,10 @@ def score(
 
 
 @app.command()
-@flattened("min_new_tokens", "length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences")
+@flattened(
+    *("min_new_tokens", "length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences"),
+    *("repetition_penalty", "do_sample", "temperature", "top_k", "top_p"),
+)
 def bench(context: typer.Context, options: BenchOptions, debug: DebugFlag = False) -> None:
     """Measure speed on this machine, beside transformers, with the distance to the hardware's floor.
 

@@ -41,6 +41,7 @@ def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Cal
             command(**values)
 
         shown = [each for name in parameters for each in _shown(parameters[name], hints[name], left_out, own)]
+        shown = list({each.name: each for each in shown}.values())  # what two dataclasses have is one option
         flat.__name__, flat.__doc__ = command.__name__, command.__doc__
         flat.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         flat.__annotations__ = {each.name: each.annotation for each in shown}

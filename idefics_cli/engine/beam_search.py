@@ -1,8 +1,9 @@
-"""One step of beam search as pure tensor functions over (rows, beams); greedy search is one beam.
+"""One step of decoding as pure tensor functions over (rows, beams): beam search, greedy search and sampling.
 
-The semantics are those of transformers' `GenerationMixin._beam_search` (generation/utils.py): the same candidates, the
-same scores, the same stopping. But every row keeps its own length, so rows may start and end at different times, and
-nothing here reads a tensor's value on the host. Tensors in, tensors out: no model, no cache, no text.
+The semantics are those of transformers' `GenerationMixin._beam_search` and `_sample` (generation/utils.py): the same
+candidates, the same scores, the same stopping, and with the same draws the same samples. But every row keeps its own
+length, so rows may start and end at different times, and nothing here reads a tensor's value on the host. Tensors in,
+tensors out: no model, no cache, no text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from idefics_cli.engine.options import DecodingOptions, Vocabulary
+from idefics_cli.engine.sampling import sample, warp
 
 NEVER = -1.0e9  # transformers' stand-in for "not a candidate": finite, so that sums of it stay ordered
 
@@ -26,6 +28,7 @@ class BeamRules:
     `forbidden` (tokens,) are never written, `end_ids` (tokens,) end a text, as `ends` (vocabulary,) says too,
     `penalties` (max_new_tokens + 1,) is length ** length_penalty. `banned_last` (sequences,) is not written where
     `banned_start` (sequences, tokens) stands right before it, padded on the left with −1, which any token matches.
+    A step looks at `num_candidates` continuations of a row's beams, and draws `num_draws` times.
     """
 
     options: DecodingOptions
@@ -36,6 +39,7 @@ class BeamRules:
     ends: Tensor
     penalties: Tensor
     num_candidates: int
+    num_draws: int
 
     @classmethod
     def of(
@@ -45,15 +49,15 @@ class BeamRules:
         vocabulary: Vocabulary,
         device: torch.device | str = "cpu",
     ) -> BeamRules:
-        if options.num_beams == 1:
-            # `generate` with one beam is greedy search: its text is over at the first end token, whatever may follow.
-            options = replace(options, early_stopping=True)
         ends, banned = vocabulary.end_token_ids, vocabulary.banned_sequences
         # As in transformers, an end token alone is not banned: texts must end.
         singles = [ids[0] for ids in banned if len(ids) == 1 and ids[0] not in ends]
         several, width = [ids for ids in banned if len(ids) > 1], longest_start(banned)
         starts = [[-1] * (width + 1 - len(ids)) + list(ids[:-1]) for ids in several]
         lengths = range(options.max_new_tokens + 1)
+        # Even if every beam's best token ends its text, enough candidates are left to continue with.
+        num_candidates = max(2, 1 + len(ends)) * options.num_beams
+        num_choices = num_candidates if options.num_beams > 1 else options.num_paths
         ids_of = partial(torch.tensor, dtype=torch.long, device=device)
         return cls(
             options,
@@ -63,8 +67,8 @@ class BeamRules:
             end_ids=ids_of(ends),
             ends=torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill(0, ids_of(ends), True),
             penalties=torch.tensor([float(max(each, 1)) ** options.length_penalty for each in lengths], device=device),
-            # Even if every beam's best token ends its text, enough candidates are left to continue with.
-            num_candidates=max(2, 1 + len(ends)) * options.num_beams,
+            num_candidates=num_candidates,
+            num_draws=num_choices if options.do_sample else 0,
         )
 
 
@@ -80,6 +84,9 @@ class BeamState:
     Running beams, best first: `scores` (rows, beams), `tokens` (rows, beams, max_new_tokens), all of length `length`
     (rows,). Finished texts, best first: `final_scores`, `final_tokens`, `final_lengths` and `is_final` likewise.
     `improvable` (rows,): a running beam may still beat a finished text. `done` (rows,): the row's search is over.
+    `draws` (rows, max_new_tokens, draws): numbers from 0 to 1 that each step samples by.
+
+    With one beam per text (greedy, samples) a path stays in its place, and so does its finished text.
     """
 
     scores: Tensor
@@ -91,12 +98,13 @@ class BeamState:
     is_final: Tensor
     improvable: Tensor
     done: Tensor
+    draws: Tensor
 
     @classmethod
-    def start(cls, rows: int, options: DecodingOptions, device: torch.device | str = "cpu") -> BeamState:
-        """Only the first beam counts at first: the others would repeat it."""
-        beams, longest = options.num_beams, options.max_new_tokens
-        scores = torch.full((rows, beams), NEVER, device=device)
+    def start(cls, draws: Tensor, options: DecodingOptions) -> BeamState:
+        """Of beams only the first counts at first: the others would repeat it."""
+        rows, beams, longest, device = len(draws), options.num_paths, options.max_new_tokens, draws.device
+        scores = torch.full((rows, beams), NEVER if options.num_beams > 1 else 0.0, device=device)
         scores[:, 0] = 0.0
         return cls(
             scores=scores,
@@ -108,6 +116,7 @@ class BeamState:
             is_final=torch.zeros(rows, beams, dtype=torch.bool, device=device),
             improvable=torch.ones(rows, dtype=torch.bool, device=device),
             done=torch.zeros(rows, dtype=torch.bool, device=device),
+            draws=draws,
         )
 
     def pick(self, rows: Tensor) -> BeamState:
@@ -121,15 +130,68 @@ class BeamState:
         return BeamState(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
 
-def beam_step(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> tuple[BeamState, Tensor]:
+def step(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> tuple[BeamState, Tensor]:
     """Write one token to every beam: logits (rows, beams, vocabulary) -> the next state and each new beam's parent.
 
     Parents are (rows, beams), indices among the row's old beams. `context` (rows, prompt tokens), padded on the left
-    with −1, is what n-gram blocking and banned sequences look at before the generated tokens.
+    with −1, is what n-gram blocking, banned sequences and the penalty look at before the generated tokens.
     """
+    return (beam_step if rules.options.num_beams > 1 else path_step)(logits, state, rules, context)
+
+
+def path_step(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> tuple[BeamState, Tensor]:
+    """`step` where each beam is a text of its own: greedy search, or samples.
+
+    A score is the sum of the model's own log-probabilities, whatever a token was chosen by. A text is over at its first
+    end token; until the row's others are, what is written after it means nothing.
+    """
+    options, logits = rules.options, logits.float()
+    choice = allowed_scores(logits.clone(), state, rules, context)
+    if options.do_sample:
+        draws = drawn_now(state)[:, :, None]  # (rows, beams, 1)
+        tokens = sample(warp(choice, options, keep=1), draws)  # (rows, beams, 1)
+    else:
+        tokens = choice.argmax(dim=2, keepdim=True)
+    chosen = choice.gather(2, tokens).squeeze(2)  # −inf: nothing may be written
+    log_probabilities = logits.gather(2, tokens).squeeze(2) - logits.logsumexp(dim=2)
+    scores = state.scores + torch.where(chosen == -torch.inf, chosen, log_probabilities)
+    length = state.length + 1  # (rows,)
+    tokens = tokens.squeeze(2)  # (rows, beams)
+    parents = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    sequences = extended(state, parents, tokens)
+    stops = rules.ends[tokens] | (length >= options.max_new_tokens)[:, None] | ~scores.isfinite()
+    ends_now = stops & ~state.is_final
+    penalised = scores / rules.penalties[length.clamp(max=options.max_new_tokens)][:, None]
+    is_final = state.is_final | stops
+    stepped = replace(
+        state,
+        scores=scores,
+        tokens=sequences,
+        length=length,
+        final_scores=torch.where(ends_now, penalised, state.final_scores),
+        final_tokens=torch.where(ends_now[:, :, None], sequences, state.final_tokens),
+        final_lengths=torch.where(ends_now, length[:, None], state.final_lengths),
+        is_final=is_final,
+        done=is_final.all(dim=1),
+    )
+    return stepped, parents
+
+
+def drawn_now(state: BeamState) -> Tensor:
+    """The numbers that this step samples by, (rows, draws)."""
+    now = state.length.clamp(max=state.draws.shape[1] - 1)[:, None, None]
+    return state.draws.gather(1, now.expand(-1, 1, state.draws.shape[2])).squeeze(1)
+
+
+def beam_step(logits: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> tuple[BeamState, Tensor]:
+    """`step` of beam search, or of sampling from what it would choose from."""
     options = rules.options
     log_probabilities = allowed_log_probabilities(logits, state, rules, context)
-    scores, parents, tokens = candidates(log_probabilities, state.scores, rules.num_candidates)
+    if options.do_sample:
+        log_probabilities = warp(log_probabilities, options, keep=len(rules.end_ids) + 1)
+        scores, parents, tokens = sampled_candidates(log_probabilities, state)
+    else:
+        scores, parents, tokens = candidates(log_probabilities, state.scores, rules.num_candidates)
     length = state.length + 1  # (rows,)
     stops = rules.ends[tokens] | (length >= options.max_new_tokens)[:, None]  # (rows, candidates)
     sequences = extended(state, parents, tokens)  # (rows, candidates, max_new_tokens)
@@ -158,25 +220,37 @@ def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules
 
     The vocabulary is gone through as seldom as it can be: only the few tokens that are not allowed are written to.
     """
-    log_probabilities = logits.float().log_softmax(dim=-1)  # of this function alone: changed in place below
-    log_probabilities.index_fill_(2, rules.forbidden, -torch.inf)
+    return allowed_scores(logits.float().log_softmax(dim=-1), state, rules, context)
+
+
+def allowed_scores(scores: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> Tensor:
+    """`scores` (rows, beams, vocabulary), which are changed in place: −inf where a token may not be written."""
+    if rules.options.repetition_penalty != 1.0:
+        penalise_repetition(scores, known_tokens(state, context), rules.options.repetition_penalty)
+    scores.index_fill_(2, rules.forbidden, -torch.inf)
     if rules.options.min_new_tokens:
         too_short = (state.length < rules.options.min_new_tokens)[:, None, None]
-        log_ends = log_probabilities[..., rules.end_ids].masked_fill(too_short, -torch.inf)
-        log_probabilities.index_copy_(2, rules.end_ids, log_ends)
+        scores.index_copy_(2, rules.end_ids, scores[..., rules.end_ids].masked_fill(too_short, -torch.inf))
     if rules.options.no_repeat_ngram_size:
-        log_probabilities.masked_fill_(repeated_ngrams(state, context, rules), -torch.inf)
+        scores.masked_fill_(repeated_ngrams(state, context, rules), -torch.inf)
     if len(rules.banned_last):
-        add_bans(log_probabilities, state, rules, context)
-    return log_probabilities
+        add_bans(scores, state, rules, context)
+    return scores
 
 
-def add_bans(log_probabilities: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> None:
+def penalise_repetition(scores: Tensor, known: Tensor, penalty: float) -> None:
+    """Make the tokens of prompt and text less likely, in place, each once (Keskar et al. 2019, section 4.1)."""
+    tokens = torch.where(known < 0, known.amax(dim=2, keepdim=True), known)  # where there is none, any of the others
+    found = scores.gather(2, tokens)
+    scores.scatter_(2, tokens, torch.where(found < 0, found * penalty, found / penalty))
+
+
+def add_bans(scores: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> None:
     """−inf, in place, on tokens that would complete a banned sequence."""
     recent = last_tokens(known_tokens(state, context), state, rules.banned_start.shape[1])  # (rows, beams, tokens)
     same = (recent[:, :, None] == rules.banned_start) | (rules.banned_start < 0)
     penalties = torch.zeros(same.shape[:3], device=same.device).masked_fill(same.all(dim=-1), -torch.inf)
-    log_probabilities.scatter_add_(2, rules.banned_last.expand_as(penalties), penalties)
+    scores.scatter_add_(2, rules.banned_last.expand_as(penalties), penalties)
 
 
 def repeated_ngrams(state: BeamState, context: Tensor, rules: BeamRules) -> Tensor:
@@ -217,6 +291,14 @@ def candidates(log_probabilities: Tensor, scores: Tensor, count: int) -> tuple[T
     best, tokens = log_probabilities.topk(per_beam, dim=2)  # (rows, beams, per beam): no more of one beam can count
     total, places = (best + scores[:, :, None]).flatten(1).topk(count, dim=1)
     return total, places // per_beam, tokens.flatten(1).gather(1, places)
+
+
+def sampled_candidates(log_probabilities: Tensor, state: BeamState) -> tuple[Tensor, Tensor, Tensor]:
+    """As `candidates`, drawn without repetition in place of the best: the order is that of the draws."""
+    total = (log_probabilities + state.scores[:, :, None]).flatten(1)
+    places = sample(total, drawn_now(state))
+    vocab_size = log_probabilities.shape[2]
+    return total.gather(1, places), places // vocab_size, places % vocab_size
 
 
 def extended(state: BeamState, parents: Tensor, tokens: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class KVStore:
     def __init__(self, config: IdeficsConfig, options: DecodingOptions, device: torch.device, dtype: torch.dtype):
         self.rows = self.prompt_slots = self.tree_slots = self.used = 0
         self.widths: list[int] = []  # of the rows in use; `prompt_widths` on the host
-        self.num_beams, self.max_new_tokens = options.num_beams, options.max_new_tokens
+        self.num_beams, self.max_new_tokens = options.num_paths, options.max_new_tokens
         heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         gated_layers = -(-config.num_hidden_layers // config.cross_layer_interval)
 

@@ -10,20 +10,25 @@ from typing import Annotated, Any, Literal, get_type_hints
 from idefics_cli.errors import IdeficsError
 from idefics_cli.validation import Help, help_of, whole_number
 
+NUM_BEAMS, TOP_K = 3, 50  # the latter as in transformers
 LARGEST_PENALTY = 10.0  # a length to a higher power is soon more than a float holds
 LARGEST_FACTOR = 1e5  # of sums of log-probabilities, which are told from "none", −1e9, in transformers as here
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """Beam search as `transformers.GenerationMixin.generate` means it; greedy is one beam.
+    """Beam search and sampling as `transformers.GenerationMixin.generate` means them; greedy is one beam.
 
+    `num_beams` None is 3, or 1 with `do_sample`, which draws `num_return_sequences` texts each by itself; with several
+    beams it draws what beam search would choose. The same prompt and `seed` draw the same texts in any batch.
     `early_stopping`: True stops when `num_beams` texts have ended, False when no better one is likely, "never" when
     none is possible. `length_penalty` is the exponent of the length that a sum of log-probabilities is divided by.
     `no_repeat_ngram_size` 0 allows repetition. Raises IdeficsError for a value or a combination that means nothing.
     """
 
-    num_beams: Annotated[int, Help("Number of beams; 1 is greedy decoding", min=1)] = 3
+    num_beams: Annotated[
+        int | None, Help("Number of beams; 1 is greedy decoding", min=1, default=f"{NUM_BEAMS}, 1 with --do-sample")
+    ] = None
     max_new_tokens: Annotated[int, Help("Maximum new tokens", min=1)] = 30
     min_new_tokens: Annotated[int, Help("Minimum new tokens", min=0)] = 0
     length_penalty: Annotated[float, Help("Scores are divided by length to this power")] = 1.0
@@ -31,15 +36,28 @@ class DecodingOptions:
         bool | Literal["never"], Help("Stop as soon as there are as many finished texts as beams")
     ] = True
     no_repeat_ngram_size: Annotated[int, Help("Never repeat an n-gram of this size; 0 allows repetition", min=0)] = 0
+    repetition_penalty: Annotated[
+        float, Help("Above 1: tokens of the prompt and of the text so far become less likely")
+    ] = 1.0
     num_return_sequences: Annotated[
         int, Help("Texts per row, best first; more than one adds a `candidates` column", min=1)
     ] = 1
+    do_sample: Annotated[bool, Help("Draw tokens by their probability")] = False
+    temperature: Annotated[float, Help("With --do-sample: below 1 is less random, above 1 more")] = 1.0
+    top_k: Annotated[int, Help("With --do-sample: only the K likeliest tokens; 0 is all", min=0)] = TOP_K
+    top_p: Annotated[float, Help("With --do-sample: only the likeliest tokens, up to this probability")] = 1.0
+    seed: Annotated[int, Help("Random seed", min=0)] = 0
 
     def __post_init__(self) -> None:
+        if self.num_beams is None:
+            object.__setattr__(self, "num_beams", 1 if self.do_sample else NUM_BEAMS)
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             least = help_of(hint).min
             if least is not None:
                 object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        for name, most in (("repetition_penalty", math.inf), ("temperature", math.inf), ("top_p", 1.0)):
+            self._check_positive(name, most)
+        self._check_sampling()
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise IdeficsError(f"invalid early_stopping {self.early_stopping!r}: use True, False or 'never'")
         self._check_length_penalty()
@@ -47,11 +65,29 @@ class DecodingOptions:
             raise IdeficsError(
                 f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}: lower it"
             )
-        if self.num_return_sequences > self.num_beams:
+        if self.num_return_sequences > self.num_paths:
             raise IdeficsError(
                 f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}: lower it, "
                 "or raise num_beams"
             )
+
+    @property
+    def num_paths(self) -> int:
+        """How many texts of a row are decoded side by side: its beams, or its samples."""
+        return self.num_return_sequences if self.do_sample and self.num_beams == 1 else self.num_beams
+
+    def _check_sampling(self) -> None:
+        usual = {"temperature": 1.0, "top_k": TOP_K, "top_p": 1.0}
+        useless = next((name for name, value in usual.items() if getattr(self, name) != value), None)
+        if useless and not self.do_sample:
+            raise IdeficsError(f"{useless} has no effect unless tokens are drawn: add do_sample (--do-sample)")
+
+    def _check_positive(self, name: str, most: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real) or not (0 < value <= most and math.isfinite(value)):
+            bounds = "above 0" if most == math.inf else f"above 0, at most {most:g}"
+            raise IdeficsError(f"invalid {name} {value!r}: use a number {bounds}")
+        object.__setattr__(self, name, float(value))
 
     def _check_length_penalty(self) -> None:
         if not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= LARGEST_PENALTY:

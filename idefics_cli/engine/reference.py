@@ -50,7 +50,11 @@ def collate(encoded: Sequence[EncodedPrompt], vocabulary: Vocabulary, image_size
 
 def generation_config(options: DecodingOptions, vocabulary: Vocabulary) -> GenerationConfig:
     return GenerationConfig(
-        do_sample=False,
+        do_sample=options.do_sample,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
         num_beams=options.num_beams,
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens or None,

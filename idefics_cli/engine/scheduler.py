@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from idefics_cli.engine.beam_search import NEVER, BeamRules, BeamState, beam_step, longest_start
+from idefics_cli.engine.beam_search import NEVER, BeamRules, BeamState, longest_start, step
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.kv_cache import NO_PREFIX, KVStore
 from idefics_cli.engine.memory_budget import attempt
@@ -21,6 +21,7 @@ from idefics_cli.engine.prefill import PrefillBatch, PromptQueue, QueuedPrompt
 from idefics_cli.engine.prompt_source import PromptSource
 from idefics_cli.engine.reference import until_end
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
+from idefics_cli.engine.sampling import random_draws
 from idefics_cli.engine.tree_attention import DecodeMemory
 from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.errors import RowError
@@ -51,7 +52,7 @@ class Scheduler:
         config, device = engine.model.config, engine.model.device
         self.rules = BeamRules.of(options, config.vocab_size + config.additional_vocab_size, vocabulary, device)
         self.context_length = longest_start(vocabulary.banned_sequences)  # of prompts, None for all of it
-        if options.no_repeat_ngram_size:
+        if options.no_repeat_ngram_size or options.repetition_penalty != 1.0:
             self.context_length = None
         self.overflows = Overflows(self.model.dtype)
         self._start_over()
@@ -62,7 +63,7 @@ class Scheduler:
         self.rows: list[QueuedPrompt] = []
         self.prefix = NO_PREFIX
         self.store = KVStore(self.model.config, self.options, device, self.model.dtype)
-        self.state = BeamState.start(0, self.options, device)
+        self.state = BeamState.start(self._draws([]), self.options)
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
 
     # ---- the loop
@@ -111,9 +112,9 @@ class Scheduler:
         logits = engine.prefill(batch, images, self.store.prompts(rows, max(batch.lengths)))
         self.store.admit(rows, batch.lengths, batch.last_images(images), batch.sees_image().to(logits.device))
         context = self._context_of(group)
-        start = BeamState.start(len(group), self.options, logits.device)
-        logits = logits[:, None].expand(-1, self.options.num_beams, -1)  # (rows, beams, vocabulary)
-        state, parents = beam_step(logits, start, self.rules, context)
+        start = BeamState.start(self._draws(group), self.options)
+        logits = logits[:, None].expand(-1, self.options.num_paths, -1)  # (rows, beams, vocabulary)
+        state, parents = step(logits, start, self.rules, context)
         self.store.advance(rows, parents)
         self.state = BeamState.join(self.state, state)
         self.context = join_contexts(self.context, context)
@@ -122,7 +123,7 @@ class Scheduler:
     def decode_step(self) -> None:
         """One token for every beam of every running row."""
         with self.engine.timed("decode"):
-            self.state, parents = beam_step(self._next_logits(), self.state, self.rules, self.context)
+            self.state, parents = step(self._next_logits(), self.state, self.rules, self.context)
             self.store.reserve(len(self.rows))
             self.store.advance(slice(len(self.rows)), parents)
         self.engine.times.steps += 1
@@ -174,9 +175,15 @@ class Scheduler:
         rows = [[-1] * (width - len(ids)) + ids for ids in ends]
         return torch.tensor(rows, dtype=torch.long, device=self.model.device).view(len(group), width)
 
+    def _draws(self, group: list[QueuedPrompt]) -> Tensor:
+        """(rows, max_new_tokens, draws)"""
+        draws = [random_draws(prompt.content, self.options, self.rules.num_draws) for prompt in group]
+        shape = (len(group), self.options.max_new_tokens, self.rules.num_draws)
+        return (torch.stack(draws) if draws else torch.empty(shape)).to(self.model.device)
+
     def _next_logits(self) -> Tensor:
         """The network over every beam's newest token: what may come next, (rows, beams, vocabulary)."""
-        num_rows, beams, model = len(self.rows), self.options.num_beams, self.model.model
+        num_rows, beams, model = len(self.rows), self.options.num_paths, self.model.model
         rows = PackedRows([beams] * num_rows, self.model.device, model.padded_length(num_rows * beams))
         memory = DecodeMemory.of(self.store, self.prefix, rows)
         steps = self.state.length - 1  # (rows,): tokens whose keys are stored
@@ -200,6 +207,7 @@ class Scheduler:
                 for score, length, ids in zip(scores, lengths, tokens, strict=True)
                 if score > NEVER / 2
             ]
+            texts.sort(key=lambda text: -text.score)  # samples end in any order
             outcomes.append(self.overflows.error if is_overflow else texts or NOTHING_ALLOWED)
         return outcomes
 

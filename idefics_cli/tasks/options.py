@@ -48,8 +48,6 @@ class ShotOptions:
             raise IdeficsError(
                 f"{'--num-shots' if self.number else '--shot-selection'} needs examples: add --shots FILE"
             )
-        if self.seed and self.selection != "random":
-            raise IdeficsError("--seed has no effect: add --shot-selection random")
         if self.number is None:
             object.__setattr__(self, "number", 0 if self.file is None else DEFAULT_SHOTS)
 
@@ -81,11 +79,14 @@ class CaptionVqaOptions:
             raise IdeficsError("-q replaces the questions of --question-column: use one of them")
         if self.questions and QUESTION not in self.prompt_fields:
             raise IdeficsError("--prompt does not show the question of -q: write {question} where it belongs")
+        if self.decoding.seed and not self.decoding.do_sample and self.shots.selection != "random":
+            raise IdeficsError("--seed has no effect: add --do-sample, or --shot-selection random")
         if self.choices.are_given:
             self._require_nothing_decoded()
 
     def _require_nothing_decoded(self) -> None:
-        usual = by_option(DecodingOptions(max_new_tokens=TASKS[self.prompts.task].max_new_tokens))
+        limit = TASKS[self.prompts.task].max_new_tokens
+        usual = by_option(DecodingOptions(max_new_tokens=limit, seed=self.decoding.seed))  # shots may be drawn too
         given = {name: value for name, value in by_option(self.decoding).items() if value != usual[name]}
         flags = [name.replace("--", "--no-") if value is False else name for name, value in given.items()]
         if self.postprocess.cut_words is not None:
@@ -137,3 +138,7 @@ class GenerateOptions:
     prompt_column: Annotated[str, Help("Column of the prompts", metavar="NAME")] = "prompt"
     postprocess: PostProcess = field(default_factory=PostProcess)
     embeddings: EmbeddingsFile = None
+
+    def __post_init__(self) -> None:
+        if self.decoding.seed and not self.decoding.do_sample:
+            raise IdeficsError("--seed has no effect: add --do-sample")

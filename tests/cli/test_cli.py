@@ -151,7 +151,7 @@ def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch, photos: Path) 
     monkeypatch.setattr(cli, "load_model", load)
     options = "--num-beams 5 --max-new-tokens 9 --min-new-tokens 2 --length-penalty 0.5 --no-early-stopping"
     options += " --no-repeat-ngram-size 2 --revision main --dtype fp32 --device cpu --allow-pickle"
-    options += " --batch-size 7"
+    options += " --repetition-penalty 1.5 --do-sample --temperature 0.5 --top-k 9 --top-p 0.8 --seed 3 --batch-size 7"
     CliRunner().invoke(cli.app, ["caption", str(photos), *options.split()], env={"IDEFICS_MODEL": "some/model"})
     assert seen[0] == (ModelRequest("some/model", "main", "fp32", "cpu", True), 7)
     assert seen[1] == {
@@ -162,7 +162,13 @@ def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch, photos: Path) 
         "length_penalty": 0.5,
         "early_stopping": False,
         "no_repeat_ngram_size": 2,
+        "repetition_penalty": 1.5,
         "num_return_sequences": 1,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 9,
+        "top_p": 0.8,
+        "seed": 3,
     }
 
 
@@ -178,6 +184,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert "invalid batch size 'none'" in refused("caption", photos, "--batch-size", "none")
     assert "--max-pixels" in refused("caption", photos, "--max-pixels", "0")
     assert "num_return_sequences" in refused("caption", photos, "--num-beams", "2", "--num-return-sequences", "3")
+    assert "add do_sample (--do-sample)" in refused("caption", photos, "--temperature", "0.5")
     assert "--bogus" in refused("caption", photos, "--bogus")
     assert "INPUT" in refused("caption")
     assert "ends in .jsonl or .parquet" in refused("caption", photos, "-o", tmp_path / "f.csv")

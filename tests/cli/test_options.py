@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -22,7 +22,7 @@ from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import PromptOptions
 from idefics_cli.rows import ImageOptions, ReadOptions, parse_keep, parse_shard
-from idefics_cli.tasks.options import CaptionVqaOptions, ShotOptions
+from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions, ShotOptions
 from idefics_cli.validation import Help
 
 # ---- dataclasses on the command line
@@ -131,7 +131,8 @@ DECODING = DecodingOptions(max_new_tokens=15)
         (lambda: RunOptions(("a",), reading=ReadOptions(null=True)), "--null .* add - to the inputs"),
         (lambda: ShotOptions(number=2), "--num-shots needs examples: add --shots FILE"),
         (lambda: ShotOptions(selection="similar"), "--shot-selection needs examples: add --shots FILE"),
-        (lambda: ShotOptions("s.csv", seed=1), "--seed has no effect: add --shot-selection random"),
+        (lambda: vqa(decoding=replace(DECODING, seed=1)), "--seed has no effect: add --do-sample, or --shot-selection"),
+        (lambda: GenerateOptions(DecodingOptions(seed=1)), "--seed has no effect: add --do-sample"),
         (lambda: PostProcess(prefix="\udcfa"), "--prefix is not valid UTF-8"),
         (lambda: ChoiceOptions(norm="tokens"), "--choice-norm needs answers to rank: add --choices A,B"),
         (lambda: ChoiceOptions(("a",), "column"), "use one of them"),

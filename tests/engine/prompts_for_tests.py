@@ -62,6 +62,7 @@ def options(draw, max_beams: int = 8, longest: int = 12) -> DecodingOptions:
         length_penalty=draw(st.sampled_from([0.0, 1.0, 2.0, -0.5, 0.7])),
         early_stopping=draw(st.sampled_from([True, False, "never"])),
         no_repeat_ngram_size=draw(st.sampled_from([0, 0, 1, 2, 3])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.8])),
         num_return_sequences=draw(st.integers(1, num_beams)),
     )
 

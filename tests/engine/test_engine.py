@@ -374,14 +374,14 @@ def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_texts(
     # Where n-grams are not to be repeated, all of each prompt is known to a step.
     chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=6, min_new_tokens=4, no_repeat_ngram_size=9)
     expected = decode(engine(MODELS[0], rows), some, chosen)
-    step = scheduler.beam_step
+    step = scheduler.step
 
     def overflowing(logits, state, rules, context):
         is_spoilt = torch.tensor([ids[-4:] == [1, 9, 10, 11] for ids in context.tolist()])
         logits = torch.where((is_spoilt & (state.length == at_token))[:, None, None], torch.nan, logits)
         return step(logits, state, rules, context)
 
-    monkeypatch.setattr(scheduler, "beam_step", overflowing)
+    monkeypatch.setattr(scheduler, "step", overflowing)
     got = decode(engine(MODELS[0], rows), some, chosen)
     assert got.pop(3) == Overflows(torch.float32).error and expected.pop(3)
     for texts, wanted in zip(got, expected, strict=True):
