@@ -40,15 +40,16 @@ class InputRow:
 
     `index` is its place among all rows of all inputs, before `--shard` and `--limit`. `id` is unique in the run.
     `image` is what people are shown of the image: its path as it was given, or None for bare bytes; of several images,
-    a JSON list of these. Neither holds a lone surrogate. `sources` are the row's images in order. `values` are the
-    columns that were asked for; one that this row lacks is None. `error` says why a row is bad. `asked` is the row's
-    question where each input row is asked several, `earlier` its result row from an earlier run.
+    a JSON list of these. Neither holds a lone surrogate. `sources` are the row's images in order; where images are
+    optional, the reason may stand there why they cannot be used. `values` are the columns that were asked for; one that
+    this row lacks is None. `error` says why a row is bad. `asked` is the row's question where each input row is asked
+    several, `earlier` its result row from an earlier run.
     """
 
     index: int
     id: str
     image: str | None
-    sources: tuple[ImageSource, ...]
+    sources: tuple[ImageSource | RowError, ...]
     values: Mapping[str, Any]
     error: RowError | None = None
     asked: str | None = None
@@ -80,16 +81,23 @@ class ReadOptions:
     Every manifest must have `columns` and `keep`, the columns to pass through ("all": every one but those of id and
     image). `shard` is (I, N), 1 <= I <= N: the rows whose index is I - 1 modulo N. `limit` counts the rows of the
     shard. Without an `image_column`, images are in the first of `usual_image_columns` that a manifest has, else in the
-    only column that looks like images. Without `needs_image` rows have images only where `image_column` names them;
-    without `needs_id` their ids are their numbers.
+    only column that looks like images. With `allow_no_image` a row may be without. `needs_image` False: rows have
+    images only where `image_column` names them; None: also where one of the usual columns is there, and the reason why
+    one cannot be used stands in its place among the row's sources. Without `needs_id` ids are numbers.
     """
 
     recursive: Annotated[bool, Help("Skip the sub-folders of folders", flags=("--no-recursive",))] = True
     null: Annotated[bool, Help("Paths on stdin end with NUL, not with a line break", flags=("-0", "--null"))] = False
     image_column: Annotated[
-        str | None, Help("Column of the images", metavar="NAME", default="image, else the only one of images")
+        str | None,
+        Help(
+            "Column of the images; several as a,b or image_*; or a path made of columns, as val/{image_id:012d}.jpg",
+            metavar="NAME|PATH",
+            default="image, else the only one of images",
+        ),
     ] = None
-    usual_image_columns: tuple[str, ...] = ("image",)
+    allow_no_image: Annotated[bool, Help("Ask about rows without an image too, in text alone")] = False
+    usual_image_columns: tuple[str, ...] = ("image", "images")
     id_column: Annotated[str | None, Help("Column of the ids", metavar="NAME", default="id, else the row's number")] = (
         None
     )
@@ -110,7 +118,7 @@ class ReadOptions:
     shard: Annotated[
         tuple[int, int] | None, Help("Every N-th row, starting with the I-th", metavar="I/N", parse=parse_shard)
     ] = None
-    needs_image: bool = True
+    needs_image: bool | None = True
     needs_id: bool = True
 
     def __post_init__(self) -> None:

@@ -120,7 +120,7 @@ def generate(run: RunOptions, options: GenerateOptions, debug: DebugFlag = False
 
 
 @app.command()
-@flattened("answers_column", "sidecar")
+@flattened("answers_column", "sidecar", "allow_no_image")
 def embed(run: RunOptions, debug: DebugFlag = False) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
 
@@ -201,7 +201,9 @@ def _ask(run: RunOptions, options: CaptionVqaOptions, debug: bool) -> None:
     with exit_codes(debug):
         from idefics_cli.tasks.caption_vqa import CaptionVqa
 
-        task = CaptionVqa(replace(options, shots=replace(options.shots, image_column=run.reading.image_column)))
+        reading = run.reading
+        shots = replace(options.shots, image_column=reading.image_column, allow_no_image=reading.allow_no_image)
+        task = CaptionVqa(replace(options, shots=shots))
         scoring = None if run.answers_column is None else _closing_scores(run.answers_column, task.command)
     _run(run, task, debug, scoring)
 

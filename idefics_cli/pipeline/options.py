@@ -57,6 +57,8 @@ class RunOptions:
             raise IdeficsError("--null says how stdin is read: add - to the inputs")
         if self.overwrite and self.retry_errors:
             raise IdeficsError("--overwrite discards what --retry-errors would redo: use one of them")
+        if self.sidecar and self.reading.allow_no_image:
+            raise IdeficsError("--sidecar needs an image beside each text: leave it out, or --allow-no-image")
         if self.output != STDOUT:
             return
         if self.overwrite and not self.sidecar:

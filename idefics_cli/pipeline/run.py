@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DECISIVE = (  # options that decide the rows, besides the task's own
     *("--model", "--revision", "--dtype", "--draft"),
-    *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root"),
+    *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root", "--allow-no-image"),
 )
 ROWS_AT_ONCE = 16  # read from files: one by one, threads would hand each other the interpreter for every row
 

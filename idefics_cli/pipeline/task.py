@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline.prefetch import Steps
@@ -16,8 +16,12 @@ from idefics_cli.rows import ImageSource, InputRow
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
     from idefics_cli.columns import Column
+    from idefics_cli.engine.prompt_source import PromptSource
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
+    from idefics_cli.result import Outcome
+
+Decode: TypeAlias = "Callable[[PromptSource], Iterator[tuple[int, Outcome]]]"
 
 
 class Observer:
@@ -49,14 +53,14 @@ class Task(Protocol):
 
     `command` is what users call it: a run resumes only what the same command has made. `columns` are those that a
     manifest must have, `needs_manifest` what else to give where an input is not one (None: no need), `needs_image`
-    whether each row has an image of its own, `files` what is read besides the inputs. `settings` decide the texts: a
-    run resumes only where they are the same.
+    whether each row has an image of its own (None: where it has one, it is read), `files` what is read besides the
+    inputs. `settings` decide the texts: a run resumes only where they are the same.
     """
 
     command: str
     columns: tuple[str, ...]
     needs_manifest: str | None
-    needs_image: bool
+    needs_image: bool | None
     files: tuple[str, ...] = ()
     rows_each: int = 1
 
@@ -93,6 +97,28 @@ def say_once(observer: Observer, message: str) -> Callable[[str], None]:
             observer.say(message.format(name))
 
     return say
+
+
+class ImageWatch:
+    """Says once that a run may be answering blind: `doubt` at once, else at the end where no row `has_shown` an image.
+
+    Safe in many threads.
+    """
+
+    def __init__(self, observer: Observer, remedy: str) -> None:
+        self.doubt = say_once(observer, "{}")
+        self.has_shown = False
+        self._remedy = remedy
+
+    def watching(self, decode: Decode) -> Decode:
+        def watched(source: PromptSource) -> Iterator[tuple[int, Outcome]]:
+            number = None
+            for number, outcome in decode(source):
+                yield number, outcome
+            if number is not None and not self.has_shown:
+                self.doubt(f"no row shows an image: {self._remedy}")
+
+        return watched
 
 
 def open_images(row: InputRow, images: WorkerPool) -> list[Any] | RowError:

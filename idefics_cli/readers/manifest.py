@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.csv import open_delimited
+from idefics_cli.readers.image_columns import image_columns_of, is_empty, require_column
 from idefics_cli.readers.image_paths import open_root, read_image, read_images, shown_images
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.table import OWN_ERROR, Chunk, Record, Table
 from idefics_cli.readers.webdataset import open_archive
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
-from idefics_cli.storage.filenames import is_utf8, listed, shown
+from idefics_cli.storage.filenames import is_utf8, shown
 from idefics_cli.storage.files import File, file_digest
 
 if TYPE_CHECKING:
@@ -71,16 +72,17 @@ class Manifest:
     def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions) -> None:
         self.prefix = prefix
         self._file, self._table = file, table
-        self._image = _image_column(file.name, table, options)
+        self._images = image_columns_of(file.name, table, options)
         self._id = _id_column(file.name, table, options)
         self.is_numbered = self._id is None  # no two rows can have one id
-        own = (self._image, self._id)
+        own = (*self._images.own, self._id)
         keep = [name for name in table.columns if name not in own] if options.keep == "all" else options.keep
         for name in (*options.columns, *keep):
-            _require(file.name, table, name)
+            require_column(file.name, table, name)
         self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
         self._values = list(dict.fromkeys((*options.columns, *keep)))
         self._resolve = open_root(file.parent, options.image_root)
+        self._allow_no_image = options.allow_no_image or self._images.are_optional
 
     @property
     def size(self) -> int | None:
@@ -93,7 +95,7 @@ class Manifest:
         return {"kind": "manifest", "name": self._file.name, "bytes": size, "digest": digest}
 
     def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
-        columns = [self._id] if ids_only else [self._image, self._id, *self._values]
+        columns = [self._id] if ids_only else [*self._images.names, self._id, *self._values]
         wanted = list(dict.fromkeys(name for name in columns if name is not None))
         for number, record in self._table.records(start, step, wanted):
             yield self._row(number, record, ids_only)
@@ -111,13 +113,18 @@ class Manifest:
         row_id = row_id or id_text(record.get(self._id))
         if ids_only:
             return InputRow(number, row_id, None, (), NO_VALUES)
-        value = record.get(self._image)
-        sources = () if self._image is None else read_images(value, self._resolve)
+        value = self._images.value(record)
+        sources = self._sources(value)
         values = {name: record.get(name) for name in self._values} if self._values else NO_VALUES
         error = self._error(record, row_id)
         if isinstance(sources, RowError):
-            sources, error = (), error or sources
+            sources, error = ((sources,), error) if self._images.are_optional else ((), error or sources)
         return InputRow(number, row_id, shown_images(value), sources, values, error)
+
+    def _sources(self, value: Any) -> tuple[ImageSource, ...] | RowError:
+        if not self._images.names or (self._allow_no_image and is_empty(value)):
+            return ()
+        return value if isinstance(value, RowError) else read_images(value, self._resolve)
 
     def _error(self, record: Record, row_id: str) -> RowError | None:
         failure = record.get(OWN_ERROR)
@@ -129,41 +136,13 @@ class Manifest:
 # ---- columns
 
 
-def _require(manifest: str, table: Table, column: str) -> None:
-    if column not in table.columns:
-        raise InputError(f"{manifest} has no column {shown(column)}: name one of {listed(table.columns)}")
-
-
 def _id_column(manifest: str, table: Table, options: ReadOptions) -> str | None:
     if options.id_column is not None:
-        _require(manifest, table, options.id_column)
+        require_column(manifest, table, options.id_column)
         return options.id_column
     if not options.needs_id:
         return None
     return table.id_column or ("id" if "id" in table.columns else None)
-
-
-def _image_column(manifest: str, table: Table, options: ReadOptions) -> str | None:
-    if not options.needs_image and options.image_column is None:
-        return None
-    if table.image_column is not None:
-        return table.image_column
-    usual = (name for name in options.usual_image_columns if name in table.columns)
-    column = options.image_column or next(usual, None) or _only_image_column(manifest, table)
-    _require(manifest, table, column)
-    if not table.may_hold_images(column):
-        raise InputError(
-            f"{manifest}: column {shown(column)} is of type {table.type_of(column)}, which holds no images; name"
-            f" another one with --image-column: {listed(table.columns)}"
-        )
-    return column
-
-
-def _only_image_column(manifest: str, table: Table) -> str:
-    if len(table.images) == 1:
-        return table.images[0]
-    found = "several columns that may hold the image" if table.images else "no column that looks like images"
-    raise InputError(f"{manifest} has {found}: name it with --image-column: {listed(table.images or table.columns)}")
 
 
 def id_text(value: object) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline.prefetch import Steps
-from idefics_cli.pipeline.task import Observer, Task, open_images, say_once
+from idefics_cli.pipeline.task import Decode, ImageWatch, Observer, Task, open_images, say_once
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import (
     TASKS,
@@ -24,7 +24,6 @@ from idefics_cli.prompts.templates import (
     leading_shots,
     shared_start,
 )
-from idefics_cli.result import Outcome
 from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import StoredLatents
 from idefics_cli.tasks.few_shot import chosen_for_all, open_shots, opened, read_shots
@@ -104,8 +103,9 @@ class CaptionVqa(Task):
         if self.embeddings is not None:
             self.embeddings.begin(model)
         dropped = say_once(observer, "{} is too long for all shots: rows like it are shown fewer, the nearest ones")
-        prompts = RowPrompts(self.options, model, images, self.embeddings, dropped)
-        shots, decode = self.options.shots, self._decode(model)
+        watch = ImageWatch(observer, "name the column of the images with --image-column")
+        prompts = RowPrompts(self.options, model, images, self.embeddings, dropped, watch)
+        shots, decode = self.options.shots, watch.watching(self._decode(model))
         if shots.number and shots.selection == "similar":
             similar = SimilarShots(shots, self._pool, model, prompts.open_shot, observer.say)
             return Steps(prompts.without_shots, lambda source: decode(SimilarPrompts(source, prompts, similar)))
@@ -115,7 +115,7 @@ class CaptionVqa(Task):
         prompts = replace(prompts, start=start)
         return Steps(lambda row: prompts.of(row, leading), decode)
 
-    def _decode(self, model: Idefics) -> Callable[[PromptSource], Iterator[tuple[int, Outcome]]]:
+    def _decode(self, model: Idefics) -> Decode:
         options = self.options
         if options.choices.are_given:
             return lambda source: model.score_stream(source, options.choices.norm)
@@ -150,6 +150,7 @@ class RowPrompts:
     images: WorkerPool
     embeddings: StoredLatents | None
     on_shots_dropped: Callable[[str], None]
+    watch: ImageWatch
     start: Prompt = ()
 
     def open_shot(self, shot: Shot) -> Shot:
@@ -166,12 +167,13 @@ class RowPrompts:
         """The row and its images; whatever is wrong with a row shows here, before its shots are chosen."""
         images = self._opened(row)
         if not isinstance(images, RowError) and not images:
-            return RowError("row_invalid", "the row has no image to compare with those of the shots")
+            return RowError("row_invalid", "no image to compare with those of the shots: choose --shot-selection first")
         alone = images if isinstance(images, RowError) else self.after_shots(row, images, ())
         return alone if isinstance(alone, RowError) else (row, images)
 
     def _opened(self, row: InputRow) -> Sequence[Any] | RowError:
         """The row's images, or the latents instead."""
+        self.watch.has_shown |= bool(row.sources) or self.embeddings is not None
         if self.embeddings is None:
             return open_images(row, self.images)
         latents = self.embeddings.latents(input_id(row.id, len(self.options.questions)))

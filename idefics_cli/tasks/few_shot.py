@@ -31,7 +31,13 @@ def open_shots(options: ShotOptions) -> Inputs:
         raise InputError(f"--shots needs a manifest with a column of captions or answers: {options.file} is not one")
     usual = tuple(filter(None, (options.image_column, *ReadOptions.usual_image_columns)))
     shows = options.number > 0
-    reading = ReadOptions(keep="all", usual_image_columns=usual, needs_image=shows, needs_id=False)
+    reading = ReadOptions(
+        keep="all",
+        usual_image_columns=usual,
+        allow_no_image=options.allow_no_image,
+        needs_image=shows,
+        needs_id=False,
+    )
     return open_inputs((options.file,), reading)
 
 

@@ -25,7 +25,7 @@ class ShotOptions:
 
     `similar` shows each row those with the images nearest to its own, the nearest last (RICES: Yang et al. 2022,
     section 3.2; Alayrac et al. 2022, appendix A.2); the others show all rows the same. Of 0 shots no image is shown.
-    `image_column` is the one that was named for the inputs.
+    `image_column` and `allow_no_image` are those of the inputs.
     """
 
     file: Annotated[
@@ -42,6 +42,7 @@ class ShotOptions:
     ] = "first"
     seed: Annotated[int, Help("Random seed", min=0)] = 0
     image_column: str | None = None
+    allow_no_image: bool = False
 
     def __post_init__(self) -> None:
         if self.file is None and (self.number or self.selection != "first"):
