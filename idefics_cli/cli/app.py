@@ -82,7 +82,7 @@ def idefics(
 
 
 @app.command()
-@flattened("questions", "question_column", task="caption", max_new_tokens=30)
+@flattened("questions", "question_column", "format", task="caption", max_new_tokens=30)
 def caption(run: RunOptions, options: CaptionVqaOptions, debug: DebugFlag = False) -> None:
     """Describe images: one row for each, in input order.
 
@@ -105,7 +105,7 @@ def vqa(run: RunOptions, options: CaptionVqaOptions, debug: DebugFlag = False) -
 
 
 @app.command()
-@flattened("answers_column", max_new_tokens=100)
+@flattened("answers_column", "format", max_new_tokens=100)
 def generate(run: RunOptions, options: GenerateOptions, debug: DebugFlag = False) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and images, or a conversation.
 
@@ -120,7 +120,7 @@ def generate(run: RunOptions, options: GenerateOptions, debug: DebugFlag = False
 
 
 @app.command()
-@flattened("answers_column", "sidecar", "allow_no_image")
+@flattened("answers_column", "sidecar", "allow_no_image", "format")
 def embed(run: RunOptions, debug: DebugFlag = False) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
 

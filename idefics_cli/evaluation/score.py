@@ -138,7 +138,7 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
     options = options or ScoreOptions()
     file = find(os.fspath(path))
     if file.is_folder:
-        raise InputError(f"{path} is a folder: name a result file (.jsonl or .parquet)")
+        raise InputError(f"{path} is a folder: name a result file (.jsonl, .parquet, .csv)")
     table = open_table(file) if is_manifest(file.name) else open_json_lines(file, compressed=False)
     scores = Scores(options, find_text_column(table.columns, options))
     wanted = dict.fromkeys((scores.text_column, "error", options.answers_column, options.by))
@@ -146,6 +146,8 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
         error = row if isinstance(row, RowError) else row.get(OWN_ERROR)
         if error is not None:
             raise InputError(f"{path}: {error.message}; name a result file")
+        if table.is_text:
+            row = {name: value or (value if name == scores.text_column else None) for name, value in row.items()}
         scores.add(row)
     return scores.finish()
 

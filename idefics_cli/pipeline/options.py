@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.errors import IdeficsError
@@ -36,7 +36,12 @@ class RunOptions:
             metavar="INPUT",
         ),
     ]
-    output: Annotated[str, Help("Where rows go", metavar="F.jsonl|F.parquet|-", flags=("-o", "--output"))] = STDOUT
+    output: Annotated[str, Help("Where rows go", metavar="F.jsonl|F.parquet|F.csv|-", flags=("-o", "--output"))] = (
+        STDOUT
+    )
+    format: Annotated[
+        Literal["auto", "vqav2"], Help("auto: by the output's name; vqav2: the array that VQAv2's evaluation takes")
+    ] = "auto"
     request: ModelRequest = field(default_factory=ModelRequest)
     reading: ReadOptions = field(default_factory=ReadOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
@@ -59,6 +64,11 @@ class RunOptions:
             raise IdeficsError("--overwrite discards what --retry-errors would redo: use one of them")
         if self.sidecar and self.reading.allow_no_image:
             raise IdeficsError("--sidecar needs an image beside each text: leave it out, or --allow-no-image")
+        if self.format == "vqav2" and (self.reading.keep or self.answers_column or self.output == STDOUT):
+            raise IdeficsError(
+                "--format vqav2 writes question_id and answer alone, and to a file: name one with -o F.json, and leave"
+                " --keep and --answers-column out"
+            )
         if self.output != STDOUT:
             return
         if self.overwrite and not self.sidecar:

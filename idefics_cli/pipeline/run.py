@@ -27,7 +27,7 @@ from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.validation import by_option
-from idefics_cli.writers.formats import Passthrough
+from idefics_cli.writers.formats import VQAV2, Passthrough
 from idefics_cli.writers.output_file import FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 
@@ -58,6 +58,8 @@ class Run:
         observer: Observer,
         stdin: BinaryIO | None = None,
     ) -> None:
+        if options.format == VQAV2 and (task.command != "vqa" or task.rows_each > 1):
+            raise OutputError("--format vqav2 is for vqa, with one question in each row of a manifest")
         options = replace(options, reading=_reading(options, task))
         self.options, self.task, self.form, self.stats, self.observer = options, task, task.form, stats, observer
         self._check_model, self._load_model = check_model, load_model
@@ -72,7 +74,9 @@ class Run:
     def run(self, stdout: BinaryIO | None) -> bool:
         """Whether there was anything to do."""
         if self.options.output != STDOUT:
-            with closing(FileOutput(self.options.output, overwrite=self.options.overwrite)) as output:
+            options = self.options
+            output = FileOutput(options.output, overwrite=options.overwrite, format_name=options.format)
+            with closing(output):
                 return self._run_to_file(output)
         if stdout is None:
             raise OutputError("stdout is closed: name a file with -o F.jsonl")
@@ -232,10 +236,12 @@ def _own_file(row: InputRow) -> Path:
 
 
 def _reading(options: RunOptions, task: Task) -> ReadOptions:
-    """With the columns that the task reads and the answers, which are kept too."""
+    """With the columns that the task reads, the answers, which are kept too, and the ids that a submission needs."""
     reading, answers = options.reading, () if options.answers_column is None else (options.answers_column,)
+    submitted_id = "question_id" if options.format == VQAV2 else None
     return replace(
         reading,
+        id_column=reading.id_column or submitted_id,
         columns=tuple(dict.fromkeys((*task.columns, *answers))),
         keep="all" if reading.keep == "all" else tuple(dict.fromkeys((*reading.keep, *answers))),
         needs_image=reading.needs_image and task.needs_image,

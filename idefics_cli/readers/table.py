@@ -33,10 +33,12 @@ class Table:
     """A manifest that has been checked: it is of its kind, and its columns are known.
 
     `size` is the number of records, None until it is known: at the end of `records` it is. `images` are the columns
-    that seem to hold images. `image_column` and `id_column` are the format's own, where it has any.
+    that seem to hold images. `is_text`: every value is a text, empty where there is none. `image_column` and
+    `id_column` are the format's own, where it has any.
     """
 
     size: int | None = None
+    is_text = False
     columns: Sequence[str]
     images: Sequence[str]
     image_column: str | None = None
@@ -78,14 +80,14 @@ class StreamTable(Table):
     ) -> None:
         self.image_column, self.id_column = own or (None, None)
         self._file, self._compressed, self._read = file, compressed, read
-        self._is_text = columns is not None
+        self.is_text = columns is not None
         sample = self._sample()
         found = dict.fromkeys(name for record in sample for name in record)
         self.columns = columns or [name for name in found if name not in (OWN_ID, OWN_IMAGES, OWN_ERROR)]
         self.images = image_columns(self.columns, sample)
 
     def type_of(self, column: str) -> pa.DataType | None:
-        if not self._is_text:
+        if not self.is_text:
             return None
         import pyarrow as pa
 
@@ -112,7 +114,7 @@ class StreamTable(Table):
         if not records:
             raise InputError(f"{self._file.name} holds no rows: name a manifest with rows")
         good = [record for record in records if not isinstance(record, RowError)]
-        if not good and not self._is_text:
+        if not good and not self.is_text:
             raise InputError(f"{self._file.name} cannot be read: {records[0].message}; write one object per line")
         return good
 

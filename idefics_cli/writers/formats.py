@@ -1,12 +1,14 @@
-"""The two forms of a finished result file, JSON lines and Parquet: written whole, and read back.
+"""The forms of a finished result file, JSON lines, CSV, Parquet and VQAv2's: written whole, and read back.
 
 A run's own columns come from the texts of its journal, those passed through from a second pass over the inputs. What
-run made a file is recorded beside its rows: in a Parquet file's own metadata, and for `F.jsonl` in `F.jsonl.run`.
+run made a file is recorded beside its rows: in a Parquet file's own metadata, and for any other in `F.jsonl.run`.
 This module knows neither journals nor runs.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import zlib
@@ -17,14 +19,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-from idefics_cli.columns import Column, arrow_array, arrow_type, json_text, strict_json, tensor_values
+from idefics_cli.columns import Column, arrow_array, arrow_type, encodable, json_text, strict_json, tensor_values
 from idefics_cli.errors import InputError, OutputError
 from idefics_cli.storage.filenames import escape_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-JSONL_SUFFIXES, PARQUET_SUFFIXES = (".jsonl", ".ndjson"), (".parquet",)
+VQAV2 = "vqav2"
 METADATA_KEY = b"idefics_run"
 SETTINGS, NUM_ROWS, FAILED = "settings", "rows", "failed"
 RECORD_KEYS = {SETTINGS, NUM_ROWS, FAILED}
@@ -92,12 +94,15 @@ class JsonLines:
         """A whole file, durably, in place of what is there."""
         check = 0
         with replacing(path) as file:
-            for text in passthrough.added_to(texts()):
-                line = strict_json(text) + b"\n"
-                check = zlib.crc32(line, check)
-                file.write(line)
+            for piece in self._pieces(texts(), columns, passthrough):
+                check = zlib.crc32(piece, check)
+                file.write(piece)
             with replacing(record_name(path)) as beside:
                 beside.write(json_text({**run, OF_BYTES: [file.tell(), check]}) + b"\n")
+
+    def _pieces(self, texts: Iterator[bytes], columns: Sequence[Column], passthrough: Passthrough) -> Iterator[bytes]:
+        """What the file holds, about a row at a time."""
+        return (strict_json(text) + b"\n" for text in passthrough.added_to(texts))
 
     def run_of(self, path: Path) -> dict[str, Any] | None:
         """What run made the file; None where it has been changed since, or is not a result."""
@@ -123,6 +128,48 @@ class JsonLines:
                 if _is_record(json.loads(there.read_bytes())):
                     continue
             yield there
+
+
+class Csv(JsonLines):
+    """`F.csv`: where there is no value, a cell is empty; lists and structs are JSON."""
+
+    VALUES: Mapping[str, Callable[[str], Any]] = {"score": float, "tokens": int, "candidates": json.loads}
+    EMPTY_TEXTS = ("caption", "answer", "text")  # may be empty where there is no error
+
+    def _pieces(self, texts: Iterator[bytes], columns: Sequence[Column], passthrough: Passthrough) -> Iterator[bytes]:
+        names = [*(column.name for column in columns), *passthrough.names.values()]
+        yield _csv_line(names)
+        for text in passthrough.added_to(texts):
+            row = json.loads(strict_json(text))
+            yield _csv_line([row.get(name) for name in names])
+
+    def rows(self, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                yield {name: self._value(name, row) for name in columns}
+
+    def _value(self, name: str, row: Mapping[str, str]) -> Any:
+        is_text = name in self.EMPTY_TEXTS and not row.get("error")
+        return self.VALUES.get(name, str)(row[name]) if row[name] or is_text else None
+
+
+class VqaV2(JsonLines):
+    """`F.json`, an array of `question_id` and `answer` as VQAv2's evaluation takes it; one that failed is empty."""
+
+    def _pieces(self, texts: Iterator[bytes], columns: Sequence[Column], passthrough: Passthrough) -> Iterator[bytes]:
+        yield b"["
+        for number, row in enumerate(map(json.loads, texts)):
+            row_id = row["id"]
+            is_number = row_id.isdecimal() and str(int(row_id)) == row_id
+            submitted = {"question_id": int(row_id) if is_number else row_id, "answer": row["answer"] or ""}
+            yield b"%s\n%s" % (b"," if number else b"", json_text(submitted))
+        yield b"\n]\n"
+
+    def rows(self, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """What the file holds of them; an empty answer counts as failed."""
+        for row in json.loads(path.read_bytes()):
+            known = {"id": str(row["question_id"]), "answer": row["answer"], "error": row["answer"] == "" or None}
+            yield {name: known.get(name) for name in columns}
 
 
 class Parquet:
@@ -172,18 +219,23 @@ class Parquet:
 
 
 Format: TypeAlias = JsonLines | Parquet
+FORMATS = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet, ".csv": Csv}
 
 
-def format_of(path: Path) -> Format:
-    suffix = path.suffix.lower()
-    if suffix in JSONL_SUFFIXES:
-        return JsonLines()
-    if suffix in PARQUET_SUFFIXES:
-        return Parquet()
-    raise OutputError(
-        f"{escape_name(str(path))}: results are JSON lines or Parquet: name a file that ends in .jsonl or .parquet, or"
-        " - for stdout"
-    )
+def format_of(path: Path, name: str | None = None) -> Format:
+    """The format of this `name`, else the one that the path's suffix says."""
+    found = {".json": VqaV2} if name == VQAV2 else FORMATS
+    if path.suffix.lower() not in found:
+        usual = "name a result file that ends in .jsonl, .parquet or .csv, or - for stdout"
+        of_vqav2 = "--format vqav2 writes one JSON array: name a file that ends in .json"
+        raise OutputError(f"{escape_name(str(path))}: {of_vqav2 if name == VQAV2 else usual}")
+    return found[path.suffix.lower()]()
+
+
+def _csv_line(values: Sequence[Any]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line).writerow(json_text(each).decode() if isinstance(each, list | dict) else each for each in values)
+    return encodable(line.getvalue()).encode()
 
 
 # ---- files and their records

@@ -1,4 +1,4 @@
-"""`-o F.jsonl` and `-o F.parquet`: what is there already, what made it, and how a run's rows become the final file.
+"""`-o F.jsonl` and its like: what is there already, what made it, and how a run's rows become the final file.
 
 A run has its rows in the journal `F.part`; `F` appears whole, by rename, when all rows are there, and whatever had that
 name stays until then. Everything that can be wrong with an output is found when it is opened, before a model is loaded.
@@ -31,11 +31,13 @@ class FileOutput:
     that of a finished file. Raises OutputError where nothing could be written, or where what is there is not a run's.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, format_name: str | None = None
+    ) -> None:
         _refuse_address(os.fspath(path))
         self.path = Path(path)
         _check_place(self.path)
-        self.format = format_of(self.path)
+        self.format = format_of(self.path, format_name)
         journal = self.path.with_name(self.path.name + ".part")
         if not os.path.lexists(journal):
             self._require_free_names()

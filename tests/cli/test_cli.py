@@ -187,7 +187,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert "add do_sample (--do-sample)" in refused("caption", photos, "--temperature", "0.5")
     assert "--bogus" in refused("caption", photos, "--bogus")
     assert "INPUT" in refused("caption")
-    assert "ends in .jsonl or .parquet" in refused("caption", photos, "-o", tmp_path / "f.csv")
+    assert "ends in .jsonl, .parquet or .csv" in refused("caption", photos, "-o", tmp_path / "f.txt")
     assert "add -o E.parquet" in refused("embed", photos, "-o", tmp_path / "f.jsonl")
     assert "ask one question" in refused("vqa", photos, "-q", "a", "-q", "b", "--sidecar")
     assert "-m has no effect on --random tiny" in refused("bench", "--random", "tiny", "-m", "demo")

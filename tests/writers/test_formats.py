@@ -198,8 +198,8 @@ def test_nothing_is_known_of_another_parquet_file(tmp_path: Path, change: Callab
 def test_the_suffix_says_the_format() -> None:
     assert type(format_of(Path("f.JSONL"))) is type(format_of(Path("f.ndjson"))) is JsonLines
     assert type(format_of(Path("f.Parquet"))) is Parquet
-    for name in "f.csv", "f", "f.jsonl.gz", "jsonl":
-        with pytest.raises(OutputError, match=r"ends in \.jsonl or \.parquet"):
+    for name in "f.txt", "f", "f.jsonl.gz", "jsonl":
+        with pytest.raises(OutputError, match=r"ends in \.jsonl, \.parquet or \.csv"):
             format_of(Path(name))
 
 
