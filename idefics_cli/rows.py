@@ -109,6 +109,9 @@ class ReadOptions:
             default="the manifest's folder",
         ),
     ] = None
+    json_key: Annotated[
+        str | None, Help("Key of a .json file's list of rows", metavar="KEY", default="the only list of objects")
+    ] = None
     columns: tuple[str, ...] = ()
     keep: Annotated[
         tuple[str, ...] | Literal["all"],

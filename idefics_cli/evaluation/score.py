@@ -22,6 +22,7 @@ from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.manifest import is_manifest, open_table
 from idefics_cli.readers.references import references_of
 from idefics_cli.readers.table import OWN_ERROR
+from idefics_cli.rows import ReadOptions
 from idefics_cli.storage.filenames import listed
 from idefics_cli.storage.files import find
 
@@ -139,7 +140,7 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
     file = find(os.fspath(path))
     if file.is_folder:
         raise InputError(f"{path} is a folder: name a result file (.jsonl, .parquet, .csv)")
-    table = open_table(file) if is_manifest(file.name) else open_json_lines(file, compressed=False)
+    table = open_table(file, ReadOptions()) if is_manifest(file.name) else open_json_lines(file, compressed=False)
     scores = Scores(options, find_text_column(table.columns, options))
     wanted = dict.fromkeys((scores.text_column, "error", options.answers_column, options.by))
     for _, row in table.records(0, 1, [name for name in wanted if name in table.columns]):

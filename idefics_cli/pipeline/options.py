@@ -32,7 +32,8 @@ class RunOptions:
     inputs: Annotated[
         tuple[str, ...],
         Help(
-            "Image files, folders, manifests (.parquet, .jsonl, .csv, .tsv, also .gz), .tar, or - for paths from stdin",
+            "Image files, folders, manifests (.parquet, .jsonl, .json, .csv, .tsv, also .gz), .tar, or - for paths from"
+            " stdin",
             metavar="INPUT",
         ),
     ]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 DECISIVE = (  # options that decide the rows, besides the task's own
     *("--model", "--revision", "--dtype", "--draft"),
     *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root", "--allow-no-image"),
+    "--json-key",
 )
 ROWS_AT_ONCE = 16  # read from files: one by one, threads would hand each other the interpreter for every row
 
@@ -257,6 +258,7 @@ def _require_manifests(options: RunOptions, task: Task) -> None:
     named = {
         "--image-column": reading.image_column if not any(map(is_manifest, task.files)) else None,
         "--id-column": reading.id_column,
+        "--json-key": reading.json_key,
         "--answers-column": options.answers_column,
         "--keep": reading.keep,
         "--image-root": reading.image_root if STDIN not in options.inputs else None,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 from idefics_cli.columns import json_text
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.folder import FileListing, list_file, list_folder, refuse_equal_ids
-from idefics_cli.readers.manifest import Manifest, is_manifest, open_manifest
+from idefics_cli.readers.manifest import Manifest, is_manifest, open_manifest, require_image
 from idefics_cli.readers.stdin_paths import PathList
 from idefics_cli.readers.table import Chunk, Record
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
@@ -54,7 +54,10 @@ def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO |
     file = find(name)
     if file.is_folder:
         return list_folder(file, options.recursive)
-    return open_manifest(file, among_others, options) if is_manifest(file.name) else list_file(file)
+    if is_manifest(file.name):
+        return open_manifest(file, among_others, options)
+    require_image(file)
+    return list_file(file)
 
 
 class Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from idefics_cli.errors import RowError
 from idefics_cli.readers.table import Record, StreamTable
@@ -33,7 +33,8 @@ def parse_object(text: bytes | None, place: str) -> Record | RowError:
     if text is None:
         return RowError("row_invalid", f"{place} is longer than 64 MB")
     try:
-        value = DECODER.decode(text.decode())
+        decoded = text.decode()
+        value = DECODER.decode(decoded)
     except RecursionError:
         return RowError("row_invalid", f"{place} is nested too deeply")
     except UnicodeDecodeError as error:
@@ -42,8 +43,15 @@ def parse_object(text: bytes | None, place: str) -> Record | RowError:
         return RowError("row_invalid", f"{place} is not valid JSON at character {error.pos + 1}: {error.msg}")
     except ValueError as error:  # a number of more digits than Python reads
         return RowError("row_invalid", f"{place} cannot be read: {error}")
+    return checked_object(value, decoded, place)
+
+
+def checked_object(value: Any, text: str, place: str) -> Record | RowError:
+    """A value that was read from this text, if it is an object that UTF-8 can hold."""
     if not isinstance(value, dict):
         return RowError("row_invalid", f"{place} is a {type(value).__name__}, not an object")
-    if b"\\u" in text and not is_utf8(json.dumps(value, ensure_ascii=False)):
+    if not is_utf8(text):
+        return RowError("row_invalid", f"{place} is not valid UTF-8")
+    if "\\u" in text and not is_utf8(json.dumps(value, ensure_ascii=False)):
         return RowError("row_invalid", f"{place} holds half of a surrogate pair, which UTF-8 cannot hold")
     return value

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.csv import open_delimited
+from idefics_cli.readers.folder import IMAGE_SIGNATURE
 from idefics_cli.readers.image_columns import image_columns_of, is_empty, require_column
 from idefics_cli.readers.image_paths import open_root, read_image, read_images, shown_images
+from idefics_cli.readers.json_array import open_json
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.table import OWN_ERROR, Chunk, Record, Table
 from idefics_cli.readers.webdataset import open_archive
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
-from idefics_cli.storage.filenames import is_utf8, shown
+from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
 from idefics_cli.storage.files import File, file_digest
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST_NAME = re.compile(
-    r"\.(?:(?P<kind>parquet|jsonl|ndjson|csv|tsv|tar)(?:\.(?P<packed>gz|bz2|xz|zst))?|(?P<tgz>tgz))$", re.IGNORECASE
+    r"\.(?:(?P<kind>parquet|jsonl|ndjson|json|csv|tsv|tar)(?:\.(?P<packed>gz|bz2|xz|zst))?|(?P<tgz>tgz))$",
+    re.IGNORECASE,
 )
 MAX_ID_CHARACTERS = 10_000
+
+# Files that are not read: their suffixes, how they begin, what they are, and what to do instead.
+BEGINNING_BYTES = 512
+NO_BEGINNING = rb"(?!)"
+OTHER_KINDS = (
+    ("xlsx|xlsm|xls|ods", NO_BEGINNING, "a spreadsheet: save it as CSV"),
+    ("zip|7z|rar", rb"PK\x03\x04|7z\xbc\xaf|Rar!", "an archive: unpack it, as `unzip` does, and name the folder"),
+    ("txt|lst|list", NO_BEGINNING, "a text: where it is a list of paths, give it on stdin, `- < list.txt`"),
+    ("html?|mhtml|xhtml", rb"\s*<(!doctype|html|\?xml)", "a web page: save the images in it, and name those"),
+    ("pdf", rb"%PDF-", "a document: make images of its pages, as `pdftoppm -png` does"),
+    ("mp4|m4v|mov|avi|mkv|webm", rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI", "a video: save frames of it as images"),
+    ("gz|bz2|xz|zst", rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "packed: unpack it, or name it as in rows.jsonl.gz"),
+    ("pqt?|parq", rb"PAR1", "a table in Parquet: name it with the suffix .parquet"),
+    (NO_BEGINNING.decode(), rb".{257}ustar", "a tar archive: name it with the suffix .tar"),
+    (NO_BEGINNING.decode(), rb"\s*[{\[]", "JSON, it seems: name it with the suffix .jsonl or .json"),
+    (".*", rb"", "of no known kind: name images, folders of them, manifests (.parquet, .jsonl, .csv, ...), or `-`"),
+)
 
 
 def is_manifest(name: str) -> bool:
@@ -32,14 +54,34 @@ def is_manifest(name: str) -> bool:
     return MANIFEST_NAME.search(name) is not None
 
 
+def require_image(file: File) -> None:
+    """Raises InputError for a file that neither its name nor its first bytes tell to be an image."""
+    if IMAGE_SUFFIX.search(file.name):
+        return
+    if file.size == 0:
+        raise InputError(f"{file.name} is empty: name an image, a folder or a manifest")
+    with file.open() as stream:
+        beginning = stream.read(BEGINNING_BYTES)
+    if not IMAGE_SIGNATURE.match(beginning):
+        raise InputError(f"{file.name} is not an image. It is {other_kind(beginning, file.name)}")
+
+
+def other_kind(beginning: bytes, name: str = "") -> str:
+    """What a file is that is not read, and what to do instead: as its suffix tells, else its first bytes."""
+    suffix = posixpath.splitext(name)[1][1:]
+    by_suffix = (kind for suffixes, _, kind in OTHER_KINDS[:-1] if re.fullmatch(suffixes, suffix, re.IGNORECASE))
+    by_bytes = (kind for _, start, kind in OTHER_KINDS if re.match(start, beginning, re.IGNORECASE | re.DOTALL))
+    return next(chain(by_suffix, by_bytes))
+
+
 def open_manifest(file: File, among_others: bool, options: ReadOptions) -> Manifest:
     """Raises InputError where the manifest is unreadable as a whole, or lacks a column that was asked for."""
     if file.size == 0:
         raise InputError(f"{file.name} is empty: name a manifest with rows")
-    return Manifest(file, open_table(file), f"{file.name}:" if among_others else "", options)
+    return Manifest(file, open_table(file, options), f"{file.name}:" if among_others else "", options)
 
 
-def open_table(file: File) -> Table:
+def open_table(file: File, options: ReadOptions) -> Table:
     """Raises InputError where the manifest is unreadable as a whole."""
     match = MANIFEST_NAME.search(file.name)
     assert match, file.name
@@ -47,14 +89,14 @@ def open_table(file: File) -> Table:
     packed = "gz" if match["tgz"] else (match["packed"] or "").lower()
     if packed not in ("", "gz") or (packed and kind == "parquet"):
         raise InputError(f"{file.name} cannot be read compressed like this: unpack it first")
-    table = _table(file, kind, packed == "gz")
+    table = _table(file, kind, packed == "gz", options)
     repeated = [column for column, times in Counter(table.columns).items() if times > 1]
     if repeated:
         raise InputError(f"{file.name} has two columns named {shown(repeated[0])}: rename one of them")
     return table
 
 
-def _table(file: File, kind: str, compressed: bool) -> Table:
+def _table(file: File, kind: str, compressed: bool, options: ReadOptions) -> Table:
     if kind == "parquet":
         from idefics_cli.readers.parquet import ParquetTable  # imports pyarrow
 
@@ -63,6 +105,8 @@ def _table(file: File, kind: str, compressed: bool) -> Table:
         return open_archive(file, compressed)
     if kind in ("csv", "tsv"):
         return open_delimited(file, compressed, "," if kind == "csv" else "\t")
+    if kind == "json":
+        return open_json(file, compressed, options.json_key)
     return open_json_lines(file, compressed)
 
 
