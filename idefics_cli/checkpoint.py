@@ -39,8 +39,11 @@ NAMES_SHOWN = 8
 VISION_TENSOR = re.compile(r"model\.(vision_model|perceiver_resampler)\..*(?<!position_ids)")
 VISION_FIELDS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 RESAMPLER_FIELDS = ("resampler_n_heads", "resampler_head_dim", "qk_layer_norms_perceiver")
-# Fields of a configuration that name another file of weights (even a pickle), or classes to put in place of ours.
-LOADER_FIELDS = ("transformers_weights", "fusion_config")
+# Fields of a configuration that name another file of weights (even a pickle), or classes to put in place of ours, or
+# make a dictionary of as many labels as they say.
+LEFT_OUT = ("transformers_weights", "fusion_config", "auto_map", "num_labels", "id2label", "label2id")
+HEAD, ADDITIONAL_HEAD = "lm_head.weight", "lm_head.additional_fc.weight"
+ADDITIONAL_EMBEDDING = "model.embed_tokens.additional_embedding.weight"
 
 # What a damaged file or a wrong value in config.json raises in torch and transformers.
 LOADING_ERRORS = (
@@ -291,19 +294,30 @@ def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
     return tuple(folder / shard for shard in shards)
 
 
+def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Those of all tensors, by name."""
+    files = (_stored_shapes(file, checkpoint.is_pickled) for file in checkpoint.weight_files)
+    return {name: shape for shapes in files for name, shape in shapes.items()}
+
+
 def _stored_shapes(file: Path, is_pickled: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the file's tensors, without reading them; safetensors compares its header with the length."""
     import torch
     from safetensors import SafetensorError, safe_open
 
-    if is_pickled:
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
+        if is_pickled:
+            tensors = torch.load(file, map_location="meta", weights_only=True)
+            return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         with safe_open(file, framework="pt") as stored:
             return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or cut short ({error}): fetch the file again") from error
+    except (*LOADING_ERRORS, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{file} cannot be loaded ({type(error).__name__}): it holds more than weights, or is damaged; "
+            "use safetensors"
+        ) from error
 
 
 # ---- loading
@@ -340,16 +354,43 @@ def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
     from transformers import IdeficsConfig
 
     path = checkpoint.folder / "config.json"
+    fields = read_json(path)
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        for name in LEFT_OUT:
+            part.pop(name, None)
     try:
-        config = IdeficsConfig.from_pretrained(checkpoint.folder)
+        config = IdeficsConfig.from_dict(fields)
         config._attn_implementation = "sdpa"  # another may name a kernel on the hub
     except Exception as error:  # the library raises many kinds for a field of a wrong type
         raise CheckpointError(f"{path} is not an IDEFICS configuration ({error}): fetch the file again") from error
     is_quantized = getattr(config, "quantization_config", None) is not None
     _require(not is_quantized, f"{path} asks for quantized weights, which cannot be run: use the published checkpoint")
-    for field in LOADER_FIELDS:
-        setattr(config, field, None)
+    stored = stored_shapes(checkpoint)
+    if HEAD in stored and ADDITIONAL_HEAD not in stored and not config.tie_word_embeddings:
+        config.additional_vocab_size = 0  # transformers' resize_token_embeddings leaves one vocabulary
+    _require_layers(config, stored, path)
     return config
+
+
+def _require_layers(config: IdeficsConfig, stored: Iterable[str], path: Path) -> None:
+    """No more layers than there are tensors for, counted before a network is made of them."""
+    numbers = {
+        "num_hidden_layers": (config.num_hidden_layers, r"model\.layers"),
+        "vision_config.num_hidden_layers": (
+            config.vision_config.num_hidden_layers,
+            r"model\.vision_model\.encoder\.layers",
+        ),
+        "perceiver_config.resampler_depth": (
+            config.perceiver_config.resampler_depth if config.use_resampler else 0,
+            r"model\.perceiver_resampler\.blocks",
+        ),
+    }
+    for name, (number, layers) in numbers.items():
+        found = len({match[1] for match in map(re.compile(rf"{layers}\.(\d+)\.").match, stored) if match})
+        _require(
+            not isinstance(number, int) or number <= found,
+            f"{path} says {name} {number} and the weights hold {found}: take all files from one checkpoint",
+        )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -361,9 +402,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    from idefics_cli.prompts.tokenizer_probe import probe
+
     folder, options = checkpoint.folder, {"trust_remote_code": False, "local_files_only": True}
+    has_file = (folder / "tokenizer.json").is_file()
+    complaint = probe(folder / "tokenizer.json") if has_file and folder != DEMO_FOLDER else None
+    _require(not complaint, f"{folder}/tokenizer.json cannot be used ({complaint}): fetch the file again")
     try:
-        if (folder / "tokenizer.json").is_file():
+        if has_file:
             return PreTrainedTokenizerFast.from_pretrained(folder, **options)
         return AutoTokenizer.from_pretrained(folder, legacy=True, **options)
     except Exception as error:  # the library raises many kinds for a damaged file
@@ -392,22 +438,18 @@ def load_network(
                 dtype=dtype,
                 use_safetensors=not checkpoint.is_pickled,
                 local_files_only=True,
+                # Only the caller's decoding options count: a checkpoint's generation_config.json is not read.
+                generation_config=GenerationConfig(),
             )
             place = device
             model = model.to(device)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(expected.num_parameters() * dtype.itemsize, place) from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"the pickles in {checkpoint.folder} hold more than weights, or are damaged: use safetensors"
-        ) from error
     except LOADING_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}): "
             "fetch its config.json and weights again"
         ) from error
-    # Only the caller's decoding options count, whatever defaults a checkpoint's generation_config.json brings.
-    model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False)
 
 
@@ -422,11 +464,13 @@ def _require_same_tensors(checkpoint: Checkpoint, model: IdeficsForVisionText2Te
     """Compare the files with `model`, of which only names and shapes count, before a weight is read."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     needed = dict(model.named_parameters()).keys()  # names a tied tensor once
+    unused = [*model._keys_to_ignore_on_load_unexpected]
+    if model.config.additional_vocab_size == 0:
+        unused.append(re.escape(ADDITIONAL_EMBEDDING))
     stored = {
         name: shape
-        for file in checkpoint.weight_files
-        for name, shape in _stored_shapes(file, checkpoint.is_pickled).items()
-        if not any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected)
+        for name, shape in stored_shapes(checkpoint).items()
+        if not any(re.search(pattern, name) for pattern in unused)
     }
     shared = sorted(stored.keys() & expected.keys())
     kinds = {

@@ -395,10 +395,10 @@ def _require_one_checkpoint(
     config: IdeficsConfig, encoder: PromptEncoder, images: ImageProcessor, folder: Path
 ) -> None:
     size, image_size = config.vocab_size + config.additional_vocab_size, config.vision_config.image_size
-    largest = max(*encoder.banned_token_ids, *encoder.end_token_ids)
-    if largest >= size:
+    if encoder.vocab_size > size:
         raise CheckpointError(
-            f"the tokenizer uses token id {largest} but the model has {size} tokens: take both from one checkpoint"
+            f"the tokenizer in {folder} has {encoder.vocab_size} tokens but the model has {size}: take both from one "
+            f"checkpoint, or save the model after resize_token_embeddings({encoder.vocab_size})"
         )
     if images.image_size != image_size:
         settings = settings_file(folder) or f"{folder}, which has no {' or '.join(SETTINGS_FILES)},"

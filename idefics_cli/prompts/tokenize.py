@@ -53,6 +53,7 @@ class PromptEncoder:
         end_of_utterance = backend.token_to_id(END_OF_UTTERANCE.name)
         self.is_instruct: bool = end_of_utterance is not None
         self.end_token_ids: tuple[int, ...] = (self.eos_token_id, end_of_utterance)[: 1 + self.is_instruct]
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.banned_token_ids: tuple[int, ...] = (self.image_token_id, self.fake_token_id)
         self._build_twin(tokenizer)
 
@@ -70,7 +71,7 @@ class PromptEncoder:
         ids = {name: self._tokenizer.token_to_id(name) for name in names}
         special_ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
         self._special_ids = frozenset(special_ids.values())
-        self._twin = _literal_twin(self._tokenizer, special_ids)
+        self._twin = literal_twin(self._tokenizer, special_ids)
         marked_ids = {name: special_ids[name] for name in marked if name in special_ids}
         self._markers = _add_markers(self._twin, self._tokenizer, marked_ids, self._bos.name)
         # The first half is for vocabularies in which the letters of a special token can add up to it after all.
@@ -118,7 +119,7 @@ def _first_known(*token_ids: int | None) -> int:
     return next(token_id for token_id in token_ids if token_id is not None)
 
 
-def _literal_twin(tokenizer: Tokenizer, special_names: Collection[str]) -> Tokenizer:
+def literal_twin(tokenizer: Tokenizer, special_names: Collection[str]) -> Tokenizer:
     """A copy of the tokenizer to which the special tokens' names are ordinary words."""
     description = json.loads(tokenizer.to_str())
     description["truncation"] = description["padding"] = None
