@@ -17,6 +17,7 @@ ROW_ERROR_CODES = (
     "image_too_large",
     "image_not_allowed",
     "row_invalid",
+    "duplicate_id",
     "prompt_too_long",
     "out_of_memory",
     "overflow",

@@ -38,7 +38,8 @@ ImageSource: TypeAlias = Path | bytes | RemoteFile
 class InputRow:
     """One row of the input.
 
-    `index` is its place among all rows of all inputs, before `--shard` and `--limit`. `id` is unique in the run.
+    `index` is its place among all rows of all inputs, before `--shard` and `--limit`. `id` is unique among rows
+    without the error `duplicate_id`.
     `image` is what people are shown of the image: its path as it was given, or None for bare bytes; of several images,
     a JSON list of these. Neither holds a lone surrogate. `sources` are the row's images in order; where images are
     optional, the reason may stand there why they cannot be used. `values` are the columns that were asked for; one that

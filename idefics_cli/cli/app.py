@@ -1,7 +1,7 @@
 """The command line: options in, exit code out. With `console.py` the only module that prints or exits.
 
 Data goes to stdout or to `-o`, everything else to stderr. Exit codes: 0 every row has a text (or stdout was closed),
-2 nothing was done, 3 some rows have errors, 130 and 143 stopped by a signal, 1 a bug. Whatever is heavy (torch,
+2 a mistake, 3 some rows have errors, 129, 130 and 143 stopped by a signal, 1 a bug. Whatever is heavy (torch,
 transformers, Pillow) is imported inside the command that needs it, so that `--help` is quick.
 """
 

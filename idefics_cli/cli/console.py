@@ -33,12 +33,14 @@ EXIT_BUG = 1
 EXIT_MISTAKE = 2
 EXIT_FAILED_ROWS = 3
 EXIT_SIGNAL = 128  # and the signal's number
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REMEDIES = {"duplicate_id": "name a column of unique ids with --id-column"}  # by the code of failed rows
 
 # ---- endings
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. Not an Exception, so that no library's `except Exception` catches it."""
+    """SIGINT, SIGTERM or SIGHUP came. Not an Exception, so that no library's `except Exception` catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -46,7 +48,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """While a command runs, the first SIGINT or SIGTERM raises Interrupted and the second ends the process at once.
+    """While a command runs, the first signal that stops it raises Interrupted and the second ends the process at once.
 
     A signal that the process was started to ignore stays ignored.
     """
@@ -55,7 +57,7 @@ class Signals:
         self._caught: int | None = None
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in STOPPING}
         for number, handler in self._before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -247,6 +249,8 @@ def say_failures(stats: RunStats) -> None:
             say(f"{code}: {counted(number, 'row')}: {ids}")
     if table.rows:
         show(table, soft_wrap=False)
+    for code in stats.failed.keys() & REMEDIES.keys():
+        say(f"{code}: {REMEDIES[code]}.")
 
 
 def counted(number: int, noun: str) -> str:

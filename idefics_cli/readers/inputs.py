@@ -40,8 +40,8 @@ def open_inputs(inputs: Sequence[str], options: ReadOptions, stdin: BinaryIO | N
     """Check all `inputs` and give their rows.
 
     Each is the path or address of an image file, a folder or a manifest, or `-` for paths on `stdin`. Raises InputError
-    for what is missing, unreadable, empty or of no known kind, and for two rows with one id: at once where only files
-    and folders are named; otherwise from the iterator, when the second of the two comes.
+    for what is missing, unreadable, empty or of no known kind, and for two rows with one id where only files and
+    folders are named; otherwise the second of the two is a bad row.
     """
     if list(inputs).count("-") > 1:
         raise InputError("`-` is named twice, but stdin can be read only once: name it once")
@@ -191,10 +191,8 @@ class Inputs:
                 row_id = f"#{row_id}"
             first = self._ids.add(row_id, index)
             if first is not None:
-                raise InputError(
-                    f"rows {first + 1} and {index + 1} have the same id, {shown(row_id)}: give each row an id of its"
-                    " own, name another column with --id-column, or read each input in a run of its own"
-                )
+                error = RowError("duplicate_id", f"row {index + 1} has the id of row {first + 1}, {shown(row_id)}")
+                row = replace(row, sources=(), error=error)
         return row if (index, row_id) == (row.index, row.id) else replace(row, index=index, id=row_id)
 
 

@@ -139,7 +139,7 @@ class EmbeddingFile:
         batches = self._parquet.iter_batches(columns=[ID], use_threads=False)
         chunks = [np.array([_hash(row_id) for row_id in batch[0].to_pylist()], dtype=np.uint64) for batch in batches]
         hashes = np.concatenate(chunks) if chunks else np.empty(0, np.uint64)
-        order = np.argsort(hashes)
+        order = np.argsort(hashes, kind="stable")  # of rows with one id, the first is the good one
         return hashes[order], order
 
     # ---- reading

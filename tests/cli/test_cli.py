@@ -194,14 +194,13 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert not list(tmp_path.glob("f.*"))
 
 
-def test_one_id_twice_on_stdin_is_refused_at_the_second(
-    run: Callable[..., Result], photos: Path, tmp_path: Path
-) -> None:
-    path = str(photos / "a.jpg")
-    result = run("caption", "-", "-o", tmp_path / "f.jsonl", input=f"{path}\n{path}\n".encode())
-    assert result.exit_code == 2
-    assert re.search(r"^Error: rows 1 and 2 have the same id.*1 row finished so far: safe in .*part\.", result.stderr)
-    assert result.stderr.endswith("The same command continues from there once that is fixed.\n")
+def test_one_path_twice_on_stdin_is_a_bad_row(run: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
+    paths = [str(photos / name) for name in ("a.jpg", "a.jpg", "b.png")]
+    result = run("caption", "-", "-o", tmp_path / "f.jsonl", input="\n".join(paths).encode())
+    first, second, third = rows_of((tmp_path / "f.jsonl").read_text())
+    assert result.exit_code == 3 and first["caption"] and third["caption"] and second["id"] == first["id"]
+    assert second["error"] == f"duplicate_id: row 2 has the id of row 1, {paths[0]!r}"
+    assert "duplicate_id: name a column of unique ids with --id-column." in result.stderr
 
 
 def test_terminal_commands_in_names_are_shown_not_obeyed(refused: Callable[..., str], tmp_path: Path) -> None:

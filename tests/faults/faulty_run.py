@@ -34,6 +34,7 @@ from idefics_cli.tasks import caption_vqa  # noqa: F401
 from idefics_cli.writers import formats, writers
 
 COMMIT_ROWS = 20
+SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "hang up": signal.SIGHUP}
 CALLS = ("write", "fsync", "ftruncate", "rename", "unlink")
 
 
@@ -46,7 +47,7 @@ class Fault:
     """
 
     number: int
-    action: Literal["kill", "torn", "full", "half", "io", "interrupt", "terminate"]
+    action: Literal["kill", "torn", "full", "half", "io", "interrupt", "terminate", "hang up"]
     fired: str
     calls: tuple[str, ...] = CALLS
     for_ever: bool = False
@@ -110,8 +111,8 @@ class Shim:
             self._real["write"](file, bytes(data)[: len(data) // 2])
         if action in ("kill", "torn"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if action in ("interrupt", "terminate"):
-            os.kill(os.getpid(), signal.SIGINT if action == "interrupt" else signal.SIGTERM)
+        if action in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[action])
             return
         code = errno.EIO if action == "io" else errno.ENOSPC
         raise OSError(code, os.strerror(code))

@@ -18,13 +18,14 @@ ROWS = 100
 SECONDS_TO_STOP = 5
 SLOW_ROWS = Settings(delay=0.02, batch_size=2, commit_rows=5)
 
-both_signals = pytest.mark.parametrize(
-    ("action", "number"), [("interrupt", signal.SIGINT), ("terminate", signal.SIGTERM)]
+all_signals = pytest.mark.parametrize(
+    ("action", "number"),
+    [("interrupt", signal.SIGINT), ("terminate", signal.SIGTERM), ("hang up", signal.SIGHUP)],
 )
 
 
 @both_formats
-@both_signals
+@all_signals
 @sampled(7)
 def test_a_signal_at_each_call(tmp_path: Path, suffix: str, action: str, number: signal.Signals, step: int) -> None:
     bench = make_bench(tmp_path, ROWS, suffix)
@@ -38,7 +39,7 @@ def test_a_signal_at_each_call(tmp_path: Path, suffix: str, action: str, number:
 
 
 @both_formats
-@both_signals
+@all_signals
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("stops", [3, pytest.param(30, marks=slow)])
 def test_signals_at_random_moments(

@@ -99,8 +99,9 @@ def wrongly_typed(path: Path, rows: Sequence[dict[str, Any]]) -> int | None:
     return None if path.suffix == ".parquet" else len(rows)
 
 
-def with_one_id_twice(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def with_one_id_twice(path: Path, rows: Sequence[dict[str, Any]]) -> int:
     write_manifest(path, [*rows, rows[0]])
+    return len(rows) + 1
 
 
 def without_the_column(path: Path, rows: Sequence[dict[str, Any]]) -> None:
