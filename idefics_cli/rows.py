@@ -79,12 +79,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 class ReadOptions:
     """Which rows are read, and which of their columns.
 
-    Every manifest must have `columns` and `keep`, the columns to pass through ("all": every one but those of id and
-    image). `shard` is (I, N), 1 <= I <= N: the rows whose index is I - 1 modulo N. `limit` counts the rows of the
-    shard. Without an `image_column`, images are in the first of `usual_image_columns` that a manifest has, else in the
-    only column that looks like images. With `allow_no_image` a row may be without. `needs_image` False: rows have
-    images only where `image_column` names them; None: also where one of the usual columns is there, and the reason why
-    one cannot be used stands in its place among the row's sources. Without `needs_id` ids are numbers.
+    Every manifest must have `columns` (of a tuple's names the first that is there is read) and `keep`, the columns to
+    pass through ("all": every one but those of id and image). `shard` is (I, N), 1 <= I <= N: the rows whose index is
+    I - 1 modulo N. `limit` counts the rows of the shard. Without an `image_column`, images are in the first of
+    `usual_image_columns` that a manifest has, else in the only column that looks like images. With `allow_no_image` a
+    row may be without. `needs_image` False: rows have images only where `image_column` names them; None: also where
+    one of the usual columns is there, and the reason why one cannot be used stands in its place among the row's
+    sources. Without `needs_id` ids are numbers.
     """
 
     recursive: Annotated[bool, Help("Skip the sub-folders of folders", flags=("--no-recursive",))] = True
@@ -113,7 +114,7 @@ class ReadOptions:
     json_key: Annotated[
         str | None, Help("Key of a .json file's list of rows", metavar="KEY", default="the only list of objects")
     ] = None
-    columns: tuple[str, ...] = ()
+    columns: tuple[str | tuple[str, ...], ...] = ()
     keep: Annotated[
         tuple[str, ...] | Literal["all"],
         Help("Columns of the manifest to pass through", metavar="A,B|all", parse=parse_keep),

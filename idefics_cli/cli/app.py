@@ -109,8 +109,9 @@ def vqa(run: RunOptions, options: CaptionVqaOptions, debug: DebugFlag = False) -
 def generate(run: RunOptions, options: GenerateOptions, debug: DebugFlag = False) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and images, or a conversation.
 
-    In a list a string is text, an image is bytes or a struct (`{"image": "a.jpg"}`, `{bytes, path}`). A conversation
-    is a list of `{"role", "content"}` messages, as transformers' chat templates take them.
+    An image is bytes, a struct (`{"image": "a.jpg"}`, `{bytes, path}`), a string that names one, or `<image>` in a text
+    beside a column `image` or `images`. A conversation is a list of `{"role", "content"}` messages, as transformers'
+    chat templates and OpenAI's API take them, or LLaVA's `{"from", "value"}`.
     """
     with exit_codes(debug):
         from idefics_cli.tasks.generate import Generate

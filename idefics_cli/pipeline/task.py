@@ -52,13 +52,13 @@ class Task(Protocol):
     """What is done with each row; what most tasks have in common stands here.
 
     `command` is what users call it: a run resumes only what the same command has made. `columns` are those that a
-    manifest must have, `needs_manifest` what else to give where an input is not one (None: no need), `needs_image`
-    whether each row has an image of its own (None: where it has one, it is read), `files` what is read besides the
-    inputs. `settings` decide the texts: a run resumes only where they are the same.
+    manifest must have (of a tuple's names one), `needs_manifest` what else to give where an input is not one (None: no
+    need), `needs_image` whether each row has an image of its own (None: where it has one, it is read), `files` what is
+    read besides the inputs. `settings` decide the texts: a run resumes only where they are the same.
     """
 
     command: str
-    columns: tuple[str, ...]
+    columns: tuple[str | tuple[str, ...], ...]
     needs_manifest: str | None
     needs_image: bool | None
     files: tuple[str, ...] = ()

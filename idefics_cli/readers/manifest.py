@@ -121,10 +121,11 @@ class Manifest:
         self.is_numbered = self._id is None  # no two rows can have one id
         own = (*self._images.own, self._id)
         keep = [name for name in table.columns if name not in own] if options.keep == "all" else options.keep
-        for name in (*options.columns, *keep):
+        columns = [name if isinstance(name, str) else _first_of(name, table) for name in options.columns]
+        for name in (*columns, *keep):
             require_column(file.name, table, name)
         self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
-        self._values = list(dict.fromkeys((*options.columns, *keep)))
+        self._values = list(dict.fromkeys((*columns, *keep)))
         self._resolve = open_root(file.parent, options.image_root)
         self._allow_no_image = options.allow_no_image or self._images.are_optional
 
@@ -178,6 +179,10 @@ class Manifest:
 
 
 # ---- columns
+
+
+def _first_of(names: tuple[str, ...], table: Table) -> str:
+    return next((name for name in names if name in table.columns), names[0])
 
 
 def _id_column(manifest: str, table: Table, options: ReadOptions) -> str | None:

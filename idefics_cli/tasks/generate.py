@@ -5,16 +5,19 @@ Rows in, prompts out. What a cell may hold, `prompts/interleaved.py` knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import RowError, first_error
 from idefics_cli.pipeline.prefetch import Steps
-from idefics_cli.pipeline.task import Observer, Task
-from idefics_cli.prompts.interleaved import ImageItem, interleaved_prompt
+from idefics_cli.pipeline.task import ImageWatch, Observer, Task
+from idefics_cli.prompts.interleaved import NEXT_IMAGE, PLACE, ImageItem, interleaved_prompt
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt
-from idefics_cli.rows import InputRow
+from idefics_cli.rows import ImageSource, InputRow, RemoteFile
+from idefics_cli.storage.filenames import IMAGE_SUFFIX, shown
 from idefics_cli.tasks.embed import StoredLatents
 from idefics_cli.tasks.options import GenerateOptions
 from idefics_cli.tasks.result_rows import ResultForm
@@ -22,21 +25,26 @@ from idefics_cli.validation import by_option
 
 if TYPE_CHECKING:
     from idefics_cli.checkpoint import ModelRequest
-    from idefics_cli.engine.prompt_source import EncodedPrompt
+    from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
+    from idefics_cli.result import Outcome
+
+PROMPT_COLUMNS = ("prompt", "messages", "conversations")  # the last two end with an answer where they are for training
+REMEDY = "name the images' column with --image-column, or add --text-only if this is meant"
 
 
 class Generate(Task):
     """The task of `generate`. Raises InputError for embeddings that cannot be read."""
 
     command = "generate"
-    needs_image = False
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
         self.embeddings = None if options.embeddings is None else StoredLatents(options.embeddings)
-        self.columns = (options.prompt_column,)
+        self._columns = PROMPT_COLUMNS if options.prompt_column == PROMPT_COLUMNS[0] else (options.prompt_column,)
+        self.columns = (self._columns,)
+        self.needs_image = False if options.text_only else None
         self.files = tuple(filter(None, (options.embeddings,)))
         self.needs_manifest = f"name one with a column {options.prompt_column!r} of texts and images"
 
@@ -57,25 +65,43 @@ class Generate(Task):
         if self.embeddings is not None:
             self.embeddings.begin(model)
 
-        def opened(item: ImageItem, index: int) -> Any | RowError:
+        watch = ImageWatch(observer, REMEDY)
+
+        def opened(item: ImageItem, index: int, own: Iterator[ImageSource | RowError]) -> Any | RowError:
             if item.embedding is not None:
                 return self._latents(item.embedding)
-            source = resolve(item.source, index)
+            source = next(own) if item == NEXT_IMAGE else resolve(item.source, index)
             return source if isinstance(source, RowError) else images.prepare(source)
 
         def prepare(row: InputRow) -> EncodedPrompt | RowError:
             """Safe in many threads."""
-            prompt = self._prompt(row, model.is_instruct)
+            prompt = self._prompt(row, model.is_instruct, resolve, watch.doubt)
             if isinstance(prompt, RowError):
                 return prompt
-            items = [opened(item, row.index) if isinstance(item, ImageItem) else item for item in prompt]
+            own = iter(row.sources)
+            items = [opened(item, row.index, own) if isinstance(item, ImageItem) else item for item in prompt]
+            watch.has_shown |= any(isinstance(item, ImageItem) for item in prompt)
             return first_error(items) or model.encode(items, self.options.decoding.max_new_tokens)
 
-        return Steps(prepare, lambda source: model.stream(source, **asdict(self.options.decoding)))
+        def decode(source: PromptSource) -> Iterator[tuple[int, Outcome]]:
+            return model.stream(source, **asdict(self.options.decoding))
 
-    def _prompt(self, row: InputRow, is_instruct: bool) -> Prompt | RowError:
-        """With its images not opened yet."""
-        prompt = interleaved_prompt(row.values.get(self.options.prompt_column))
+        return Steps(prepare, decode if self.options.text_only else watch.watching(decode))
+
+    def _prompt(
+        self, row: InputRow, is_instruct: bool, resolve: Callable, doubt: Callable[[str], None]
+    ) -> Prompt | RowError:
+        """With its images not opened yet. Says where words may have been meant as an image."""
+        column = next(name for name in self._columns if name in row.values)
+        cell, is_example = row.values[column], column in PROMPT_COLUMNS[1:]
+        if self.options.text_only:
+            prompt = interleaved_prompt(cell, is_example=is_example)
+        else:
+            prompt = interleaved_prompt(
+                cell, len(row.sources), lambda text: _is_image(text, row, resolve, doubt), is_example
+            )
+            if not row.sources and not isinstance(prompt, RowError) and any(PLACE in text for text in _texts(prompt)):
+                doubt(f"row {row.id}: {PLACE} stays a word, since the row has no image: {REMEDY}")
         if not isinstance(prompt, RowError) and END_OF_UTTERANCE in prompt and not is_instruct:
             return RowError("row_invalid", "a conversation needs an instruct model: name one with -m")
         return prompt
@@ -84,3 +110,22 @@ class Generate(Task):
         if self.embeddings is None:
             return RowError("image_missing", f"the embedding {row_id!r} needs its file: add --embeddings E.parquet")
         return self.embeddings.latents(row_id)
+
+
+def _texts(prompt: Prompt) -> Iterator[str]:
+    return (item for item in prompt if isinstance(item, str))
+
+
+def _is_image(text: str, row: InputRow, resolve: Callable, doubt: Callable[[str], None]) -> bool:
+    """Whether it names an image that is there, below the image root."""
+    if not (IMAGE_SUFFIX.search(text) or text.startswith("data:image/")) or "\n" in text:
+        return False
+    source = resolve(text, row.index)
+    if isinstance(source, RemoteFile):
+        is_there = source.filesystem.exists(source.key)
+    else:
+        is_there = isinstance(source, bytes) or (isinstance(source, Path) and os.path.isfile(source))
+    if not is_there:
+        reason = source.message if isinstance(source, RowError) else "no such image"
+        doubt(f"row {row.id}: {shown(text)} stays text ({reason}): fix the path or --image-root, or add --text-only")
+    return is_there

@@ -136,7 +136,10 @@ class GenerateOptions:
     """Where the prompts stand, and what becomes of the texts that continue them."""
 
     decoding: DecodingOptions
-    prompt_column: Annotated[str, Help("Column of the prompts", metavar="NAME")] = "prompt"
+    prompt_column: Annotated[
+        str, Help("Column of the prompts", metavar="NAME", default="prompt, messages or conversations")
+    ] = "prompt"
+    text_only: Annotated[bool, Help("Strings are texts, whatever they name, and no column of images is read")] = False
     postprocess: PostProcess = field(default_factory=PostProcess)
     embeddings: EmbeddingsFile = None
 
