@@ -1,4 +1,4 @@
-"""Columns: a result's own, the JSON of the values that rows hold, and the Arrow types of columns that declare none.
+"""Columns: a result's own, the JSON of the values that rows hold, lists within texts, and what a row may hold at most.
 
 JSON has no bytes, times or exact decimals: `json_value` writes them as text, and nothing reads them back. pyarrow is
 imported only where arrays are made.
@@ -6,19 +6,38 @@ imported only where arrays are made.
 
 from __future__ import annotations
 
+import ast
 import base64
 import datetime
 import decimal
 import json
 import math
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+
+from idefics_cli.errors import RowError
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+# What one row may hold, in an input of any format.
+MAX_COLUMNS = 10_000
+MAX_IMAGES = 1_000
+MAX_VALUES = 1_000_000
+MAX_DEPTH = 100  # lists and objects within each other
+MAX_ROW_BYTES = 64 << 20
+MAX_LITERAL_CHARACTERS = 256 << 10  # of a list that is written as Python does
+
+LITERAL_TOKEN = re.compile(
+    r"""\s*(?:(?P<open>[\[({])|(?P<close>[\])}])|(?P<mark>[,:])|(?P<null>nan|NaN|None|null|NaT)\b
+    |(?P<value>'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|-?\d+(?:\.\d*)?(?:e[+-]?\d+)?|(?:True|False)\b))\s*""",
+    re.VERBOSE,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,62 @@ def arrow_type(column: Column, example: Mapping[str, Any] | None = None) -> pa.D
 
 def _encodable_candidates(candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**candidate, "text": encodable(candidate["text"])} for candidate in candidates]
+
+
+# ---- lists and objects
+
+
+def is_deeper(value: Any, most: int = MAX_DEPTH) -> bool:
+    """Whether lists and objects lie within each other more than `most` times."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    return inner is not None and (most == 0 or any(is_deeper(each, most - 1) for each in inner))
+
+
+def list_in(cell: Any) -> Any | RowError:
+    """The list that a text holds as JSON, or as Python or numpy writes one; what does not begin with `[` as it is."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith("["):
+        return cell
+    if cell.count(",") > MAX_VALUES:
+        return RowError("row_invalid", f"a list holds more than {MAX_VALUES:,} values")
+    for read in (partial(json.loads, parse_constant=lambda _: None), _literal):
+        try:
+            found = read(cell)
+            json.dumps(found, ensure_ascii=False).encode()  # raises what no row can hold: sets, half a surrogate pair
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if not is_deeper(found):
+            return found
+    return RowError("row_invalid", f"{cell[:60]!r} begins with [ and is neither a JSON list nor a Python list")
+
+
+def _literal(text: str) -> Any:
+    """What Python reads, of a text of values, brackets, commas and colons alone. Raises SyntaxError for any other.
+
+    numpy puts no commas between values; a list with and without them is of neither kind.
+    """
+    if len(text) > MAX_LITERAL_CHARACTERS:
+        raise SyntaxError("too long")
+    tokens: list[str] = []
+    separators: list[set[str]] = [set()]  # of the brackets that are open
+    place, follows_value = 0, False
+    while place < len(text):
+        match = LITERAL_TOKEN.match(text, place)
+        if match is None or len(separators) > MAX_DEPTH:
+            raise SyntaxError("not a list of values")
+        kind, token, place = match.lastgroup, match[match.lastgroup], match.end()
+        if follows_value and kind not in ("close", "mark"):
+            tokens.append(",")
+        if follows_value and kind != "close":
+            separators[-1].add("," if kind == "mark" else "")
+        if kind == "open":
+            separators.append(set())
+        if (kind == "close" and len(separators.pop()) > 1) or not separators:
+            raise SyntaxError("values with and without commas")
+        tokens.append("None" if kind == "null" else token)
+        follows_value = kind in ("close", "value", "null")
+    if separators[0]:
+        raise SyntaxError("more than one list")
+    return ast.literal_eval("".join(tokens))
 
 
 # ---- latents: in a row `{"dtype", "shape", "data"}`, data as bytes, or in base64 where JSON holds them

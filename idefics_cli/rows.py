@@ -80,12 +80,12 @@ class ReadOptions:
     """Which rows are read, and which of their columns.
 
     Every manifest must have `columns` (of a tuple's names the first that is there is read) and `keep`, the columns to
-    pass through ("all": every one but those of id and image). `shard` is (I, N), 1 <= I <= N: the rows whose index is
-    I - 1 modulo N. `limit` counts the rows of the shard. Without an `image_column`, images are in the first of
-    `usual_image_columns` that a manifest has, else in the only column that looks like images. With `allow_no_image` a
-    row may be without. `needs_image` False: rows have images only where `image_column` names them; None: also where
-    one of the usual columns is there, and the reason why one cannot be used stands in its place among the row's
-    sources. Without `needs_id` ids are numbers.
+    pass through ("all": every one but those of id and image). Texts in `list_columns` and in columns of images may be
+    lists. `shard` is (I, N), 1 <= I <= N: the rows whose index is I - 1 modulo N. `limit` counts the rows of the shard.
+    Without an `image_column`, images are in the first of `usual_image_columns` that a manifest has, else in the only
+    column that looks like images. With `allow_no_image` a row may be without. `needs_image` False: rows have images
+    only where `image_column` names them; None: also where one of the usual columns is there, and the reason why one
+    cannot be used stands in its place among the row's sources. Without `needs_id` ids are numbers.
     """
 
     recursive: Annotated[bool, Help("Skip the sub-folders of folders", flags=("--no-recursive",))] = True
@@ -115,6 +115,7 @@ class ReadOptions:
         str | None, Help("Key of a .json file's list of rows", metavar="KEY", default="the only list of objects")
     ] = None
     columns: tuple[str | tuple[str, ...], ...] = ()
+    list_columns: tuple[str, ...] = ()
     keep: Annotated[
         tuple[str, ...] | Literal["all"],
         Help("Columns of the manifest to pass through", metavar="A,B|all", parse=parse_keep),

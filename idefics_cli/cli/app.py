@@ -205,7 +205,7 @@ def _ask(run: RunOptions, options: CaptionVqaOptions, debug: bool) -> None:
         reading = run.reading
         shots = replace(options.shots, image_column=reading.image_column, allow_no_image=reading.allow_no_image)
         task = CaptionVqa(replace(options, shots=shots))
-        scoring = None if run.answers_column is None else _closing_scores(run.answers_column, task.command)
+        scoring = None if run.answers_column is None else _closing_scores(run.answers_column, options)
     _run(run, task, debug, scoring)
 
 
@@ -227,21 +227,23 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
             say_finished(stats, options.output)
     if scoring is not None and not stats.stopped_early:
         with exit_codes(debug):
-            shown_as = run.passthrough.names[scoring.answers_column]
-            _print_scores(options.output, replace(scoring, answers_column=shown_as))
+            names = run.passthrough.names
+            answers, choices = names[scoring.answers_column], names.get(scoring.choices_column)
+            _print_scores(options.output, replace(scoring, answers_column=answers, choices_column=choices))
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
 
 
-def _closing_scores(answers_column: str, command: str) -> ScoreOptions:
+def _closing_scores(answers_column: str, options: CaptionVqaOptions) -> ScoreOptions:
     """How a finished run is scored. Raises IdeficsError where it cannot be."""
     from idefics_cli.evaluation.metrics import require_cider
     from idefics_cli.evaluation.score import closing_tokenization
 
-    options = ScoreOptions(answers_column, tokenization=closing_tokenization())
-    if command == "caption":
-        require_cider(options.tokenization)
-    return options
+    choices = {"choices": options.choices.words, "choices_column": options.choices.column}
+    scoring = ScoreOptions(answers_column, tokenization=closing_tokenization(), **choices)
+    if options.prompts.task == "caption":
+        require_cider(scoring.tokenization)
+    return scoring
 
 
 def _print_scores(results: str, options: ScoreOptions) -> None:

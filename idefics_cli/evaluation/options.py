@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from idefics_cli.prompts.choices import parse_choices
 from idefics_cli.validation import Help
 
 
@@ -22,3 +23,10 @@ class ScoreOptions:
         Literal["ptb", "treebank"],
         Help("How CIDEr splits words; ptb: as published, needs Java; treebank: without Java"),
     ] = "ptb"
+    choices: Annotated[
+        tuple[str, ...],
+        Help("Choices of all rows: a reference may be the number or letter of one", metavar="A,B", parse=parse_choices),
+    ] = ()
+    choices_column: Annotated[
+        str | None, Help("Column of each row's choices", metavar="NAME", default="choices, if there is one")
+    ] = None

@@ -16,12 +16,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.evaluation.metrics import cider, exact_match, require_cider, vqa_accuracy
+from idefics_cli.evaluation.metrics import cider, exact_match, normalize_answer, require_cider, vqa_accuracy
 from idefics_cli.evaluation.options import ScoreOptions
+from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.manifest import is_manifest, open_table
 from idefics_cli.readers.references import references_of
-from idefics_cli.readers.table import OWN_ERROR
+from idefics_cli.readers.table import OWN_ERROR, with_lists
 from idefics_cli.rows import ReadOptions
 from idefics_cli.storage.filenames import listed
 from idefics_cli.storage.files import find
@@ -34,6 +35,7 @@ TEXT_COLUMNS = tuple(AUTOMATIC_METRIC)
 METRICS = {"vqa": ("vqa_accuracy", "exact_match"), "cider": ("cider", "exact_match"), "exact": ("exact_match",)}
 ROW_METRICS: dict[str, Callable[..., float]] = {"vqa_accuracy": vqa_accuracy, "exact_match": exact_match}
 TITLES = {"vqa_accuracy": "VQA accuracy %", "cider": "CIDEr ×100", "exact_match": "exact match %"}
+CHOICES = "choices"
 NO_GROUP = "(none)"
 
 
@@ -57,16 +59,19 @@ class GroupScores:
 class Scores:
     """Takes result rows as they come (`add`); after `finish` it says how right they were, together and by groups.
 
-    `unscored` rows had no references, `single_reference` rows just one.
+    `unscored` rows had no references, `single_reference` rows just one, `not_among_choices` rows none that is one of
+    their choices (None: no row had choices).
     """
 
     def __init__(self, options: ScoreOptions, text_column: str) -> None:
         automatic = AUTOMATIC_METRIC[text_column]
         self.options, self.text_column = options, text_column
+        self._choices = ChoiceOptions(options.choices, None if options.choices else options.choices_column or CHOICES)
         self.metrics = METRICS[automatic if options.metric == "auto" else options.metric]
         self.total = GroupScores()
         self.groups: dict[str, GroupScores] = {}  # by their values as JSON; after `finish` by their names
         self.unscored = self.single_reference = 0
+        self.not_among_choices: int | None = None
         self._captions: list[tuple[list[GroupScores], str, list[str]]] = []
         if "cider" in self.metrics:
             require_cider(options.tokenization)
@@ -74,11 +79,16 @@ class Scores:
     def add(self, row: Mapping[str, Any]) -> None:
         """Raises InputError for references that are neither texts nor structs that hold one."""
         place = f"row {self.unscored + self.total.rows + 1}"
-        references = references_of(row.get(self.options.answers_column), place)
+        choices = self._choices.of(row)
+        references = references_of(row.get(self.options.answers_column), place, choices)
         if not references:
             self.unscored += 1
             return
         self.single_reference += len(references) == 1
+        if isinstance(choices, list | tuple):
+            known = {normalize_answer(str(choice)) for choice in choices}
+            astray = known.isdisjoint(map(normalize_answer, references))
+            self.not_among_choices = (self.not_among_choices or 0) + astray
         text = row.get(self.text_column)
         failed = text is None or row.get("error") is not None  # wrong even beside an empty reference
         measures = {name: measure for name, measure in ROW_METRICS.items() if name in self.metrics}
@@ -117,6 +127,8 @@ class Scores:
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
         report = self.total.as_dict() | {"unscored": self.unscored, "single_reference": self.single_reference}
+        if self.not_among_choices is not None:
+            report["not_among_choices"] = self.not_among_choices
         report["answers_column"] = self.options.answers_column
         if "cider" in self.metrics:
             report["tokenization"] = self.options.tokenization
@@ -142,8 +154,10 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
         raise InputError(f"{path} is a folder: name a result file (.jsonl, .parquet, .csv)")
     table = open_table(file, ReadOptions()) if is_manifest(file.name) else open_json_lines(file, compressed=False)
     scores = Scores(options, find_text_column(table.columns, options))
-    wanted = dict.fromkeys((scores.text_column, "error", options.answers_column, options.by))
+    lists = (options.answers_column, options.choices_column or CHOICES)
+    wanted = dict.fromkeys((scores.text_column, "error", options.by, *lists))
     for _, row in table.records(0, 1, [name for name in wanted if name in table.columns]):
+        row = row if isinstance(row, RowError) else with_lists(row, lists, table.is_text and not row.get("error"))
         error = row if isinstance(row, RowError) else row.get(OWN_ERROR)
         if error is not None:
             raise InputError(f"{path}: {error.message}; name a result file")
@@ -160,7 +174,7 @@ def closing_tokenization() -> Literal["ptb", "treebank"]:
 
 def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
     """The text that a run has written, else `answer`, `caption` or `text`. Raises InputError if a column is missing."""
-    for name in (options.answers_column, options.by):
+    for name in (options.answers_column, options.choices_column, options.by):
         if name is not None and name not in columns:
             raise InputError(f"the results have no column {name!r}: use one of {listed(columns)}")
     # A run writes its own text just before its score, and pass-through columns after both.
@@ -191,6 +205,8 @@ def _notes(scores: Scores) -> str | None:
     notes = []
     if scores.unscored:
         notes.append(f"{scores.unscored} rows without references are left out")
+    if scores.not_among_choices:
+        notes.append(f"warning: in {scores.not_among_choices} rows no reference is among the choices")
     if scores.single_reference and "vqa_accuracy" in scores.metrics:
         notes.append(f"{scores.single_reference} rows have one reference: right if equal when normalised")
     if "cider" in scores.metrics:

@@ -237,13 +237,15 @@ def _own_file(row: InputRow) -> Path:
 
 
 def _reading(options: RunOptions, task: Task) -> ReadOptions:
-    """With the columns that the task reads, the answers, which are kept too, and the ids that a submission needs."""
-    reading, answers = options.reading, () if options.answers_column is None else (options.answers_column,)
+    """With the columns that the task reads, the answers and choices, which are kept too, and a submission's ids."""
+    reading = options.reading
+    answers = () if options.answers_column is None else (options.answers_column, *task.list_columns)
     submitted_id = "question_id" if options.format == VQAV2 else None
     return replace(
         reading,
         id_column=reading.id_column or submitted_id,
         columns=tuple(dict.fromkeys((*task.columns, *answers))),
+        list_columns=tuple(dict.fromkeys((*task.list_columns, *answers))),
         keep="all" if reading.keep == "all" else tuple(dict.fromkeys((*reading.keep, *answers))),
         needs_image=reading.needs_image and task.needs_image,
     )

@@ -54,7 +54,8 @@ class Task(Protocol):
     `command` is what users call it: a run resumes only what the same command has made. `columns` are those that a
     manifest must have (of a tuple's names one), `needs_manifest` what else to give where an input is not one (None: no
     need), `needs_image` whether each row has an image of its own (None: where it has one, it is read), `files` what is
-    read besides the inputs. `settings` decide the texts: a run resumes only where they are the same.
+    read besides the inputs. `list_columns` are columns whose texts may be lists. `settings` decide the texts: a run
+    resumes only where they are the same.
     """
 
     command: str
@@ -63,6 +64,7 @@ class Task(Protocol):
     needs_image: bool | None
     files: tuple[str, ...] = ()
     rows_each: int = 1
+    list_columns: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]: ...

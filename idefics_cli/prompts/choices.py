@@ -6,9 +6,7 @@ alone, without an end of text (as in lm-evaluation-harness's `loglikelihood`): a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any, Literal, get_args
@@ -22,7 +20,7 @@ ChoiceNorm = Literal["none", "tokens", "bytes"]
 
 
 def parse_choices(text: str) -> tuple[str, ...]:
-    choices = checked_choices(split_choices(text))
+    choices = checked_choices(several_choices(split_choices(text)))
     if isinstance(choices, RowError):
         raise IdeficsError(f"{choices.message}; write them as in yes,no")
     return choices
@@ -59,23 +57,26 @@ class ChoiceOptions:
         return bool(self.words) or self.column is not None
 
     def of(self, values: Mapping[str, Any]) -> Any:
-        """What a row with these values chooses from, unchecked. A text, all that a cell of CSV can hold, is a list in
-        JSON, or is split at its commas, as the option is."""
+        """What a row with these values chooses from, unchecked but for its number. A text is split at its commas, as
+        the option is."""
         value = self.words if self.column is None else values.get(self.column)
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):
-            with suppress(ValueError, RecursionError):  # the bracket may belong to the first of the choices
-                return json.loads(value)
-        return split_choices(value)
+        return several_choices(split_choices(value) if isinstance(value, str) else value)
 
 
 def split_choices(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
+def several_choices(choices: Any) -> Any | RowError:
+    """The same, unless it is one alone: then there is nothing to choose, and a separator was probably meant."""
+    is_one = isinstance(choices, list | tuple) and len(choices) == 1
+    return RowError("row_invalid", f"one choice alone, {choices[0]!r}: give two or more") if is_one else choices
+
+
 def checked_choices(choices: Any) -> tuple[str, ...] | RowError:
     """A row's choices, each a text with more than white space, or what is wrong with them."""
+    if isinstance(choices, RowError):
+        return choices
     if not isinstance(choices, list | tuple) or not choices:
         found = f"{type(choices).__name__} {choices!r}"
         return RowError("row_invalid", f"the choices must be a list of texts, not {found}"[:200])

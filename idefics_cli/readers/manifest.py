@@ -16,7 +16,7 @@ from idefics_cli.readers.image_columns import image_columns_of, is_empty, requir
 from idefics_cli.readers.image_paths import open_root, read_image, read_images, shown_images
 from idefics_cli.readers.json_array import open_json
 from idefics_cli.readers.jsonl import open_json_lines
-from idefics_cli.readers.table import OWN_ERROR, Chunk, Record, Table
+from idefics_cli.readers.table import OWN_ERROR, Chunk, Record, Table, with_lists
 from idefics_cli.readers.webdataset import open_archive
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
@@ -125,6 +125,7 @@ class Manifest:
         for name in (*columns, *keep):
             require_column(file.name, table, name)
         self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
+        self._lists = [name for name in (*self._images.own, *options.list_columns) if name in table.columns]
         self._values = list(dict.fromkeys((*columns, *keep)))
         self._resolve = open_root(file.parent, options.image_root)
         self._allow_no_image = options.allow_no_image or self._images.are_optional
@@ -158,6 +159,7 @@ class Manifest:
         row_id = row_id or id_text(record.get(self._id))
         if ids_only:
             return InputRow(number, row_id, None, (), NO_VALUES)
+        record = with_lists(record, self._lists, self._table.is_text)
         value = self._images.value(record)
         sources = self._sources(value)
         values = {name: record.get(name) for name in self._values} if self._values else NO_VALUES

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
+from idefics_cli.columns import list_in
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.storage.filenames import IMAGE_SUFFIX, WEB_ADDRESS
+from idefics_cli.storage.filenames import IMAGE_SUFFIX, WEB_ADDRESS, shown
 from idefics_cli.storage.files import File, open_stream
 
 if TYPE_CHECKING:
@@ -119,6 +120,19 @@ class StreamTable(Table):
         return good
 
 
+def with_lists(record: Record, columns: Iterable[str], is_text: bool) -> Record:
+    """With the lists that stand as texts in these columns.
+
+    In a table of texts, which has no other lists, a text that only begins like one is bad, unless it names an image.
+    """
+    texts = {name: text for name in columns if isinstance(text := record.get(name), str)}
+    found = {name: list_in(text) for name, text in texts.items() if not IMAGE_SUFFIX.search(text)}
+    bad = next((name for name, value in found.items() if isinstance(value, RowError)), None)
+    if bad is not None and is_text:
+        return {OWN_ERROR: RowError("row_invalid", f"column {shown(bad)}: {found[bad].message}"), **record}
+    return {**record, **{name: value for name, value in found.items() if not isinstance(value, RowError)}}
+
+
 def image_columns(columns: Iterable[str], sample: Sequence[Record]) -> list[str]:
     """The columns whose first values look like images; web addresses only where there are no others."""
     known = {name: [value for record in sample if (value := record.get(name)) not in (None, "")] for name in columns}
@@ -127,6 +141,7 @@ def image_columns(columns: Iterable[str], sample: Sequence[Record]) -> list[str]
 
 
 def _looks_like_image(value: object) -> bool:
+    value = list_in(value)
     if isinstance(value, str):
         return IMAGE_SUFFIX.search(value) is not None
     if isinstance(value, Mapping):

@@ -52,18 +52,19 @@ class CaptionVqa(Task):
         self.command = options.prompts.task
         self.rows_each = len(options.questions) or 1
         self.columns = options.columns
+        self.list_columns = () if options.choices.column is None else (options.choices.column,)
         self.needs_manifest = options.needs_manifest
         self.needs_image = options.embeddings is None
         self.files = tuple(filter(None, (options.shots.file, options.embeddings)))
 
     @cached_property
     def _shots_file(self) -> Inputs | None:
-        return None if self.options.shots.file is None else open_shots(self.options.shots)
+        return None if self.options.shots.file is None else open_shots(self.options.shots, self.list_columns)
 
     @cached_property
     def _pool(self) -> list[Shot]:
         file, options = self._shots_file, self.options
-        return [] if file is None else read_shots(options.shots, file, options.prompts.task, options.prompt_fields)
+        return [] if file is None else read_shots(options, file)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -17,13 +17,15 @@ from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions
-from idefics_cli.tasks.options import ShotOptions
+from idefics_cli.tasks.options import CaptionVqaOptions, ShotOptions
 
 ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}
 
 
-def open_shots(options: ShotOptions) -> Inputs:
+def open_shots(options: ShotOptions, list_columns: tuple[str, ...] = ()) -> Inputs:
     """The file's rows, with images where these are shown: in `image_column`, where the file has one of that name.
+
+    Their answers may be lists, and so may what stands in `list_columns`.
 
     Raises InputError for a file that cannot be read.
     """
@@ -37,28 +39,30 @@ def open_shots(options: ShotOptions) -> Inputs:
         allow_no_image=options.allow_no_image,
         needs_image=shows,
         needs_id=False,
+        list_columns=(*ANSWER_COLUMNS["caption"], *list_columns),
     )
     return open_inputs((options.file,), reading)
 
 
-def read_shots(options: ShotOptions, rows: Inputs, task: str, fields: Sequence[str]) -> list[Shot]:
+def read_shots(options: CaptionVqaOptions, rows: Inputs) -> list[Shot]:
     """The pool, or as much of it as will be shown, its images not opened yet.
 
-    `fields` are those that prompts have. Raises InputError for a bad row, and for too few of them.
+    Raises InputError for a bad row, and for too few of them.
     """
-    wanted = options.number or TEXT_ONLY_SHOTS if options.selection == "first" else None
-    pool = [_read_shot(row, task, fields, options.file) for row in islice(rows.rows, wanted)]
-    if len(pool) < options.number:
-        raise InputError(f"{options.file} has {len(pool)} shots: lower --num-shots {options.number}")
+    shots = options.shots
+    wanted = shots.number or TEXT_ONLY_SHOTS if shots.selection == "first" else None
+    pool = [_read_shot(row, options) for row in islice(rows.rows, wanted)]
+    if len(pool) < shots.number:
+        raise InputError(f"{shots.file} has {len(pool)} shots: lower --num-shots {shots.number}")
     return pool
 
 
-def _read_shot(row: InputRow, task: str, fields: Sequence[str], file: str) -> Shot:
+def _read_shot(row: InputRow, options: CaptionVqaOptions) -> Shot:
     """A row of the file as a worked example; of several answers the most common one is shown.
 
-    Raises InputError for a row without an answer, or without one of the `fields` that prompts have.
+    Raises InputError for a row without an answer, or without one of the fields that prompts have.
     """
-    place, values = f"row {row.index + 1} of {file}", row.values
+    place, values, task = f"row {row.index + 1} of {options.shots.file}", row.values, options.prompts.task
     if row.error is not None:
         raise _bad_shot(place, row.error)
     column = next((name for name in ANSWER_COLUMNS[task] if values.get(name) is not None), None)
@@ -67,11 +71,11 @@ def _read_shot(row: InputRow, task: str, fields: Sequence[str], file: str) -> Sh
             f"{place} has no answer: shots need a column {' or '.join(ANSWER_COLUMNS[task])}, and it has"
             f" {', '.join(values) or 'none'}"
         )
-    references = references_of(values[column], place)
+    references = references_of(values[column], place, options.choices.of(values))
     if not references:
         raise InputError(f"{place} has no answer: its {column} is empty")
     texts = {name: text for name, value in values.items() if isinstance(text := field_text(name, value), str)}
-    without = next((name for name in fields if name not in texts), None)
+    without = next((name for name in options.prompt_fields if name not in texts), None)
     if without is not None:
         raise InputError(f"{place} has no text in the column {without!r}, which the prompt needs: add it")
     return Shot(row.sources, shot_answer(task, references), texts)

@@ -43,7 +43,7 @@ class Generate(Task):
         self.options = options
         self.embeddings = None if options.embeddings is None else StoredLatents(options.embeddings)
         self._columns = PROMPT_COLUMNS if options.prompt_column == PROMPT_COLUMNS[0] else (options.prompt_column,)
-        self.columns = (self._columns,)
+        self.columns, self.list_columns = (self._columns,), self._columns
         self.needs_image = False if options.text_only else None
         self.files = tuple(filter(None, (options.embeddings,)))
         self.needs_manifest = f"name one with a column {options.prompt_column!r} of texts and images"

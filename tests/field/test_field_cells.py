@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import FakeCaptioner, rows_of, save_image
+from conftest import FakeCandidate, FakeCaptioner, FakeResult, prompts_of, rows_of, save_image, written
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idefics_cli.columns import Column, json_text
+from idefics_cli.columns import Column, json_text, list_in
+from idefics_cli.errors import RowError
+from idefics_cli.prompts.choices import checked_choices
 from idefics_cli.writers.formats import Passthrough, format_of
+
+
+@dataclass
+class Choosing(FakeCaptioner):
+    """Takes one of the choices."""
+
+    choose: Callable[[Sequence[str]], str] = itemgetter(0)
+
+    def encode_choices(self, prompt: Any, choices: Any, start: Any = ()) -> tuple[str, ...] | RowError:
+        self.encode(prompt, 0)
+        return checked_choices(choices)
+
+    def score_stream(self, source: Any, norm: str) -> Iterator[tuple[int, FakeResult]]:
+        number = 0
+        while batch := source.take(self.batch_size, True):
+            for choices in batch:
+                candidates = tuple(FakeCandidate(each, -1.0, 1) for each in choices)
+                yield number, FakeResult(self.choose(choices), -1.0, 1, candidates)
+                number += 1
+
 
 # ---- results for other programs
 
@@ -107,3 +135,203 @@ def test_a_vqav2_submission_has_every_question(run: Callable, refused: Callable,
 )
 def test_what_a_submission_cannot_hold_is_refused(refused: Callable, tmp_path: Path, more: tuple, said: str) -> None:
     assert said in refused("vqa", questions(tmp_path, note="x"), "--format", "vqav2", *more)
+
+
+# ---- lists in cells
+
+
+def table(path: Path, rows: list[dict[str, Any]], **written: Any) -> Path:
+    """The rows, each with an image of its own, as pandas writes them."""
+    for number, row in enumerate(rows):
+        row.setdefault("image", f"{number}.png")
+        save_image(path.parent / f"{number}.png", number)
+    pd.DataFrame(rows).to_csv(path, index=False, **written)
+    return path
+
+
+ANSWERS = ["red", "red", "crimson"]
+WRITTEN = {
+    "json": json.dumps(ANSWERS),
+    "pandas": ANSWERS,  # pandas writes lists as Python does
+    "numpy": np.array(ANSWERS, dtype=object),
+    "structs": [{"answer": text, "answer_id": i} for i, text in enumerate(ANSWERS)],
+    "numpy of structs": np.array([{"answer": text, "answer_id": i} for i, text in enumerate(ANSWERS)], dtype=object),
+}
+
+
+@pytest.mark.parametrize("cell", WRITTEN.values(), ids=WRITTEN)
+def test_answers_in_a_cell_are_a_list_for_scores_and_shots(run: Callable, tmp_path: Path, cell: Any) -> None:
+    manifest = table(tmp_path / "m.csv", [{"question": "What color?", "answers": cell}])
+    captioner, out = FakeCaptioner(answer=lambda text: "red"), tmp_path / "f.jsonl"
+    ended = run("vqa", manifest, "-o", out, "--answers-column", "answers", captioner=captioner)
+    assert json.loads(ended.stdout)["vqa_accuracy"] == pytest.approx(4 / 9)
+    assert json.loads(run("score", out).stdout)["vqa_accuracy"] == pytest.approx(4 / 9)
+    shown = FakeCaptioner()
+    ended = run("vqa", manifest, "--shots", manifest, "--num-shots", 1, captioner=shown)
+    assert "Answer: red" in prompts_of(shown, rows_of(ended.stdout))[0]
+
+
+def test_three_right_of_three_answers_are_two_thirds(run: Callable, tmp_path: Path) -> None:
+    results = tmp_path / "r.csv"
+    results.write_text('answer,answers\nred,"[""red"", ""red"", ""red""]"\n')
+    assert json.loads(run("score", results).stdout)["vqa_accuracy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("cell", ['["red","blue"]', "['red', 'blue']", "['red' 'blue']", "red,blue"])
+def test_choices_in_a_cell_are_a_list(run: Callable, tmp_path: Path, cell: str) -> None:
+    manifest = table(tmp_path / "m.csv", [{"question": "What color?", "choices": cell}])
+    (row,) = rows_of(run("vqa", manifest, "--choices-column", "choices", captioner=Choosing()).stdout)
+    assert [each["text"] for each in row["candidates"]] == ["red", "blue"] and row["error"] is None
+
+
+@pytest.mark.parametrize(
+    "cell", ["[red, blue]", "['red', 'blue'", '["red"', "[np.str_('red')]", "['a' 'b', 'c']", '["red"]', "red"]
+)
+def test_a_cell_that_is_no_list_of_choices_is_a_bad_row(run: Callable, tmp_path: Path, cell: str) -> None:
+    rows = [{"question": "What color?", "choices": each} for each in (cell, '["a", "b"]')]
+    manifest = table(tmp_path / "m.csv", rows)
+    ended = run("vqa", manifest, "--choices-column", "choices", captioner=Choosing())
+    bad, good = rows_of(ended.stdout)
+    assert bad["error"].startswith("row_invalid: ") and good["error"] is None and ended.exit_code == 3
+
+
+def test_one_choice_alone_is_refused(refused: Callable, tmp_path: Path) -> None:
+    assert "one choice alone" in refused("vqa", table(tmp_path / "m.csv", [{"question": "?"}]), "--choices", "yes")
+
+
+def test_bad_answers_cost_their_row_and_count_as_wrong(run: Callable, tmp_path: Path) -> None:
+    rows = [{"question": "What color?", "answers": each} for each in ('["red"]', "[red", '["red"]')]
+    manifest = table(tmp_path / "m.csv", rows)
+    for out in tmp_path / "f.jsonl", tmp_path / "f.csv":
+        captioner = FakeCaptioner(answer=lambda text: "red")
+        ended = run("vqa", manifest, "-o", out, "--answers-column", "answers", captioner=captioner)
+        found = json.loads(ended.stdout)
+        assert (ended.exit_code, found["rows"], found["errors"]) == (3, 3, 1)
+        assert found["vqa_accuracy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("cell", ['["0.png", "1.png"]', "['0.png', '1.png']", "['0.png' '1.png']"])
+def test_images_in_a_cell_are_a_list_and_found_by_themselves(run: Callable, tmp_path: Path, cell: str) -> None:
+    save_image(tmp_path / "1.png", 1)
+    manifest, captioner = table(tmp_path / "m.csv", [{"photos": cell, "image": None}]), FakeCaptioner()
+    frame = pd.read_csv(manifest).drop(columns="image")
+    frame.to_csv(manifest, index=False)
+    ended = run("caption", manifest, "--prompt", "{image} and {image}", captioner=captioner)
+    assert prompts_of(captioner, rows_of(ended.stdout)) == ["[0] and [1]"]
+
+
+def test_a_path_that_begins_with_a_bracket_stays_one(run: Callable, tmp_path: Path) -> None:
+    save_image(tmp_path / "[1] a.png")
+    (tmp_path / "m.csv").write_text("image\n[1] a.png\n")
+    assert rows_of(run("caption", tmp_path / "m.csv").stdout)[0]["error"] is None
+
+
+def test_prompts_in_a_cell_are_lists_and_texts_of_other_formats_stay_texts(run: Callable, tmp_path: Path) -> None:
+    save_image(tmp_path / "1.png", 1)
+    prompt = [{"image": "1.png"}, "What is this?"]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"prompt": "[INST] Hello"}) + "\n")
+    pd.DataFrame({"prompt": [json.dumps(prompt), prompt, "[1.png, What?"]}).to_csv(tmp_path / "m.csv", index=False)
+    for name, expected in ("m.csv", ["[1]What is this?"] * 2 + [None]), ("m.jsonl", ["[INST] Hello"]):
+        captioner = FakeCaptioner(is_instruct=True)
+        ended = run("generate", tmp_path / name, captioner=captioner)
+        assert prompts_of(captioner, rows_of(ended.stdout)) == expected
+
+
+LISTS = st.lists(
+    st.text(max_size=5) | st.integers() | st.booleans() | st.none() | st.lists(st.text(max_size=3)), max_size=5
+)
+
+
+@given(LISTS)
+def test_what_python_and_json_write_is_read_back(value: list) -> None:
+    assert list_in(repr(value)) == list_in(json.dumps(value)) == list_in(json.dumps(value, ensure_ascii=False)) == value
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), min_size=2))
+def test_what_numpy_writes_is_read_back(value: list) -> None:
+    assert list_in(str(np.array(value, dtype=object))) == value
+
+
+@given(st.text("[](){},:'\"\\-1.e naNoTrul\n", max_size=30))
+def test_any_other_text_is_a_value_or_an_error(text: str) -> None:
+    found = list_in("[" + text)
+    assert isinstance(found, list | RowError)
+
+
+HOSTILE = {
+    "deep": "[" * 100_000 + "]" * 100_000,
+    "a little too deep": "[" * 102 + "]" * 102,
+    "signs": "[" + "-" * 100_000 + "1]",
+    "not closed": "['" + "a" * 5_000_000,
+    "escapes": "['" + "\\" * 200_001,
+    "values": "[" + "0," * 2_000_000 + "0]",
+    "digits": "[" + "9" * 100_000 + "]",
+    "a call": "[__import__('os').system('true')]",
+    "a product": "['a' * 10**9]",
+    "set": "[{1, 2}]",
+    "half a pair": "['\\ud800']",
+    "two lists": "['a']['b']",
+}
+
+
+@pytest.mark.parametrize("cell", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_cells_are_refused_quickly(cell: str) -> None:
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        assert isinstance(list_in(cell), RowError)
+        assert time.process_time() - started < 2 and tracemalloc.get_traced_memory()[1] < 300_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# ---- answers that refer to choices
+
+
+@pytest.mark.parametrize(
+    ("answers", "choices"),
+    [
+        ([1, 0], [["a cat", "a dog"]] * 2),  # ScienceQA
+        ([1.0, 0.0], [["a cat", "a dog"]] * 2),
+        (["B", "a"], ["['a cat', 'a dog']"] * 2),  # MMMU
+        (["a dog", "a cat"], [["a cat", "a dog"]] * 2),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_numbers_and_letters_refer_to_choices(
+    run: Callable, tmp_path: Path, answers: list, choices: list, suffix: str
+) -> None:
+    frame = pd.DataFrame({"question": ["What?"] * 2, "image": ["0.png"] * 2, "answer": answers, "options": choices})
+    save_image(tmp_path / "0.png")
+    manifest, out = tmp_path / f"m.{suffix}", tmp_path / "f.jsonl"
+    write = {
+        "csv": frame.to_csv,
+        "parquet": frame.to_parquet,
+        "jsonl": partial(frame.to_json, orient="records", lines=True),
+    }
+    write[suffix](manifest, **({} if suffix == "jsonl" else {"index": False}))
+    command = ("vqa", manifest, "-o", out, "--choices-column", "options", "--answers-column", "answer")
+    found = json.loads(run(*command, captioner=Choosing(choose=lambda choices: choices[1])).stdout)
+    assert (found["vqa_accuracy"], found["not_among_choices"]) == (0.5, 0)
+    again = run("score", out, "--answers-column", "input_answer", "--choices-column", "options")
+    assert json.loads(again.stdout) == found
+
+
+def test_numbers_refer_to_the_choices_of_all_rows_and_to_those_of_shots(run: Callable, tmp_path: Path) -> None:
+    rows = [{"question": "What?", "answer": 1, "choices": ["a cat", "a dog"]}]
+    manifest, out = table(tmp_path / "m.csv", rows), tmp_path / "f.jsonl"
+    command = ("vqa", manifest, "-o", out, "--choices", "yes,no", "--answers-column", "answer")
+    found = json.loads(run(*command, captioner=Choosing(choose=lambda choices: choices[1])).stdout)
+    assert found["exact_match"] == 1.0
+    captioner = Choosing()
+    run("vqa", manifest, "--choices-column", "choices", "--shots", manifest, "--num-shots", 1, captioner=captioner)
+    assert "Answer: a dog" in written(next(iter(captioner.prompts.values())))
+
+
+def test_references_that_are_not_among_the_choices_are_told(run: Callable, tmp_path: Path) -> None:
+    results = tmp_path / "r.jsonl"
+    rows = [{"answer": "x", "answers": [each], "choices": ["red", "blue"]} for each in ("Red.", "green", 7, "E")]
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = run("score", results)
+    assert json.loads(ended.stdout)["not_among_choices"] == 3
+    assert "in 3 rows no reference is among the choices" in ended.stderr

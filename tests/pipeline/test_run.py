@@ -104,7 +104,7 @@ def test_a_finished_run_loads_no_model(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"output": "f.csv"}, {"inputs": ("https://a.example/b.png",)}, {"inputs": ("none",)}, {"output": "none/f.jsonl"}],
+    [{"output": "f.txt"}, {"inputs": ("https://a.example/b.png",)}, {"inputs": ("none",)}, {"output": "none/f.jsonl"}],
 )
 def test_mistakes_are_found_before_the_model_is_looked_at(bench: Bench, changes: dict[str, Any]) -> None:
     bench.refuses(IdeficsError, **changes)
