@@ -170,7 +170,7 @@ class RowPrompts:
         if not isinstance(images, RowError) and not images:
             return RowError("row_invalid", "no image to compare with those of the shots: choose --shot-selection first")
         alone = images if isinstance(images, RowError) else self.after_shots(row, images, ())
-        return alone if isinstance(alone, RowError) else (row, images)
+        return alone if isinstance(alone, RowError) else (row, list(map(self.model.encode_image, images)))
 
     def _opened(self, row: InputRow) -> Sequence[Any] | RowError:
         """The row's images, or the latents instead."""

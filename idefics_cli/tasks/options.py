@@ -24,7 +24,8 @@ class ShotOptions:
     """A manifest of examples, and which of them stand before each row.
 
     `similar` shows each row those with the images nearest to its own, the nearest last (RICES: Yang et al. 2022,
-    section 3.2; Alayrac et al. 2022, appendix A.2); the others show all rows the same. Of 0 shots no image is shown.
+    section 3.2; Alayrac et al. 2022, appendix A.2), without those of its own image; the others show all rows the same.
+    Of 0 shots no image is shown.
     `image_column` and `allow_no_image` are those of the inputs.
     """
 
@@ -41,10 +42,13 @@ class ShotOptions:
         Help("Which examples; similar: with the images nearest to the row's", flags=("--shot-selection",)),
     ] = "first"
     seed: Annotated[int, Help("Random seed", min=0)] = 0
+    allow_self: Annotated[bool, Help("Similar examples may be of the row's own image")] = False
     image_column: str | None = None
     allow_no_image: bool = False
 
     def __post_init__(self) -> None:
+        if self.allow_self and self.selection != "similar":
+            raise IdeficsError("--allow-self has no effect: add --shot-selection similar")
         if self.file is None and (self.number or self.selection != "first"):
             raise IdeficsError(
                 f"{'--num-shots' if self.number else '--shot-selection'} needs examples: add --shots FILE"

@@ -1,7 +1,8 @@
 """Shots that are like the row they stand before (RICES): those whose images the model itself sees as most alike.
 
-Retrieval-based in-context example selection: Yang et al. 2022, section 3.2; Alayrac et al. 2022, appendix A.2. The pool
-is seen once; its vectors are kept for later runs with the same model and the same files.
+Retrieval-based in-context example selection: Yang et al. 2022, section 3.2; Alayrac et al. 2022, appendix A.2. A shot
+with an image of the row itself would give its answer away, and is passed over. The pool is seen once; its vectors are
+kept for later runs with the same model and the same files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +25,14 @@ from idefics_cli.tasks.options import ShotOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from idefics_cli.engine.prompt_source import EncodedImage
     from idefics_cli.idefics import Idefics
 
 OPENED_AT_A_TIME = 64
 OPENED_KEPT = 512  # shots whose images stay open, to be shown again
 OPENERS = 8
+ALIKE = 0.99  # less like each other than this are no two looks at one image, whatever rounding does
+SAME_LATENTS = 0.9999  # of a row that comes as latents no pixels are known to compare
 
 
 class SimilarShots:
@@ -58,11 +63,24 @@ class SimilarShots:
             _write_vectors(kept, vectors)
         self._vectors = vectors
 
-    def shots_for(self, rows: Sequence[Sequence[Any]]) -> list[list[Shot]]:
+    def shots_for(self, rows: Sequence[Sequence[EncodedImage]]) -> list[list[Shot]]:
         """For the images of each row its shots, the nearest last."""
-        chosen = [nearest(vector, self._vectors, self._options.number) for vector in self._row_vectors(rows)]
+        chosen = [
+            nearest(vector, self._vectors, self._options.number, partial(self._is_own, images))
+            for vector, images in zip(self._row_vectors(rows), rows, strict=True)
+        ]
         self._open({index for indices in chosen for index in indices})
         return [[self._opened(index) for index in indices] for indices in chosen]
+
+    def _is_own(self, images: Sequence[EncodedImage], index: int, likeness: float) -> bool:
+        """Whether the shot shows one of the row's `images`."""
+        if self._options.allow_self or likeness < ALIKE:
+            return False
+        shown = {key for image in self._opened(index).images for key in image.image_keys}
+        are_latents = any(image.pixels[0].ndim == 2 for image in images)
+        return any(shown.intersection(image.image_keys) for image in images) or (
+            are_latents and likeness > SAME_LATENTS
+        )
 
     def _encoded(self) -> Tensor:
         import torch
@@ -87,13 +105,20 @@ class SimilarShots:
         return torch.stack([torch.stack([next(vectors) for _ in images]).mean(dim=0) for images in rows])
 
 
-def nearest(query: Tensor, pool: Tensor, number: int) -> list[int]:
-    """Of `pool` (shots, dim) the indices of those most like `query` (dim,), by cosine, the nearest last."""
+def nearest(
+    query: Tensor, pool: Tensor, number: int, is_own: Callable[[int, float], bool] = lambda index, likeness: False
+) -> list[int]:
+    """Of `pool` (shots, dim) the indices of those most like `query` (dim,), by cosine, the nearest last.
+
+    Those that `is_own`, told index and likeness, are passed over.
+    """
     import torch
 
     likeness = torch.nn.functional.cosine_similarity(pool, query.unsqueeze(0), dim=-1)
-    order = torch.sort(likeness, descending=True, stable=True).indices[:number]
-    return order.flip(0).tolist()
+    values, indices = torch.sort(likeness, descending=True, stable=True)
+    parts = zip(indices.split(OPENED_AT_A_TIME), values.split(OPENED_AT_A_TIME), strict=True)
+    ranked = (each for part in parts for each in zip(*(one.tolist() for one in part), strict=True))
+    return list(islice((index for index, value in ranked if not is_own(index, value)), number))[::-1]
 
 
 # ---- vectors of earlier runs

@@ -57,7 +57,7 @@ def chosen(
     run: Callable[..., Result], captioner: FakeCaptioner, manifest: Path, pool: Path, number: int = 2
 ) -> dict[str, list[str]]:
     """For each row the answers of its shots, in their order."""
-    options = "--shots", pool, "--shot-selection", "similar", "--num-shots", str(number)
+    options = "--shots", pool, "--shot-selection", "similar", "--num-shots", str(number), "--allow-self"
     result = run("vqa", manifest, *options, captioner=captioner)
     assert result.exit_code == 0, result.output
     rows = rows_of(result.stdout)
