@@ -13,10 +13,11 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from idefics_cli.adapter import merged, require_peft, settings_of
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
 from idefics_cli.storage.regular_file import POINTER_BYTES, lfs_pointer, read_json_object
 from idefics_cli.validation import Help
@@ -32,11 +33,14 @@ DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "checkpoint"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+CAN_RUN_CODE = "which can run code: convert them to safetensors, or trust them with --allow-pickle"
 SIDE_FILES = ("*.json", "tokenizer.model")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAMES_SHOWN = 8
 # Files of 2023 hold a buffer too, `position_ids`, which no class reads.
-VISION_TENSOR = re.compile(r"model\.(vision_model|perceiver_resampler)\..*(?<!position_ids)")
+VISION_TENSOR = re.compile(r"(?:base_model\.model\.)?model\.(vision_model|perceiver_resampler)\..*(?<!position_ids)")
 VISION_FIELDS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 RESAMPLER_FIELDS = ("resampler_n_heads", "resampler_head_dim", "qk_layer_norms_perceiver")
 # Fields of a configuration that name another file of weights (even a pickle), or classes to put in place of ours, or
@@ -57,13 +61,14 @@ class ModelRequest:
     """Which model to load, and where it runs, in the caller's words."""
 
     model: Annotated[
-        str,
+        str | None,
         Help(
             "Hub id, local folder, or `demo` (coloured shapes only, runs anywhere)",
             flags=("-m", "--model"),
             envvar="IDEFICS_MODEL",
+            default=f"{DEFAULT_MODEL}, or the adapter's base",
         ),
-    ] = DEFAULT_MODEL
+    ] = None
     revision: Annotated[str | None, Help("Branch, tag or commit of the hub model", metavar="NAME")] = None
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
@@ -71,18 +76,23 @@ class ModelRequest:
     ] = "auto"
     device: Annotated[str, Help("Where the model runs", metavar="auto|cuda|cuda:N|cpu|mps")] = "auto"
     allow_pickle: Annotated[bool, Help("Load pickled weights (weights only) if the model has no safetensors")] = False
+    adapter: Annotated[str | None, Help("Folder of LoRA weights (PEFT) to merge into the model", metavar="DIR")] = None
 
     def __post_init__(self) -> None:
+        if self.model is None:
+            object.__setattr__(self, "model", DEFAULT_MODEL if self.adapter is None else _base_of(self.adapter))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that `inspect_folder` has checked, its weights' files, and whether they are pickles."""
+    """A folder that `inspect_folder` has checked, its weights' files, and whether they are pickles; and another of LoRA
+    weights, to be merged into them."""
 
     folder: Path
     weight_files: tuple[Path, ...]
     is_pickled: bool
+    adapter: Checkpoint | None = None
 
 
 def _require(condition: object, message: str) -> None:
@@ -99,6 +109,8 @@ def check_model_request(request: ModelRequest) -> None:
     folder = local_folder(request.model)
     if folder is not None:
         inspect_folder(folder, request.allow_pickle)
+    if request.adapter is not None:
+        inspect_adapter(request.adapter, request.allow_pickle)
 
 
 def weights_digest(request: ModelRequest) -> str | None:
@@ -108,10 +120,11 @@ def weights_digest(request: ModelRequest) -> str | None:
     checkpoint = _downloaded(request)
     if checkpoint is None:
         return None
-    side_files = {path for pattern in SIDE_FILES for path in checkpoint.folder.glob(pattern)}
     digest = hashlib.sha256()
-    for path in sorted({*checkpoint.weight_files, *side_files}):
-        digest.update(f"{path.name} {path.stat().st_size} {file_digest(local_file(str(path)))}\n".encode())
+    for part in filter(None, (checkpoint, checkpoint.adapter)):
+        side_files = {path for pattern in SIDE_FILES for path in part.folder.glob(pattern) if path.is_file()}
+        for path in sorted({*part.weight_files, *side_files}):
+            digest.update(f"{path.name} {path.stat().st_size} {file_digest(local_file(str(path)))}\n".encode())
     return digest.hexdigest()
 
 
@@ -135,35 +148,54 @@ def vision_fingerprint(checkpoint: Checkpoint) -> str:
     if config.use_resampler:
         settings |= {name: getattr(config.perceiver_config, name) for name in RESAMPLER_FIELDS}
     settings |= asdict(ImageProcessor.from_pretrained(checkpoint.folder))
-    files, is_pickled = checkpoint.weight_files, checkpoint.is_pickled
-    tensors = {name: digest for file in files for name, digest in _vision_digests(file, is_pickled)}
+    tensors = dict(_vision_digests(checkpoint))
+    if checkpoint.adapter is not None and (changes := dict(_vision_digests(checkpoint.adapter))):
+        tensors |= {**changes, "adapter": adapter_settings(checkpoint.adapter)}
     return hashlib.sha256(json.dumps([settings, tensors], sort_keys=True).encode()).hexdigest()
 
 
-def _vision_digests(file: Path, is_pickled: bool) -> Iterator[tuple[str, str]]:
-    """Names and digests of the file's tensors of vision tower and resampler."""
+def _vision_digests(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Names and digests of the tensors of vision tower and resampler."""
+    import torch
+
+    for file in checkpoint.weight_files:
+        for name, tensor in _tensors(file, checkpoint.is_pickled, VISION_TENSOR):
+            digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            yield name, digest.hexdigest()
+
+
+def _tensors(file: Path, is_pickled: bool, wanted: re.Pattern[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of the names that are `wanted`."""
     import torch
     from safetensors import safe_open
 
     stored = torch.load(file, map_location="cpu", weights_only=True) if is_pickled else safe_open(file, framework="pt")
-    for name in filter(VISION_TENSOR.fullmatch, stored.keys()):
-        tensor = stored[name] if is_pickled else stored.get_tensor(name)
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        yield name, digest.hexdigest()
+    for name in filter(wanted.fullmatch, stored.keys()):
+        yield name, stored[name] if is_pickled else stored.get_tensor(name)
 
 
 def _downloaded(request: ModelRequest) -> Checkpoint | None:
     """The checkpoint of a local folder or of the hub's cache, without the network."""
+    folder = local_folder(request.model)
+    if folder is not None:
+        return _inspected(folder, request)
+    folder = cached_folder(request.model, request.revision)
+    try:
+        return None if folder is None else _inspected(folder, request)
+    except CheckpointError:  # some of its files are still to be fetched
+        return None
+
+
+def cached_folder(hub_id: str, revision: str | None = None) -> Path | None:
+    """What the hub's cache has of a model, perhaps not all of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    folder = local_folder(request.model)
     try:
-        folder = folder or Path(snapshot_download(request.model, revision=request.revision, local_files_only=True))
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):  # reported when the model is fetched
         return None
-    return inspect_folder(folder, request.allow_pickle)
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -220,13 +252,13 @@ def local_folder(model: str) -> Path | None:
 
 def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     """Check that it is an IDEFICS model with tokenizer and weights, and that no safetensors file is cut short."""
-    _require_config(folder)
-    model_type = read_json(folder / "config.json").get("model_type")
+    _require_config(folder, CONFIG)
+    model_type = read_json(folder / CONFIG).get("model_type")
     _require(model_type == "idefics", f"{folder} has model_type {model_type!r}: only 'idefics' can be run")
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     _require(has_tokenizer, f"{folder} has no tokenizer: add its tokenizer.json or tokenizer.model")
     # transformers would load an adapter silently over the checked weights, even from a pickle.
-    has_adapter = (folder / "adapter_config.json").exists()
+    has_adapter = (folder / ADAPTER_CONFIG).exists()
     _require(not has_adapter, f"{folder} holds an adapter beside its weights: merge it into them, or remove it")
     _require_no_pointers(path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).is_file())
     files = weight_files(folder, SAFETENSORS)
@@ -239,10 +271,7 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     pickles = [name for name in (PICKLES, f"{PICKLES}.index.json") if (folder / name).is_file()]
     _require(pickles, f"{folder} has no weights: expected {SAFETENSORS} or {SAFETENSORS}.index.json")
     if not allow_pickle:
-        raise CheckpointError(
-            f"{folder} has its weights as pickles only ({pickles[0]}), which can run code: convert them to safetensors,"
-            " or trust them with --allow-pickle"
-        )
+        raise CheckpointError(f"{folder} has its weights as pickles only ({pickles[0]}), {CAN_RUN_CODE}")
     files = weight_files(folder, PICKLES)
     _require_no_pointers(files)
     return Checkpoint(folder, files, is_pickled=True)
@@ -258,15 +287,52 @@ def _require_no_pointers(files: Iterable[Path]) -> None:
         _require(pointer is None, f"{path} is {pointer}")
 
 
-def _require_config(folder: Path) -> None:
-    """Where there is none, name what the folder is."""
-    if (folder / "config.json").is_file():
+def inspect_adapter(folder: str, allow_pickle: bool) -> Checkpoint:
+    """Check that it is a folder of LoRA weights, and that PEFT is installed."""
+    require_peft()
+    path = Path(os.path.expanduser(folder))
+    _require_config(path, ADAPTER_CONFIG)
+    file = path / ADAPTER
+    if not file.is_file():
+        file = path / ADAPTER_PICKLE
+        _require(file.is_file(), f"{path} has no weights: expected {ADAPTER}")
+        _require(allow_pickle, f"{path} has its weights as a pickle only, {CAN_RUN_CODE}")
+    checkpoint = Checkpoint(path, (file,), is_pickled=file.name == ADAPTER_PICKLE)
+    adapter_settings(checkpoint)
+    _require_no_pointers(checkpoint.weight_files)
+    stored_shapes(checkpoint)
+    return checkpoint
+
+
+def adapter_settings(adapter: Checkpoint) -> dict[str, Any]:
+    return settings_of(read_json(adapter.folder / ADAPTER_CONFIG))
+
+
+def _base_of(adapter: str) -> str:
+    """The model that an adapter was trained on. A file's word alone fetches nothing: it is a folder, or cached."""
+    path = Path(os.path.expanduser(adapter))
+    _require_config(path, ADAPTER_CONFIG)
+    base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    _require(isinstance(base, str) and base, f"{path} names no base model: add -m MODEL")
+    is_here = os.path.isdir(base) or (HUB_ID.fullmatch(base) and cached_folder(base) is not None)
+    _require(is_here, f"{path} was trained on {base!r}, which is not on this machine: name its base, as -m {base}")
+    return base
+
+
+def _require_config(folder: Path, name: str) -> None:
+    """Where there is none, say what the folder is."""
+    if (folder / name).is_file():
         return
+    _require(
+        name == ADAPTER_CONFIG or not (folder / ADAPTER_CONFIG).is_file(),
+        f"{folder} holds an adapter: name it with --adapter, and its base with -m where that is another",
+    )
     saved = [path for path in folder.glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal()]
     if saved:
         newest = max(saved, key=lambda path: int(path.name.split("-", 1)[1]))
         raise CheckpointError(f"{folder} holds checkpoints of a training: name one of them, such as {newest}")
-    raise CheckpointError(f"{folder} has no config.json: give a checkpoint's folder")
+    kind = "checkpoint" if name == CONFIG else "PEFT adapter"
+    raise CheckpointError(f"{folder} has no {name}: give a {kind}'s folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -325,7 +391,14 @@ def _stored_shapes(file: Path, is_pickled: bool) -> dict[str, tuple[int, ...]]:
 
 def find_checkpoint(request: ModelRequest) -> Checkpoint:
     """The checked folder of a request; a hub model is fetched, or taken from the cache when there is no network."""
-    return inspect_folder(local_folder(request.model) or _fetch(request), request.allow_pickle)
+    return _inspected(local_folder(request.model) or _fetch(request), request)
+
+
+def _inspected(folder: Path, request: ModelRequest) -> Checkpoint:
+    checkpoint = inspect_folder(folder, request.allow_pickle)
+    if request.adapter is None:
+        return checkpoint
+    return replace(checkpoint, adapter=inspect_adapter(request.adapter, request.allow_pickle))
 
 
 def _fetch(request: ModelRequest) -> Path:
@@ -353,7 +426,7 @@ def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
     """The configuration, without what would have transformers load other files or code than those checked."""
     from transformers import IdeficsConfig
 
-    path = checkpoint.folder / "config.json"
+    path = checkpoint.folder / CONFIG
     fields = read_json(path)
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         for name in LEFT_OUT:
@@ -443,6 +516,8 @@ def load_network(
             )
             place = device
             model = model.to(device)
+            if checkpoint.adapter is not None:
+                model = _with_adapter(model, checkpoint.adapter)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(expected.num_parameters() * dtype.itemsize, place) from error
     except LOADING_ERRORS as error:
@@ -451,6 +526,20 @@ def load_network(
             "fetch its config.json and weights again"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def _with_adapter(model: IdeficsForVisionText2Text, adapter: Checkpoint) -> IdeficsForVisionText2Text:
+    import torch
+
+    tensors = {
+        name: tensor.to(model.device, torch.float32 if ".lora_" in name else model.dtype)  # as PEFT has them
+        for name, tensor in _tensors(adapter.weight_files[0], adapter.is_pickled, re.compile(".*"))
+    }
+    try:
+        return merged(model, adapter_settings(adapter), tensors)
+    except LOADING_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"the adapter in {adapter.folder} does not fit the model ({reason})") from error
 
 
 def _out_of_memory(num_bytes: int, device: torch.device) -> DeviceError:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from idefics_cli import checkpoint as checkpoints
 from idefics_cli import validation
-from idefics_cli.checkpoint import DEFAULT_MODEL, Checkpoint, ModelRequest
+from idefics_cli.checkpoint import Checkpoint, ModelRequest
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import Scoring
@@ -60,7 +60,7 @@ from idefics_cli.prompts.templates import (
 from idefics_cli.prompts.tokenize import PromptEncoder
 from idefics_cli.result import Candidate, Result
 from idefics_cli.rows import ImageOptions
-from idefics_cli.validation import model_name, several, whole_number
+from idefics_cli.validation import file_name, several, whole_number
 
 if TYPE_CHECKING:
     from transformers import IdeficsConfig
@@ -91,23 +91,26 @@ class Idefics:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike = DEFAULT_MODEL,
+        model: str | os.PathLike | None = None,
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         revision: str | None = None,
         allow_pickle: bool = False,
+        adapter: str | os.PathLike | None = None,
         batch_size: int | None = None,
     ) -> Idefics:
-        """Load a hub id, a local folder or "demo".
+        """Load a hub id, a local folder or "demo", by default idefics-9b-instruct or the adapter's base.
 
         `dtype`: auto, bf16, fp16, fp32, or one of torch's or its name; `device`: auto, cpu, mps, cuda, cuda:N or one
-        of torch's; `batch_size`: prompts decoded together, by default as many as memory holds. Raises IdeficsError,
-        which names the remedy.
+        of torch's; `adapter`: a folder of LoRA weights that PEFT has saved; `batch_size`: prompts decoded together, by
+        default as many as memory holds. Raises IdeficsError, which names the remedy.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, least=1)
-        request = ModelRequest(model_name(model), revision, dtype, str(device), allow_pickle)
+        name = file_name("model", model, "a hub id, a folder or 'demo'")
+        folder = file_name("adapter", adapter, "a folder")
+        request = ModelRequest(name, revision, dtype, str(device), allow_pickle, folder)
         place = checkpoints.resolve_device(request.device)
         number_format = checkpoints.resolve_dtype(request.dtype, place)
         checkpoint = checkpoints.find_checkpoint(request)

@@ -67,10 +67,11 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return number
 
 
-def model_name(model: Any) -> str:
-    name = os.fspath(model) if isinstance(model, str | os.PathLike) else model
-    if not isinstance(name, str):
-        raise IdeficsError(f"invalid model of type {type(model).__name__}: expected a hub id, a folder or 'demo'")
+def file_name(what: str, value: Any, expected: str) -> str | None:
+    """A text or path as a text; None stays."""
+    name = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if name is not None and not isinstance(name, str):
+        raise IdeficsError(f"invalid {what} of type {type(value).__name__}: expected {expected}")
     return name
 
 

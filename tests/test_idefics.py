@@ -280,7 +280,8 @@ def test_device_and_dtype_may_be_torchs() -> None:
         *(({"batch_size": size}, f"invalid batch_size {size!r}") for size in (0, -1, "auto", 1.5, True)),
         ({"device": 0}, "unknown device '0'"),
         ({"dtype": torch.float64}, "unknown dtype 'torch.float64'"),
-        *(({"model": name}, "invalid model of type") for name in (None, b"demo", 3)),
+        *(({"model": name}, "invalid model of type") for name in (b"demo", 3)),
+        ({"adapter": 3}, "invalid adapter of type int: expected a folder"),
     ],
 )
 def test_what_no_model_is_loaded_with_is_told(options: dict[str, Any], said: str) -> None:

@@ -46,7 +46,8 @@ class BenchOptions:
     threads: Annotated[int | None, Help("CPU threads", min=1, max=1024, default="torch's own choice")] = None
 
     def __post_init__(self) -> None:
-        useless = "--revision" if self.request.revision else "--allow-pickle" if self.request.allow_pickle else None
+        given = {flag: getattr(self.request, flag) for flag in ("revision", "allow_pickle", "adapter")}
+        useless = next((f"--{flag.replace('_', '-')}" for flag, value in given.items() if value), None)
         if self.random is not None and useless is not None:
             raise IdeficsError(f"{useless} has no effect on --random {self.random}: leave it out")
         if self.rows is not None and self.scenes is not None:

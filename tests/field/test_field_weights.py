@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_models import IMAGE_SIZE, random_inputs, randomize, relative_error, save_checkpoint, tiny_config
 from transformers import IdeficsForVisionText2Text as TheirIdefics
 from transformers import IdeficsImageProcessor, IdeficsProcessor, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from idefics_cli.checkpoint import ModelRequest, check_model_request, load_config, load_network
+from idefics_cli.checkpoint import (
+    ModelRequest,
+    check_model_request,
+    find_checkpoint,
+    known_vision_fingerprint,
+    load_config,
+    load_network,
+    weights_digest,
+)
+from idefics_cli.cli.app import app
 from idefics_cli.errors import CheckpointError
 from idefics_cli.idefics import Idefics
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.pipeline.run import DECISIVE
 from idefics_cli.prompts import tokenizer_probe
+from idefics_cli.validation import by_option
 
 OWN = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
 
@@ -218,3 +234,134 @@ def test_texts_may_not_grow_in_the_tokenizer(folder: Path, key: str, times: int,
     made = made if key == "normalizer" else {"type": "Sequence", "decoders": made["normalizers"]}
     edit_json(folder / "tokenizer.json", **{key: made})
     assert re.search(r"tokenizer.json cannot be used \(it", refusal(folder))
+
+
+# ---- LoRA weights beside the model
+
+
+def train_adapter(base: Path, folder: Path, seed: int = 5, **config: object) -> TheirIdefics:
+    """A folder as PEFT's `save_pretrained` writes it, and the network that its `merge_and_unload` makes."""
+    settings = {"target_modules": ["q_proj", "v_proj"], "r": 4, **config}
+    adapted = peft.get_peft_model(TheirIdefics.from_pretrained(base), peft.LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(adapted.named_parameters()):
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**random_inputs(tiny_config())).logits
+
+
+def texts(model: Idefics) -> list[str]:
+    prompts = [["what is", Image.new("RGB", (9, 9), colour), text] for colour in ("red", "blue") for text in ("a", "b")]
+    return [result.text for result in model.generate(prompts, max_new_tokens=12)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"target_modules": "all-linear", "use_dora": True, "bias": "lora_only"},
+        {"target_modules": ["embed_tokens", "up_proj"], "use_rslora": True, "rank_pattern": {"up_proj": 2}},
+        {"modules_to_save": ["lm_head"], "alpha_pattern": {"layers.1.self_attn.q_proj": 3}, "lora_dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_an_adapter_is_merged_as_peft_does(folder: Path, tmp_path: Path, config: dict) -> None:
+    theirs = train_adapter(folder, tmp_path / "adapter", **config)
+    request = ModelRequest(adapter=str(tmp_path / "adapter"))
+    assert request.model == str(folder)
+    checkpoint = find_checkpoint(request)
+    ours = load_network(checkpoint, load_config(checkpoint), torch.device("cpu"), torch.float32)
+    assert relative_error(logits(ours), logits(theirs)) < 1e-5
+    assert not any(parameter.requires_grad for parameter in ours.parameters()) and not ours.training
+    merged = Path(shutil.copytree(folder, tmp_path / "merged"))
+    theirs.save_pretrained(merged)
+    told = texts(Idefics.from_pretrained(adapter=tmp_path / "adapter"))
+    assert told == texts(Idefics.from_pretrained(merged)) != texts(Idefics.from_pretrained(folder))
+
+
+def test_an_adapters_content_and_name_decide_the_rows(folder: Path, tmp_path: Path) -> None:
+    plain = ModelRequest(str(folder))
+    one = ModelRequest(str(folder), adapter=str(tmp_path / "one"))
+    train_adapter(folder, tmp_path / "one")
+    digests = {weights_digest(plain), weights_digest(one)}
+    prints = {known_vision_fingerprint(plain), known_vision_fingerprint(one)}
+    train_adapter(folder, tmp_path / "one", seed=6)
+    assert len({*digests, weights_digest(one)}) == 3
+    assert len({*prints, known_vision_fingerprint(one)}) == 3  # q_proj is one of the vision tower's, too
+    train_adapter(folder, tmp_path / "one", target_modules=["up_proj"])
+    assert known_vision_fingerprint(one) in prints
+    assert "--adapter" in by_option(one) and "--adapter" in DECISIVE
+
+
+def test_an_adapter_by_the_command_line(folder: Path, tmp_path: Path, photos: Path) -> None:
+    merged = Path(shutil.copytree(folder, tmp_path / "merged"))
+    train_adapter(folder, tmp_path / "run" / "checkpoint-7").save_pretrained(merged)
+    rows = [
+        CliRunner().invoke(app, ["caption", str(photos / "a.jpg"), "--device", "cpu", *options])
+        for options in (["--adapter", str(tmp_path / "run/checkpoint-7")], ["-m", str(merged)], ["-m", str(folder)])
+    ]
+    assert [each.exit_code for each in rows] == [0, 0, 0], rows[0].output
+    assert rows[0].stdout == rows[1].stdout != rows[2].stdout
+
+
+def test_adapters_that_are_refused(
+    folder: Path, tmp_path: Path, refused: Callable[..., str], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "run" / "checkpoint-7"
+    train_adapter(folder, adapter)
+    assert f"{adapter} holds an adapter: name it with --adapter" in refused("caption", photos, "-m", adapter)
+    assert f"such as {adapter}" in refused("caption", photos, "--adapter", tmp_path / "run")
+    assert "has no adapter_config.json: give a PEFT adapter's folder" in refused("caption", photos, "--adapter", folder)
+    both = "-m", folder, "--adapter", adapter
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="some/model")
+    assert "'some/model', which is not on this machine" in refused("caption", photos, "--adapter", adapter)
+    for change, said in (
+        ({"peft_type": "IA3"}, "peft_type IA3"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
+    ):
+        known = (adapter / "adapter_config.json").read_text()
+        edit_json(adapter / "adapter_config.json", **change)
+        assert said in (found := refused("caption", photos, *both)) and "merge_and_unload" in found
+        (adapter / "adapter_config.json").write_text(known)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "--allow-pickle" in refused("caption", photos, *both)
+    pickled = texts(Idefics.from_pretrained(folder, adapter=adapter, allow_pickle=True))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert pickled == texts(Idefics.from_pretrained(folder, adapter=adapter))
+    (adapter / "adapter_model.safetensors").write_text(LFS)
+    assert "run `git lfs pull`" in refused("caption", photos, *both)
+    (adapter / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    assert "damaged or cut short" in refused("caption", photos, *both)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install 'idefics-cli[peft]'" in refused("caption", photos, *both)
+
+
+@pytest.mark.parametrize("change", ["less", "more", "r", "shape", "name"])
+def test_an_adapter_that_does_not_fit(folder: Path, tmp_path: Path, change: str) -> None:
+    adapter = tmp_path / "adapter"
+    train_adapter(folder, adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    if change == "r":
+        edit_json(adapter / "adapter_config.json", r=10**9)
+    elif change == "more":
+        tensors["base_model.model.model.extra.weight"] = torch.ones(2)
+    elif change == "shape":
+        tensors[name] = torch.ones(4, 7)
+    else:
+        moved = tensors.pop(name)
+        if change == "name":
+            tensors[name.replace("layers.1", "layers.9")] = moved
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert "does not fit the model" in refusal(folder, adapter=adapter)
