@@ -75,6 +75,15 @@ def parse_shard(text: str) -> tuple[int, int]:
     raise IdeficsError(f"invalid shard {text!r}: expected I/N with 1 <= I <= N")
 
 
+def parse_frame(text: str) -> int | Literal["middle"]:
+    if text == "middle":
+        return "middle"
+    number = "1" if text == "first" else text
+    if not (number.isascii() and number.isdigit() and 0 < int(number) < 10**9):
+        raise IdeficsError(f"invalid frame {text!r}: expected first, middle or a number from 1 on")
+    return int(number)
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """Which rows are read, and which of their columns.
@@ -139,7 +148,7 @@ class ImageOptions:
     `max_pixels` is width x height, `max_bytes` the file's length. With `draft` a JPEG may be decoded at a half, a
     quarter or an eighth of its size, where that is still far more than is asked for. An image that takes longer than
     `decode_timeout` seconds is given up. `workers` None: one process per processor, at most MAX_WORKERS. With
-    `allow_truncated` a file may end early.
+    `allow_truncated` a file may end early. Of an animated image, or a TIFF of many pages, `frame` is taken.
     """
 
     max_pixels: Annotated[int, Help("Skip images with more pixels than this", min=1, max=10**12)] = 64_000_000
@@ -151,7 +160,16 @@ class ImageOptions:
         int | None, Help("Processes that decode images", min=1, default=f"processors, at most {MAX_WORKERS}")
     ] = None
     max_bytes: int = 256 * 1024 * 1024
-    allow_truncated: bool = False
+    allow_truncated: Annotated[bool, Help("Take what there is of images whose files end early")] = False
+    frame: Annotated[
+        int | Literal["middle"],
+        Help(
+            "Which frame of an animated image or page of a TIFF, counted from 1",
+            metavar="first|middle|N",
+            default="first",
+            parse=parse_frame,
+        ),
+    ] = 1
 
     @property
     def num_workers(self) -> int:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import numpy as np
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, Image, PngImagePlugin
 
 from idefics_cli.errors import RowError
 from idefics_cli.images.preprocess import ImageProcessor
@@ -34,6 +34,8 @@ def main(descriptor: int) -> None:
     """The first message says what to do, as (ImageProcessor, ImageOptions); each other one is an image."""
     if sys.platform == "linux":  # even inside a decoder that hangs; elsewhere it ends when it next looks for work
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+            score.write("1000")  # where memory is short, the kernel ends this process and not the run
     with Connection(descriptor) as connection, suppress(EOFError):
         processor, options = connection.recv()
         _limit_resources(options)
@@ -53,6 +55,8 @@ def _limit_resources(options: ImageOptions) -> None:
 
 def _set_up_pillow(options: ImageOptions) -> None:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    # What a PNG carries besides its pixels may be as large as a file: here, memory has a limit of its own.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = options.max_bytes
     Image.MAX_IMAGE_PIXELS = options.max_pixels  # Pillow refuses twice as many before it makes memory for them
     warnings.simplefilter("ignore")
 

@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
@@ -34,6 +35,7 @@ START_TIMEOUT = 60.0  # seconds; usually a fraction of one
 KILL_TIMEOUT = 5.0  # seconds
 MESSAGE_TIMEOUT = struct.pack("ll", 30, 0)  # seconds and microseconds, for a message that stops half way
 STEP = 1.0  # seconds
+WAITS = (0.5, 15.0)  # seconds: the shortest and the longest before a start is tried again
 CLOSED = "the image workers have been closed"
 LONGEST_TEXT = 1 << 20  # bytes
 # The folders of modules are set before anything is imported: the working folder is not one of them.
@@ -54,7 +56,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         for _ in range(options.num_workers):
             self._slots.put(None)
         self._running: set[_Worker] = set()
-        self._closed = False
+        self._closing = threading.Event()
         # Linux ends a worker with the *thread* that started it, so one thread starts them all, and stays to the end.
         self._starter = ThreadPoolExecutor(1, "worker-starter")
 
@@ -85,7 +87,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
 
     def close(self) -> None:
         """End all workers, also those that are decoding."""
-        self._closed = True
+        self._closing.set()
         self._starter.shutdown()
         for worker in tuple(self._running):
             worker.kill()  # a thread that waits for its answer sees the connection end
@@ -113,16 +115,21 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         return RowError("image_unreadable", f"the worker process died ({lost})")
 
     def _take(self) -> _Worker:
-        """A free worker, or a new one while there may be more."""
-        while not self._closed:
+        """A free worker, or a new one while there may be more. One that is killed as it starts is started again."""
+        wait, longest = WAITS
+        while not self._closing.is_set():
             worker = self._slots.get()
             try:
                 return worker or self._start()
+            except _Killed:  # memory is short; others end, or the kernel frees some
+                self._slots.put(None)
+                self._closing.wait(wait)
+                wait = min(2 * wait, longest)
             except (OSError, RuntimeError) as error:
-                if self._running and not self._closed:
+                if self._running and not self._closing.is_set():
                     continue  # no more processes are allowed: without this slot, the others do all the work
                 self._slots.put(None)
-                if not self._closed:
+                if not self._closing.is_set():
                     remedy = "allow more processes (ulimit -u) or memory (ulimit -v)"
                     raise IdeficsError(f"cannot start a process to decode images ({error}): {remedy}") from error
         raise CancelledError(CLOSED)
@@ -134,7 +141,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             worker.begin(self._processor, self._options)
         except (OSError, EOFError) as error:
             self._running.discard(worker)
-            raise ChildProcessError(worker.end()) from error
+            was_killed = not isinstance(error, TimeoutError) and worker.has_been_killed()
+            raise (_Killed if was_killed else ChildProcessError)(worker.end()) from error
         return worker
 
     def _end(self, worker: _Worker) -> str:
@@ -142,9 +150,13 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         how = worker.end()
         self._running.discard(worker)
         self._slots.put(None)
-        if self._closed:
+        if self._closing.is_set():
             raise CancelledError(CLOSED)
         return how
+
+
+class _Killed(ChildProcessError):
+    """A worker has been killed as it started."""
 
 
 class _Worker:
@@ -205,6 +217,12 @@ class _Worker:
             timeout -= STEP
             if timeout <= 0:
                 raise TimeoutError
+
+    def has_been_killed(self) -> bool:
+        """Whether the kernel or someone else has ended it, of one whose connection is closed."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_TIMEOUT)
+        return self.process.returncode == -signal.SIGKILL
 
     def kill(self) -> None:
         self.process.kill()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
 
 DECISIVE = (  # options that decide the rows, besides the task's own
-    *("--model", "--revision", "--adapter", "--dtype", "--draft"),
+    *("--model", "--revision", "--adapter", "--dtype", "--draft", "--frame"),
     *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root", "--allow-no-image"),
     "--json-key",
 )

@@ -21,7 +21,9 @@ from idefics_cli.storage.files import File, walk
 from idefics_cli.storage.regular_file import open_regular
 
 IMAGE_SIGNATURE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp(avif|heic|mif1)", re.DOTALL
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp(avif|heic|mif1)"
+    rb"|P[1-6]\s+[\d#]|\0\0\0\x0c(jP  |JXL )\r\n\x87\n|\xff\x4f\xff\x51|\xff\x0a",
+    re.DOTALL,
 )
 SIGNATURE_BYTES = 16
 LINK_OUT = RowError("image_not_allowed", "a link that leads out of the folder; name its target as an INPUT of its own")
