@@ -21,7 +21,7 @@ from idefics_cli.storage.files import File, walk
 from idefics_cli.storage.regular_file import open_regular
 
 IMAGE_SIGNATURE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp(avif|heic|mif1)"
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp(avi[fs]|he[iv][cx]|mi[fa]1|msf1)"
     rb"|P[1-6]\s+[\d#]|\0\0\0\x0c(jP  |JXL )\r\n\x87\n|\xff\x4f\xff\x51|\xff\x0a",
     re.DOTALL,
 )
