@@ -389,8 +389,10 @@ def _stored_shapes(file: Path, is_pickled: bool) -> dict[str, tuple[int, ...]]:
 # ---- loading
 
 
-def find_checkpoint(request: ModelRequest) -> Checkpoint:
+def find_checkpoint(request: ModelRequest, with_weights: bool = True) -> Checkpoint:
     """The checked folder of a request; a hub model is fetched, or taken from the cache when there is no network."""
+    if not with_weights:
+        return Checkpoint(local_folder(request.model) or _download(request), (), is_pickled=False)
     return _inspected(local_folder(request.model) or _fetch(request), request)
 
 
@@ -408,11 +410,11 @@ def _fetch(request: ModelRequest) -> Path:
     return folder
 
 
-def _download(request: ModelRequest, weights: str) -> Path:
+def _download(request: ModelRequest, *weights: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [*SIDE_FILES, weights]
+        patterns = [*SIDE_FILES, *weights]
         return Path(snapshot_download(request.model, revision=request.revision, allow_patterns=patterns))
     except Exception as error:  # the layers below the hub's library raise many kinds when a connection breaks
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -441,7 +443,8 @@ def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
     stored = stored_shapes(checkpoint)
     if HEAD in stored and ADDITIONAL_HEAD not in stored and not config.tie_word_embeddings:
         config.additional_vocab_size = 0  # transformers' resize_token_embeddings leaves one vocabulary
-    _require_layers(config, stored, path)
+    if checkpoint.weight_files:
+        _require_layers(config, stored, path)
     return config
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,14 +115,18 @@ class Idefics:
         place = checkpoints.resolve_device(request.device)
         number_format = checkpoints.resolve_dtype(request.dtype, place)
         checkpoint = checkpoints.find_checkpoint(request)
-        config = checkpoints.load_config(checkpoint)
-        encoder = PromptEncoder(checkpoints.load_tokenizer(checkpoint))
-        images = ImageProcessor.from_pretrained(checkpoint.folder)
-        _require_one_checkpoint(config, encoder, images, checkpoint.folder)
+        config, encoder, images = _side_files(checkpoint)
         network = checkpoints.load_network(checkpoint, config, place, number_format)
         if place.type == "cpu":
             pack_linears(network)
         return cls(network, encoder, images, batch_size or rows_that_fit(network), checkpoint)
+
+    @classmethod
+    def without_network(cls, request: ModelRequest) -> Idefics:
+        """It encodes prompts and continues none: no weights are fetched or read."""
+        checkpoint = checkpoints.find_checkpoint(request, with_weights=False)
+        config, encoder, images = _side_files(checkpoint)
+        return cls(SimpleNamespace(config=config), encoder, images, batch_size=1, checkpoint=checkpoint)
 
     @property
     def is_instruct(self) -> bool:
@@ -392,6 +397,14 @@ def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], no
 
 def vocabulary_of(encoder: PromptEncoder) -> Vocabulary:
     return Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id, encoder.image_token_id)
+
+
+def _side_files(checkpoint: Checkpoint) -> tuple[IdeficsConfig, PromptEncoder, ImageProcessor]:
+    config = checkpoints.load_config(checkpoint)
+    encoder = PromptEncoder(checkpoints.load_tokenizer(checkpoint))
+    images = ImageProcessor.from_pretrained(checkpoint.folder)
+    _require_one_checkpoint(config, encoder, images, checkpoint.folder)
+    return config, encoder, images
 
 
 def _require_one_checkpoint(

@@ -25,6 +25,7 @@ from idefics_cli.cli.console import (
     print_data,
     rows_so_far,
     say,
+    say_failures,
     say_finished,
     say_summary,
     show,
@@ -37,6 +38,7 @@ from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
+    from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.task import Task
 
 app = typer.Typer(
@@ -121,7 +123,7 @@ def generate(run: RunOptions, options: GenerateOptions, debug: DebugFlag = False
 
 
 @app.command()
-@flattened("answers_column", "sidecar", "allow_no_image", "format")
+@flattened("answers_column", "sidecar", "allow_no_image", "show_prompt", "format")
 def embed(run: RunOptions, debug: DebugFlag = False) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
 
@@ -214,6 +216,9 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
     from idefics_cli.pipeline.run import Run
 
     stats = RunStats()
+    if options.show_prompt is not None:
+        _show_prompts(options, task, stats, debug)
+        return
     with exit_codes(
         debug, lambda condition: rows_so_far(stats, options.output, options.overwrite, condition)
     ) as signals:
@@ -230,6 +235,27 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
             names = run.passthrough.names
             answers, choices = names[scoring.answers_column], names.get(scoring.choices_column)
             _print_scores(options.output, replace(scoring, answers_column=answers, choices_column=choices))
+    if stats.num_failed:
+        raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+def _show_prompts(options: RunOptions, task: Task, stats: RunStats, debug: bool) -> None:
+    """On stdout, whatever becomes of the rows' texts in the run itself."""
+    with exit_codes(debug) as signals:
+        from idefics_cli.pipeline.run import Run
+        from idefics_cli.tasks.shown_prompts import PromptForm, PromptViewer
+
+        most = min(options.show_prompt, options.reading.limit or options.show_prompt)
+        reading = replace(options.reading, limit=most, keep=())
+        only_shown = RunOptions(options.inputs, request=options.request, reading=reading, images=options.images)
+        with Progress(stats, signals) as progress:
+            stdin = getattr(sys.stdin, "buffer", None)
+            load = lambda request, batch_size: PromptViewer(request)  # noqa: E731
+            run = Run(only_shown, task, lambda request: None, load, stats, progress, stdin)
+            run.form = PromptForm()
+            run.run(progress.stdout())
+        if stats.num_failed:
+            say_failures(stats)
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
 

@@ -54,6 +54,9 @@ class RunOptions:
     overwrite: Annotated[bool, Help("Start over and replace the existing output")] = False
     retry_errors: Annotated[bool, Help("Redo the failed rows of a finished output")] = False
     sidecar: Annotated[bool, Help("Also write each text into a .txt file beside its image")] = False
+    show_prompt: Annotated[
+        int | None, Help("Print the prompts of the first N rows, as text and token ids, and end", min=1)
+    ] = None
     answers_column: Annotated[
         str | None, Help("Column of right answers: kept, and scored at the end", metavar="NAME")
     ] = None

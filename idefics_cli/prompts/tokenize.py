@@ -91,6 +91,11 @@ class PromptEncoder:
         marked = "".join(self._marked(item) for item in (self._bos, *_with_image_tokens(merge_texts(prompt))))
         return [self._own_ids.get(token_id, token_id) for token_id in self._twin_ids(marked)]
 
+    def spelled(self, prompt: Prompt) -> str:
+        """The same for people to read: special tokens by their names."""
+        items = (self._bos, *_with_image_tokens(merge_texts(prompt)))
+        return "".join(item if isinstance(item, str) else item.name for item in items)
+
     def _marked(self, item: str | SpecialToken) -> str:
         if isinstance(item, str):
             return NOT_TEXT.sub(REPLACEMENT, item)

@@ -6,12 +6,17 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import FakeCaptioner, prompts_of, rows_of, save_image
 from PIL import Image
-from typer.testing import Result
+from tokenizers import Tokenizer
+from typer.testing import CliRunner, Result
 from written_manifests import write_manifest
+
+from idefics_cli import Idefics, checkpoint
+from idefics_cli.cli.app import app
 
 SIMILAR = ("--shot-selection", "similar", "--num-shots")
 
@@ -64,3 +69,81 @@ def test_allow_self_is_refused_where_it_means_nothing(refused: Callable[..., str
     save_image(tmp_path / "a.png")
     manifest = questions(tmp_path, "a.png")
     assert "--allow-self" in refused("vqa", manifest, "--shots", manifest, "--allow-self")
+
+
+# ---- --show-prompt, with the demo's tokenizer
+
+
+IMAGE = "<fake_token_around_image><image><fake_token_around_image>"
+
+
+@pytest.fixture
+def viewed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command line with the demo model, whose weights are never read."""
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(checkpoint, "load_network", never)
+    return lambda *arguments, **more: CliRunner().invoke(app, [*map(str, arguments), "-m", "demo"], **more)
+
+
+def test_prompts_are_shown_as_text_and_ids(viewed: Callable[..., Result], tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        save_image(tmp_path / f"{seed}.png", seed)
+    manifest = questions(tmp_path, "1.png", "none.png", "2.png", "3.png")
+    output = tmp_path / "out.jsonl"
+    result = viewed("vqa", manifest, "-o", output, "--bare", "--answers-column", "answer", "--show-prompt", "3")
+    one, error, two = rows_of(result.stdout)
+    text = "Instruction: provide an answer to the question. Use the image to answer.\n"
+    assert one["prompt"] == two["prompt"] == f"<s>{text}Image:{IMAGE}Question: Q? Answer:"
+    assert (one["id"], one["image"], one["error"], error["prompt"]) == ("0", "1.png", None, None)
+    assert error["error"].startswith("image_missing") and result.exit_code == 3
+    tokenizer = Tokenizer.from_file(str(checkpoint.DEMO_FOLDER / "tokenizer.json"))
+    assert one["token_ids"][0] == tokenizer.token_to_id("<s>")
+    assert one["token_ids"].count(tokenizer.token_to_id("<image>")) == 1
+    assert "Question: Q?" in tokenizer.decode(one["token_ids"])
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_free_prompts_captions_choices_and_stdin(viewed: Callable[..., Result], tmp_path: Path) -> None:
+    image = save_image(tmp_path / "1.png", 1)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"prompt": "<image> or <s>?", "image": "1.png"}] * 3)
+    (row,) = rows_of(viewed("generate", manifest, "--show-prompt", "1").stdout)
+    assert row["prompt"] == f"<s>{IMAGE} or <s>?"
+    (row,) = rows_of(viewed("caption", image, "--prompt", "A {image} ", "--show-prompt", "5").stdout)
+    assert row["prompt"] == f"<s>A {IMAGE}"
+    asked = "-q", "Is it?", "--choices", "yes,no", "--bare", "--show-prompt", "1"
+    (row,) = rows_of(viewed("vqa", "-", *asked, input=f"{image}\n{image}\n").stdout)
+    assert row["prompt"].endswith("Question: Is it? Answer:") and row["error"] is None
+
+
+def test_what_is_shown_is_what_the_model_gets(tmp_path: Path) -> None:
+    """Beside the ids of a run with the whole demo model; shots chosen by likeness need it."""
+    folder = Path(__file__).parents[2] / "examples"
+    options = "--shots", folder / "shots.jsonl", *SIMILAR, "1", "--limit", "3", "-m", "demo"
+    arguments = [str(each) for each in ("vqa", folder / "questions.jsonl", *options, "--show-prompt", "2")]
+    shown = rows_of(CliRunner().invoke(app, arguments).stdout)
+    encoder = Idefics.from_pretrained("demo").encoder
+    assert len(shown) == 2
+    for row in shown:
+        assert row["prompt"].count(IMAGE) == 2 and row["token_ids"].count(encoder.image_token_id) == 2
+        items = [part for text in row["prompt"].removeprefix("<s>").split(IMAGE) for part in (text, b"")][:-1]
+        assert encoder.encode(tuple(items)) == row["token_ids"]
+
+
+def test_a_hub_model_of_which_only_the_prompts_were_shown_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizer is in the hub's cache and its weights are not: as if it had not been fetched."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub/models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text(commit)
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(checkpoint.DEMO_FOLDER, cache / "snapshots" / commit, ignore=ignored)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    arguments = ["caption", str(save_image(tmp_path / "1.png")), "-m", "some/model"]
+    (row,) = rows_of(CliRunner().invoke(app, [*arguments, "--show-prompt", "1"]).stdout)
+    assert row["prompt"].endswith("Caption:")
+    assert checkpoint.weights_digest(checkpoint.ModelRequest("some/model")) is None

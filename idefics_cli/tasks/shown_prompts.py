@@ -1,0 +1,68 @@
+"""`--show-prompt`: what the model would be asked about the first rows, as text and token ids, not its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.errors import RowError
+from idefics_cli.idefics import Idefics
+from idefics_cli.rows import InputRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
+    from idefics_cli.prompts.templates import Prompt
+
+Viewed = tuple[str, list[int]]
+
+
+class PromptViewer:
+    """A model whose results are the prompts. Its weights are read only where shots are chosen by what it sees."""
+
+    def __init__(self, request: ModelRequest) -> None:
+        self._request, self._model = request, Idefics.without_network(request)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @cached_property
+    def _whole(self) -> Idefics:
+        return Idefics.from_pretrained(**vars(self._request))
+
+    @property
+    def fingerprint(self) -> str:
+        return self._whole.fingerprint
+
+    def image_vectors(self, images: Sequence[Any]) -> Tensor:
+        return self._whole.image_vectors(images)
+
+    def encode(self, prompt: Prompt, max_new_tokens: int, start: Prompt = ()) -> Viewed | RowError:
+        return self._viewed(prompt, self._model.encode(prompt, max_new_tokens, start))
+
+    def encode_choices(self, prompt: Prompt, choices: Sequence[str], start: Prompt = ()) -> Viewed | RowError:
+        return self._viewed(prompt, self._model.encode_choices(prompt, choices, start))
+
+    def _viewed(self, prompt: Prompt, encoded: EncodedPrompt | RowError) -> Viewed | RowError:
+        return encoded if isinstance(encoded, RowError) else (self.encoder.spelled(prompt), encoded.input_ids)
+
+    def stream(self, source: PromptSource, **decoding: object) -> Iterator[tuple[int, Viewed]]:
+        return enumerate(prompt for prompts in iter(lambda: source.take(1, True), []) for prompt in prompts)
+
+    def score_stream(self, source: PromptSource, choice_norm: str) -> Iterator[tuple[int, Viewed]]:
+        return self.stream(source)
+
+
+class PromptForm:
+    """A row with its prompt."""
+
+    text_column = "prompt"
+    columns = ()
+
+    def row(self, row: InputRow, outcome: Viewed | RowError) -> dict[str, Any]:
+        text, token_ids = (None, None) if isinstance(outcome, RowError) else outcome
+        error = str(outcome) if isinstance(outcome, RowError) else None
+        return {"id": row.id, "image": row.image, "prompt": text, "token_ids": token_ids, "error": error}
