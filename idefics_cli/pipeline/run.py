@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from fnmatch import fnmatch
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -64,9 +65,10 @@ class Run:
         options = replace(options, reading=_reading(options, task))
         self.options, self.task, self.form, self.stats, self.observer = options, task, task.form, stats, observer
         self._check_model, self._load_model = check_model, load_model
-        _require_manifests(options, task)
         _require_output_of_its_own(options, task)
-        self.inputs = open_inputs(options.inputs, options.reading, stdin)
+        self.inputs = open_inputs(options.inputs, options.reading, stdin, observer.say)
+        _require_manifests(options, task, self.inputs.are_manifests)
+        _require_output_outside_parts(options, self.inputs.are_manifests)
         names = shown_names(self.inputs.passthrough, [column.name for column in self.form.columns])
         passed = self.inputs.passthrough_rows, self.inputs.passthrough_batches
         self.passthrough = Passthrough(names, *passed, task.rows_each)
@@ -251,9 +253,9 @@ def _reading(options: RunOptions, task: Task) -> ReadOptions:
     )
 
 
-def _require_manifests(options: RunOptions, task: Task) -> None:
+def _require_manifests(options: RunOptions, task: Task, are_manifests: Sequence[bool]) -> None:
     """Files, folders and paths bring no columns."""
-    without = [name for name in options.inputs if not is_manifest(name)]
+    without = [name for name, is_one in zip(options.inputs, are_manifests, strict=True) if not is_one]
     if task.needs_manifest and without:
         raise InputError(f"{without[0]} is not a manifest: {task.needs_manifest}")
     reading = options.reading
@@ -278,6 +280,16 @@ def _require_output_of_its_own(options: RunOptions, task: Task) -> None:
         )
     if any(_are_one_file(options.output, name) for name in (*options.inputs, *task.files)):
         raise OutputError(f"{options.output} is what this run reads: name another output")
+
+
+def _require_output_outside_parts(options: RunOptions, are_manifests: Sequence[bool]) -> None:
+    """The next run would read it, too."""
+    output = os.path.realpath(options.output)
+    for name in (name for name, is_one in zip(options.inputs, are_manifests, strict=True) if is_one):
+        if os.path.isdir(name) and output.startswith(os.path.realpath(name) + "/"):
+            raise OutputError(f"{options.output} would become a part of {name}: name an output outside that folder")
+        if not os.path.exists(name) and fnmatch(output, os.path.realpath(name)):
+            raise OutputError(f"{options.output} matches {name}: name an output that does not")
 
 
 def _are_one_file(one: str, other: str) -> bool:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.jsonl import BYTE_ORDER_MARK
-from idefics_cli.readers.table import Record, StreamTable
+from idefics_cli.readers.table import NoRows, Record, StreamTable
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
 from idefics_cli.storage.files import MAX_PIECE_BYTES, File, open_stream, split_stream
 
@@ -35,7 +35,7 @@ def open_delimited(file: File, compressed: bool, delimiter: str) -> StreamTable:
 
 def _checked_header(name: str, header: list[str] | RowError | None, delimiter: str) -> list[str]:
     if header is None:
-        raise InputError(f"{name} holds only blank lines: name a manifest with rows")
+        raise NoRows(f"{name} holds only blank lines: name a manifest with rows")
     if isinstance(header, RowError):
         raise InputError(f"{name} cannot be read: {header.message}; save it as UTF-8 with a header")
     if any(map(IMAGE_SUFFIX.search, header)):

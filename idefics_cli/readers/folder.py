@@ -32,7 +32,7 @@ LINK_OUT = RowError("image_not_allowed", "a link that leads out of the folder; n
 class FileListing:
     """Images whose names are known: the names are the ids, and each comes once."""
 
-    prefix = ""
+    prefix, rows_before = "", 0
     passthrough: Mapping[str, Any] = NO_VALUES
 
     def __init__(self, place: File, names: Sequence[str]) -> None:
@@ -88,13 +88,10 @@ def refuse_equal_ids(listings: Sequence[FileListing]) -> None:
                 )
 
 
-def list_folder(folder: File, recursive: bool) -> FileListing:
-    """Every image below a folder, sorted by POSIX path relative to it, which is the id."""
+def list_folder(folder: File, recursive: bool) -> FileListing | None:
+    """Every image below a folder, sorted by POSIX path relative to it, which is the id. None where there is none."""
     names = sorted(name for name, is_file in walk(folder, recursive) if _looks_like_image(folder, name, is_file))
-    if not names:
-        hint = "" if recursive else " (--no-recursive leaves its sub-folders out)"
-        raise InputError(f"no images in {folder.name}{hint}: name a folder of images")
-    return FileListing(folder, names)
+    return FileListing(folder, names) if names else None
 
 
 def _looks_like_image(folder: File, name: str, is_file: bool) -> bool:

@@ -8,56 +8,112 @@ No image is opened here, nothing is fetched from the web, and nothing is known o
 from __future__ import annotations
 
 import json
+import posixpath
 import sys
 from bisect import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 from idefics_cli.columns import json_text
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.folder import FileListing, list_file, list_folder, refuse_equal_ids
-from idefics_cli.readers.manifest import Manifest, is_manifest, open_manifest, require_image
+from idefics_cli.readers.manifest import Manifest, is_manifest, manifest_kind, open_manifest, require_image
+from idefics_cli.readers.parts import folder_parts, parts_of_one_kind
 from idefics_cli.readers.stdin_paths import PathList
-from idefics_cli.readers.table import Chunk, Record
+from idefics_cli.readers.table import Chunk, NoRows, Record
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
-from idefics_cli.storage.filenames import shown
-from idefics_cli.storage.files import find
+from idefics_cli.storage.filenames import is_hidden, listed, shown
+from idefics_cli.storage.files import File, find_all, place
 from idefics_cli.storage.unique_ids import UniqueIds
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+PARTS_AT_ONCE = 8  # opened before the first row is read: each is a few requests on a remote file system
 
-# What one INPUT holds. `size` is None while it is not known: at the end of `rows` it is. `prefix` makes a row's number
-# unique among inputs. `identity` is equal while the input is unchanged. `rows` gives every `step`-th row from number
-# `start` on, with its number as index, and "" as id where it has none.
+# What one INPUT, or one part of it, holds. `size` is None while it is not known: at the end of `rows` it is. `prefix`
+# makes a row's number unique among inputs, `rows_before` counts the rows of the input's parts before it. `identity` is
+# equal while the input is unchanged. `rows` gives every `step`-th row from number `start` on, with its number as index,
+# and "" as id where it has none.
 Source: TypeAlias = FileListing | PathList | Manifest
 
 
-def open_inputs(inputs: Sequence[str], options: ReadOptions, stdin: BinaryIO | None = None) -> Inputs:
+def open_inputs(
+    inputs: Sequence[str],
+    options: ReadOptions,
+    stdin: BinaryIO | None = None,
+    say: Callable[[str], object] = str,
+) -> Inputs:
     """Check all `inputs` and give their rows.
 
-    Each is the path or address of an image file, a folder or a manifest, or `-` for paths on `stdin`. Raises InputError
-    for what is missing, unreadable, empty or of no known kind, and for two rows with one id where only files and
-    folders are named; otherwise the second of the two is a bad row.
+    Each is the path or address of an image file, a manifest, or a folder or pattern of either, or `-` for paths on
+    `stdin`. `say` is told which files are read where that is open. Raises InputError for what is missing, unreadable,
+    empty or of no known kind, and for two rows with one id where only files and folders are named;
+    otherwise the second of the two is a bad row.
     """
     if list(inputs).count("-") > 1:
         raise InputError("`-` is named twice, but stdin can be read only once: name it once")
-    return Inputs([_open(name, len(inputs) > 1, options, stdin) for name in inputs], options)
+    return Inputs([_open(name, len(inputs) > 1, options, stdin, say) for name in inputs], options)
 
 
-def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO | None) -> Source:
+def _open(
+    name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO | None, say: Callable[[str], object]
+) -> Sequence[Source]:
+    """What one INPUT holds, in order."""
     if name == "-":
-        return PathList(stdin, options.null, options.image_root)
-    file = find(name)
-    if file.is_folder:
-        return list_folder(file, options.recursive)
-    if is_manifest(file.name):
-        return open_manifest(file, among_others, options)
-    require_image(file)
-    return list_file(file)
+        return [PathList(stdin, options.null, options.image_root)]
+    shown_name, files = place(name).name, find_all(name)
+    prefix = f"{shown_name}:" if among_others else ""
+    manifests = [file for file in files if is_manifest(file.name) and not file.is_folder]
+    if manifests and len(manifests) < len(files):
+        raise InputError(f"{shown_name} matches {manifests[0].name} and files of other kinds: name those of one kind")
+    if len(manifests) > 1:
+        return _open_parts(shown_name, parts_of_one_kind(shown_name, manifests, say), prefix, options)
+    if manifests:
+        return [open_manifest(manifests[0], prefix, options)]
+    sources: list[Source] = []
+    for file in files:
+        if file.is_folder:
+            sources += _open_folder(file, prefix, options, say)
+        else:
+            require_image(file)
+            sources.append(list_file(file))
+    return sources
+
+
+def _open_folder(folder: File, prefix: str, options: ReadOptions, say: Callable[[str], object]) -> Sequence[Source]:
+    images = list_folder(folder, options.recursive)
+    if images is None:
+        parts = folder_parts(folder, options.recursive, say)
+        if parts:
+            return _open_parts(folder.name, parts, prefix, options)
+        hint = "" if options.recursive else " (--no-recursive leaves its sub-folders out)"
+        raise InputError(f"no images in {folder.name}{hint}, and no manifests: name a folder of images")
+    names = sorted(posixpath.basename(info["name"]) for info in folder.entries())
+    beside = [name for name in names if is_manifest(name) and not is_hidden(name) and manifest_kind(name) != "json"]
+    if beside:
+        say(f"{folder.name}: its images are read, and not {listed(beside[:3])}, which can be named as an INPUT.")
+    return [images]
+
+
+def _open_parts(name: str, files: Sequence[File], prefix: str, options: ReadOptions) -> Sequence[Source]:
+    """Those without rows, as Spark writes them, are passed over."""
+
+    def open_part(file: File) -> Manifest | NoRows:
+        try:
+            return open_manifest(file.found(), prefix, options)
+        except NoRows as error:
+            return error
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        parts = list(pool.map(open_part, files))
+    found = [part for part in parts if isinstance(part, Manifest)]
+    if not found:
+        raise NoRows(f"{name} holds no rows: all of its {len(files)} files are empty")
+    return found
 
 
 class Inputs:
@@ -65,11 +121,17 @@ class Inputs:
 
     `rows` gives them once; `total` is how many will come, where that is known; `is_streaming`: some may be long in
     coming. `identity` says what the inputs are: equal as long as they are unchanged. `passthrough` are the columns that
-    are passed through, in order, with their Arrow types (None where a manifest declares none).
+    are passed through, in order, with their Arrow types (None where a manifest declares none). `are_manifests` tells
+    the inputs with columns from the others.
     """
 
-    def __init__(self, sources: Sequence[Source], options: ReadOptions) -> None:
+    def __init__(self, inputs: Sequence[Sequence[Source]], options: ReadOptions) -> None:
+        sources = [source for one in inputs for source in one]
         self._sources = sources
+        self._firsts = [
+            number for number, one in zip(accumulate(map(len, inputs), initial=0), inputs, strict=False) for _ in one
+        ]
+        self.are_manifests = [isinstance(one[0], Manifest) for one in inputs]
         self._shard = options.shard or (1, 1)
         self._limit = sys.maxsize if options.limit is None else options.limit
         self._current = 0  # the source that is read
@@ -95,6 +157,7 @@ class Inputs:
         """The rows of the shard up to the limit, from where the walk before has stopped."""
         while self._remaining and self._current < len(self._sources):
             source, offset = self._sources[self._current], self._starts[-1]
+            source.rows_before = offset - self._starts[self._firsts[self._current]]
             for row in source.rows(self._first(offset, self._next), self._shard[1], ids_only):
                 self._next = row.index + 1
                 self._remaining -= 1
@@ -179,13 +242,13 @@ class Inputs:
             if len(self._sources) > 1:
                 refuse_equal_ids(self._sources)
             return None
-        first = self._sources[0]
-        return None if len(self._sources) == 1 and isinstance(first, Manifest) and first.is_numbered else UniqueIds()
+        is_numbered = all(isinstance(source, Manifest) and source.is_numbered for source in self._sources)
+        return None if is_numbered and not self._firsts[-1] else UniqueIds()
 
     def _placed(self, row: InputRow, source: Source, offset: int) -> InputRow:
         """The row with its index and id among all rows."""
         index = offset + row.index
-        row_id = row.id or f"{source.prefix}#{row.index}"
+        row_id = row.id or f"{source.prefix}#{source.rows_before + row.index}"
         if self._ids is not None:
             while not row.id and row_id in self._ids:
                 row_id = f"#{row_id}"

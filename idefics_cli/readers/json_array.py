@@ -29,7 +29,7 @@ def open_json(file: File, compressed: bool, key: str | None) -> StreamTable:
     with open_stream(file, compressed) as stream:
         values = _Values(stream, file.name)
         is_array = values.peek() == "["
-        kinds = {} if is_array else _kinds_of_members(values)
+        kinds = _kinds_of_members(values) if values.peek() not in ("[", "") else {}
         is_lines = not is_array and (values.peek() != "" or not {dict, list}.intersection(kinds.values()))
     if is_lines:
         return open_json_lines(file, compressed)

@@ -16,7 +16,7 @@ from idefics_cli.readers.image_columns import image_columns_of, is_empty, requir
 from idefics_cli.readers.image_paths import open_root, read_image, read_images, shown_images
 from idefics_cli.readers.json_array import open_json
 from idefics_cli.readers.jsonl import open_json_lines
-from idefics_cli.readers.table import OWN_ERROR, Chunk, Record, Table, with_lists
+from idefics_cli.readers.table import OWN_ERROR, Chunk, NoRows, Record, Table, with_lists
 from idefics_cli.readers.webdataset import open_archive
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
@@ -54,6 +54,13 @@ def is_manifest(name: str) -> bool:
     return MANIFEST_NAME.search(name) is not None
 
 
+def manifest_kind(name: str) -> str:
+    """Its suffix, without what it is packed with."""
+    match = MANIFEST_NAME.search(name)
+    assert match, name
+    return (match["kind"] or "tar").lower()
+
+
 def require_image(file: File) -> None:
     """Raises InputError for a file that neither its name nor its first bytes tell to be an image."""
     if IMAGE_SUFFIX.search(file.name):
@@ -74,18 +81,17 @@ def other_kind(beginning: bytes, name: str = "") -> str:
     return next(chain(by_suffix, by_bytes))
 
 
-def open_manifest(file: File, among_others: bool, options: ReadOptions) -> Manifest:
-    """Raises InputError where the manifest is unreadable as a whole, or lacks a column that was asked for."""
+def open_manifest(file: File, prefix: str, options: ReadOptions) -> Manifest:
+    """`prefix` begins the ids that are numbers. Raises InputError where the manifest is unreadable as a whole, or lacks
+    a column that was asked for."""
     if file.size == 0:
-        raise InputError(f"{file.name} is empty: name a manifest with rows")
-    return Manifest(file, open_table(file, options), f"{file.name}:" if among_others else "", options)
+        raise NoRows(f"{file.name} is empty: name a manifest with rows")
+    return Manifest(file, open_table(file, options), prefix, options)
 
 
 def open_table(file: File, options: ReadOptions) -> Table:
     """Raises InputError where the manifest is unreadable as a whole."""
-    match = MANIFEST_NAME.search(file.name)
-    assert match, file.name
-    kind = (match["kind"] or "tar").lower()
+    kind, match = manifest_kind(file.name), MANIFEST_NAME.search(file.name)
     packed = "gz" if match["tgz"] else (match["packed"] or "").lower()
     if packed not in ("", "gz") or (packed and kind == "parquet"):
         raise InputError(f"{file.name} cannot be read compressed like this: unpack it first")
@@ -111,7 +117,10 @@ def _table(file: File, kind: str, compressed: bool, options: ReadOptions) -> Tab
 
 
 class Manifest:
-    """The rows of one manifest; those without an id column have their number as id."""
+    """The rows of one manifest; those without an id column have their number as id, after `rows_before` in other parts
+    of the same input."""
+
+    rows_before = 0
 
     def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions) -> None:
         self.prefix = prefix
@@ -153,7 +162,7 @@ class Manifest:
         return read_image(value, self._resolve)
 
     def _row(self, number: int, record: Record | RowError, ids_only: bool) -> InputRow:
-        row_id = f"{self.prefix}{number}" if self._id is None else ""
+        row_id = f"{self.prefix}{self.rows_before + number}" if self._id is None else ""
         if isinstance(record, RowError):
             return InputRow(number, row_id, None, (), NO_VALUES, record)
         row_id = row_id or id_text(record.get(self._id))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Chunk, Record, Table, image_columns
+from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Chunk, NoRows, Record, Table, image_columns
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import BUFFER_BYTES, File, refusing
 
@@ -42,7 +42,7 @@ class ParquetTable(Table):
             self.size: int = parquet.metadata.num_rows
         self.columns = self._schema.names
         if self.size == 0:
-            raise InputError(f"{file.name} holds no rows: name a manifest with rows")
+            raise NoRows(f"{file.name} holds no rows: name a manifest with rows")
 
     @cached_property
     def images(self) -> Sequence[str]:

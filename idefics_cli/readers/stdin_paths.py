@@ -21,7 +21,7 @@ class PathList:
     """
 
     size: int | None = None
-    prefix = "-:"
+    prefix, rows_before = "-:", 0
     identity: Mapping[str, Any] = {"kind": "stdin"}
     passthrough: Mapping[str, Any] = NO_VALUES
 

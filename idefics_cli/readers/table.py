@@ -30,6 +30,10 @@ OWN_ID = "\0stem"
 OWN_ERROR = "\0error"
 
 
+class NoRows(InputError):
+    """A manifest of its kind, in which there are no rows."""
+
+
 class Table:
     """A manifest that has been checked: it is of its kind, and its columns are known.
 
@@ -113,7 +117,7 @@ class StreamTable(Table):
             else:
                 self.size = len(records) if len(records) < SAMPLE_ROWS else None
         if not records:
-            raise InputError(f"{self._file.name} holds no rows: name a manifest with rows")
+            raise NoRows(f"{self._file.name} holds no rows: name a manifest with rows")
         good = [record for record in records if not isinstance(record, RowError)]
         if not good and not self.is_text:
             raise InputError(f"{self._file.name} cannot be read: {records[0].message}; write one object per line")

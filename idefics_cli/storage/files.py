@@ -6,11 +6,13 @@ of rows or images.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import io
 import os
 import posixpath
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ READ_BYTES = 1 << 18
 BUFFER_BYTES = 2 << 20
 DIGEST_BYTES = 1 << 20
 MAX_PIECE_BYTES = 64 << 20
+PATTERN = re.compile(r"[*?[]")
 
 
 class LocalFiles(LocalFileSystem):
@@ -69,6 +72,13 @@ class File:
         """What fsspec knows of it as it is now, among others its `size` and `type`."""
         with refusing(self.name, OSError, ValueError):
             return self.filesystem.info(self.path)
+
+    def found(self) -> File:
+        """The same, as the file system knows it. Raises InputError where there is no such file or folder."""
+        info = self.info()
+        if info["type"] not in ("file", "directory"):
+            raise InputError(f"{self.name} is not a regular file: name image files, folders, manifests or `-`")
+        return replace(self, size=info["size"], is_folder=info["type"] == "directory")
 
     def entries(self) -> list[dict[str, Any]]:
         """The same of what lies in this folder."""
@@ -114,11 +124,26 @@ def _remote_place(address: str) -> File:
 
 def find(name: str) -> File:
     """The file or folder of this path or address. Raises InputError where there is none."""
-    found = place(name)
-    info = found.info()
-    if info["type"] not in ("file", "directory"):
-        raise InputError(f"{found.name} is not a regular file: name image files, folders, manifests or `-`")
-    return replace(found, size=info["size"], is_folder=info["type"] == "directory")
+    return place(name).found()
+
+
+def find_all(name: str) -> list[File]:
+    """What `find` finds; or, where nothing has this name and it is a pattern (`*`, `?`, `[ab]`), the files that match
+    it, in the order of their names. Raises InputError where there are none."""
+    pattern = place(name)
+    if not PATTERN.search(pattern.path) or pattern.filesystem.exists(pattern.path):
+        return [find(name)]
+    if pattern.is_local:
+        files = [local_file(path) for path in sorted(glob.glob(pattern.path, recursive=True))]
+    else:
+        before = pattern.name.removesuffix(pattern.path)
+        with refusing(pattern.name, OSError):
+            paths = sorted(pattern.filesystem.glob(pattern.path))
+        files = [File(before + escape_name(path), path, pattern.filesystem) for path in paths]
+    files = [file for file in files if not is_hidden(posixpath.basename(file.path))]
+    if not files:
+        raise InputError(f"no file matches {pattern.name}: check the pattern, and quote it against the shell")
+    return [file.found() for file in files]
 
 
 def walk(folder: File, recursive: bool) -> Iterator[tuple[str, bool]]:

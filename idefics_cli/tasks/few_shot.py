@@ -14,7 +14,6 @@ from typing import Any
 from idefics_cli.errors import InputError, RowError, first_error
 from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
 from idefics_cli.readers.inputs import Inputs, open_inputs
-from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.tasks.options import CaptionVqaOptions, ShotOptions
@@ -29,8 +28,6 @@ def open_shots(options: ShotOptions, list_columns: tuple[str, ...] = ()) -> Inpu
 
     Raises InputError for a file that cannot be read.
     """
-    if not is_manifest(options.file):
-        raise InputError(f"--shots needs a manifest with a column of captions or answers: {options.file} is not one")
     usual = tuple(filter(None, (options.image_column, *ReadOptions.usual_image_columns)))
     shows = options.number > 0
     reading = ReadOptions(
@@ -41,7 +38,10 @@ def open_shots(options: ShotOptions, list_columns: tuple[str, ...] = ()) -> Inpu
         needs_id=False,
         list_columns=(*ANSWER_COLUMNS["caption"], *list_columns),
     )
-    return open_inputs((options.file,), reading)
+    rows = None if options.file == "-" else open_inputs((options.file,), reading)
+    if rows is None or not all(rows.are_manifests):
+        raise InputError(f"--shots needs a manifest with a column of captions or answers: {options.file} is not one")
+    return rows
 
 
 def read_shots(options: CaptionVqaOptions, rows: Inputs) -> list[Shot]:

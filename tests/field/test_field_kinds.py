@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import polars as pl
 import pytest
+import webdataset
 from conftest import rows_of, save_image
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pyarrow.fs import S3FileSystem
 from typer.testing import Result
 from written_manifests import opened, read, refusal
 
@@ -187,3 +190,144 @@ def test_an_image_is_known_by_its_content_or_its_name(run: Callable[..., Result]
     (tmp_path / "photo.jpg").write_bytes(b"no image")
     result = run("caption", tmp_path / "photo", tmp_path / "photo.jpg")
     assert [row["error"] is None for row in rows_of(result.stdout)] == [True, False]
+
+
+# Several files as one
+
+
+def parts(folder: Path, suffix: str, write: Callable[[pd.DataFrame, Path], None], split: int = 2) -> Path:
+    """The rows over three files, one of them empty, as Spark and others leave them."""
+    table = pd.DataFrame(ROWS)
+    folder.mkdir(parents=True)
+    for number, part in enumerate([table[:split], table[:0], table[split:]]):
+        write(part, folder / f"part-0000{number}-c000.{suffix}")
+    (folder / "_SUCCESS").touch()
+    (folder / f".part-00000-c000.{suffix}.crc").write_bytes(b"crc")
+    (folder / "_temporary").mkdir()
+    (folder / f"_temporary/part-00009.{suffix}").write_bytes(b"half of it")
+    return folder
+
+
+WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    "parquet": lambda table, path: table.to_parquet(path),
+    "snappy.parquet": lambda table, path: pl.from_pandas(table).write_parquet(path, compression="snappy"),
+    "jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+    "json": lambda table, path: path.write_text(table.to_json(orient="records", lines=True)),
+    "csv": lambda table, path: table.to_csv(path, index=False),
+    "csv.gz": lambda table, path: table.to_csv(path, index=False),
+}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("pattern", ["", "/part-*", "/*.{}", "/../set/part-0000[0-2]*"])
+def test_a_folder_of_parts_or_a_pattern_is_one_input(
+    run: Callable[..., Result], images: Path, suffix: str, pattern: str
+) -> None:
+    folder = parts(images / "set", suffix, WRITERS[suffix])
+    result = run("vqa", f"{folder}{pattern.format(suffix)}", "--image-root", images)
+    assert asked(result) == EXPECTED
+    pd.DataFrame(ROWS).to_csv(images / "more.csv", index=False)
+    result = run("vqa", folder, images / "more.csv", "--image-root", images)
+    ids = [f"{place}:{number}" for place in (folder, images / "more.csv") for number in range(3)]
+    assert [row["id"] for row in rows_of(result.stdout)] == ids
+
+
+def test_parts_are_cut_resumed_and_kept_as_one_table(images: Path) -> None:
+    folder = parts(images / "set", "parquet", WRITERS["parquet"])
+    for shard in None, (1, 2), (2, 2):
+        everything = [row.id for row in read(folder, shard=shard)]
+        assert everything == ["0", "1", "2"][slice(shard[0] - 1, None, 2) if shard else slice(None)]
+        for passed in range(4):
+            found = opened(folder, shard=shard, keep="all")
+            assert [row.id for row in found.skip(passed)] + [row.id for row in found.rows] == everything
+            kept = [row["question"] for row in found.passthrough_rows()]
+            assert kept == [ROWS[int(number)]["question"] for number in everything]
+    assert opened(folder).total == 3
+
+
+def test_parts_whose_types_differ_are_kept_in_one_that_holds_all(run: Callable[..., Result], images: Path) -> None:
+    """pandas writes a part whose texts are all missing with a column of another type."""
+    (images / "set").mkdir()
+    for number, notes in enumerate(([None, None], ["x", None])):
+        table = pd.DataFrame({"image": ["a.png", "b.png"], "note": notes})
+        table.to_parquet(images / f"set/{number}.parquet")
+    result = run("caption", images / "set", "--keep", "note", "--image-root", images, "-o", images / "out.parquet")
+    assert result.exit_code == 0, result.output
+    assert pl.read_parquet(images / "out.parquet")["note"].to_list() == [None, None, "x", None]
+
+
+def test_a_part_that_lacks_a_column_is_named_before_the_model_is_loaded(
+    refused: Callable[..., str], images: Path
+) -> None:
+    (images / "set").mkdir()
+    pd.DataFrame(ROWS).to_csv(images / "set/0.csv", index=False)
+    pd.DataFrame(ROWS)[["image"]].to_csv(images / "set/1.csv", index=False)
+    assert "set/1.csv has no column 'question'" in refused("vqa", images / "set")
+
+
+def test_folders_of_img2dataset_are_read_by_their_archives(run: Callable[..., Result], tmp_path: Path) -> None:
+    for shard in "01":
+        with webdataset.TarWriter(str(tmp_path / f"0000{shard}.tar")) as sink:
+            for number in "01":
+                image = save_image(tmp_path / "image", int(number)).read_bytes()
+                key = f"0000{shard}000{number}"
+                sink.write({"__key__": key, "jpg": image, "txt": "a cat", "json": {"key": key, "status": "success"}})
+        pd.DataFrame({"url": ["https://a.example/a.jpg"], "key": ["0"]}).to_parquet(tmp_path / f"0000{shard}.parquet")
+        (tmp_path / f"0000{shard}_stats.json").write_text(json.dumps({"count": 2, "status_dict": {"success": 2}}))
+    (tmp_path / "image").unlink()
+    result = run("caption", tmp_path, "--keep", "key")
+    assert [row["id"] for row in rows_of(result.stdout)] == ["000000000", "000000001", "000010000", "000010001"]
+    assert [row["key"] for row in rows_of(result.stdout)] == ["000000000", "000000001", "000010000", "000010001"]
+    assert "2 .tar files are read, and 2 .json, 2 .parquet beside them are not" in result.stderr
+
+
+def test_folders_say_what_was_taken_or_what_to_name(
+    run: Callable[..., Result], refused: Callable[..., str], images: Path
+) -> None:
+    pd.DataFrame(ROWS).to_csv(images / "metadata.csv", index=False)
+    (images / "a.json").write_text("{}")
+    result = run("caption", images)
+    assert [row["id"] for row in rows_of(result.stdout)] == ["a.png", "b.png", "c.png"]
+    assert "its images are read, and not 'metadata.csv'" in " ".join(result.stderr.split())
+    (images / "set").mkdir()
+    for name in "rows.csv", "rows.parquet":
+        (images / "set" / name).touch()
+    assert "several kinds: name those of one" in refused("caption", images / "set")
+    assert "files of other kinds" in refused("caption", images / "*")
+    assert "no file matches" in refused("caption", images / "*.tiff")
+    result = run("caption", images / "*.png")
+    assert [row["id"] for row in rows_of(result.stdout)] == [str(images / row["image"]) for row in ROWS]
+    (images / "a[b].csv").write_bytes((images / "metadata.csv").read_bytes())
+    assert asked(run("vqa", images / "a[b].csv")) == EXPECTED
+
+
+def test_an_output_never_becomes_a_part_of_the_input(refused: Callable[..., str], images: Path) -> None:
+    parts(images / "set", "csv", WRITERS["csv"])
+    assert "part of" in refused("vqa", images / "set", "-o", images / "set/new/out.csv")
+    assert "matches" in refused("vqa", images / "set/*.csv", "-o", images / "set/out.csv")
+
+
+def test_parts_and_patterns_on_s3(tmp_path: Path) -> None:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host = f"127.0.0.1:{server.get_host_and_port()[1]}"
+        options = {"endpoint_override": host, "scheme": "http", "region": "us-east-1"}
+        remote = S3FileSystem(access_key="key", secret_key="secret", allow_bucket_creation=True, **options)
+        remote.create_dir("bucket")
+        folder = parts(tmp_path / "set", "parquet", WRITERS["parquet"])
+        for row in ROWS:
+            save_image(folder / "sub" / row["image"])
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            with remote.open_output_stream(f"bucket/{path.relative_to(tmp_path)}", compression=None) as file:
+                file.write(path.read_bytes())
+        query = "?" + "&".join(f"{name}={value}" for name, value in options.items())
+        for pattern in "s3://key:secret@bucket/set/*.parquet", "s3://bucket/se*/part-*":
+            found = opened(pattern + query, columns=("question",), image_root=f"s3://bucket/set/sub{query}")
+            assert [(row.id, row.image, row.values["question"]) for row in found.rows] == EXPECTED
+            assert "secret" not in str(found.identity)
+        assert [row.id for row in read(f"s3://key:secret@bucket/set/sub/*.png{query}")] == [
+            f"s3://bucket/set/sub/{name}.png" for name in "abc"
+        ]
+    finally:
+        server.stop()
