@@ -417,11 +417,38 @@ def _download(request: ModelRequest, *weights: str) -> Path:
         patterns = [*SIDE_FILES, *weights]
         return Path(snapshot_download(request.model, revision=request.revision, allow_patterns=patterns))
     except Exception as error:  # the layers below the hub's library raise many kinds when a connection breaks
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"model {request.model!r} is not cached and cannot be fetched ({reason}): check its name and the "
-            "connection, log in if it is private, or give a local folder"
-        ) from error
+        raise _cannot_fetch(request, error) from error
+
+
+def _cannot_fetch(request: ModelRequest, error: Exception) -> CheckpointError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"model {request.model!r} is not cached and cannot be fetched ({reason}): check its name and the "
+        "connection, log in if it is private, or give a local folder"
+    )
+
+
+def bytes_to_fetch(request: ModelRequest) -> int | None:
+    """How much of weights the hub has of a model that is not on this machine yet; None for one that is.
+
+    Raises CheckpointError where it cannot be fetched, and DeviceError where it would not fit.
+    """
+    from huggingface_hub import HfApi
+
+    if _downloaded(request) is not None:
+        return None
+    try:
+        about = HfApi().model_info(request.model, revision=request.revision, files_metadata=True)
+    except Exception as error:  # as in `_download`
+        raise _cannot_fetch(request, error) from error
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    if about.safetensors is not None:
+        require_fit(about.safetensors.total * dtype.itemsize, device, dtype)
+    names = (".safetensors", ".bin") if request.allow_pickle else (".safetensors",)
+    found = sum(each.size or 0 for each in about.siblings or () if each.rfilename.endswith(names))
+    _require(found, f"model {request.model!r} has no weights: expected {SAFETENSORS}")
+    return found
 
 
 def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
@@ -502,11 +529,9 @@ def load_network(
     from idefics_cli.model.memory_errors import naming_memory_errors
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
+    num_bytes = require_loadable(checkpoint, config, device, dtype)
     place = torch.device("cpu")
     try:
-        with torch.device("meta"):
-            expected = IdeficsForVisionText2Text(config)
-        _require_same_tensors(checkpoint, expected)
         with naming_memory_errors():
             model = IdeficsForVisionText2Text.from_pretrained(
                 checkpoint.folder,
@@ -522,12 +547,9 @@ def load_network(
             if checkpoint.adapter is not None:
                 model = _with_adapter(model, checkpoint.adapter)
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory(expected.num_parameters() * dtype.itemsize, place) from error
+        raise _does_not_fit(num_bytes, place, dtype) from error
     except LOADING_ERRORS as error:
-        raise CheckpointError(
-            f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}): "
-            "fetch its config.json and weights again"
-        ) from error
+        raise _cannot_be_loaded(checkpoint, error) from error
     return model.eval().requires_grad_(False)
 
 
@@ -545,10 +567,51 @@ def _with_adapter(model: IdeficsForVisionText2Text, adapter: Checkpoint) -> Idef
         raise CheckpointError(f"the adapter in {adapter.folder} does not fit the model ({reason})") from error
 
 
-def _out_of_memory(num_bytes: int, device: torch.device) -> DeviceError:
-    remedy = "a machine with more memory" if device.type == "cpu" else "a larger device, --device cpu"
+def require_loadable(checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """The bytes of a network whose tensors are those of its files, and which fits on the device."""
+    import torch
+
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+    try:
+        with torch.device("meta"):
+            expected = IdeficsForVisionText2Text(config)
+        _require_same_tensors(checkpoint, expected)
+    except LOADING_ERRORS as error:
+        raise _cannot_be_loaded(checkpoint, error) from error
+    num_bytes = expected.num_parameters() * dtype.itemsize
+    require_fit(num_bytes, device, dtype)
+    return num_bytes
+
+
+def _cannot_be_loaded(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}): "
+        "fetch its config.json and weights again"
+    )
+
+
+def require_fit(num_bytes: int, device: torch.device, dtype: torch.dtype) -> None:
+    from idefics_cli.engine.memory_budget import free_bytes
+
+    if num_bytes > free_bytes(device):
+        raise _does_not_fit(num_bytes, device, dtype)
+
+
+def _does_not_fit(num_bytes: int, device: torch.device, dtype: torch.dtype) -> DeviceError:
+    import torch
+
+    from idefics_cli.engine.memory_budget import free_bytes
+
+    free, host = free_bytes(device), free_bytes(torch.device("cpu"))
+    remedies = [
+        "--dtype bf16" if dtype.itemsize > 2 and num_bytes // 2 <= free else None,
+        "--device cpu" if device.type != "cpu" and num_bytes <= host else None,
+        "a machine with more memory" if device.type == "cpu" else "a larger device",
+    ]
     return DeviceError(
-        f"out of memory: the model's {num_bytes / 1e9:.1f} GB do not fit on {device}: use {remedy} or a smaller model"
+        f"out of memory: the model's {num_bytes / 1e9:.1f} GB in {dtype_name(dtype)} do not fit on {device}, which has "
+        f"{free / 1e9:.1f} GB free: use {', '.join(filter(None, remedies))} or a smaller model"
     )
 
 

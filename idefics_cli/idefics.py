@@ -115,7 +115,7 @@ class Idefics:
         place = checkpoints.resolve_device(request.device)
         number_format = checkpoints.resolve_dtype(request.dtype, place)
         checkpoint = checkpoints.find_checkpoint(request)
-        config, encoder, images = _side_files(checkpoint)
+        config, encoder, images = side_files(checkpoint)
         network = checkpoints.load_network(checkpoint, config, place, number_format)
         if place.type == "cpu":
             pack_linears(network)
@@ -125,7 +125,7 @@ class Idefics:
     def without_network(cls, request: ModelRequest) -> Idefics:
         """It encodes prompts and continues none: no weights are fetched or read."""
         checkpoint = checkpoints.find_checkpoint(request, with_weights=False)
-        config, encoder, images = _side_files(checkpoint)
+        config, encoder, images = side_files(checkpoint)
         return cls(SimpleNamespace(config=config), encoder, images, batch_size=1, checkpoint=checkpoint)
 
     @property
@@ -399,7 +399,8 @@ def vocabulary_of(encoder: PromptEncoder) -> Vocabulary:
     return Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id, encoder.image_token_id)
 
 
-def _side_files(checkpoint: Checkpoint) -> tuple[IdeficsConfig, PromptEncoder, ImageProcessor]:
+def side_files(checkpoint: Checkpoint) -> tuple[IdeficsConfig, PromptEncoder, ImageProcessor]:
+    """What is read of a model beside its weights. Raises CheckpointError where the parts do not fit together."""
     config = checkpoints.load_config(checkpoint)
     encoder = PromptEncoder(checkpoints.load_tokenizer(checkpoint))
     images = ImageProcessor.from_pretrained(checkpoint.folder)

@@ -192,8 +192,8 @@ def info(
     """Show versions, devices and, for a model, whether and how it would run here."""
     with exit_codes(debug):
         facts = _machine_facts(request)
-        if model is not None:
-            facts["model"] = _model_fact(replace(request, model=model))
+        if model is not None or request.adapter is not None:
+            facts["model"] = _model_fact(replace(request, model=model or request.model))
         print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
 
 
@@ -303,14 +303,25 @@ def _machine_facts(request: ModelRequest) -> dict[str, str]:
 
 
 def _model_fact(request: ModelRequest) -> str:
-    from idefics_cli.checkpoint import check_model_request, inspect_folder, local_folder
+    """Raises what a run with the model would."""
+    from idefics_cli import checkpoint as checkpoints
+    from idefics_cli.engine.memory_budget import free_bytes
+    from idefics_cli.idefics import side_files
 
-    check_model_request(request)
-    folder = local_folder(request.model)
-    if folder is None:
-        return f"{request.model}, from the hub or its cache when it is used"
-    weights = sum(file.stat().st_size for file in inspect_folder(folder, request.allow_pickle).weight_files)
-    return f"{folder}, {weights / 1e6:,.1f} MB of weights"
+    checkpoints.check_model_request(request)
+    if (size := checkpoints.bytes_to_fetch(request)) is not None:
+        return f"{request.model}, not cached: {size / 1e6:,.1f} MB of weights are fetched when it is used"
+    device = checkpoints.resolve_device(request.device)
+    checkpoint = checkpoints.find_checkpoint(request)
+    config, *_ = side_files(checkpoint)
+    stored = sum(file.stat().st_size for file in checkpoint.weight_files)
+    dtype = checkpoints.resolve_dtype(request.dtype, device)
+    needed = checkpoints.require_loadable(checkpoint, config, device, dtype)
+    adapter = "" if request.adapter is None else f", with the adapter {request.adapter}"
+    return (
+        f"{checkpoint.folder}, {stored / 1e6:,.1f} MB of weights{adapter}; takes {needed / 1e6:,.1f} MB of the "
+        f"{free_bytes(device) / 1e6:,.1f} MB free on {device}"
+    )
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ Found = TypeVar("Found")
 VISION_BATCH = 16  # images; more at a time make no product faster
 SLOTS_ASSUMED = 512
 MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 PATIENCE = 16  # times as many as are wanted at a time succeed before more are tried again
 
 
@@ -78,4 +79,6 @@ def free_bytes(device: torch.device) -> int:
     if not meminfo.exists():
         return sys.maxsize
     facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(facts["MemAvailable"].split()[0]) * 1024
+    available = int(facts["MemAvailable"].split()[0]) * 1024
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
+    return available if limit == "max" else min(available, int(limit))

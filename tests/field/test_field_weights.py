@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import IMAGE_SIZE, random_inputs, randomize, relative_error, save_checkpoint, tiny_config
 from transformers import IdeficsForVisionText2Text as TheirIdefics
 from transformers import IdeficsImageProcessor, IdeficsProcessor, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from idefics_cli.checkpoint import (
     ModelRequest,
@@ -29,7 +30,8 @@ from idefics_cli.checkpoint import (
     weights_digest,
 )
 from idefics_cli.cli.app import app
-from idefics_cli.errors import CheckpointError
+from idefics_cli.engine import memory_budget
+from idefics_cli.errors import CheckpointError, DeviceError
 from idefics_cli.idefics import Idefics
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.pipeline.run import DECISIVE
@@ -365,3 +367,104 @@ def test_an_adapter_that_does_not_fit(folder: Path, tmp_path: Path, change: str)
             tensors[name.replace("layers.1", "layers.9")] = moved
     save_file(tensors, adapter / "adapter_model.safetensors")
     assert "does not fit the model" in refusal(folder, adapter=adapter)
+
+
+# ---- info says what a run would
+
+
+def info(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["info", "--device", "cpu", *map(str, arguments)])
+
+
+def lose_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "config.json").rename(folder / "c.json"),
+        lambda folder: edit_json(folder / "config.json", num_hidden_layers=9),
+        lambda folder: edit_json(folder / "config.json", hidden_size="large"),
+        lambda folder: edit_json(folder / "preprocessor_config.json", image_size=56),
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        add_word,
+        lose_a_tensor,
+    ],
+)
+def test_info_refuses_what_a_run_would(folder: Path, spoil: Callable[[Path], object]) -> None:
+    assert info(folder).exit_code == 0
+    spoil(folder)
+    found = info(folder)
+    assert found.exit_code == 2 and "model:" not in found.stdout
+    assert found.stderr.strip().removeprefix("Error: ").rstrip(".") == refusal(folder).rstrip(".")
+
+
+def test_info_tells_size_and_memory(folder: Path, tmp_path: Path) -> None:
+    train_adapter(folder, tmp_path / "adapter")
+    fact = info("--adapter", tmp_path / "adapter", "--dtype", "float16").stdout.splitlines()[-1]
+    assert fact.startswith(f"model: {folder}, 0.") and f"with the adapter {tmp_path}/adapter; takes 0." in fact
+    assert re.search(r"MB of the [\d,.]+ MB free on cpu$", fact)
+
+
+def test_a_model_larger_than_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = Idefics.from_pretrained(folder).model.num_parameters() * 4
+    for free, remedy in ((size - 1, "use --dtype bf16, a machine"), (size // 2 - 1, "use a machine")):
+        monkeypatch.setattr(memory_budget, "free_bytes", lambda device, free=free: free)
+        with pytest.raises(DeviceError, match=f"GB in fp32 do not fit on cpu, which has 0.0 GB free: {remedy}"):
+            Idefics.from_pretrained(folder)
+        assert remedy in info(folder).stderr
+    monkeypatch.setattr(memory_budget, "free_bytes", lambda device: size // 2)
+    Idefics.from_pretrained(folder, dtype="bf16")
+    assert info(folder, "--dtype", "bf16").exit_code == 0
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_budget, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    free = memory_budget.free_bytes(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert memory_budget.free_bytes(torch.device("cpu")) == 1048576 < free
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_budget.free_bytes(torch.device("cpu")) > 1048576
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache's snapshot of some/model."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, cache / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return cache / "snapshots" / commit
+
+
+def test_info_of_a_hub_model(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"model: {hub}, 0." in info("some/model").stdout
+    assert "offline mode" in (offline := info("other/model")).stderr and offline.exit_code == 2
+    file = SimpleNamespace(rfilename="model.safetensors", size=18_000_000_000)
+    about = SimpleNamespace(siblings=[file], safetensors=SimpleNamespace(total=1000))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **options: about)
+    assert "other/model, not cached: 18,000.0 MB of weights are fetched when it is used" in info("other/model").stdout
+    about.safetensors.total = 10**15
+    assert "do not fit on cpu" in info("other/model").stderr
+    about.siblings = []
+    about.safetensors = None
+    assert "has no weights" in info("other/model").stderr
+
+
+def test_a_fetch_that_was_cut_short_is_continued(hub: Path) -> None:
+    """Not refused for the missing files before they can be fetched."""
+    (hub / "model.safetensors").unlink()
+    assert weights_digest(ModelRequest("some/model")) is None
+
+
+def test_the_base_of_an_adapter_may_be_cached(hub: Path, folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    train_adapter(folder, adapter)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="some/model")
+    assert ModelRequest(adapter=str(adapter)).model == "some/model"
+    assert texts(Idefics.from_pretrained(adapter=adapter)) == texts(Idefics.from_pretrained(folder, adapter=adapter))
