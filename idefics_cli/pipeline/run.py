@@ -120,7 +120,7 @@ class Run:
 
     def _rows_left(self, output: FileOutput) -> Iterator[InputRow]:
         """The rows that the journal does not have; of a retry with those of the finished file that are kept."""
-        num_done = 0 if output.journal.header is None else sum(1 for _ in output.journal.texts())
+        num_done = output.journal.num_rows
         rows = self._rows_from(num_done // self.task.rows_each)
         if num_done:
             self._skip(rows, output.journal.rows())

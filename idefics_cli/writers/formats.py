@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 VQAV2 = "vqav2"
 METADATA_KEY = b"idefics_run"
 SETTINGS, NUM_ROWS, FAILED = "settings", "rows", "failed"
-RECORD_KEYS = {SETTINGS, NUM_ROWS, FAILED}
 OF_BYTES = "of_bytes"
 BLOCK_BYTES = 1 << 20
 CHUNK_ROWS, CHUNK_BYTES = 1_000, 16 << 20
@@ -108,7 +107,7 @@ class JsonLines:
         """What run made the file; None where it has been changed since, or is not a result."""
         with suppress(FileNotFoundError, ValueError):
             record = json.loads(record_name(path).read_bytes())
-            if _is_record(record) and record.get(OF_BYTES) == content_of(path):
+            if is_record(record) and record.get(OF_BYTES) == content_of(path):
                 return record
         return None
 
@@ -125,7 +124,7 @@ class JsonLines:
         yield from _existing(temporary_name(path), temporary_name(record))
         for there in _existing(record):
             with suppress(ValueError, RecursionError):
-                if _is_record(json.loads(there.read_bytes())):
+                if is_record(json.loads(there.read_bytes())):
                     continue
             yield there
 
@@ -198,7 +197,7 @@ class Parquet:
         with open(path, "rb") as file, suppress(pa.ArrowException, OSError, ValueError):
             found = pq.read_metadata(file)
             record = json.loads((found.metadata or {}).get(METADATA_KEY, b"null"))
-            if _is_record(record) and found.num_rows == record[NUM_ROWS]:
+            if is_record(record) and found.num_rows == record[NUM_ROWS]:
                 return record
         return None
 
@@ -277,8 +276,13 @@ def _existing(*paths: Path) -> Iterator[Path]:
     return (path for path in paths if os.path.lexists(path))
 
 
-def _is_record(record: object) -> bool:
-    return isinstance(record, dict) and record.keys() >= RECORD_KEYS
+def is_record(record: Any) -> bool:
+    """Whether this, which may be any JSON, has the form of what is recorded of a run."""
+    if not isinstance(record, dict) or not isinstance(record.get(SETTINGS), dict):
+        return False
+    failed = record.get(FAILED)
+    counts = [record.get(NUM_ROWS), *(failed.values() if isinstance(failed, dict) else [None])]
+    return all(type(count) is int and count >= 0 for count in counts)
 
 
 # ---- rows and tables

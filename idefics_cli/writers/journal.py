@@ -1,21 +1,26 @@
 """The journal of a run, `F.part`: an append-only file that holds the run's settings and every row that is finished.
 
 Its first line is the settings, then one line for each row in input order, and after the last row of a run a line that
-says so. Every line is JSON and closes with the CRC-32 of what stands before it, so that a changed byte is noticed. Rows
-are written many at a time with one `write`, and count as done when `fsync` has returned. A line that a kill has torn is
-cut off when the journal is opened again; anything else that cannot be read is refused by file and line, and left alone.
+says so. Every line is JSON and closes with its number and a CRC-32 of what stands before it, which goes on from that of
+the line before: a changed byte, a lost line and two that are swapped are noticed. Rows are written many at a time with
+one `write`, and count as done when `fsync` has returned. A line that a kill has torn is cut off when the journal is
+opened again; anything else that cannot be read is refused by file and line, and left alone.
 
-The file is locked by the kernel for as long as it is open. This module knows lines, not what rows mean.
+The file is locked for as long as it is open, and read and written through one descriptor: whatever takes its name
+meanwhile is another file, which ends the run. This module knows lines, and of rows that they have an `id` and an
+`error`.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,71 +28,104 @@ from typing import Any
 from idefics_cli.columns import json_text
 from idefics_cli.errors import OutputError
 from idefics_cli.storage.filenames import escape_name
+from idefics_cli.writers.owner import NOT_SUPPORTED, Owner
 
 HEADER_KEY, END_KEY = "idefics_run", "idefics_end"
 HEADER_START, END_START = (b'{"' + key.encode() for key in (HEADER_KEY, END_KEY))
-CHECK_LENGTH = len(b', "crc32": "01234567"}')  # stands in the place of a line's closing brace
+NUMBER_START = b', "line": '
 BLOCK_BYTES = 1 << 16
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def checked(text: bytes) -> bytes:
-    """A JSON object as a line of the journal."""
-    return b'%s, "crc32": "%08x"}\n' % (text[:-1], zlib.crc32(text))
+def checked(text: bytes, number: int, check: int) -> tuple[bytes, int]:
+    """A JSON object as the line of this number after one with this check; and its own check."""
+    check = zlib.crc32(text, check)
+    return b'%s%s%d, "crc32": "%08x"}\n' % (text[:-1], NUMBER_START, number, check), check
 
 
-def unchecked(line: bytes) -> bytes | None:
-    """The JSON object that `checked` made the line of (whose end may have been stripped), or None: it was changed."""
-    line = line.removesuffix(b"\n")
-    text = line[:-CHECK_LENGTH] + b"}"
-    return text if checked(text)[:-1] == line else None
+def unchecked(line: bytes, number: int, check: int) -> tuple[bytes, int] | None:
+    """The JSON object that `checked` made the line of, and its check; or None: something was changed."""
+    text = line[: line.rfind(NUMBER_START)] + b"}"
+    expected, check = checked(text, number, check)
+    return (text, check) if line == expected else None
 
 
 class Journal:
     """Opened and locked, its torn tail cut. With `discard` it is as a new one, and what it holds goes when it begins.
 
     `header` is None for a new one. `summary` is what `end` was told when a run had written all its rows, else None.
-    Raises OutputError where the file cannot be opened, locked, read or written, or is not a journal.
+    Raises OutputError where the file cannot be opened, locked, read or written, is not a journal or was changed.
     """
 
     def __init__(self, path: Path, *, discard: bool = False) -> None:
         self.path = path
-        self._file = _open_locked(path)
-        self._size = 0
+        self._file, self._owner = _open_locked(path)
+        self._size = self._num_lines = self._check = 0
         self.header: dict[str, Any] | None = None
         self.summary: dict[str, Any] | None = None
         try:
-            with _refusing(path, "read", "check the disk, or name another output"):
+            with _refusing(path, "read"):
                 self._require_own()
                 if not discard:
                     self._cut_torn_tail()
-                if self._size:
-                    self._read_ends()
+                    self._read()
         except BaseException:
             self._release()
             raise
 
     # ---- what is there
 
+    @property
+    def num_rows(self) -> int:
+        return self._num_lines - (self.header is not None) - (self.summary is not None)
+
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows so far, in order. Raises OutputError at a line that was changed."""
-        return map(json.loads, self.texts())
+        """The rows so far, in order. Raises OutputError at what `append` was never given."""
+        for number, text in enumerate(self.texts(), start=2):
+            row = self._parsed(text, number)
+            if not (isinstance(row.get("id"), str) and isinstance(row.get("error", 0), str | None)):
+                raise self._changed(number)
+            yield row
 
     def texts(self) -> Iterator[bytes]:
-        """The same as JSON objects, a line each, without their ends."""
-        with _refusing(self.path, "read", "check the disk, or name another output"), open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = self._unchecked(line, number)
+        """The same as JSON objects, a line each, without their ends.
+
+        Raises OutputError where any of what was written is not there, or not under this name.
+        """
+        number = check = 0
+        with _refusing(self.path, "read"):
+            for line in self._lines():
+                number, text, check = line
                 if number > 1 and not text.startswith(END_START):
                     yield text
+        if (number, check) != (self._num_lines, self._check):
+            raise self._changed(number + 1)
+        self.require_unchanged()
 
-    def _unchecked(self, line: bytes, number: int) -> bytes:
-        text = unchecked(line)
-        if text is None:
-            raise OutputError(
-                f"{shown_path(self.path)} was changed in line {number}: restore the line from a copy, or discard the"
-                " file with --overwrite"
-            )
-        return text
+    def _lines(self) -> Iterator[tuple[int, bytes, int]]:
+        """The number of each line, its object, and its check."""
+        check = 0
+        for number, line in enumerate(io.BufferedReader(_Positioned(self._file), BLOCK_BYTES), start=1):
+            found = unchecked(line, number, check)
+            if found is None:
+                raise self._changed(number)
+            text, check = found
+            yield number, text, check
+
+    def _changed(self, number: int) -> OutputError:
+        return OutputError(
+            f"{shown_path(self.path)} was changed in line {number}: restore the line from a copy, or discard the file"
+            " with --overwrite"
+        )
+
+    def _parsed(self, text: bytes, number: int) -> dict[str, Any]:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise self._changed(number)
+        return value
 
     def _require_own(self) -> None:
         """A file that does not begin as a journal does is the user's own: nothing of it is touched."""
@@ -105,16 +143,40 @@ class Journal:
         if self._size < size:
             os.ftruncate(self._file, self._size)
 
-    def _read_ends(self) -> None:
-        with open(self.path, "rb") as file:
-            self.header = json.loads(self._unchecked(file.readline(), 1))[HEADER_KEY]
-        last = unchecked(self._last_line())
-        if last is not None and last.startswith(END_START):
-            self.summary = json.loads(last)[END_KEY]
+    def _read(self) -> None:
+        """The settings, whether all rows are there, and where the next line goes."""
+        for number, text, check in self._lines():
+            if number == 1:
+                self.header = self._parsed(text, 1).get(HEADER_KEY)
+            if self.summary is not None or not isinstance(self.header, dict):
+                raise self._changed(number)
+            if text.startswith(END_START):
+                self.summary = self._parsed(text, number).get(END_KEY)
+                if not isinstance(self.summary, dict):
+                    raise self._changed(number)
+            self._num_lines, self._check = number, check
 
-    def _last_line(self) -> bytes:
-        start = _end_of_last_line(self._file, self._size - 1)
-        return os.pread(self._file, self._size - start, start)
+    def _require_held(self) -> None:
+        """Raise OutputError where others have taken the file away, or its lock."""
+        if not _has_name(self._file, self.path):
+            raise OutputError(
+                f"{shown_path(self.path)} was removed, moved or replaced while this run was writing it: put it back and"
+                " run the same command again"
+            )
+        if not self._owner.is_held():
+            raise OutputError(
+                f"{shown_path(self._owner.path)}, which locks {shown_path(self.path)}, was removed or taken over by"
+                " another run: wait for that, and run the same command again"
+            )
+
+    def require_unchanged(self) -> None:
+        """Raise OutputError, too, where others have written to the file."""
+        self._require_held()
+        if os.fstat(self._file).st_size != self._size:
+            raise OutputError(
+                f"{shown_path(self.path)} was changed by another program while this run was writing it: run the same"
+                " command again, alone"
+            )
 
     # ---- writing
 
@@ -122,23 +184,31 @@ class Journal:
         """Say durably what run a new journal is of. What had to be discarded goes now."""
         assert self._size == 0, f"{self.path} has {self._size} bytes"
         with self._writing():
+            self._require_held()
             os.ftruncate(self._file, 0)
-        self._append(checked(json_text({HEADER_KEY: header})))
+        self.append([json_text({HEADER_KEY: header})])
         self.header = dict(header)
         with self._writing():
             sync_folder(self.path.parent)
 
-    def append(self, texts: Sequence[bytes]) -> None:
+    def append(self, texts: Iterable[bytes]) -> None:
         """Rows as JSON objects, durably, with one write; when it fails, none of them is there."""
-        self._append(b"".join(map(checked, texts)))
+        check, lines = self._check, []
+        for text in texts:
+            line, check = checked(text, self._num_lines + len(lines) + 1, check)
+            lines.append(line)
+        self._append(b"".join(lines))
+        self._num_lines, self._check = self._num_lines + len(lines), check
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Say durably that all rows are there."""
-        self._append(checked(json_text({END_KEY: summary})))
+        self.append([json_text({END_KEY: summary})])
         self.summary = dict(summary)
 
     def _append(self, data: bytes) -> None:
         rest = data
+        with self._writing():
+            self.require_unchanged()
         try:
             with self._writing():
                 while rest:
@@ -151,36 +221,64 @@ class Journal:
         self._size += len(data)
 
     def _writing(self) -> AbstractContextManager[None]:
-        return _refusing(self.path, "write", "free some space or use another disk, and run the same command again")
+        return _refusing(self.path, "write")
 
     # ---- the end
 
     def remove(self) -> None:
-        """The file is of no more use."""
-        self.path.unlink(missing_ok=True)
+        """The file is of no more use. One that has taken its name stays."""
+        if _has_name(self._file, self.path):
+            self.path.unlink(missing_ok=True)
         self._release()
 
     def close(self) -> None:
         """Let go of the file; one without any rows goes."""
         if self._file < 0:
             return
-        is_empty = os.fstat(self._file).st_size == 0
-        if is_empty or (self._size and self._last_line().startswith(HEADER_START)):
-            self.path.unlink(missing_ok=True)
-        self._release()
+        if os.fstat(self._file).st_size == 0 or self._num_lines == 1:
+            self.remove()
+        else:
+            self._release()
 
     def _release(self) -> None:
         file, self._file = self._file, -1
+        self._owner.release()
         os.close(file)  # frees the lock
 
 
+class _Positioned(io.RawIOBase):
+    """The bytes of an open file from its start, whatever place it is read at elsewhere."""
+
+    def __init__(self, file: int) -> None:
+        self._file, self._place = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        number = os.preadv(self._file, [buffer], self._place)
+        self._place += number
+        return number
+
+
 @contextmanager
-def _refusing(path: Path, act: str, remedy: str) -> Iterator[None]:
+def _refusing(path: Path, act: str) -> Iterator[None]:
     """Raise OutputError for what the system does not do."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot {act} {shown_path(path)}: {reason(error)}; {remedy}") from error
+        raise OutputError(f"cannot {act} {shown_path(path)}: {reason(error)}; {remedy(error)}") from error
+
+
+def remedy(error: OSError) -> str:
+    """What to do about an output that cannot be read or written."""
+    if error.errno in NO_SPACE:
+        return "free some space or use another disk, and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "name an output that can be written"
+    if error.errno in NOT_SUPPORTED:
+        return "name an output on another file system"
+    return "check the disk and run the same command again, or name another output"
 
 
 def _end_of_last_line(file: int, size: int) -> int:
@@ -195,34 +293,52 @@ def _end_of_last_line(file: int, size: int) -> int:
     return 0
 
 
-def _open_locked(path: Path) -> int:
-    with _refusing(path, "write", "name an output that can be written"):
+def _open_locked(path: Path) -> tuple[int, Owner]:
+    """The file, and what locks it where the kernel does not."""
+    with _refusing(path, "write"):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        with _refusing(path, "lock", "name an output on another file system"):
-            _lock(file, path)
+        with _refusing(path, "lock"):
+            return file, _lock(file, path)
     except BaseException:
         os.close(file)
         raise
-    return file
 
 
-def _lock(file: int, path: Path) -> None:
+def _lock(file: int, path: Path) -> Owner:
     """The file that is locked must still have the name: another run may have removed it in between."""
+    in_use = OutputError(f"another run is writing {shown_path(path)}: wait for it, or name another output")
+    is_locked = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_same = os.path.samestat(os.fstat(file), os.stat(path))
-    except (BlockingIOError, FileNotFoundError):
-        is_same = False
-    if not is_same:
-        raise OutputError(f"another run is writing {shown_path(path)}: wait for it, or name another output")
+    except BlockingIOError:
+        raise in_use from None
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        is_locked = False
+    owner = Owner(path, file, is_locked)
+    if not _has_name(file, path):
+        owner.release()
+        raise in_use
+    return owner
+
+
+def _has_name(file: int, path: Path) -> bool:
+    """Whether the open file is the one of this name."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return os.path.samestat(os.fstat(file), os.lstat(path))
+    return False
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, where the file system can; some of a network have them so without it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 

@@ -17,8 +17,8 @@ from typing import Any
 from idefics_cli.columns import Column
 from idefics_cli.errors import OutputError
 from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, shown_address
-from idefics_cli.writers.formats import SETTINGS, Passthrough, content_of, format_of
-from idefics_cli.writers.journal import Journal, reason, shown_path, sync_folder
+from idefics_cli.writers.formats import NUM_ROWS, SETTINGS, Passthrough, content_of, format_of, is_record
+from idefics_cli.writers.journal import Journal, reason, remedy, shown_path, sync_folder
 
 REPLACES = "replaces"
 FINGERPRINTS = frozenset({"weights", "vision"})  # settings that are known once the model is on this machine
@@ -43,6 +43,7 @@ class FileOutput:
             self._require_free_names()
         self.journal = Journal(journal, discard=overwrite)
         try:
+            self._require_form()
             self.record = None if overwrite else self._finished_run()
         except BaseException:
             self.journal.close()
@@ -56,6 +57,20 @@ class FileOutput:
                     f"{shown_path(path)} is not a file of this program, and would be overwritten: move it away, or name"
                     " another output"
                 )
+
+    def _require_form(self) -> None:
+        """What the journal says of its run may be valid JSON and not what a run has written."""
+        header, summary = self.journal.header, self.journal.summary
+        is_head = header is None or (
+            isinstance(header.get(SETTINGS), dict) and isinstance(header.get(REPLACES), list | None)
+        )
+        record = {SETTINGS: {}, **(summary or {})}
+        is_end = summary is None or (is_record(record) and record[NUM_ROWS] == self.journal.num_rows)
+        if not (is_head and is_end):
+            raise OutputError(
+                f"{shown_path(self.journal.path)} is not as a run of this program leaves it: restore it from a copy, or"
+                " discard it with --overwrite"
+            )
 
     def _finished_run(self) -> dict[str, Any] | None:
         """What is known of the run that made the final file, or None where there is none."""
@@ -134,16 +149,14 @@ class FileOutput:
     def publish(self, columns: Sequence[Column], passthrough: Passthrough) -> None:
         """Give the rows of a journal that has ended their final name, durably."""
         assert self.journal.summary is not None and self.journal.header is not None, self.journal.path
+        self.journal.require_unchanged()
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
         try:
             self.format.write(self.path, self.journal.texts, columns, passthrough, run)
             sync_folder(self.path.parent)
             self.journal.remove()
         except OSError as error:
-            raise OutputError(
-                f"cannot finish {shown_path(self.path)}: {reason(error)}; free some space or check the disk, and run"
-                " the same command again"
-            ) from error
+            raise OutputError(f"cannot finish {shown_path(self.path)}: {reason(error)}; {remedy(error)}") from error
 
     def close(self) -> None:
         """Let go; what has been written stays."""

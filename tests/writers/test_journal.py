@@ -21,7 +21,9 @@ from idefics_cli.writers.journal import Journal, checked, unchecked
 HEADER = {"settings": {"model": "demo"}}
 SUMMARY = {"rows": 2, "failed": {}}
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.just('", "crc32": "00000000"}\n')
-ROWS = st.lists(st.fixed_dictionaries({"id": TEXTS, "caption": TEXTS | st.none()}), max_size=5)
+ROWS = st.lists(
+    st.fixed_dictionaries({"id": TEXTS, "caption": TEXTS | st.none(), "error": TEXTS | st.none()}), max_size=5
+)
 
 
 def written(path: Path, *batches: list[dict[str, Any]], summary: dict[str, Any] | None = None) -> Path:
@@ -51,7 +53,7 @@ def journal(path: Path) -> Iterator[Journal]:
     """One with a row, open."""
     with closing(Journal(path)) as journal:
         journal.begin(HEADER)
-        journal.append([b'{"id": "a"}'])
+        journal.append([b'{"id": "a", "error": null}'])
         yield journal
 
 
@@ -61,18 +63,21 @@ def journal(path: Path) -> Iterator[Journal]:
 @given(st.dictionaries(TEXTS, TEXTS | st.integers() | st.none(), min_size=1))
 def test_a_line_gives_its_object_back_and_is_json(row: dict[str, Any]) -> None:
     text = json_text(row)
-    line = checked(text)
+    line, check = checked(text, 7, 42)
     assert line.count(b"\n") == 1 and line.endswith(b"\n")
-    assert unchecked(line) == unchecked(line[:-1]) == text
-    assert json.loads(line).items() >= {key: value for key, value in row.items() if key != "crc32"}.items()
+    assert unchecked(line, 7, 42) == (text, check)
+    assert unchecked(line, 8, 42) is None and unchecked(line, 7, 43) is None
+    assert (
+        json.loads(line).items() >= {key: value for key, value in row.items() if key not in ("line", "crc32")}.items()
+    )
 
 
 @given(st.data())
 def test_a_line_with_another_byte_is_noticed(data: st.DataObject) -> None:
-    line = checked(b'{"id": "an image", "caption": "two dogs"}')[:-1]
+    line, _ = checked(b'{"id": "an image", "caption": "two dogs"}', 7, 42)
     place, byte = data.draw(st.integers(0, len(line) - 1)), data.draw(st.integers(0, 255))
     changed = line[:place] + bytes([byte]) + line[place + 1 :]
-    assert unchecked(changed) is None or changed == line
+    assert unchecked(changed, 7, 42) is None or changed == line
 
 
 # ---- written and read back
@@ -106,7 +111,7 @@ def test_each_batch_is_one_write_and_one_sync(journal: Journal, monkeypatch: pyt
 
 
 def test_lines_longer_than_a_block_are_found(path: Path) -> None:
-    long = {"id": "a", "caption": "x" * (3 * journals.BLOCK_BYTES)}
+    long = {"id": "a", "caption": "x" * (3 * journals.BLOCK_BYTES), "error": None}
     whole = written(path, [long, long], summary=SUMMARY).read_bytes()
     with closing(Journal(path)) as journal:
         assert (journal.header, journal.summary) == (HEADER, SUMMARY)
@@ -121,7 +126,7 @@ def test_lines_longer_than_a_block_are_found(path: Path) -> None:
 
 def test_a_torn_tail_is_cut_at_every_byte(path: Path) -> None:
     """What is appended then stands on a line of its own."""
-    rows = [{"id": "ä"}, {"id": "b\n"}]
+    rows = [{"id": "ä", "error": None}, {"id": "b\n", "error": None}]
     whole = written(path, rows[:1], rows[1:], summary=SUMMARY).read_bytes()
     ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
     for length in range(len(whole)):
@@ -133,8 +138,8 @@ def test_a_torn_tail_is_cut_at_every_byte(path: Path) -> None:
             assert list(journal.rows()) == known
             assert (journal.header is None) == (num_lines == 0)
             if num_lines:
-                journal.append([b'{"id": "c"}'])
-                assert list(journal.rows()) == [*known, {"id": "c"}]
+                journal.append([b'{"id": "c", "error": null}'])
+                assert list(journal.rows()) == [*known, {"id": "c", "error": None}]
 
 
 @pytest.mark.parametrize("content", [b"notes of mine", b"{}\n", b'{"id": "a"}\n', b"\n", b"\0" * 9])
@@ -147,7 +152,7 @@ def test_a_file_of_others_is_refused_even_with_discard(path: Path, content: byte
 
 
 def test_a_journal_is_discarded_only_when_the_next_one_begins(path: Path) -> None:
-    before = written(path, [{"id": "a"}]).read_bytes()
+    before = written(path, [{"id": "a", "error": None}]).read_bytes()
     with closing(Journal(path, discard=True)) as journal:
         assert (journal.header, journal.summary) == (None, None)
     assert path.read_bytes() == before
@@ -199,7 +204,7 @@ def failing(error: BaseException, num_bytes: int = 0) -> Callable[..., int]:
     """A call that raises this; one of `write` that takes so many bytes first."""
     takes, write = iter([num_bytes]), os.write
 
-    def fail(file: Any, data: Any = b"", *more: Any) -> int:
+    def fail(file: Any, data: Any = b"", *more: Any, **options: Any) -> int:
         if taken := next(takes, 0):
             return write(file, data[:taken])
         raise error
@@ -227,9 +232,9 @@ def test_what_cannot_be_written_leaves_whole_rows(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing(*fault))
         with pytest.raises((OutputError, KeyboardInterrupt), match=said):
-            journal.append([b'{"id": "b"}'])
+            journal.append([b'{"id": "b", "error": null}'])
     assert path.read_bytes() == before
-    journal.append([b'{"id": "c"}'])
+    journal.append([b'{"id": "c", "error": null}'])
     assert [row["id"] for row in journal.rows()] == ["a", "c"]
 
 
@@ -239,15 +244,16 @@ def test_what_cannot_be_written_leaves_whole_rows(
         ("os.open", errno.EACCES, "Permission denied; name an output that can be written"),
         ("os.open", errno.EROFS, "Read-only file system"),
         ("os.pread", errno.EIO, "cannot read .*Input/output error"),
-        ("fcntl.flock", errno.ENOLCK, "cannot lock .* another file system"),
+        ("fcntl.flock", errno.EIO, "cannot lock .*Input/output error"),
+        ("os.symlink", errno.ENOSPC, "cannot lock .*No space left on device; free some space"),
     ],
 )
 def test_a_system_that_refuses_is_one_line(
     path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, said: str
 ) -> None:
-    written(path, [{"id": "a"}])
+    written(path, [{"id": "a", "error": None}])
     with monkeypatch.context() as patch:
         patch.setattr(call, failing(OSError(code, os.strerror(code))))
         with pytest.raises(OutputError, match=said):
             Journal(path)
-    assert rows_in(path) == [{"id": "a"}]
+    assert rows_in(path) == [{"id": "a", "error": None}]

@@ -90,10 +90,10 @@ def test_rows_reach_the_journal_in_order_when_the_writer_closes(numbers: list[in
         journal.begin(HEADER)
         writer = JournalWriter(journal)
         for number in numbers:
-            writer.write({"id": number})
+            writer.write({"id": str(number), "error": None})
         writer.close()
         assert writer.num_safe == len(numbers)
-        assert [row["id"] for row in journal.rows()] == numbers
+        assert [row["id"] for row in journal.rows()] == list(map(str, numbers))
         journal.close()
 
 
