@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias
@@ -84,6 +85,35 @@ def parse_frame(text: str) -> int | Literal["middle"]:
     return int(number)
 
 
+def parse_delimiter(text: str) -> str:
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(delimiter) != 1 or delimiter in '"\r\n\0':
+        raise IdeficsError(f"invalid delimiter {text!r}: expected one character, such as ; or tab")
+    return delimiter
+
+
+def parse_encoding(text: str) -> str:
+    try:
+        "a".encode(text)  # raises LookupError too for what is no encoding of texts
+        return codecs.lookup(text).name
+    except (LookupError, ValueError) as error:
+        raise IdeficsError(f"unknown encoding {text!r}: use a name such as cp1252, latin-1 or utf-16") from error
+
+
+@dataclass(frozen=True)
+class DelimitedOptions:
+    """How CSV and TSV are read."""
+
+    delimiter: Annotated[
+        str | None,
+        Help("Delimiter of CSV", metavar="C|tab", parse=parse_delimiter, default="what splits the header"),
+    ] = None
+    encoding: Annotated[
+        str | None,
+        Help("Encoding of CSV, such as cp1252", metavar="NAME", parse=parse_encoding, default="utf-8, or by its mark"),
+    ] = None
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """Which rows are read, and which of their columns.
@@ -123,6 +153,7 @@ class ReadOptions:
     json_key: Annotated[
         str | None, Help("Key of a .json file's list of rows", metavar="KEY", default="the only list of objects")
     ] = None
+    delimited: DelimitedOptions = field(default_factory=DelimitedOptions)
     columns: tuple[str | tuple[str, ...], ...] = ()
     list_columns: tuple[str, ...] = ()
     keep: Annotated[

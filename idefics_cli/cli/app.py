@@ -205,7 +205,8 @@ def _ask(run: RunOptions, options: CaptionVqaOptions, debug: bool) -> None:
         from idefics_cli.tasks.caption_vqa import CaptionVqa
 
         reading = run.reading
-        shots = replace(options.shots, image_column=reading.image_column, allow_no_image=reading.allow_no_image)
+        same = {"image_column": reading.image_column, "allow_no_image": reading.allow_no_image}
+        shots = replace(options.shots, **same, delimited=reading.delimited)
         task = CaptionVqa(replace(options, shots=shots))
         scoring = None if run.answers_column is None else _closing_scores(run.answers_column, options)
     _run(run, task, debug, scoring)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from idefics_cli.prompts.choices import parse_choices
+from idefics_cli.rows import DelimitedOptions
 from idefics_cli.validation import Help
 
 
@@ -23,6 +24,7 @@ class ScoreOptions:
         Literal["ptb", "treebank"],
         Help("How CIDEr splits words; ptb: as published, needs Java; treebank: without Java"),
     ] = "ptb"
+    delimited: DelimitedOptions = field(default_factory=DelimitedOptions)
     choices: Annotated[
         tuple[str, ...],
         Help("Choices of all rows: a reference may be the number or letter of one", metavar="A,B", parse=parse_choices),

@@ -152,7 +152,8 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
     file = find(os.fspath(path))
     if file.is_folder:
         raise InputError(f"{path} is a folder: name a result file (.jsonl, .parquet, .csv)")
-    table = open_table(file, ReadOptions()) if is_manifest(file.name) else open_json_lines(file, compressed=False)
+    reading = ReadOptions(delimited=options.delimited)
+    table = open_table(file, reading) if is_manifest(file.name) else open_json_lines(file, compressed=False)
     scores = Scores(options, find_text_column(table.columns, options))
     lists = (options.answers_column, options.choices_column or CHOICES)
     wanted = dict.fromkeys((scores.text_column, "error", options.by, *lists))

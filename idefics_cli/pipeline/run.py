@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 DECISIVE = (  # options that decide the rows, besides the task's own
     *("--model", "--revision", "--adapter", "--dtype", "--draft", "--frame"),
     *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root", "--allow-no-image"),
-    "--json-key",
+    *("--json-key", "--delimiter", "--encoding"),
 )
 ROWS_AT_ONCE = 16  # read from files: one by one, threads would hand each other the interpreter for every row
 
@@ -264,6 +264,8 @@ def _require_manifests(options: RunOptions, task: Task, are_manifests: Sequence[
         "--id-column": reading.id_column,
         "--json-key": reading.json_key,
         "--answers-column": options.answers_column,
+        "--delimiter": reading.delimited.delimiter,
+        "--encoding": reading.delimited.encoding,
         "--keep": reading.keep,
         "--image-root": reading.image_root if STDIN not in options.inputs else None,
     }

@@ -1,36 +1,122 @@
-"""CSV and TSV: a line of column names, then rows, in UTF-8; quoted as spreadsheets and pandas do.
+"""CSV and TSV: a line of column names, then rows, quoted as spreadsheets and pandas do.
 
-What csv refuses is one bad row that names its lines. So a quote that is never closed costs the lines up to the next
-quote, or up to csv's limit for a field (128 KB), and reading continues after them. Blank lines are skipped.
+Read as UTF-8, or as the byte order mark says. Where the usual delimiter leaves the header whole, the beginning of the
+file tells another one; so it does whether quotes are letters, as they often are in TSV. What csv refuses is one bad row
+that names its line, and reading continues with the line after it: a quote that is never closed costs its own line.
+Blank lines are skipped.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
+import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO, NamedTuple
 
+from idefics_cli.columns import MAX_ROW_BYTES
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.jsonl import BYTE_ORDER_MARK
 from idefics_cli.readers.table import NoRows, Record, StreamTable
+from idefics_cli.rows import DelimitedOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
-from idefics_cli.storage.files import MAX_PIECE_BYTES, File, open_stream, split_stream
+from idefics_cli.storage.files import File, open_stream, refusing, split_stream
 
-TOO_LONG = "\udcff"  # stands for a line that is too long to be held; no valid line holds it
+SNIFFED_BYTES, SNIFFED_RECORDS = 256 << 10, 100
+REREAD_BYTES = 256 << 20  # in all; from then on a bad record costs all of its lines
+DELIMITERS = ",;\t|"
+UTF8 = "utf-8"
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+SEPARATOR_LINE = re.compile(r'\ufeff?"?sep=([^"\r\n])"?\r?\n', re.IGNORECASE)  # Excel's own
+
+csv.field_size_limit(MAX_ROW_BYTES)
 
 
-def open_delimited(file: File, compressed: bool, delimiter: str) -> StreamTable:
+class Dialect(NamedTuple):
+    delimiter: str
+    quoting: int = csv.QUOTE_MINIMAL
+    encoding: str = UTF8
+    first_record: int = 0
+
+
+def open_delimited(file: File, compressed: bool, delimiter: str, options: DelimitedOptions) -> StreamTable:
     with open_stream(file, compressed) as stream:
-        _, header = next(read_delimited(split_stream(stream, b"\n"), delimiter, file.name), (0, None))
-    columns = _checked_header(file.name, header, delimiter)
+        dialect = _sniffed(file.name, stream.read(SNIFFED_BYTES), delimiter, options)
+
+    def records(stream: BinaryIO) -> Iterator[tuple[int, list[str] | RowError]]:
+        lines = split_stream(_as_utf8(stream, file.name, dialect.encoding), b"\n")
+        return islice(read_delimited(lines, dialect), dialect.first_record, None)
+
+    with open_stream(file, compressed) as stream:
+        _, header = next(records(stream), (0, None))
+    columns = _checked_header(file.name, header, dialect.delimiter)
 
     def read(stream: BinaryIO, wanted: Sequence[str] | None) -> Iterator[Callable[[], Record | RowError]]:
-        records = read_delimited(split_stream(stream, b"\n"), delimiter, file.name)
-        return (partial(_record, columns, *record) for record in islice(records, 1, None))
+        return (partial(_record, columns, *record) for record in islice(records(stream), 1, None))
 
     return StreamTable(file, compressed, read, columns)
+
+
+# ---- what kind of CSV it is
+
+
+def _sniffed(name: str, beginning: bytes, usual: str, options: DelimitedOptions) -> Dialect:
+    mark = next((encoding for mark, encoding in MARKS.items() if beginning.startswith(mark)), None)
+    encoding = options.encoding or mark or UTF8
+    is_cut = len(beginning) == SNIFFED_BYTES
+    if encoding == UTF8:
+        _require_utf8(name, beginning, is_cut)
+    text = codecs.getincrementaldecoder(encoding)("replace").decode(beginning)
+    lines = text.removeprefix("\ufeff").encode(errors="replace").split(b"\n")
+    lines = lines[:-1] if is_cut and len(lines) > 1 else lines
+    separator = SEPARATOR_LINE.match(text)
+    first = 0 if separator is None else 1
+    lines = lines[first:]
+    named = options.delimiter or (separator and separator[1])
+    fitting = Dialect(named or usual)
+    if named is None and _fit(lines, fitting)[0] < 2:
+        fits = [(_fit(lines, Dialect(each)), Dialect(each)) for each in DELIMITERS if each != usual]
+        most_bad = _fit(lines, fitting)[1]  # a header of one column may hold any sign
+        splitting = [(bad, other) for (columns, bad), other in fits if columns > 1 and bad <= most_bad]
+        fitting = min(splitting, default=(0, fitting))[1]
+    unquoted = fitting._replace(quoting=csv.QUOTE_NONE)
+    if fitting.delimiter == "\t" and _fit(lines, unquoted)[1] < _fit(lines, fitting)[1]:
+        fitting = unquoted
+    return fitting._replace(encoding=encoding, first_record=first)
+
+
+def _fit(lines: Sequence[bytes], dialect: Dialect) -> tuple[int, int]:
+    """How many columns the header has, and how many of the first records have another number of fields."""
+    records = islice(read_delimited(iter(lines), dialect), SNIFFED_RECORDS)
+    sizes = [0 if isinstance(fields, RowError) else len(fields) for _, fields in records]
+    return (sizes[0], sum(size != sizes[0] for size in sizes)) if sizes else (0, 0)
+
+
+def _require_utf8(name: str, beginning: bytes, is_cut: bool) -> None:
+    """A file where some lines hold UTF-8 has bad rows at worst; one where none does is of another encoding."""
+    lines = beginning.split(b"\n")
+    told = [line for line in (lines[:-1] if is_cut else lines) if not line.isascii()]
+    if b"\0" in lines[0] or (told and not any(is_utf8(line.decode(errors="surrogateescape")) for line in told)):
+        example = "utf-16-le" if b"\0" in lines[0] else "cp1252"
+        raise InputError(f"{name} is not valid UTF-8: name its encoding, as in --encoding {example}")
+
+
+def _as_utf8(stream: BinaryIO, name: str, encoding: str) -> Any:
+    """What `read` gives of it in UTF-8; bytes that the encoding lacks stay, and are not valid."""
+    if encoding == UTF8:
+        return stream
+    text = io.TextIOWrapper(stream, encoding, "surrogateescape", newline="")
+
+    def read(size: int) -> bytes:
+        with refusing(name, UnicodeError, remedy="name its encoding with --encoding"):
+            return text.read(size).encode(errors="surrogateescape")
+
+    return SimpleNamespace(read=read)
 
 
 def _checked_header(name: str, header: list[str] | RowError | None, delimiter: str) -> list[str]:
@@ -43,6 +129,9 @@ def _checked_header(name: str, header: list[str] | RowError | None, delimiter: s
     return header
 
 
+# ---- records
+
+
 def _record(columns: Sequence[str], line_number: int, fields: list[str] | RowError) -> Record | RowError:
     if isinstance(fields, RowError):
         return fields
@@ -51,36 +140,52 @@ def _record(columns: Sequence[str], line_number: int, fields: list[str] | RowErr
     return dict(zip(columns, fields, strict=True))
 
 
-def read_delimited(
-    lines: Iterator[bytes | None], delimiter: str, name: str = "the file"
-) -> Iterator[tuple[int, list[str] | RowError]]:
+def read_delimited(lines: Iterator[bytes | None], dialect: Dialect) -> Iterator[tuple[int, list[str] | RowError]]:
     """The number of each record's first line, and its fields or why it is bad."""
-    num_bytes = 0  # of the record that is being read
+    numbered, again = enumerate(lines, 1), deque[tuple[int, bytes | None]]()  # lines of bad records are read again
+    record: list[tuple[int, bytes | None]] = []  # the lines of the record that is being read
+    num_bytes, budget = 0, REREAD_BYTES
 
-    def decoded() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         nonlocal num_bytes
-        for number, line in enumerate(lines):
-            line = line if number or line is None else line.removeprefix(BYTE_ORDER_MARK)
+        while (numbered_line := again.popleft() if again else next(numbered, None)) is not None:
+            record.append(numbered_line)
+            number, line = numbered_line
             num_bytes += len(line or b"")
-            if num_bytes > MAX_PIECE_BYTES:
-                raise InputError(
-                    f"{name}, line {number + 1}: a record is longer than 64 MB: check the quotes before it"
-                )
-            yield TOO_LONG if line is None else line.decode(errors="surrogateescape") + "\n"
+            if line is None or num_bytes > MAX_ROW_BYTES:
+                raise csv.Error("longer than 64 MB")
+            line = line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)
+            yield line.decode(errors="surrogateescape") + "\n"
 
-    reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
+    def reader() -> Iterator[list[str]]:
+        return csv.reader(texts(), delimiter=dialect.delimiter, quoting=dialect.quoting, strict=True)
+
+    reading = reader()
     while True:
-        first, num_bytes = reader.line_num + 1, 0
+        num_bytes = 0
+        record.clear()
         try:
-            fields = next(reader)
+            fields = next(reading)
         except StopIteration:
             return
         except csv.Error as error:
-            yield first, RowError("row_invalid", f"{_lines(first, reader.line_num)} not valid CSV: {error}")
+            is_again = budget > 0
+            (first, _), (last, _) = record[0], record[0 if is_again else -1]
+            yield first, RowError("row_invalid", f"{_lines(first, last)} not valid CSV: {error}; check the quotes")
+            if is_again:
+                again.extendleft(reversed(record[1:]))
+                budget -= num_bytes
+            reading = reader()  # the texts of the one before have ended, where they ended within a record
             continue
         if fields:
+            first = record[0][0]
             valid = is_utf8("".join(fields))
-            yield first, fields if valid else RowError("row_invalid", f"line {first} is not valid UTF-8, or too long")
+            yield first, fields if valid else RowError("row_invalid", _not_valid(first, dialect.encoding))
+
+
+def _not_valid(line_number: int, encoding: str) -> str:
+    remedy = ": name the file's encoding, as in --encoding cp1252" if encoding == UTF8 else ""
+    return f"line {line_number} is not valid {encoding.upper()}{remedy}"
 
 
 def _lines(first: int, last: int) -> str:

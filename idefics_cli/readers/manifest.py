@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from idefics_cli.columns import MAX_COLUMNS
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.csv import open_delimited
 from idefics_cli.readers.folder import IMAGE_SIGNATURE
@@ -96,6 +97,8 @@ def open_table(file: File, options: ReadOptions) -> Table:
     if packed not in ("", "gz") or (packed and kind == "parquet"):
         raise InputError(f"{file.name} cannot be read compressed like this: unpack it first")
     table = _table(file, kind, packed == "gz", options)
+    if len(table.columns) > MAX_COLUMNS:
+        raise InputError(f"{file.name} has {len(table.columns):,} columns, more than {MAX_COLUMNS:,}: leave some out")
     repeated = [column for column, times in Counter(table.columns).items() if times > 1]
     if repeated:
         raise InputError(f"{file.name} has two columns named {shown(repeated[0])}: rename one of them")
@@ -110,7 +113,7 @@ def _table(file: File, kind: str, compressed: bool, options: ReadOptions) -> Tab
     if kind == "tar":
         return open_archive(file, compressed)
     if kind in ("csv", "tsv"):
-        return open_delimited(file, compressed, "," if kind == "csv" else "\t")
+        return open_delimited(file, compressed, "," if kind == "csv" else "\t", options.delimited)
     if kind == "json":
         return open_json(file, compressed, options.json_key)
     return open_json_lines(file, compressed)

@@ -15,7 +15,7 @@ from idefics_cli.errors import InputError, RowError, first_error
 from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
 from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.references import references_of
-from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.rows import DelimitedOptions, InputRow, ReadOptions
 from idefics_cli.tasks.options import CaptionVqaOptions, ShotOptions
 
 ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}
@@ -36,6 +36,7 @@ def open_shots(options: ShotOptions, list_columns: tuple[str, ...] = ()) -> Inpu
         allow_no_image=options.allow_no_image,
         needs_image=shows,
         needs_id=False,
+        delimited=options.delimited or DelimitedOptions(),
         list_columns=(*ANSWER_COLUMNS["caption"], *list_columns),
     )
     rows = None if options.file == "-" else open_inputs((options.file,), reading)

@@ -10,6 +10,7 @@ from idefics_cli.errors import IdeficsError
 from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import IMAGE_FIELD, TASKS, PromptOptions, choose_template
+from idefics_cli.rows import DelimitedOptions
 from idefics_cli.validation import Help, by_option
 
 QUESTION = "question"
@@ -26,7 +27,7 @@ class ShotOptions:
     `similar` shows each row those with the images nearest to its own, the nearest last (RICES: Yang et al. 2022,
     section 3.2; Alayrac et al. 2022, appendix A.2), without those of its own image; the others show all rows the same.
     Of 0 shots no image is shown.
-    `image_column` and `allow_no_image` are those of the inputs.
+    `image_column`, `allow_no_image` and `delimited` are those of the inputs.
     """
 
     file: Annotated[
@@ -45,6 +46,7 @@ class ShotOptions:
     allow_self: Annotated[bool, Help("Similar examples may be of the row's own image")] = False
     image_column: str | None = None
     allow_no_image: bool = False
+    delimited: DelimitedOptions | None = None
 
     def __post_init__(self) -> None:
         if self.allow_self and self.selection != "similar":

@@ -7,6 +7,7 @@ import json
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -21,8 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idefics_cli.columns import Column, json_text, list_in
-from idefics_cli.errors import RowError
+from idefics_cli.errors import InputError, RowError
 from idefics_cli.prompts.choices import checked_choices
+from idefics_cli.readers.inputs import open_inputs
+from idefics_cli.rows import ReadOptions
 from idefics_cli.writers.formats import Passthrough, format_of
 
 
@@ -335,3 +338,128 @@ def test_references_that_are_not_among_the_choices_are_told(run: Callable, tmp_p
     ended = run("score", results)
     assert json.loads(ended.stdout)["not_among_choices"] == 3
     assert "in 3 rows no reference is among the choices" in ended.stderr
+
+
+# ---- dialects and encodings of CSV
+
+QUESTIONS = ["Wie groß ist er?", 'Was heißt "rot"?', "Rot, blau; oder\nbeides?"]
+
+
+def captioned(run: Callable, manifest: Path, *options: str) -> list[str | None]:
+    """What each row was asked about its image."""
+    captioner = FakeCaptioner()
+    ended = run("caption", manifest, "--prompt", "{image}{question}", *options, captioner=captioner)
+    assert ended.exit_code in (0, 3), ended.output
+    return prompts_of(captioner, rows_of(ended.stdout))
+
+
+WRITERS = {
+    "semicolons": {"sep": ";"},
+    "tabs": {"sep": "\t"},
+    "bars": {"sep": "|"},
+    "Windows' line ends": {"lineterminator": "\r\n", "sep": ";"},
+    "all quoted": {"quoting": csv.QUOTE_ALL, "sep": ";"},
+    "UTF-8 with its mark": {"encoding": "utf-8-sig"},
+    "UTF-16": {"encoding": "utf-16"},
+    "UTF-16 with tabs, as Excel's Unicode text": {"encoding": "utf-16", "sep": "\t"},
+    "UTF-32": {"encoding": "utf-32"},
+}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
+@pytest.mark.parametrize("written_as", WRITERS.values(), ids=WRITERS)
+def test_the_beginning_tells_the_dialect(run: Callable, tmp_path: Path, written_as: dict, suffix: str) -> None:
+    manifest = table(tmp_path / f"m.{suffix}", [{"question": each} for each in QUESTIONS], **written_as)
+    assert captioned(run, manifest) == [f"[{i}]{each}" for i, each in enumerate(QUESTIONS)]
+
+
+def test_excels_line_of_the_separator_is_followed(run: Callable, tmp_path: Path) -> None:
+    manifest = table(tmp_path / "m.csv", [{"question": each} for each in QUESTIONS], sep="|")
+    manifest.write_bytes(b"sep=|\r\n" + manifest.read_bytes())
+    assert captioned(run, manifest) == [f"[{i}]{each}" for i, each in enumerate(QUESTIONS)]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16-le", "cp500"])
+def test_another_encoding_is_named(run: Callable, refused: Callable, tmp_path: Path, encoding: str) -> None:
+    manifest = table(tmp_path / "m.csv", [{"question": each} for each in QUESTIONS], encoding=encoding)
+    expected = [f"[{i}]{each}" for i, each in enumerate(QUESTIONS)]
+    if encoding != "cp500":
+        line = refused("caption", manifest)
+        assert "not valid UTF-8" in line and "\n" not in line
+        named = line.partition("--encoding ")[2].split(".")[0]
+        assert captioned(run, manifest, "--encoding", named) == expected  # what the message says helps
+    assert captioned(run, manifest, "--encoding", encoding) == expected
+    shots = ("--shots", manifest, "--num-shots", "1", "--encoding", encoding)
+    answered = table(
+        tmp_path / "s.csv", [{"question": each, "answer": "groß"} for each in QUESTIONS], encoding=encoding
+    )
+    captioner = FakeCaptioner()
+    run("vqa", answered, "--shots", answered, *shots[2:], captioner=captioner)
+    assert all("groß" in written(prompt) for prompt in captioner.prompts.values()) and len(captioner.prompts) == 3
+
+
+def test_a_stray_byte_costs_its_row_where_others_hold_utf_8(run: Callable, tmp_path: Path) -> None:
+    manifest = table(tmp_path / "m.csv", [{"question": each} for each in QUESTIONS])
+    manifest.write_bytes(manifest.read_bytes().replace("heißt".encode(), "heißt".encode("cp1252")))
+    ended = run("caption", manifest)
+    bad = [row["error"] for row in rows_of(ended.stdout) if row["error"]]
+    assert len(bad) == 1 and "not valid UTF-8: name the file's encoding, as in --encoding cp1252" in bad[0]
+
+
+def test_a_delimiter_is_named(run: Callable, refused: Callable, tmp_path: Path) -> None:
+    rows = [{"question": each} for each in QUESTIONS]
+    assert captioned(run, table(tmp_path / "m.csv", rows, sep="~"), "--delimiter", "~")[0] == f"[0]{QUESTIONS[0]}"
+    assert captioned(run, table(tmp_path / "m.csv", rows, sep="\t"), "--delimiter", "tab")[0] == f"[0]{QUESTIONS[0]}"
+    for option, value in (
+        ("--delimiter", "ab"),
+        ("--delimiter", '"'),
+        ("--encoding", "nonsense"),
+        ("--encoding", "rot13"),
+    ):
+        assert option in refused("caption", tmp_path / "m.csv", option, value)
+    assert "--encoding needs a manifest" in refused("caption", tmp_path / "0.png", "--encoding", "cp1252")
+
+
+@pytest.mark.parametrize("header", ["image", "image; or none"])
+def test_a_column_alone_stays_alone(run: Callable, tmp_path: Path, header: str) -> None:
+    save_image(tmp_path / "a, b.png")
+    (tmp_path / "m.tsv").write_text(f"{header}\na, b.png\n")
+    (row,) = rows_of(run("caption", tmp_path / "m.tsv", "--image-column", header).stdout)
+    assert row["error"] is None
+
+
+LETTERS = ['"Red" said the dog', '5" nails', 'it is 5"', '"never closed', 'say "hi"', "plain"]
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_quotes_of_tsv_may_be_letters(run: Callable, tmp_path: Path, suffix: str) -> None:
+    rows = [{"question": each} for each in LETTERS]
+    manifest = table(tmp_path / f"m.{suffix}", rows, sep="\t", quoting=csv.QUOTE_NONE, quotechar=None)
+    assert captioned(run, manifest) == [f"[{i}]{each}" for i, each in enumerate(LETTERS)]
+    quoted = table(tmp_path / "q.tsv", rows, sep="\t")
+    assert captioned(run, quoted) == [f"[{i}]{each}" for i, each in enumerate(LETTERS)]
+
+
+@pytest.mark.parametrize("text", ["x" * 200_000, "word\n" * 40_000], ids=["a line", "lines"])
+def test_long_cells_are_read(run: Callable, tmp_path: Path, text: str) -> None:
+    manifest = table(tmp_path / "m.csv", [{"question": text}, {"question": "short"}])
+    captioner = FakeCaptioner(room=10**6)
+    ended = run("caption", manifest, "--prompt", "{image}{question}.", captioner=captioner)
+    assert prompts_of(captioner, rows_of(ended.stdout)) == [f"[0]{text}.", "[1]short."]
+
+
+def test_a_quote_that_is_never_closed_costs_its_row(run: Callable, tmp_path: Path) -> None:
+    manifest = table(tmp_path / "m.csv", [{"question": f"Q{i}"} for i in range(300)])
+    manifest.write_text(manifest.read_text().replace("Q7,", '"Q7,'))
+    rows = rows_of(run("caption", manifest).stdout)
+    assert [row["id"] for row in rows if row["error"]] == ["7"] and len(rows) == 300
+    assert "line 9 is not valid CSV" in rows[7]["error"]
+
+
+@given(st.binary(max_size=60) | st.text('a,;\t|"\n\r =sep', max_size=60).map(str.encode))
+def test_any_bytes_are_rows_or_one_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path.write_bytes(b"image" + data)
+    with suppress(InputError):
+        for row in open_inputs([str(path)], ReadOptions(image_column="image", keep="all")).rows:
+            assert row.error or row.sources
