@@ -16,6 +16,7 @@ ROW_ERROR_CODES = (
     "image_unreadable",
     "image_too_large",
     "image_not_allowed",
+    "folder_unreadable",
     "row_invalid",
     "duplicate_id",
     "prompt_too_long",

@@ -32,6 +32,21 @@ class RemoteFile:
             return file.read(max_bytes)
 
 
+class BoundPath(type(Path())):  # type: ignore[misc]  # what Path makes on this system
+    """A local file that has to lie below the real folder `below` when it is opened, whatever its links are by then."""
+
+    below: str = ""
+
+    @classmethod
+    def within(cls, below: str, *parts: str) -> BoundPath:
+        path = cls(*parts)
+        path.below = below
+        return path
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to the processes that open it
+        return BoundPath.within, (self.below, str(self))
+
+
 ImageSource: TypeAlias = Path | bytes | RemoteFile
 
 
@@ -150,6 +165,9 @@ class ReadOptions:
             default="the manifest's folder",
         ),
     ] = None
+    follow_links: Annotated[
+        bool, Help("Read images through links that lead out of their folder, and in linked folders")
+    ] = False
     json_key: Annotated[
         str | None, Help("Key of a .json file's list of rows", metavar="KEY", default="the only list of objects")
     ] = None

@@ -204,9 +204,8 @@ def _ask(run: RunOptions, options: CaptionVqaOptions, debug: bool) -> None:
     with exit_codes(debug):
         from idefics_cli.tasks.caption_vqa import CaptionVqa
 
-        reading = run.reading
-        same = {"image_column": reading.image_column, "allow_no_image": reading.allow_no_image}
-        shots = replace(options.shots, **same, delimited=reading.delimited)
+        names = "image_column", "allow_no_image", "delimited", "follow_links"
+        shots = replace(options.shots, **{name: getattr(run.reading, name) for name in names})
         task = CaptionVqa(replace(options, shots=shots))
         scoring = None if run.answers_column is None else _closing_scores(run.answers_column, options)
     _run(run, task, debug, scoring)

@@ -33,8 +33,8 @@ from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
 from PIL import TiffImagePlugin as tiff
 
 from idefics_cli.errors import RowError
-from idefics_cli.rows import ImageOptions
-from idefics_cli.storage.filenames import ADDRESS, shown
+from idefics_cli.rows import BoundPath, ImageOptions
+from idefics_cli.storage.filenames import ADDRESS, address_refusal, shown
 from idefics_cli.storage.regular_file import IrregularFile, lfs_pointer, open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
@@ -101,14 +101,14 @@ def _read(source: object, options: ImageOptions) -> bytes | RowError:
         return RowError("row_invalid", f"an image is a path, bytes or a Pillow image, not {found}")
     path = os.fsdecode(source)
     if ADDRESS.match(path) and not (isinstance(source, os.PathLike) and os.path.lexists(path)):
-        remedy = "download it first, for example with img2dataset"
-        return RowError("image_not_allowed", f"{shown(path)} is an address, not a file: {remedy}")
-    return _read_file(path, options)
+        remedy = "is an address, not a file: download it first, for example with img2dataset"
+        return RowError("image_not_allowed", address_refusal(path) or f"{shown(path)} {remedy}")
+    return _read_file(path, options, source.below if isinstance(source, BoundPath) else None)
 
 
-def _read_file(path: str, options: ImageOptions) -> bytes | RowError:
+def _read_file(path: str, options: ImageOptions, below: str | None) -> bytes | RowError:
     try:
-        with open_regular(path) as file:
+        with open_regular(path, below) as file:
             size = os.fstat(file.fileno()).st_size
             return _refuse_bytes(size, options) or file.read(size)
     except IrregularFile as error:

@@ -26,7 +26,7 @@ import numpy as np
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, RowError
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker import BUG, PIXELS
-from idefics_cli.rows import ImageOptions, RemoteFile
+from idefics_cli.rows import BoundPath, ImageOptions, RemoteFile
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             source = _read_remote(source, self._options.max_bytes)
         if isinstance(source, RowError):
             return source
-        if isinstance(source, os.PathLike):
+        if isinstance(source, os.PathLike) and not isinstance(source, BoundPath):
             source = Path(os.fsdecode(source))
         if isinstance(source, bytearray | memoryview):
             source = bytes(source)

@@ -1,7 +1,7 @@
 """Image files and folders of them, local or remote -> rows.
 
-Folders are walked without following links to folders. A link to a file is a row like any other while it stays inside
-the folder, and an `image_not_allowed` row when it leads out.
+A link to a file is a row like any other while it stays inside the folder, and an `image_not_allowed` row when it leads
+out. Links to folders are passed over. With `--follow-links` both are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.image_paths import LocalRoot, any_place, read_image, remote_image
-from idefics_cli.rows import NO_VALUES, ImageSource, InputRow
+from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
 from idefics_cli.storage.files import File, walk
 from idefics_cli.storage.regular_file import open_regular
@@ -26,20 +26,26 @@ IMAGE_SIGNATURE = re.compile(
     re.DOTALL,
 )
 SIGNATURE_BYTES = 16
-LINK_OUT = RowError("image_not_allowed", "a link that leads out of the folder; name its target as an INPUT of its own")
+LINK_OUT = RowError("image_not_allowed", "a link that leads out of the folder: --follow-links reads it")
 
 
 class FileListing:
-    """Images whose names are known: the names are the ids, and each comes once."""
+    """Images whose names are known: the names are the ids, and each comes once. `closed` are folders among them."""
 
     prefix, rows_before = "", 0
     passthrough: Mapping[str, Any] = NO_VALUES
 
-    def __init__(self, place: File, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        place: File,
+        names: Sequence[str],
+        follow_links: bool = False,
+        closed: Mapping[str, RowError] = NO_VALUES,
+    ) -> None:
         self.size = len(names)
-        self._place = place
+        self._place, self._closed = place, closed
         self.names = names
-        self._root = LocalRoot(place.path) if place.is_local and place.is_folder else None
+        self._root = LocalRoot(place.path, follow_links) if place.is_local and place.is_folder else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -62,9 +68,11 @@ class FileListing:
 
     def _row(self, number: int, name: str) -> InputRow:
         file = self.file(name)
-        source = Path(file.path) if file.is_local else remote_image(file)
-        error = LINK_OUT if self._root is not None and self._root.leads_out(file.path) else None
-        return InputRow(number, escape_name(name), file.name, (source,), NO_VALUES, error)
+        source: ImageSource | None = Path(file.path) if file.is_local else remote_image(file)
+        if self._root is not None:
+            source = self._root.locate(name)
+        error = self._closed.get(name) or (LINK_OUT if source is None else None)
+        return InputRow(number, escape_name(name), file.name, () if error else (source,), NO_VALUES, error)
 
 
 def list_file(file: File) -> FileListing:
@@ -88,10 +96,18 @@ def refuse_equal_ids(listings: Sequence[FileListing]) -> None:
                 )
 
 
-def list_folder(folder: File, recursive: bool) -> FileListing | None:
-    """Every image below a folder, sorted by POSIX path relative to it, which is the id. None where there is none."""
-    names = sorted(name for name, is_file in walk(folder, recursive) if _looks_like_image(folder, name, is_file))
-    return FileListing(folder, names) if names else None
+def list_folder(folder: File, options: ReadOptions) -> FileListing | None:
+    """Every image below a folder, sorted by POSIX path relative to it, which is the id; so is `NAME/` of a sub-folder
+    that cannot be listed. None where there is none."""
+    closed: dict[str, RowError] = {}
+
+    def close(name: str, error: InputError) -> None:
+        closed[f"{name}/"] = RowError("folder_unreadable", f"no image of this folder was read: {error}")
+
+    files = walk(folder, options.recursive, options.follow_links, close)
+    names = [name for name, is_file in files if _looks_like_image(folder, name, is_file)]
+    names = sorted([*names, *closed])
+    return FileListing(folder, names, options.follow_links, closed) if names else None
 
 
 def _looks_like_image(folder: File, name: str, is_file: bool) -> bool:

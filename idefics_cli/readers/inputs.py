@@ -11,7 +11,7 @@ import json
 import posixpath
 import sys
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, islice
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 from idefics_cli.columns import json_text
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.folder import FileListing, list_file, list_folder, refuse_equal_ids
+from idefics_cli.readers.image_paths import Say, said_once
 from idefics_cli.readers.manifest import Manifest, is_manifest, manifest_kind, open_manifest, require_image
 from idefics_cli.readers.parts import folder_parts, parts_of_one_kind
 from idefics_cli.readers.stdin_paths import PathList
@@ -45,35 +46,33 @@ def open_inputs(
     inputs: Sequence[str],
     options: ReadOptions,
     stdin: BinaryIO | None = None,
-    say: Callable[[str], object] = str,
+    say: Say = str,
 ) -> Inputs:
     """Check all `inputs` and give their rows.
 
     Each is the path or address of an image file, a manifest, or a folder or pattern of either, or `-` for paths on
-    `stdin`. `say` is told which files are read where that is open. Raises InputError for what is missing, unreadable,
-    empty or of no known kind, and for two rows with one id where only files and folders are named;
-    otherwise the second of the two is a bad row.
+    `stdin`. `say` is told which files are read where that is open, and once that paths are read in another spelling.
+    Raises InputError for what is missing, unreadable, empty or of no known kind, and for two rows with one id where
+    only files and folders are named; otherwise the second of the two is a bad row.
     """
     if list(inputs).count("-") > 1:
         raise InputError("`-` is named twice, but stdin can be read only once: name it once")
     return Inputs([_open(name, len(inputs) > 1, options, stdin, say) for name in inputs], options)
 
 
-def _open(
-    name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO | None, say: Callable[[str], object]
-) -> Sequence[Source]:
+def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO | None, say: Say) -> Sequence[Source]:
     """What one INPUT holds, in order."""
     if name == "-":
-        return [PathList(stdin, options.null, options.image_root)]
+        return [PathList(stdin, options, say)]
     shown_name, files = place(name).name, find_all(name)
     prefix = f"{shown_name}:" if among_others else ""
     manifests = [file for file in files if is_manifest(file.name) and not file.is_folder]
     if manifests and len(manifests) < len(files):
         raise InputError(f"{shown_name} matches {manifests[0].name} and files of other kinds: name those of one kind")
     if len(manifests) > 1:
-        return _open_parts(shown_name, parts_of_one_kind(shown_name, manifests, say), prefix, options)
+        return _open_parts(shown_name, parts_of_one_kind(shown_name, manifests, say), prefix, options, say)
     if manifests:
-        return [open_manifest(manifests[0], prefix, options)]
+        return [open_manifest(manifests[0], prefix, options, say)]
     sources: list[Source] = []
     for file in files:
         if file.is_folder:
@@ -84,12 +83,12 @@ def _open(
     return sources
 
 
-def _open_folder(folder: File, prefix: str, options: ReadOptions, say: Callable[[str], object]) -> Sequence[Source]:
-    images = list_folder(folder, options.recursive)
+def _open_folder(folder: File, prefix: str, options: ReadOptions, say: Say) -> Sequence[Source]:
+    images = list_folder(folder, options)
     if images is None:
         parts = folder_parts(folder, options.recursive, say)
         if parts:
-            return _open_parts(folder.name, parts, prefix, options)
+            return _open_parts(folder.name, parts, prefix, options, say)
         hint = "" if options.recursive else " (--no-recursive leaves its sub-folders out)"
         raise InputError(f"no images in {folder.name}{hint}, and no manifests: name a folder of images")
     names = sorted(posixpath.basename(info["name"]) for info in folder.entries())
@@ -99,12 +98,13 @@ def _open_folder(folder: File, prefix: str, options: ReadOptions, say: Callable[
     return [images]
 
 
-def _open_parts(name: str, files: Sequence[File], prefix: str, options: ReadOptions) -> Sequence[Source]:
+def _open_parts(name: str, files: Sequence[File], prefix: str, options: ReadOptions, say: Say) -> Sequence[Source]:
     """Those without rows, as Spark writes them, are passed over."""
+    once = said_once(say)
 
     def open_part(file: File) -> Manifest | NoRows:
         try:
-            return open_manifest(file.found(), prefix, options)
+            return open_manifest(file.found(), prefix, options, once)
         except NoRows as error:
             return error
 

@@ -14,7 +14,7 @@ from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.csv import open_delimited
 from idefics_cli.readers.folder import IMAGE_SIGNATURE
 from idefics_cli.readers.image_columns import image_columns_of, is_empty, require_column
-from idefics_cli.readers.image_paths import open_root, read_image, read_images, shown_images
+from idefics_cli.readers.image_paths import Say, open_root, read_image, read_images, shown_images
 from idefics_cli.readers.json_array import open_json
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.table import OWN_ERROR, Chunk, NoRows, Record, Table, with_lists
@@ -82,12 +82,12 @@ def other_kind(beginning: bytes, name: str = "") -> str:
     return next(chain(by_suffix, by_bytes))
 
 
-def open_manifest(file: File, prefix: str, options: ReadOptions) -> Manifest:
+def open_manifest(file: File, prefix: str, options: ReadOptions, say: Say) -> Manifest:
     """`prefix` begins the ids that are numbers. Raises InputError where the manifest is unreadable as a whole, or lacks
     a column that was asked for."""
     if file.size == 0:
         raise NoRows(f"{file.name} is empty: name a manifest with rows")
-    return Manifest(file, open_table(file, options), prefix, options)
+    return Manifest(file, open_table(file, options), prefix, options, say)
 
 
 def open_table(file: File, options: ReadOptions) -> Table:
@@ -125,7 +125,7 @@ class Manifest:
 
     rows_before = 0
 
-    def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions) -> None:
+    def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions, say: Say) -> None:
         self.prefix = prefix
         self._file, self._table = file, table
         self._images = image_columns_of(file.name, table, options)
@@ -139,7 +139,7 @@ class Manifest:
         self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
         self._lists = [name for name in (*self._images.own, *options.list_columns) if name in table.columns]
         self._values = list(dict.fromkeys((*columns, *keep)))
-        self._resolve = open_root(file.parent, options.image_root)
+        self._resolve = open_root(file.parent, options, say)
         self._allow_no_image = options.allow_no_image or self._images.are_optional
 
     @property

@@ -8,8 +8,8 @@ from itertools import chain, islice
 from typing import Any, BinaryIO
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.readers.image_paths import open_root, read_image
-from idefics_cli.rows import NO_VALUES, ImageSource, InputRow
+from idefics_cli.readers.image_paths import Say, open_root, read_image
+from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import escape_name
 from idefics_cli.storage.files import split_stream
 
@@ -25,16 +25,16 @@ class PathList:
     identity: Mapping[str, Any] = {"kind": "stdin"}
     passthrough: Mapping[str, Any] = NO_VALUES
 
-    def __init__(self, stdin: BinaryIO | None, null: bool, image_root: str | None) -> None:
+    def __init__(self, stdin: BinaryIO | None, options: ReadOptions, say: Say) -> None:
         if stdin is None:
             raise InputError("stdin is closed: pipe paths into `-`, one per line")
-        records = _records(stdin, null)
+        records = _records(stdin, options.null)
         first = next(records, b"")
         if first == b"":
             raise InputError("no paths on stdin: pipe paths into `-`, one per line (or separated by NUL, with --null)")
         if first and b"\0" in first:
             raise InputError("the paths on stdin are separated by NUL: add -0/--null")
-        self._resolve = open_root(None, image_root)
+        self._resolve = open_root(None, options, say)
         self._records = chain([first], records)
         self._taken = 0
 

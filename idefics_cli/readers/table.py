@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from idefics_cli.columns import list_in
 from idefics_cli.errors import InputError, RowError
+from idefics_cli.readers.image_paths import holds_image
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, WEB_ADDRESS, shown
 from idefics_cli.storage.files import File, open_stream
 
@@ -147,7 +148,7 @@ def image_columns(columns: Iterable[str], sample: Sequence[Record]) -> list[str]
 def _looks_like_image(value: object) -> bool:
     value = list_in(value)
     if isinstance(value, str):
-        return IMAGE_SUFFIX.search(value) is not None
+        return IMAGE_SUFFIX.search(value) is not None or holds_image(value)
     if isinstance(value, Mapping):
         return "bytes" in value or "path" in value
     if isinstance(value, Sequence) and not isinstance(value, bytes):

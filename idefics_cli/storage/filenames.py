@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from urllib.parse import unquote
 
 # All common image formats, even those that cannot be decoded: such a file becomes an error row with a reason.
 IMAGE_SUFFIX = re.compile(
@@ -20,9 +21,13 @@ SYSTEM_NAMES = frozenset(
     {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information", "@eadir"}
 )
 
-WEB_ADDRESS = re.compile(r"\s*(https?|ftps?|data|file):", re.IGNORECASE)
+WEB_ADDRESS = re.compile(r"\s*(https?|ftps?):", re.IGNORECASE)
 REMOTE_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-ADDRESS = re.compile(f"{WEB_ADDRESS.pattern}|{REMOTE_ADDRESS.pattern}", re.IGNORECASE)  # no path of a local file
+FILE_ADDRESS = re.compile(r"\s*file:(?://(?:localhost(?=/))?)?", re.IGNORECASE)
+DATA_ADDRESS = re.compile(r"\s*data:", re.IGNORECASE)
+ADDRESS = re.compile(  # no path of a local file
+    "|".join(each.pattern for each in (WEB_ADDRESS, DATA_ADDRESS, FILE_ADDRESS, REMOTE_ADDRESS)), re.IGNORECASE
+)
 SECRET_PARTS = re.compile(r"^(?P<scheme>\s*[a-z][a-z0-9+.-]+://)[^/?#]*@|[?#].*$", re.IGNORECASE | re.DOTALL)
 
 # An escaped byte in an id: one that is not valid UTF-8, or a backslash that would read as such an escape.
@@ -62,6 +67,16 @@ def listed(names: Iterable[str]) -> str:
 def shown_address(address: str) -> str:
     """A remote address without what may be secret in it: its user and password, and its query."""
     return escape_name(SECRET_PARTS.sub(lambda match: match["scheme"] or "", address))
+
+
+def address_refusal(address: str) -> str | None:
+    """Why nothing is opened at this address, and what to do instead; None: it may be one of a remote file system."""
+    name = shown(shown_address(address))
+    if WEB_ADDRESS.match(address):
+        return f"{name} is a web address: download it first, for example with img2dataset"
+    if found := FILE_ADDRESS.match(address):
+        return f"{name} is the address of a local file: write the path {shown(unquote(address[found.end() :]))}"
+    return f"{name} holds data: write it to a file first" if DATA_ADDRESS.match(address) else None
 
 
 def is_hidden(name: str) -> bool:

@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -23,7 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from idefics_cli.errors import InputError
-from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, escape_name, is_hidden, shown_address
+from idefics_cli.storage.filenames import REMOTE_ADDRESS, address_refusal, escape_name, is_hidden, shown_address
 from idefics_cli.storage.regular_file import POINTER_BYTES, lfs_pointer, open_regular
 
 READ_BYTES = 1 << 18
@@ -100,9 +100,9 @@ def local_file(path: str) -> File:
 
 
 def place(name: str) -> File:
-    """The file or folder of this path or address, which may not exist. Raises InputError for a web address."""
-    if WEB_ADDRESS.match(name):
-        raise InputError(f"{shown_address(name)} is a web address: download it first, for example with img2dataset")
+    """The file or folder of this path or address, which may not exist. Raises InputError for what is never opened."""
+    if refusal := address_refusal(name):
+        raise InputError(refusal)
     if REMOTE_ADDRESS.match(name):
         return _remote_place(name)
     return local_file(name)
@@ -146,23 +146,40 @@ def find_all(name: str) -> list[File]:
     return [file.found() for file in files]
 
 
-def walk(folder: File, recursive: bool) -> Iterator[tuple[str, bool]]:
+def walk(
+    folder: File, recursive: bool, follow_links: bool = False, closed: Callable[[str, InputError], None] | None = None
+) -> Iterator[tuple[str, bool]]:
     """The POSIX paths, relative to `folder`, of all files and links in it, and whether each is a regular file.
 
-    In no order. Hidden and system files are left out, and links to folders are not followed.
+    In no order. Hidden and system files are left out. Links to folders are followed with `follow_links`, but never
+    round. `closed` is told of local sub-folders that cannot be listed; without it, one raises InputError.
     """
-    folders = [""]
+    folders = [("", (os.path.realpath(folder.path),))]
     while folders:
-        below = folders.pop()
-        for info in (folder.child(below) if below else folder).entries():
+        below, way = folders.pop()
+        try:
+            entries = (folder.child(below) if below else folder).entries()
+        except InputError as error:
+            if closed is None or not below or not folder.is_local:
+                raise
+            closed(below, error)
+            continue
+        for info in entries:
             name = posixpath.basename(info["name"])
             path = posixpath.join(below, name)
             if is_hidden(name):
                 continue
-            if info["type"] != "directory":
-                yield path, info["type"] == "file"
+            target = _target_type(info["name"]) if follow_links and info.get("islink") else info["type"]
+            if target != "directory":
+                yield path, target == "file"
             elif recursive:
-                folders.append(path)
+                real = os.path.realpath(info["name"]) if follow_links else ""
+                if real not in way:
+                    folders.append((path, (*way, real) if follow_links else ()))
+
+
+def _target_type(link: str) -> str:
+    return "directory" if os.path.isdir(link) else "file" if os.path.isfile(link) else "other"
 
 
 def cannot_read(name: str, error: Exception, remedy: str) -> InputError:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import stat
+import sys
+from functools import partial
 from typing import Any
 
 POINTER_BYTES = 1024  # Git LFS and git-annex write no longer ones
@@ -18,15 +21,34 @@ KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
 class IrregularFile(OSError):
-    """A folder, FIFO, socket or device, which is not opened."""
+    """A folder, FIFO, socket or device, which is not opened; or a file outside the folder where it has to be."""
 
 
-def open_regular(path: str) -> io.FileIO:
-    """A local file, unbuffered. Raises IrregularFile or another OSError, and ValueError for an impossible name."""
+def open_regular(path: str, below: str | None = None) -> io.FileIO:
+    """A local file, unbuffered; `below` is the real path of a folder that it has to be in.
+
+    Raises IrregularFile or another OSError, and ValueError for an impossible name.
+    """
     # Checked before opening, since opening a FIFO or a device already has effects; and after, since the name may by
     # then belong to another file.
     _require_regular(os.stat(path).st_mode)
-    return open(path, "rb", buffering=0, opener=_open_without_waiting)
+    return open(path, "rb", buffering=0, opener=partial(_open_checked, below))
+
+
+def real_path(descriptor: int) -> str:
+    """Where the open file is now, without links."""
+    if sys.platform == "darwin":
+        return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def real_folder(path: str) -> str:
+    """Where a folder is now, as `real_path` has it. Raises OSError."""
+    descriptor = os.open(path or ".", os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY))
+    try:
+        return real_path(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def lfs_pointer(head: bytes) -> str | None:
@@ -51,11 +73,14 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
+def _open_checked(below: str | None, path: str, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         _require_regular(os.fstat(descriptor).st_mode)
-    except IrregularFile:
+        # Of what is open now: a folder on the way may have been replaced by a link since the path was looked at.
+        if below is not None and not real_path(descriptor).startswith(f"{below.rstrip('/')}/"):
+            raise IrregularFile("leads out of its folder, which --follow-links allows")
+    except OSError:
         os.close(descriptor)
         raise
     return descriptor

@@ -31,6 +31,7 @@ def open_shots(options: ShotOptions, list_columns: tuple[str, ...] = ()) -> Inpu
     usual = tuple(filter(None, (options.image_column, *ReadOptions.usual_image_columns)))
     shows = options.number > 0
     reading = ReadOptions(
+        follow_links=options.follow_links,
         keep="all",
         usual_image_columns=usual,
         allow_no_image=options.allow_no_image,

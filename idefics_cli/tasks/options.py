@@ -47,6 +47,7 @@ class ShotOptions:
     image_column: str | None = None
     allow_no_image: bool = False
     delimited: DelimitedOptions | None = None
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.allow_self and self.selection != "similar":

@@ -16,7 +16,7 @@ from typing import Any
 
 from idefics_cli.columns import Column
 from idefics_cli.errors import OutputError
-from idefics_cli.storage.filenames import REMOTE_ADDRESS, WEB_ADDRESS, shown_address
+from idefics_cli.storage.filenames import ADDRESS, shown_address
 from idefics_cli.writers.formats import NUM_ROWS, SETTINGS, Passthrough, content_of, format_of, is_record
 from idefics_cli.writers.journal import Journal, reason, remedy, shown_path, sync_folder
 
@@ -203,7 +203,7 @@ def _brief(value: Any) -> str:
 
 
 def _refuse_address(name: str) -> None:
-    if WEB_ADDRESS.match(name) or REMOTE_ADDRESS.match(name):
+    if ADDRESS.match(name):
         raise OutputError(
             f"{shown_address(name)} is an address: name a file on this machine, and copy it when it is finished"
         )

@@ -561,9 +561,10 @@ def test_no_address_is_fetched():
         "s3://bucket/cat.jpg",
         Path("https://a.b/c"),
     ]
-    for address in (*web, "file:///etc/passwd", "file:cat.jpg", "data:image/png;base64,iVBORw0KGgo=", "DATA:,x"):
+    others = {"file:///etc/passwd": "'/etc/passwd'", "file:cat.jpg": "'cat.jpg'", "DATA:,x": "write it to a file"}
+    for address, remedy in (dict.fromkeys(web, "img2dataset") | others).items():
         result = refusal(address)
-        assert result.code == "image_not_allowed" and "img2dataset" in result.message
+        assert result.code == "image_not_allowed" and remedy in result.message
     assert len(refusal("data:image/png;base64," + "A" * 100_000).message) < 400
 
 
