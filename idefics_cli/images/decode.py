@@ -73,6 +73,9 @@ def load_image(
         limit = min(options.max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or options.max_pixels))
         return RowError("image_too_large", f"{number} pixels, over the limit of {limit:,} pixels")
     except UnidentifiedImageError:
+        if data.startswith(tuple(tiff.PREFIXES)):
+            remedy = "save it again, as RGB or grey of 8 or 16 bits"
+            return RowError("image_unreadable", f"a TIFF that is broken, or of samples that are not read: {remedy}")
         known = ", ".join((*FORMATS, "TGA", *EXTRAS))
         return RowError("image_unreadable", f"not an image in a known format ({known})")
     except Exception as error:  # Pillow's decoders raise nearly anything at bytes that were made to break them
