@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from idefics_cli.errors import RowError
+from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.result import Outcome, Result, error_of
 from idefics_cli.rows import InputRow
 
@@ -145,11 +147,25 @@ def run_rows(
     flow = RowFlow(rows, steps.prepare, leave, options)
     try:
         with flow:
-            for number, result in steps.decode(flow):
-                flow.settle(number, result)
+            try:
+                for number, result in steps.decode(flow):
+                    flow.settle(number, result)
+            except Exception as error:
+                if flow.is_leaving or isinstance(error, IdeficsError):
+                    raise
+                _settle_one_by_one(flow, steps.decode, error)
     except _EnoughErrors:
         return
     flow.require_all_written()
+
+
+def _settle_one_by_one(flow: RowFlow, decode: Callable[..., Iterator[tuple[int, Outcome]]], error: Exception) -> None:
+    """After a bug in the middle of a batch: its rows that come out alone are kept, up to the one that does not."""
+    traceback.clear_frames(error.__traceback__)  # they hold what the batch had in memory
+    for number, prompt in flow.taken():
+        for _, result in decode(IterableSource([prompt])):
+            flow.settle(number, result)
+    raise error
 
 
 class _EnoughErrors(Exception):
@@ -177,7 +193,8 @@ class RowFlow:
         lock = threading.Lock()  # guards all below
         self._changed, self._has_space = threading.Condition(lock), threading.Condition(lock)
         self._ready: deque[tuple[int, InputRow, Prepared]] = deque()  # places, rows and prompts not taken yet
-        self._taken: dict[int, tuple[int, InputRow]] = {}  # by the number of the prompt
+        self._taken: dict[int, tuple[int, InputRow, Prepared]] = {}  # by the number of the prompt
+        self.is_leaving = False  # what is raised then is not the model's
         self._finished: dict[int, tuple[InputRow, Finished] | BaseException] = {}  # by place; or what stands for a row
         self._num_read = self._num_preparing = self._num_taken = self._num_left = 0
         self._wanted = 1  # so many ready prompts are worth waking the model's thread for
@@ -204,17 +221,21 @@ class RowFlow:
         with self._changed:
             while self._ready and len(taken) < most:
                 place, row, prompt = self._ready.popleft()
-                self._taken[self._num_taken] = place, row
+                self._taken[self._num_taken] = place, row, prompt
                 self._num_taken += 1
                 taken.append(prompt)
         return taken
 
     def settle(self, number: int, result: Result) -> None:
         """The result of the prompt that was taken as the `number`-th, from 0."""
-        place, row = self._taken.pop(number)
+        place, row, _ = self._taken.pop(number)
         with self._changed:
             self._finished[place] = row, result
         self._let_leave()
+
+    def taken(self) -> list[tuple[int, Prepared]]:
+        """Numbers and prompts that are not settled, in the order of the rows."""
+        return [(number, prompt) for number, (_, _, prompt) in sorted(self._taken.items(), key=lambda each: each[1][0])]
 
     def require_all_written(self) -> None:
         assert self._num_left == self._num_read, f"{self._num_read} rows came in and {self._num_left} went out"
@@ -247,12 +268,14 @@ class RowFlow:
                 finished = self._finished.pop(self._num_left, None)
                 if finished is None:
                     return
+                self.is_leaving = True
                 if isinstance(finished, BaseException):
                     raise finished
                 self._num_left += 1
                 if self._space() >= self._options.step:
                     self._has_space.notify()
             self._leave(*finished)
+            self.is_leaving = False
 
     # ---- the threads' side
 

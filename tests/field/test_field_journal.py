@@ -187,6 +187,31 @@ def test_what_has_taken_the_name_of_a_finished_journal_stays(
     assert part_of(output).read_text() == "mine" and len(rows_of(output.read_bytes())) == ROWS
 
 
+# ---- bugs in the middle of a batch
+
+
+@pytest.mark.parametrize("always", [True, False], ids=["of-one-row", "of-the-batch"])
+@pytest.mark.parametrize("bad", [0, 17, 18, ROWS - 1])
+def test_the_good_rows_of_the_batch_of_a_row_that_crashes_are_kept(
+    run: Run, images: Path, output: Path, bad: int, always: bool
+) -> None:
+    """A bug that one row brings about in any batch, and one that it brings about among others only."""
+    text = expected_text(images / f"{bad:02}.png")
+
+    def crash(prompts: Sequence[Any]) -> None:
+        if text in prompts and (always or len(prompts) > 1):
+            raise RuntimeError("a bug")
+
+    ended = run("caption", images, *ONE, "-o", output, captioner=FakeCaptioner(before_call=crash))
+    if bad == ROWS - 1 and not always and ended.exit_code == 0:  # it may have come alone
+        return
+    assert ended.exit_code == 1 and "a bug: RuntimeError" in ended.stderr
+    num_rows = part_of(output).read_bytes().count(b"\n") - 1 if part_of(output).exists() else 0
+    assert num_rows == bad if always else num_rows > bad
+    assert run("caption", images, *ONE, "-o", output).exit_code == 0
+    verify(output, images)
+
+
 # ---- between two runs
 
 
