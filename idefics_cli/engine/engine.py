@@ -72,7 +72,7 @@ class Engine:
         started = time.perf_counter()
         yield
         if self.waits and self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.model.device)
         setattr(self.times, phase, getattr(self.times, phase) + time.perf_counter() - started)
 
     # ---- prompts

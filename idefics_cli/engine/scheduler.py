@@ -177,9 +177,11 @@ class Scheduler:
 
     def _draws(self, group: list[QueuedPrompt]) -> Tensor:
         """(rows, max_new_tokens, draws)"""
-        draws = [random_draws(prompt.content, self.options, self.rules.num_draws) for prompt in group]
         shape = (len(group), self.options.max_new_tokens, self.rules.num_draws)
-        return (torch.stack(draws) if draws else torch.empty(shape)).to(self.model.device)
+        if not group or not self.rules.num_draws:
+            return torch.empty(shape, device=self.model.device)
+        draws = [random_draws(prompt.content, self.options, self.rules.num_draws) for prompt in group]
+        return torch.stack(draws).to(self.model.device)
 
     def _next_logits(self) -> Tensor:
         """The network over every beam's newest token: what may come next, (rows, beams, vocabulary)."""

@@ -1,0 +1,137 @@
+"""The engine on a CUDA device: the CPU's results, no mixed devices, and no wait of the host where none belongs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from on_device import BEAMS, MIXED, WORK, alike, device, moved, require_same_as_on_cpu, scores, steps, texts
+from prompts_for_tests import MODELS, VOCABULARY, after_shots, options, prompts, run_out_of_memory
+from test_likelihood import questions
+
+from idefics_cli import Idefics
+from idefics_cli.bench import floor, report
+from idefics_cli.bench.options import BenchOptions
+from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.engine.engine import Engine
+from idefics_cli.engine.options import DecodingOptions
+
+few = settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+networks = st.sampled_from(MODELS)
+PHOTOS = sorted(Path("examples/images").glob("*.png"))
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_results_are_those_of_the_cpu(name: str) -> None:
+    require_same_as_on_cpu(WORK[name])
+
+
+def test_another_device_than_the_first() -> None:
+    require_same_as_on_cpu(WORK["beams"], index=1)
+
+
+@few
+@given(networks, st.lists(prompts(longest_text=30), min_size=4, max_size=9), options(longest=8), st.integers(1, 4))
+def test_any_texts_are_those_of_the_cpu(network, some, chosen, rows) -> None:
+    require_same_as_on_cpu(lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen, rows)], network)
+
+
+@few
+@given(
+    networks,
+    prompts(max_images=2, longest_text=12),
+    st.lists(prompts(longest_text=12), min_size=4, max_size=9),
+    options(longest=6),
+)
+def test_after_any_shots_too(network, shots, some, chosen) -> None:
+    some = [after_shots(shots, each) for each in some]
+    require_same_as_on_cpu(lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen)], network)
+
+
+@few
+@given(networks, st.lists(questions, min_size=1, max_size=4))
+def test_any_choices_have_the_cpus_scores(network, some) -> None:
+    require_same_as_on_cpu(lambda here: scores(here, some), network)
+
+
+def test_rows_back_off_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = texts(MODELS[0], MIXED, BEAMS)
+    with device():
+        network = moved(MODELS[0])
+        monkeypatch.setattr("prompts_for_tests.MODELS", [network])
+        run_out_of_memory(monkeypatch, lambda memory: memory.rows.num_rows > 2)
+        assert alike(expected, texts(network, MIXED, BEAMS, rows=6))
+
+
+def test_the_python_api() -> None:
+    def everything(model: Idefics) -> list:
+        asked = [(photo, "What is this?") for photo in PHOTOS[:3]]
+        return [
+            [(each.text, each.score) for each in model.caption(PHOTOS[:3], max_new_tokens=8)],
+            [(each.text, each.score) for each in model.answer(asked, num_beams=1, max_new_tokens=4)],
+            [each.candidates[0].text for each in model.score([([PHOTOS[0], "Is it red?"], ["yes", "no"])])],
+            model.embed(PHOTOS[:2]).tolist(),
+            model.image_vectors(PHOTOS[:2]).tolist(),
+        ]
+
+    expected = everything(Idefics.from_pretrained("demo", device="cpu"))
+    with device():
+        assert alike(expected, everything(Idefics.from_pretrained("demo", device="cuda", dtype="fp32")))
+
+
+BENCHMARKS = [  # every pair of dtype, shots, questions and embeddings
+    ("fp32", 0, 1, False),
+    ("fp32", 2, 3, True),
+    ("bf16", 0, 3, False),
+    ("bf16", 2, 1, True),
+    ("fp16", 0, 1, True),
+    ("fp16", 2, 3, False),
+]
+
+
+@pytest.mark.parametrize(("dtype", "shots", "questions_each", "embeddings"), BENCHMARKS)
+def test_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, shots: int, questions_each: int, embeddings: bool
+) -> None:
+    monkeypatch.setattr(floor, "FLOOR_BYTES", 1 << 16)
+    monkeypatch.setattr(floor, "FLOOR_SECONDS", 0.001)
+    chosen = BenchOptions(
+        ModelRequest("", dtype=dtype, device="cuda"),
+        random="tiny",
+        shots=shots,
+        questions_per_image=questions_each,
+        rows=3,
+        batch_size=3,
+        embeddings=embeddings,
+        repeats=1,
+        decoding=DecodingOptions(num_beams=2, max_new_tokens=2),
+    )
+    with device():
+        found = report.run(chosen, lambda said: None)
+    assert found["phases"]["copy_bandwidth_bytes_per_second"] > 0
+    assert found["ours"]["peak_bytes"] > 0 and found["transformers"]["peak_bytes"] > 0
+    if dtype == "fp32":
+        assert found["agreement"]["identical"] == 1.0
+
+
+# ---- counts: of the device in software
+
+
+def test_a_step_waits_once_and_its_launches_do_not_grow_with_the_rows() -> None:
+    step = steps(2)[-1]
+    assert [wait.line.rsplit(" ", 1)[-1] for wait in step.waits] == ["evict"], step.waits
+    assert step.launches == steps(6)[-1].launches
+
+
+def test_waits_are_for_the_engines_own_device() -> None:
+    with device(1) as gpu:
+        if gpu is None:
+            pytest.skip("counted on the device in software")
+        engine = Engine(moved(MODELS[0], 1), VOCABULARY, 2)
+        engine.waits = True
+        gpu.clear()
+        with engine.timed("decode"):
+            pass
+        assert [wait.kind for wait in gpu.waits] == ["synchronize"]
