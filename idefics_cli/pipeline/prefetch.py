@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from idefics_cli.engine.prompt_source import IterableSource
-from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.errors import IdeficsError, InputError, RowError
 from idefics_cli.result import Outcome, Result, error_of
 from idefics_cli.rows import InputRow
 
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 PATIENCE = 0.2  # seconds that an idle model waits for a fuller batch
 IDS_PER_CODE = 3
+FIRST_ROWS = 64
+REMEDIES = {  # by code, where no row's own message has one
+    "image_missing": "name the folder of the images with --image-root, or another column with --image-column",
+    "image_unreadable": "name the column of the images with --image-column",
+    "image_too_large": "allow more with --max-pixels",
+    "prompt_too_long": "shorten the prompts, or show fewer shots",
+}
 
 Prepared: TypeAlias = Any  # what the model takes for one row
 Finished: TypeAlias = Outcome | Mapping[str, Any]  # what a row leaves with; a mapping is its earlier result
@@ -49,16 +56,22 @@ class FlowOptions:
     """`batch_size`: rows that the model works on at a time; `workers`: prepare threads.
 
     `rows_at_once` are read by a thread that has come to read: it costs less than one by one, and is for readers whose
-    rows do not come from outside one by one.
+    rows do not come from outside one by one. Unless the `first_rows_may_fail`, or `max_errors` says how many may, a run
+    whose first FIRST_ROWS rows all fail with one code is a mistake.
     """
 
     batch_size: int
     workers: int
     max_errors: int | None = None
     rows_at_once: int = 1
+    first_rows_may_fail: bool = False
 
     def __post_init__(self) -> None:
         assert min(self.batch_size, self.workers, self.rows_at_once) > 0, self
+
+    @property
+    def first_rows_matter(self) -> bool:
+        return self.max_errors is None and not self.first_rows_may_fail
 
     @property
     def window(self) -> int:
@@ -126,7 +139,7 @@ def run_rows(
     """Write one row for each of `rows`, in order, and keep `stats`. A row with an earlier result leaves with that.
 
     `on_row` is called after each row written; what it raises ends the run. After `max_errors` failed rows (those of
-    earlier runs not counted) the run ends with `stats.stopped_early`.
+    earlier runs not counted) the run ends with `stats.stopped_early`. Raises FirstRowsFailed.
     """
     started, failed_before = time.perf_counter(), stats.num_failed
 
@@ -143,6 +156,8 @@ def run_rows(
         if error is not None and stats.num_failed - failed_before == options.max_errors:
             stats.stopped_early = True
             raise _EnoughErrors
+        if options.first_rows_matter and error and stats.rows == stats.failed[error.code] == FIRST_ROWS:
+            raise _all_failed(error)
 
     flow = RowFlow(rows, steps.prepare, leave, options)
     try:
@@ -166,6 +181,18 @@ def _settle_one_by_one(flow: RowFlow, decode: Callable[..., Iterator[tuple[int, 
         for _, result in decode(IterableSource([prompt])):
             flow.settle(number, result)
     raise error
+
+
+class FirstRowsFailed(InputError):
+    """All of the first rows have failed with one code, and so would all the others."""
+
+
+def _all_failed(error: RowError) -> FirstRowsFailed:
+    remedy = REMEDIES.get(error.code)
+    return FirstRowsFailed(
+        f"the first {FIRST_ROWS} rows all failed with {error}{f'; {remedy}' if remedy else ''}. Fix that and run the"
+        " command again, or say with --max-errors N how many rows may fail"
+    )
 
 
 class _EnoughErrors(Exception):

@@ -21,7 +21,7 @@ from idefics_cli import __version__
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.errors import InputError, OutputError
 from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions
-from idefics_cli.pipeline.prefetch import Finished, FlowOptions, RunStats, run_rows
+from idefics_cli.pipeline.prefetch import Finished, FirstRowsFailed, FlowOptions, RunStats, run_rows
 from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
@@ -100,7 +100,11 @@ class Run:
         if is_complete:
             _require_end(rows, output)
         else:
-            self._run_rows(rows, lambda: self._begin(output))
+            try:
+                self._run_rows(rows, lambda: self._begin(output), output.is_retry)
+            except FirstRowsFailed:  # nothing else is in the journal, which would keep other settings from this output
+                output.journal.remove()
+                raise
             if self.stats.stopped_early:
                 return True
             output.journal.end({"rows": self.stats.rows, "failed": dict(self.stats.failed)})
@@ -178,7 +182,7 @@ class Run:
             references_of(first.values.get(self.options.answers_column), f"row {first.index + 1}")
         return chain([first], rows)
 
-    def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter]) -> None:
+    def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter], is_retry: bool = False) -> None:
         """A mistake that shows as the task begins leaves no output."""
         options, total = self.options, self.inputs.total
         self.task.check(options.request)
@@ -186,7 +190,7 @@ class Run:
         rows = self._checked(rows)
         model = self._load_model(options.request, options.batch_size)
         rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
-        flow = FlowOptions(model.batch_size, options.images.num_workers, options.max_errors, rows_at_once)
+        flow = FlowOptions(model.batch_size, options.images.num_workers, options.max_errors, rows_at_once, is_retry)
         self.observer.on_start(None if total is None else total * self.task.rows_each)
         with model.image_workers(options.images) as images:
             steps = self.task.begin(model, images, self.inputs.resolve, self.observer)

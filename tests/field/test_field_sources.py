@@ -349,3 +349,53 @@ def test_any_text_is_a_path_or_a_row_that_says_why_not(text: str) -> None:
     assert isinstance(found, Path | bytes | RowError)
     assert not isinstance(found, RowError) or len(found.message) < 400
     assert isinstance(shown := shown_images(text), str) and len(shown.encode()) <= max(400, len(text.encode()))
+
+
+# Runs whose first rows all fail
+
+
+def test_a_run_whose_first_rows_all_fail_stops_and_runs_with_the_remedy(run: Callable, tmp_path: Path) -> None:
+    images = [str(save_image(tmp_path / "imgs/a.png"))] * 20_000
+    rows = manifest(tmp_path / "tables/rows.jsonl", images)
+    command = "caption", rows, "-o", tmp_path / "out.jsonl"
+    for output in (), ("-o", tmp_path / "out.jsonl"):
+        stopped = run("caption", rows, *output)
+        assert stopped.exit_code == 2 and len(stopped.stdout.splitlines()) == (0 if output else 64)
+        last = stopped.stderr.splitlines()[-1]
+        assert last.startswith("Error: the first 64 rows all failed with image_not_allowed: ")
+        assert "--image-root, as / for any absolute path" in last and "--max-errors N" in last
+        assert ("64 rows written so far" in last) == (not output)
+    assert not list(tmp_path.glob("out*"))  # else other settings would be refused
+    assert run(*command, "--limit", "100", "--image-root", "/").exit_code == 0
+    manifest(rows, ["none.png"] * 200)
+    missing = run("caption", rows, "-o", tmp_path / "missing.jsonl")
+    assert missing.exit_code == 2 and "--image-column" in missing.stderr
+
+
+def test_max_errors_says_how_many_of_the_first_rows_may_fail(run: Callable, tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    rows = manifest(tmp_path / "rows.jsonl", ["none.png"] * 70 + ["a.png"])
+    assert run("caption", rows).exit_code == 2
+    assert len(rows_of(run("caption", rows, "--max-errors", "100").stdout)) == 71
+    stopped = run("caption", rows, "--max-errors", "66")
+    assert len(rows_of(stopped.stdout)) == 66 and "Stopped early by --max-errors" in stopped.stderr
+
+
+@pytest.mark.parametrize("images", [["none.png"] * 63, ["none.png", "../a.png"] * 50, ["a.png"] + ["none.png"] * 99])
+def test_other_runs_with_many_errors_finish(run: Callable, tmp_path: Path, images: list[str]) -> None:
+    save_image(tmp_path / "in/a.png")
+    result = run("caption", manifest(tmp_path / "in/rows.jsonl", images))
+    assert (result.exit_code, len(rows_of(result.stdout))) == (3, len(images))
+
+
+def test_a_run_that_is_resumed_or_retried_is_not_stopped_for_its_first_rows(run: Callable, tmp_path: Path) -> None:
+    rows = manifest(tmp_path / "rows.jsonl", ["none.png"] * 70 + ["a.png"] * 80)
+    command = "caption", rows, "-o", tmp_path / "out.jsonl"
+    save_image(tmp_path / "a.png")
+    assert run(*command, "--max-errors", "64").exit_code == 3
+    assert run(*command).exit_code == 3  # resumes after the 64
+    assert len(rows_of((tmp_path / "out.jsonl").read_text())) == 150
+    retried = run(*command, "--retry-errors")  # and all of them fail again
+    assert retried.exit_code == 3 and "150 rows" in retried.stderr
+    save_image(tmp_path / "none.png")
+    assert run(*command, "--retry-errors").exit_code == 0
