@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -463,6 +464,7 @@ def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
     try:
         config = IdeficsConfig.from_dict(fields)
         config._attn_implementation = "sdpa"  # another may name a kernel on the hub
+        config.dropout = config.vision_config.attention_dropout = 0.0  # of training, whatever it says
     except Exception as error:  # the library raises many kinds for a field of a wrong type
         raise CheckpointError(f"{path} is not an IDEFICS configuration ({error}): fetch the file again") from error
     is_quantized = getattr(config, "quantization_config", None) is not None
@@ -511,12 +513,22 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     has_file = (folder / "tokenizer.json").is_file()
     complaint = probe(folder / "tokenizer.json") if has_file and folder != DEMO_FOLDER else None
     _require(not complaint, f"{folder}/tokenizer.json cannot be used ({complaint}): fetch the file again")
-    try:
+    with reading_tokenizer(checkpoint):
         if has_file:
             return PreTrainedTokenizerFast.from_pretrained(folder, **options)
         return AutoTokenizer.from_pretrained(folder, legacy=True, **options)
+
+
+@contextmanager
+def reading_tokenizer(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:  # the library raises many kinds for a damaged file
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}): fetch its files again") from error
+        raise CheckpointError(
+            f"the tokenizer in {checkpoint.folder} cannot be read ({error}): fetch its files again"
+        ) from error
 
 
 def load_network(

@@ -402,7 +402,8 @@ def vocabulary_of(encoder: PromptEncoder) -> Vocabulary:
 def side_files(checkpoint: Checkpoint) -> tuple[IdeficsConfig, PromptEncoder, ImageProcessor]:
     """What is read of a model beside its weights. Raises CheckpointError where the parts do not fit together."""
     config = checkpoints.load_config(checkpoint)
-    encoder = PromptEncoder(checkpoints.load_tokenizer(checkpoint))
+    with checkpoints.reading_tokenizer(checkpoint):
+        encoder = PromptEncoder(checkpoints.load_tokenizer(checkpoint))
     images = ImageProcessor.from_pretrained(checkpoint.folder)
     _require_one_checkpoint(config, encoder, images, checkpoint.folder)
     return config, encoder, images

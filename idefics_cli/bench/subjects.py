@@ -16,12 +16,12 @@ from transformers import IdeficsConfig
 from transformers.initialization import no_init_weights
 
 from idefics_cli.bench.options import BenchOptions
-from idefics_cli.checkpoint import find_checkpoint, load_config, load_network, load_tokenizer
+from idefics_cli.checkpoint import find_checkpoint, load_network
 from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.errors import IdeficsError
-from idefics_cli.idefics import vocabulary_of
+from idefics_cli.idefics import side_files, vocabulary_of
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.prompts.templates import PromptOptions, Shot, choose_template, few_shot_prompt
@@ -196,9 +196,8 @@ def random_subject(options: BenchOptions, device: torch.device, dtype: torch.dty
 
 def checkpoint_subject(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Subject:
     checkpoint = find_checkpoint(options.request)
-    config = load_config(checkpoint)
-    encoder = PromptEncoder(load_tokenizer(checkpoint))
-    prompts = ScenePrompts(encoder, ImageProcessor.from_pretrained(checkpoint.folder), options)
+    config, encoder, images = side_files(checkpoint)
+    prompts = ScenePrompts(encoder, images, options)
     model = load_network(checkpoint, config, device, dtype)
     return Subject(model, vocabulary_of(encoder), prompts)
 

@@ -193,14 +193,15 @@ def edit_json(path: Path, **changes: object) -> None:
         {"vision_config": {"num_labels": 10**9}},
         {"id2label": {str(i): "x" for i in range(1000)}},
         {"auto_map": {"AutoConfig": "evil.Evil"}},
+        {"dropout": 256.0},
     ],
     ids=str,
 )
-def test_labels_do_not_count(folder: Path, change: dict) -> None:
+def test_settings_that_do_not_count(folder: Path, change: dict) -> None:
     known = json.loads((folder / "config.json").read_text())
     merged = {k: {**known[k], **v} if k == "vision_config" else v for k, v in change.items()}
     edit_json(folder / "config.json", **merged)
-    Idefics.from_pretrained(folder)
+    assert texts(Idefics.from_pretrained(folder))
 
 
 @pytest.mark.parametrize(
