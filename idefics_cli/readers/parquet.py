@@ -21,6 +21,7 @@ from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Chunk, NoRows, Record, Table, image_columns
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import BUFFER_BYTES, File, refusing
+from idefics_cli.storage.parquet_process import require_sound
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ColumnChunkMetaData, ParquetFile
@@ -37,6 +38,7 @@ LIST_VALUE_BYTES = 16  # the least that each value of a list takes in memory
 class ParquetTable(Table):
     def __init__(self, file: File) -> None:
         self._file = file
+        require_sound(file)
         with self._open() as parquet:
             self._schema = parquet.schema_arrow
             self.size: int = parquet.metadata.num_rows

@@ -22,6 +22,7 @@ from idefics_cli.columns import list_numbers
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, InputError, RowError
 from idefics_cli.storage.filenames import escape_name
 from idefics_cli.storage.files import cannot_read, file_digest, local_file
+from idefics_cli.storage.parquet_process import require_sound
 from idefics_cli.writers.formats import ROW_GROUP_BYTES, SETTINGS, Parquet
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class EmbeddingFile:
         import pyarrow.parquet as pq
 
         self.path, self.name = Path(path), escape_name(str(path))
+        require_sound(local_file(str(self.path)), "embed the images again")
         with self._refusing():
             self._parquet = pq.ParquetFile(self.path, pre_buffer=False, page_checksum_verification=True)
             self.fingerprint = self._recorded_fingerprint()
@@ -110,7 +112,7 @@ class EmbeddingFile:
             raise cannot_read(self.name, error, "embed the images again") from error
 
     def _recorded_fingerprint(self) -> str:
-        run = Parquet().run_of(self.path)
+        run = Parquet().run_of(self.path, is_whole=True)
         task = run[SETTINGS].get("task") if run else None
         fingerprint = task.get(VISION) if isinstance(task, dict) else None
         if not isinstance(fingerprint, str):

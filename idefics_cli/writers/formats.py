@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
 VQAV2 = "vqav2"
 METADATA_KEY = b"idefics_run"
+SEAL_KEY, ZEROS, FOOTER_END = b"idefics_crc32", b"00000000", b"\0\0\0\0PAR1"
+SEAL = SEAL_KEY + bytes([0x18, len(ZEROS)])  # as the footer holds it, the checksum after it
 SETTINGS, NUM_ROWS, FAILED = "settings", "rows", "failed"
 OF_BYTES = "of_bytes"
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES, MAX_FOOTER_BYTES = 1 << 20, 64 << 20
 CHUNK_ROWS, CHUNK_BYTES = 1_000, 16 << 20
 READ_ROWS = 64  # latents are large
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 100_000, 64 << 20
@@ -171,6 +174,44 @@ class VqaV2(JsonLines):
             yield {name: known.get(name) for name in columns}
 
 
+class SealedFile:
+    """A Parquet file that is written: its footer holds the CRC-32 of all of it, with zeros in that place."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._check, self._place = file, 0, -1
+
+    def write(self, data: bytes) -> int:
+        found = bytes(data).rfind(SEAL + ZEROS)
+        if found >= 0:
+            self._place = self._file.tell() + found + len(SEAL)
+        self._check = zlib.crc32(data, self._check)
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def seal(self) -> None:
+        assert self._place >= 0, "the footer has a place for the checksum"
+        self._file.seek(self._place)
+        self._file.write(b"%08x" % self._check)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a Parquet file is, byte for byte, as `SealedFile` has written it."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(FOOTER_END)))
+        length = min(size, int.from_bytes(file.read(4), "little") + len(FOOTER_END), MAX_FOOTER_BYTES)
+        file.seek(size - length)
+        found = file.read().rfind(SEAL)
+        if found < 0:
+            return False
+        file.seek(0)
+        check = _check_of(file, size - length + found + len(SEAL))
+        seal = file.read(len(ZEROS))
+        return seal == b"%08x" % _check_of(file, size, zlib.crc32(ZEROS, check))
+
+
 class Parquet:
     """`F.parquet`: typed columns, zstd, row groups of up to 64 MB. Its methods are those of `JsonLines`."""
 
@@ -183,17 +224,25 @@ class Parquet:
         own = pa.schema([(column.name, arrow_type(column, _example(column, texts))) for column in columns])
         tables = passthrough.tables()
         first = next(tables) if passthrough.names else None
-        schema = pa.schema([*own, *(() if first is None else first.schema)], {METADATA_KEY: json_text(run)})
+        schema = pa.schema(
+            [*own, *(() if first is None else first.schema)], {METADATA_KEY: json_text(run), SEAL_KEY: ZEROS}
+        )
         writing = {"compression": "zstd", "write_page_checksum": True}
         joined = _joined(_own_tables(texts(), columns, own), first, tables, schema)
-        with replacing(path) as file, pq.ParquetWriter(file, schema, **writing) as writer:
-            for table in _row_groups(joined):
-                writer.write_table(table, row_group_size=max(1, table.num_rows))
+        with replacing(path) as file:
+            sealed = SealedFile(file)
+            with pq.ParquetWriter(sealed, schema, **writing) as writer:
+                for table in _row_groups(joined):
+                    writer.write_table(table, row_group_size=max(1, table.num_rows))
+            sealed.seal()
 
-    def run_of(self, path: Path) -> dict[str, Any] | None:
+    def run_of(self, path: Path, is_whole: bool = False) -> dict[str, Any] | None:
+        """`is_whole`: the file is taken for unchanged, without reading all of it."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        if not (is_whole or is_sealed(path)):
+            return None
         with open(path, "rb") as file, suppress(pa.ArrowException, OSError, ValueError):
             found = pq.read_metadata(file)
             record = json.loads((found.metadata or {}).get(METADATA_KEY, b"null"))
@@ -205,7 +254,7 @@ class Parquet:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=READ_ROWS, columns=list(columns), use_threads=False):
                 values = [
                     tensor_values(each) if isinstance(each.type, pa.FixedShapeTensorType) else each.to_pylist()
@@ -265,11 +314,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def content_of(path: Path) -> list[int]:
     """Length and CRC-32 of a file, which show whether it is the one that was written."""
-    check = 0
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK_BYTES):
-            check = zlib.crc32(block, check)
+        check = _check_of(file, sys.maxsize)
         return [file.tell(), check]
+
+
+def _check_of(file: BinaryIO, num_bytes: int, check: int = 0) -> int:
+    """The CRC-32 of so many bytes, or as many as there are, after those that it is known of."""
+    while num_bytes and (block := file.read(min(num_bytes, BLOCK_BYTES))):
+        check, num_bytes = zlib.crc32(block, check), num_bytes - len(block)
+    return check
 
 
 def _existing(*paths: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from idefics_cli.errors import InputError, RowError
 from idefics_cli.prompts.choices import checked_choices
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.rows import ReadOptions
-from idefics_cli.writers.formats import Passthrough, format_of
+from idefics_cli.writers.formats import Parquet, Passthrough, format_of
 
 
 @dataclass
@@ -463,3 +464,40 @@ def test_any_bytes_are_rows_or_one_line(tmp_path_factory: pytest.TempPathFactory
     with suppress(InputError):
         for row in open_inputs([str(path)], ReadOptions(image_column="image", keep="all")).rows:
             assert row.error or row.sources
+
+
+# ---- Parquet that is damaged
+
+CASES = Path(__file__).parent / "bad_parquet"
+
+
+@pytest.mark.parametrize("name", ["encrypted_columns.parquet", "not_utf8.parquet"])
+def test_files_that_end_arrows_process_are_refused(refused: Callable, tmp_path: Path, name: str) -> None:
+    """Small changes of files of Apache's own tests: encrypted metadata of a column; a name that is not UTF-8."""
+    line = refused("caption", CASES / name, "--image-column", "x")
+    assert line.startswith(f"Error: cannot read {CASES / name}: ") and "fetch or make it again" in line
+    save_image(tmp_path / "0.png")
+    (tmp_path / "m.jsonl").write_text('{"image": "0.png"}\n')
+    assert "cannot read" in refused("caption", tmp_path / "m.jsonl", "--embeddings", CASES / name)
+
+
+def test_no_bit_of_a_finished_file_changes_unnoticed(run: Callable, tmp_path: Path) -> None:
+    """Each is refused before the rows are read, and after its repair the failed rows are done again."""
+    manifest, out = questions(tmp_path, 6), tmp_path / "f.parquet"
+    command = ("vqa", manifest, "-o", out, "--keep", "question_id", "--retry-errors")
+    assert run(*command[:-1]).exit_code == 3
+    whole, random = out.read_bytes(), Random(14)
+    places = random.sample(range(8 * len(whole)), 800)
+    noticed = 0
+    for place in places:
+        changed = bytearray(whole)
+        changed[place // 8] ^= 1 << place % 8
+        out.write_bytes(changed)
+        noticed += Parquet().run_of(out) is None
+    assert noticed == len(places)
+    assert "not as a run of this program left it" in run(*command).stderr
+    out.write_bytes(whole)
+    save_image(tmp_path / "1.png", 1)
+    captioner = FakeCaptioner()
+    assert run(*command, captioner=captioner).exit_code == 0 and captioner.calls == [1]
+    assert Parquet().run_of(out)["failed"] == {} and pd.read_parquet(out).error.isna().all()
