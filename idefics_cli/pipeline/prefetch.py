@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from idefics_cli.engine.prompt_source import PromptSource
 
 PATIENCE = 0.2  # seconds that an idle model waits for a fuller batch
+MAX_BYTES_IN_FLIGHT = 512 << 20  # of images that their rows hold; with more, no further row is read
 IDS_PER_CODE = 3
 FIRST_ROWS = 64
 REMEDIES = {  # by code, where no row's own message has one
@@ -223,7 +224,7 @@ class RowFlow:
         self._taken: dict[int, tuple[int, InputRow, Prepared]] = {}  # by the number of the prompt
         self.is_leaving = False  # what is raised then is not the model's
         self._finished: dict[int, tuple[InputRow, Finished] | BaseException] = {}  # by place; or what stands for a row
-        self._num_read = self._num_preparing = self._num_taken = self._num_left = 0
+        self._num_read = self._num_preparing = self._num_taken = self._num_left = self._num_bytes = 0
         self._wanted = 1  # so many ready prompts are worth waking the model's thread for
         self._has_ended = False
 
@@ -299,7 +300,8 @@ class RowFlow:
                 if isinstance(finished, BaseException):
                     raise finished
                 self._num_left += 1
-                if self._space() >= self._options.step:
+                self._num_bytes -= _num_bytes(finished[0])
+                if self._can_read():
                     self._has_space.notify()
             self._leave(*finished)
             self.is_leaving = False
@@ -330,7 +332,7 @@ class RowFlow:
     def _read(self) -> None:
         """As many rows as are read at once, when there is space for them."""
         with self._has_space:
-            self._has_space.wait_for(lambda: self._has_ended or self._space() >= self._options.step)
+            self._has_space.wait_for(lambda: self._has_ended or self._can_read())
         for _ in range(self._options.step):
             try:
                 row = None if self._has_ended else next(self._rows, None)
@@ -344,10 +346,14 @@ class RowFlow:
                 self._unprepared.append((self._num_read, row))
                 self._num_read += 1
                 self._num_preparing += 1
+                self._num_bytes += _num_bytes(row)
+            if self._num_bytes > MAX_BYTES_IN_FLIGHT:
+                return
 
-    def _space(self) -> int:
-        """How many rows the window has space for."""
-        return self._options.window - (self._num_read - self._num_left)
+    def _can_read(self) -> bool:
+        """Whether the window has space for as many rows as are read at once."""
+        space = self._options.window - (self._num_read - self._num_left)
+        return space >= self._options.step and self._num_bytes <= MAX_BYTES_IN_FLIGHT
 
     def _put(self, place: int, row: InputRow, prepared: Any, is_finished: bool) -> None:
         with self._changed:
@@ -372,3 +378,7 @@ class RowFlow:
             self._has_ended = True
             self._changed.notify_all()
             self._has_space.notify_all()
+
+
+def _num_bytes(row: InputRow) -> int:
+    return sum(len(source) for source in row.sources if isinstance(source, bytes))

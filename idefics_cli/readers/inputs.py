@@ -104,7 +104,7 @@ def _open_parts(name: str, files: Sequence[File], prefix: str, options: ReadOpti
 
     def open_part(file: File) -> Manifest | NoRows:
         try:
-            return open_manifest(file.found(), prefix, options, once)
+            return open_manifest(file.found(), prefix, options, once, is_first=file is files[0])
         except NoRows as error:
             return error
 

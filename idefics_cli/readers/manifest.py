@@ -18,7 +18,7 @@ from idefics_cli.readers.image_paths import Say, open_root, read_image, read_ima
 from idefics_cli.readers.json_array import open_json
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.table import OWN_ERROR, Chunk, NoRows, Record, Table, with_lists
-from idefics_cli.readers.webdataset import open_archive
+from idefics_cli.readers.webdataset import Archive
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
 from idefics_cli.storage.files import File, file_digest
@@ -82,12 +82,17 @@ def other_kind(beginning: bytes, name: str = "") -> str:
     return next(chain(by_suffix, by_bytes))
 
 
-def open_manifest(file: File, prefix: str, options: ReadOptions, say: Say) -> Manifest:
-    """`prefix` begins the ids that are numbers. Raises InputError where the manifest is unreadable as a whole, or lacks
-    a column that was asked for."""
+def open_manifest(file: File, prefix: str, options: ReadOptions, say: Say, is_first: bool = True) -> Manifest:
+    """`prefix` begins the ids that are numbers. Only the first of several parts is gone through.
+
+    Raises InputError where the manifest is unreadable as a whole, or lacks a column that was asked for.
+    """
     if file.size == 0:
         raise NoRows(f"{file.name} is empty: name a manifest with rows")
-    return Manifest(file, open_table(file, options), prefix, options, say)
+    table = open_table(file, options)
+    if is_first:
+        table.check()
+    return Manifest(file, table, prefix, options, say)
 
 
 def open_table(file: File, options: ReadOptions) -> Table:
@@ -111,7 +116,7 @@ def _table(file: File, kind: str, compressed: bool, options: ReadOptions) -> Tab
 
         return ParquetTable(file)
     if kind == "tar":
-        return open_archive(file, compressed)
+        return Archive(file, compressed)
     if kind in ("csv", "tsv"):
         return open_delimited(file, compressed, "," if kind == "csv" else "\t", options.delimited)
     if kind == "json":

@@ -54,6 +54,9 @@ class Table:
         """The column's Arrow type; None where it may differ from row to row."""
         return None
 
+    def check(self) -> None:
+        """Raises InputError for what is wrong further on and can be found quickly."""
+
     def may_hold_images(self, column: str) -> bool:
         return True
 
