@@ -73,7 +73,7 @@ class ModelRequest:
     revision: Annotated[str | None, Help("Branch, tag or commit of the hub model", metavar="NAME")] = None
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
-        Help("Number format of the weights; auto: bf16 or fp16 on CUDA, fp32 on the CPU"),
+        Help("Number format of the weights; auto: bf16 or fp16 on CUDA, fp16 on MPS, fp32 on the CPU"),
     ] = "auto"
     device: Annotated[str, Help("Where the model runs", metavar="auto|cuda|cuda:N|cpu|mps")] = "auto"
     allow_pickle: Annotated[bool, Help("Load pickled weights (weights only) if the model has no safetensors")] = False
@@ -206,11 +206,12 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is a device, else the CPU. Raises DeviceError for one that this machine lacks."""
+    """`auto` is CUDA where there is a device, else MPS, else the CPU. Raises DeviceError for one that is not here."""
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return torch.device(next(name for name, is_there in found.items() if is_there))
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,2})?", device):
         raise DeviceError(f"unknown device {device!r}: use auto, cpu, mps, cuda or cuda:N")
     resolved = torch.device(device)
@@ -225,7 +226,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on CUDA devices that have it, float16 on others; float32 elsewhere."""
+    """`auto`: bfloat16 on CUDA devices that have it, float16 on others and on MPS; float32 on the CPU."""
     import torch
 
     if dtype in DTYPES:
@@ -233,9 +234,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         raise IdeficsError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     if device.type != "cuda":
-        return torch.float32
+        return torch.float16 if device.type == "mps" else torch.float32
     with torch.cuda.device(device):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def local_folder(model: str) -> Path | None:
@@ -542,27 +543,36 @@ def load_network(
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
     num_bytes = require_loadable(checkpoint, config, device, dtype)
-    place = torch.device("cpu")
+    if device.type == "cuda":
+        _choose_kernels()
     try:
         with naming_memory_errors():
             model = IdeficsForVisionText2Text.from_pretrained(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
+                device_map={"": device},  # tensor by tensor: the host never holds them all
                 use_safetensors=not checkpoint.is_pickled,
                 local_files_only=True,
                 # Only the caller's decoding options count: a checkpoint's generation_config.json is not read.
                 generation_config=GenerationConfig(),
             )
-            place = device
-            model = model.to(device)
             if checkpoint.adapter is not None:
                 model = _with_adapter(model, checkpoint.adapter)
     except torch.OutOfMemoryError as error:
-        raise _does_not_fit(num_bytes, place, dtype) from error
+        raise _does_not_fit(num_bytes, device, dtype) from error
     except LOADING_ERRORS as error:
         raise _cannot_be_loaded(checkpoint, error) from error
     return model.eval().requires_grad_(False)
+
+
+def _choose_kernels() -> None:
+    """cuDNN's attention makes a plan for each number of keys, which changes in almost every step; and its convolutions
+    would compute fp32 in TF32."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _with_adapter(model: IdeficsForVisionText2Text, adapter: Checkpoint) -> IdeficsForVisionText2Text:

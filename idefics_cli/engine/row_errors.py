@@ -24,7 +24,8 @@ class Overflows:
         others = "bf16 or fp32" if dtype == torch.float16 else "fp32"
         name = str(dtype).removeprefix("torch.")
         remedy = "use another checkpoint" if dtype == torch.float32 else f"use --dtype {others}"
-        self.error = RowError("overflow", f"the model computes non-finite values (NaN/Inf) in {name}: {remedy}")
+        cause = ", whose largest number is 65504" if dtype == torch.float16 else ""
+        self.error = RowError("overflow", f"the model computes non-finite values (NaN/Inf) in {name}{cause}: {remedy}")
         self.num_seen, self.are_all = 0, True
 
     def look_at(self, overflow: Sequence[bool]) -> None:

@@ -17,19 +17,24 @@ from idefics_cli.engine.kv_cache import KVStore, Prefix
 from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.model.kv_interface import AttentionOutput
 
+ALIGNED = 8  # CUDA's fused kernels read a mask by so many keys at a time
+
 
 def attend_part(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Attention over one part of the keys: output (rows, heads, queries, head_dim) and the log-sum-exp of its scores.
 
-    `mask` is additive and broadcasts to (rows, heads, queries, keys).
+    `mask` is additive and broadcasts to (rows, heads, queries, keys). Scores are held in fp32, by fused kernels a few
+    at a time.
     """
     if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling
         )
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if query.device.type == "cuda" and query.shape[-1] % ALIGNED == 0:
+        return _attend_part_on_cuda(query, key, value, mask, scaling, is_causal)
+    scores = (query.float() * scaling) @ key.float().transpose(-1, -2)
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
@@ -37,6 +42,30 @@ def attend_part(
         scores = scores + mask
     log_sum = scores.logsumexp(dim=-1)
     return (scores - log_sum[..., None]).exp().to(value.dtype) @ value, log_sum
+
+
+def _attend_part_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention where it can: in half precision, without a mask. (Dao et al. 2022; Rabe & Staats 2021.)"""
+    if mask is None and query.dtype != torch.float32:
+        output, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, is_causal, False, scale=scaling
+        )
+        return output, log_sum
+    bias = None if mask is None else aligned(mask).expand(*query.shape[:3], key.shape[2])
+    output, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, 0.0, is_causal, scale=scaling
+    )
+    return output, log_sum[..., : query.shape[2]]  # it is padded
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """The same numbers, each row of keys beginning at a multiple of `ALIGNED`."""
+    spare = -mask.shape[-1] % ALIGNED
+    if mask.stride(-2) % ALIGNED == 0 or not spare:
+        return mask
+    return nn.functional.pad(mask, (0, spare))[..., : mask.shape[-1]]
 
 
 def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -141,6 +170,7 @@ class DecodeMemory:
         visible = torch.cat([in_prompt, store.ancestors[:num_rows, :, :used]], dim=2)  # (rows, beams, slots in use)
         dtype = store.image_key_values.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
+        mask = aligned(mask) if device.type == "cuda" else mask  # once for all layers
         return cls(
             store=store,
             prefix=prefix,

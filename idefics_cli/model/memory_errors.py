@@ -13,7 +13,11 @@ NO_MEMORY = (
     "DefaultCPUAllocator: not enough memory",
     "MPS backend out of memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its workspace is made when it is first used
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
 )
 
 

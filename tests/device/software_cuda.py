@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -183,6 +184,7 @@ class SoftwareCuda(TorchDispatchMode):
         for name, value in self._torch_cuda().items():
             undo.enter_context(replaced(torch.cuda, name, value))
         undo.enter_context(replaced(torch, "Generator", HostGenerator))
+        undo.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # a mode is that of one thread
         new_parameters = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to` makes new parameters
         undo.callback(torch.__future__.set_overwrite_module_params_on_conversion, new_parameters)
@@ -613,7 +615,11 @@ def flash_attention(query, key, value, dropout_p=0.0, is_causal=False, return_de
 def efficient_attention(
     query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None
 ):
-    """Its log-sum is padded to a multiple of 32 queries."""
+    """Its log-sum is padded to a multiple of 32 queries, and it reads masks eight keys at a time."""
+    if attn_bias is not None and (attn_bias.dtype != query.dtype or attn_bias.stride(-2) % 8):
+        raise RuntimeError(f"attn_bias is not correctly aligned or typed: {attn_bias.stride()}, {attn_bias.dtype}")
+    if attn_bias is not None and attn_bias.shape != (*query.shape[:3], key.shape[2]):
+        raise RuntimeError(f"attn_bias has the wrong shape: {attn_bias.shape}")
     output, log_sum = attention_with_log_sum(query, key, value, attn_bias, scale, is_causal)
     padded = torch.nn.functional.pad(log_sum, (0, -log_sum.shape[-1] % 32), value=torch.inf)
     return output, padded, log_sum.new_empty(0), log_sum.new_empty(0)

@@ -5,16 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from on_device import BEAMS, MIXED, WORK, alike, device, moved, require_same_as_on_cpu, scores, steps, texts
+from on_device import (
+    AFTER_SHOTS,
+    BEAMS,
+    MIXED,
+    QUESTIONS,
+    WORK,
+    alike,
+    device,
+    moved,
+    require_same_as_on_cpu,
+    scores,
+    steps,
+    texts,
+)
 from prompts_for_tests import MODELS, VOCABULARY, after_shots, options, prompts, run_out_of_memory
+from software_cuda import SoftwareCuda
 from test_likelihood import questions
 
 from idefics_cli import Idefics
 from idefics_cli.bench import floor, report
 from idefics_cli.bench.options import BenchOptions
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint import ModelRequest, resolve_dtype
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 
@@ -79,6 +94,31 @@ def test_the_python_api() -> None:
     expected = everything(Idefics.from_pretrained("demo", device="cpu"))
     with device():
         assert alike(expected, everything(Idefics.from_pretrained("demo", device="cuda", dtype="fp32")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shots", [False, True])
+def test_scores_of_attention_are_never_written_out(dtype: torch.dtype, shots: bool) -> None:
+    """Neither in prefill, nor in a step, nor where choices are scored: fused kernels give the log-sum."""
+    with SoftwareCuda() as gpu:
+        network = moved(MODELS[0]).to(dtype)
+        texts(network, AFTER_SHOTS if shots else MIXED, BEAMS)
+        scores(network, QUESTIONS)
+        fused = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"}
+        assert shots is False or gpu.launches.keys() & fused
+        assert not [line for line in gpu.launched_at if "tree_attention" in line and "logsumexp" in line]
+        assert gpu.launches["logsumexp"] == 0
+
+
+def test_a_gpu_is_taken_as_it_is() -> None:
+    with SoftwareCuda() as gpu:
+        model = Idefics.from_pretrained("demo")
+        assert (model.model.device, model.model.dtype) == (gpu.device, torch.bfloat16)
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
+        weights = sum(each.nbytes for each in model.model.parameters())
+        assert gpu.peak <= 1.1 * weights, "each weight goes straight to its place"
+        torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation
+        assert resolve_dtype("auto", gpu.device) == torch.float16
 
 
 BENCHMARKS = [  # every pair of dtype, shots, questions and embeddings
