@@ -234,11 +234,12 @@ def test_a_config_names_no_other_weights_and_no_kernels(folder: Path) -> None:
 
 
 def test_a_device_that_does_not_hold_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self, device):
+    def full(*arguments, device_map, **options):
+        assert device_map == {"": torch.device("cpu")}
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(IdeficsForVisionText2Text, "to", full)
-    with pytest.raises(DeviceError, match="out of memory"):
+    monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", full)
+    with pytest.raises(DeviceError, match=r"do not fit on cpu"):
         load(folder)
 
 
@@ -291,7 +292,7 @@ def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoints.resolve_dtype("bf16", torch.device("cpu")) is torch.bfloat16
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_bf16=has_bf16: has_bf16)
         assert checkpoints.resolve_dtype("auto", torch.device("cuda")) is expected
 
 
