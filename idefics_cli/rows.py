@@ -31,6 +31,14 @@ class RemoteFile:
         with self.filesystem.open(self.key, "rb", seekable=False) as file:
             return file.read(max_bytes)
 
+    def identity(self) -> bytes:
+        """What changes with the file, as far as its store tells."""
+        try:
+            found = self.filesystem.info(self.key)
+        except (OSError, ValueError):
+            return b"none"
+        return repr([found.get("size"), found.get("ETag"), str(found.get("mtime"))]).encode()
+
 
 class BoundPath(type(Path())):  # type: ignore[misc]  # what Path makes on this system
     """A local file that has to lie below the real folder `below` when it is opened, whatever its links are by then."""

@@ -52,6 +52,9 @@ class RunOptions:
     ] = None
     max_errors: Annotated[int | None, Help("Stop after N failed rows", min=1)] = None
     overwrite: Annotated[bool, Help("Start over and replace the existing output")] = False
+    update: Annotated[
+        bool, Help("Do what is new or changed in the input of an existing output, and keep the other rows")
+    ] = False
     retry_errors: Annotated[bool, Help("Redo the failed rows of a finished output")] = False
     sidecar: Annotated[bool, Help("Also write each text into a .txt file beside its image")] = False
     show_prompt: Annotated[
@@ -64,8 +67,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.reading.null and STDIN not in self.inputs:
             raise IdeficsError("--null says how stdin is read: add - to the inputs")
-        if self.overwrite and self.retry_errors:
-            raise IdeficsError("--overwrite discards what --retry-errors would redo: use one of them")
+        if self.overwrite and (self.retry_errors or self.update):
+            kept = "--retry-errors would redo" if self.retry_errors else "--update would keep"
+            raise IdeficsError(f"--overwrite discards what {kept}: use one of them")
         if self.sidecar and self.reading.allow_no_image:
             raise IdeficsError("--sidecar needs an image beside each text: leave it out, or --allow-no-image")
         if self.format == "vqav2" and (self.reading.keep or self.answers_column or self.output == STDOUT):
@@ -77,7 +81,8 @@ class RunOptions:
             return
         if self.overwrite and not self.sidecar:
             raise IdeficsError("--overwrite needs an output file: add -o F.jsonl")
-        if self.retry_errors:
-            raise IdeficsError("--retry-errors needs the finished output: add -o F.jsonl")
+        if self.retry_errors or self.update:
+            flag = "--retry-errors" if self.retry_errors else "--update"
+            raise IdeficsError(f"{flag} needs the finished output: add -o F.jsonl")
         if self.answers_column is not None:
             raise IdeficsError("--answers-column scores the finished output: add -o F.jsonl")

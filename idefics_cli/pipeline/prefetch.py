@@ -123,6 +123,9 @@ class RunStats:
             if len(ids) < IDS_PER_CODE:
                 ids.append(row_id)
 
+    def reset(self) -> None:
+        vars(self).update(vars(RunStats()))
+
     def add_earlier(self, row: Mapping[str, Any]) -> None:
         """A result row of an earlier run."""
         self.add(row["id"], row["error"].split(":", 1)[0] if row["error"] else None)

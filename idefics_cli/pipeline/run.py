@@ -1,35 +1,39 @@
 """One run over many rows, from its options to its end: inputs, output, model, rows, final file.
 
 What a user can have got wrong is checked in this order, before a model is loaded: inputs, output, model. A run that
-begins, resumes or retries is one path: rows that the output has are skipped, rows with an earlier result that is kept
-go straight to the output, and the others through the model. Knows no terminal.
+begins, resumes, retries or updates is one path: rows that the output has are passed over, rows with an earlier result
+that stands go straight to the output, and the others through the model. Knows no terminal.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatch
-from itertools import chain, islice
+from functools import cached_property
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from idefics_cli import __version__
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.errors import InputError, OutputError
+from idefics_cli.pipeline.earlier import DECIDING, Changes, EarlierRows, is_duplicate, row_digest, stands
 from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions
-from idefics_cli.pipeline.prefetch import Finished, FirstRowsFailed, FlowOptions, RunStats, run_rows
+from idefics_cli.pipeline.prefetch import Finished, FirstRowsFailed, FlowOptions, RunStats, Steps, run_rows
 from idefics_cli.pipeline.task import Observer, Task
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
-from idefics_cli.rows import InputRow, ReadOptions
+from idefics_cli.rows import InputRow, ReadOptions, RemoteFile
 from idefics_cli.validation import by_option
-from idefics_cli.writers.formats import VQAV2, Passthrough
-from idefics_cli.writers.output_file import FileOutput
+from idefics_cli.writers.formats import DIGEST, VQAV2, Passthrough
+from idefics_cli.writers.output_file import GOOD, SAME, FileOutput
 from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
 
 if TYPE_CHECKING:
@@ -37,9 +41,10 @@ if TYPE_CHECKING:
 
 DECISIVE = (  # options that decide the rows, besides the task's own
     *("--model", "--revision", "--adapter", "--dtype", "--draft", "--frame"),
-    *("--limit", "--shard", "--no-recursive", "--image-column", "--id-column", "--image-root", "--allow-no-image"),
-    *("--json-key", "--delimiter", "--encoding"),
+    *("--shard", "--image-column", "--id-column", "--allow-no-image", "--json-key", "--delimiter", "--encoding"),
 )
+FORMAT = 1  # of what is compared: where it differs, an earlier run cannot be continued
+NO_STEPS = Steps(prepare=lambda row: row, decode=lambda source: iter(source.take(1, True)))  # where all rows are done
 ROWS_AT_ONCE = 16  # read from files: one by one, threads would hand each other the interpreter for every row
 
 
@@ -66,108 +71,194 @@ class Run:
         self.options, self.task, self.form, self.stats, self.observer = options, task, task.form, stats, observer
         self._check_model, self._load_model = check_model, load_model
         _require_output_of_its_own(options, task)
-        self.inputs = open_inputs(options.inputs, options.reading, stdin, observer.say)
+        self.inputs = open_inputs(options.inputs, options.reading, _spooled(stdin, options), observer.say)
         _require_manifests(options, task, self.inputs.are_manifests)
         _require_output_outside_parts(options, self.inputs.are_manifests)
         names = shown_names(self.inputs.passthrough, [column.name for column in self.form.columns])
         passed = self.inputs.passthrough_rows, self.inputs.passthrough_batches
         self.passthrough = Passthrough(names, *passed, task.rows_each)
+        self._known_digests: dict[tuple[int, str], str] = {}  # of rows on their way
+        self._tag = ""
+        self._columns = {name for each in task.columns for name in ([each] if isinstance(each, str) else each)}
         self.sidecars = SidecarWriter(options.overwrite) if options.sidecar else None
 
     def run(self, stdout: BinaryIO | None) -> bool:
         """Whether there was anything to do."""
-        if self.options.output != STDOUT:
-            options = self.options
+        options = self.options
+        if options.output == STDOUT:
+            if stdout is None:
+                raise OutputError("stdout is closed: name a file with -o F.jsonl")
+            self._run_rows(self._rows(), lambda: StreamWriter(stdout))
+            return True
+        while True:
             output = FileOutput(options.output, overwrite=options.overwrite, format_name=options.format)
             with closing(output):
-                return self._run_to_file(output)
-        if stdout is None:
-            raise OutputError("stdout is closed: name a file with -o F.jsonl")
-        self._run_rows(self.task.expand(self.inputs.rows), lambda: StreamWriter(stdout))
-        return True
+                output.require_same(self._settings(weights=None))
+                if output.journal.summary is None or not self._is_publishable(output):
+                    return self._run_to_file(output)
+                self._publish(output)
 
     # ---- to a file
 
     def _run_to_file(self, output: FileOutput) -> bool:
-        output.require_same(self._settings(weights=None))
-        record, is_complete = output.record, output.journal.summary is not None
-        if output.is_finished and not (self.options.retry_errors and record["failed"]):
-            self._accept(output)
-            return False
-        if not is_complete:
-            output.require_same(self._settings(self._check_model(self.options.request)))
-        rows = self._rows_left(output)
-        if is_complete:
-            _require_end(rows, output)
-        else:
-            try:
-                self._run_rows(rows, lambda: self._begin(output), output.is_retry)
-            except FirstRowsFailed:  # nothing else is in the journal, which would keep other settings from this output
-                output.journal.remove()
-                raise
-            if self.stats.stopped_early:
+        """Rows that are done and stand first in the input are passed over, and the others done: in the attempt that is
+        under way or, where the input is not what it was, in a further one."""
+        options, is_finished = self.options, output.is_finished
+        if not is_finished:
+            output.require_same(self._settings(self._check_model(options.request)))
+        is_retry = is_finished and options.retry_errors and bool(output.record["failed"])
+        rows = self._rows()
+        if not is_retry and self._stand_first(output, rows):
+            if not is_finished:
+                self._finish(output, self._with_earlier(output, rows, *output.attempt))
                 return True
+            if next(rows, None) is None:
+                return False
+        self.stats.reset()
+        mode, number = GOOD * is_retry | SAME * options.update, output.attempt[0] + 1
+        num_left = self._look(output, number, mode)
+        output.next_attempt(mode)
+        self._finish(output, self._with_earlier(output, self._rows(), number, mode), needs_model=num_left > 0)
+        return True
+
+    def _is_publishable(self, output: FileOutput) -> bool:
+        """All rows are done, and the columns beside them can be read again as they were."""
+        is_known = not self.passthrough.names or self._stand_first(output, self._rows())
+        self.stats.reset()
+        return is_known
+
+    def _stand_first(self, output: FileOutput, rows: Iterator[InputRow]) -> bool:
+        """Whether the rows that are done are the first of the input. Of failed ones, ids are enough where no update is
+        wanted; and of all where failed rows are being retried."""
+        done = output.done(["id", "error", *filter(None, [self.form.text_column])])
+        is_retry = output.attempt[1] == GOOD
+        while olds := list(islice(done, ROWS_AT_ONCE)):
+            chunk = list(islice(rows, len(olds)))
+            for (old, known), row, digest in zip_longest(olds, chunk, self._digests(chunk)):
+                matters = known and not is_retry and (self.options.update or not old["error"])
+                if row is None or row.id != old["id"] or (matters and digest != known):
+                    return False
+                self._write_beside(row, old)
+                self.stats.add_earlier(old)
+                self.stats.safe += 1
+        return True
+
+    def _look(self, output: FileOutput, number: int, mode: int) -> int:
+        """What has changed in the input: how many rows there are for the model in the attempt of this number and mode.
+
+        Raises OutputError where the user has not asked for it.
+        """
+        earlier, changes, num_left = self._earlier(output, number), Changes(), 0
+        for row, digest in self._with_digests(self._rows()):
+            old = None if is_duplicate(row.error) else earlier.find(row.id)
+            num_left += row.error is None and not stands(old, digest, mode)
+            if old is not None and mode != GOOD and old[1] not in ("", digest):
+                changes.add("changed", row.id)
+            elif old is None and not is_duplicate(row.error) and output.is_finished:
+                changes.add("new", row.id)
+        gone, failed, ids = earlier.never_found()
+        changes.add("gone", *ids, number=gone)
+        is_retried = mode == GOOD and gone == failed >= changes.numbers["new"]
+        if not self.options.update and not is_retried:
+            raise OutputError(
+                f"the input has changed since the rows of {output.path} were done: {changes}. Add --update to do what"
+                " is new or changed and keep the other rows, or start over with --overwrite"
+            )
+        if self.options.update:
+            self.observer.say(f"The input has changed since the rows of {output.path} were done: {changes}.")
+        return num_left
+
+    def _earlier(self, output: FileOutput, before: int) -> EarlierRows:
+        names = [column.name for column in self.form.columns]
+        ids = (row for row, _ in output.earlier(["id", "error"], before))
+        return EarlierRows(ids, lambda: output.earlier(names, before))
+
+    def _with_earlier(self, output: FileOutput, rows: Iterator[InputRow], number: int, mode: int) -> Iterator[InputRow]:
+        """The rows for an attempt of this number and mode, those that stand with what they became before."""
+        if not mode:
+            yield from rows
+            return
+        earlier = self._earlier(output, number)
+        for row, digest in self._with_digests(rows):
+            old = None if is_duplicate(row.error) else earlier.find(row.id)
+            if old is not None and stands(old, digest, mode):
+                digest = f"{(old[1] or digest)[:DECIDING]}{digest[DECIDING:]}"
+                row = replace(row, earlier={**old[0], "image": row.image})
+            self._known_digests[row.index, row.id] = digest
+            yield row
+
+    def _finish(self, output: FileOutput, rows: Iterator[InputRow], needs_model: bool = True) -> None:
+        is_further = output.attempt[1] > 0
+        try:
+            self._run_rows(rows, lambda: self._begin(output), is_further, needs_model)
+        except FirstRowsFailed:  # nothing else is in the journal, which would keep other settings from this output
+            output.journal.remove()
+            raise
+        if not self.stats.stopped_early:
             output.journal.end({"rows": self.stats.rows, "failed": dict(self.stats.failed)})
-        output.publish(self.form.columns, self.passthrough)
-        return not is_complete
-
-    def _accept(self, output: FileOutput) -> None:
-        """Take a finished file as it is. Paths on stdin have no name to compare, so their rows are compared."""
-        assert output.record is not None, output.path
-        if self.inputs.is_streaming or self.sidecars is not None:
-            rows = self.task.expand(self.inputs.rows)
-            self._skip(rows, output.finished_rows(["id", "error", *filter(None, [self.form.text_column])]))
-            _require_end(rows, output)
-        else:
-            self.stats.rows = self.stats.resumed = self.stats.safe = output.record["rows"]
-            self.stats.failed = Counter(output.record["failed"])
-
-    def _rows_left(self, output: FileOutput) -> Iterator[InputRow]:
-        """The rows that the journal does not have; of a retry with those of the finished file that are kept."""
-        num_done = output.journal.num_rows
-        rows = self._rows_from(num_done // self.task.rows_each)
-        if num_done:
-            self._skip(rows, output.journal.rows())
-        return self._with_earlier(rows, output, num_done) if output.is_retry else rows
-
-    def _skip(self, rows: Iterator[InputRow], done: Iterator[Mapping[str, Any]]) -> None:
-        """The rows of `done` are finished, and come first."""
-        for old in done:
-            self._write_beside(_require_same_row(next(rows, None), old), old)
-            self.stats.add_earlier(old)
-            self.stats.safe += 1
-
-    def _rows_from(self, num_skipped: int) -> Iterator[InputRow]:
-        """All rows, so many of the input's without their images; whole ones where a text may be missing beside them."""
-        if self.sidecars is None:
-            yield from self.task.expand(self.inputs.skip(num_skipped))
-        yield from self.task.expand(self.inputs.rows)
-
-    def _with_earlier(self, rows: Iterator[InputRow], output: FileOutput, num_done: int) -> Iterator[InputRow]:
-        known = output.finished_rows([column.name for column in self.form.columns])
-        for old in islice(known, num_done, None):
-            row = _require_same_row(next(rows, None), old)
-            yield row if old["error"] else replace(row, earlier=old)
-        _require_end(rows, output)
+            self._publish(output)
 
     def _begin(self, output: FileOutput) -> JournalWriter:
         settings = self._settings(self._check_model(self.options.request))  # a hub's weights are known only now
         output.require_same(settings)
-        output.begin(settings)
+        output.begin(settings, self.form.columns)
+        self._tag = output.tag
         return JournalWriter(output.journal)
 
+    def _publish(self, output: FileOutput) -> None:
+        self.inputs.keep_to(output.journal.summary["rows"] // self.task.rows_each)
+        output.publish(self.form.columns, self.passthrough)
+
     def _settings(self, weights: str | None) -> dict[str, Any]:
-        """What decides the rows: a run resumes only where all of it is the same. `weights` None: not known yet."""
+        """What decides all rows: a run resumes only where it is the same. `weights` None: not known yet."""
         options = by_option(self.options)
         return {
-            "version": __version__,
-            "inputs": list(self.inputs.identity),
+            "format": FORMAT,
             **{name: options[name] for name in DECISIVE},
             "--keep": list(self.passthrough.names),
             "model": {} if weights is None else {"weights": weights},
             "command": self.task.command,
             "task": self.task.settings,
         }
+
+    # ---- what decides a row
+
+    def _rows(self) -> Iterator[InputRow]:
+        """All rows, from the first at each call."""
+        return self.task.expand(self.inputs.restarted())
+
+    def _digest(self, row: InputRow) -> str:
+        kept = self.passthrough.names
+        return row_digest(
+            row.image if self.inputs.is_manifest(row.index) else None,
+            self.task.images_of(row, self.inputs.resolve),
+            {name: value for name, value in row.values.items() if name in self._columns or name not in kept},
+            {name: row.values.get(name) for name in kept},
+            row.error,
+        )
+
+    def _digests(self, rows: Sequence[InputRow]) -> Iterator[str]:
+        """In order; those that need requests at once."""
+        is_remote = any(isinstance(source, RemoteFile) for row in rows for source in row.sources)
+        return self._requests.map(self._digest, rows) if is_remote else map(self._digest, rows)
+
+    def _with_digests(self, rows: Iterator[InputRow]) -> Iterator[tuple[InputRow, str]]:
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            yield from zip(chunk, self._digests(chunk), strict=True)
+
+    @cached_property
+    def _requests(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(ROWS_AT_ONCE)
+
+    def _recording(self, steps: Steps) -> Steps:
+        """With the digest of each row taken before its images are read: what changes meanwhile is another row later."""
+
+        def prepare(row: InputRow) -> Any:
+            if (row.index, row.id) not in self._known_digests:
+                self._known_digests[row.index, row.id] = self._digest(row)
+            return steps.prepare(row)
+
+        return replace(steps, prepare=prepare)
 
     # ---- rows
 
@@ -182,19 +273,28 @@ class Run:
             references_of(first.values.get(self.options.answers_column), f"row {first.index + 1}")
         return chain([first], rows)
 
-    def _run_rows(self, rows: Iterator[InputRow], open_writer: Callable[[], RowWriter], is_retry: bool = False) -> None:
+    def _run_rows(
+        self,
+        rows: Iterator[InputRow],
+        open_writer: Callable[[], RowWriter],
+        first_may_fail: bool = False,
+        needs_model: bool = True,
+    ) -> None:
         """A mistake that shows as the task begins leaves no output."""
         options, total = self.options, self.inputs.total
         self.task.check(options.request)
         self._check_model(options.request)
         rows = self._checked(rows)
-        model = self._load_model(options.request, options.batch_size)
+        model = self._load_model(options.request, options.batch_size) if needs_model else None
         rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
-        flow = FlowOptions(model.batch_size, options.images.num_workers, options.max_errors, rows_at_once, is_retry)
+        batch_size = ROWS_AT_ONCE if model is None else model.batch_size
+        flow = FlowOptions(batch_size, options.images.num_workers, options.max_errors, rows_at_once, first_may_fail)
         self.observer.on_start(None if total is None else total * self.task.rows_each)
-        with model.image_workers(options.images) as images:
-            steps = self.task.begin(model, images, self.inputs.resolve, self.observer)
+        with nullcontext() if model is None else model.image_workers(options.images) as images:
+            steps = NO_STEPS if model is None else self.task.begin(model, images, self.inputs.resolve, self.observer)
             writer, resumed = open_writer(), self.stats.safe
+            if isinstance(writer, JournalWriter):
+                steps = self._recording(steps)
             try:
                 with closing(writer):
                     run_rows(rows, steps, self._writing(writer), flow, self.stats, self.observer.on_row)
@@ -202,13 +302,17 @@ class Run:
                 self.stats.safe = resumed + writer.num_safe
 
     def _writing(self, writer: RowWriter) -> Callable[[InputRow, Finished], None]:
-        """Rows on stdout have the columns that are passed through; a file gets them in the end."""
-        names = self.passthrough.names if self.options.output == STDOUT else {}
+        """Rows on stdout have the columns that are passed through; a file gets them in the end, and digests."""
+        is_stream, names = isinstance(writer, StreamWriter), self.passthrough.names
 
         def write(row: InputRow, finished: Finished) -> None:
             line = finished if isinstance(finished, Mapping) else self.form.row(row, finished)
             self._write_beside(row, line)
-            writer.write({**line, **self.passthrough.shown(row.values)} if names else line)
+            if is_stream:
+                writer.write({**line, **self.passthrough.shown(row.values)} if names else line)
+            else:
+                digest = self._known_digests.pop((row.index, row.id), None) or self._digest(row)
+                writer.write({**line, DIGEST: self._tag + digest})
 
         return write
 
@@ -305,22 +409,12 @@ def _are_one_file(one: str, other: str) -> bool:
         return False
 
 
-def _require_same_row(row: InputRow | None, old: Mapping[str, Any]) -> InputRow:
-    """The input's row in the place of `old`, a row of the output."""
-    if row is None or row.id != old["id"]:
-        found = "ends before it" if row is None else f"has {row.id} there"
-        raise InputError(
-            f"the output has the row {old['id']}, and the input {found}: restore the old input, name another output, or"
-            " start over with --overwrite"
-        )
-    return row
-
-
-def _require_end(rows: Iterator[InputRow], output: FileOutput) -> None:
-    """Raise InputError where the input has rows that a finished output has not."""
-    row = next(rows, None)
-    if row is not None:
-        raise InputError(
-            f"the input has the row {row.id}, which {output.path} has not: restore the old input, name another output,"
-            " or start over with --overwrite"
-        )
+def _spooled(stdin: BinaryIO | None, options: RunOptions) -> BinaryIO | None:
+    """Where paths on stdin may be needed twice, they are kept until the run ends."""
+    is_twice = options.update or options.reading.keep or os.path.exists(options.output)
+    if stdin is None or STDIN not in options.inputs or not is_twice or options.output == STDOUT:
+        return stdin
+    spool = tempfile.TemporaryFile()  # noqa: SIM115
+    shutil.copyfileobj(stdin, spool)
+    spool.seek(0)
+    return spool

@@ -79,6 +79,10 @@ class Task(Protocol):
         """The rows of the result that rows of the input become, `rows_each` of each."""
         return rows
 
+    def images_of(self, row: InputRow, resolve: Callable[[object, int], ImageSource | RowError]) -> Sequence[Any]:
+        """All image sources that the row's text depends on."""
+        return row.sources
+
     def begin(
         self,
         model: Idefics,

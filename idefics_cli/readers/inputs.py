@@ -134,16 +134,37 @@ class Inputs:
         self.are_manifests = [isinstance(one[0], Manifest) for one in inputs]
         self._shard = options.shard or (1, 1)
         self._limit = sys.maxsize if options.limit is None else options.limit
-        self._current = 0  # the source that is read
-        self._next = 0  # the number of its first unread row
-        self._starts = [0]  # the index of the first row of each source that has been reached
-        self._ids = self._ids_to_remember()
+        self._kept = self._limit
         self.is_streaming = any(isinstance(source, PathList) for source in sources)
         self.total = self._count()
         self.identity = [dict(source.identity) for source in sources]
         self.passthrough = _merged([source.passthrough for source in sources])
-        self.rows = self._walk(ids_only=False)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._current = 0  # the source that is read
+        self._next = 0  # the number of its first unread row
+        self._starts = [0]  # the index of the first row of each source that has been reached
+        self._ids = self._ids_to_remember()
         self._remaining = self._limit
+        self.rows = self._walk(ids_only=False)
+
+    def restarted(self) -> Iterator[InputRow]:
+        """`rows` from the first on, again where some have been read."""
+        if self._next or self._current:
+            for source in self._sources:
+                if isinstance(source, PathList):
+                    source.restart()
+            self._begin()
+        return self.rows
+
+    def keep_to(self, number: int) -> None:
+        """Of the pass-through columns so many rows are wanted, whatever has come after them since."""
+        self._kept = number
+
+    def is_manifest(self, index: int) -> bool:
+        """Whether the row of this index, which has been read, stands in a manifest."""
+        return isinstance(self._sources[bisect(self._starts, index) - 1], Manifest)
 
     def skip(self, count: int) -> Iterator[InputRow]:
         """The next `count` rows, or as many as there are, without images and values; before `rows` is read."""
@@ -210,7 +231,7 @@ class Inputs:
 
     def _chunks(self) -> Iterator[Chunk]:
         self._require_unchanged()
-        remaining, offset = self._limit, 0
+        remaining, offset = min(self._limit, self._kept), 0
         for source in self._sources:
             for chunk in self._source_chunks(source, self._first(offset), remaining):
                 yield chunk[:remaining]

@@ -28,6 +28,7 @@ class PathList:
     def __init__(self, stdin: BinaryIO | None, options: ReadOptions, say: Say) -> None:
         if stdin is None:
             raise InputError("stdin is closed: pipe paths into `-`, one per line")
+        self._stdin, self._null = stdin, options.null
         records = _records(stdin, options.null)
         first = next(records, b"")
         if first == b"":
@@ -37,6 +38,12 @@ class PathList:
         self._resolve = open_root(None, options, say)
         self._records = chain([first], records)
         self._taken = 0
+
+    def restart(self) -> None:
+        if not self._stdin.seekable():
+            raise InputError("the paths on stdin are not those that the rows were made of: give these, or add --update")
+        self._stdin.seek(0)
+        self._records, self._taken = _records(self._stdin, self._null), 0
 
     def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
         for record in islice(self._remaining(), start - self._taken, None, step):

@@ -9,20 +9,27 @@ from idefics_cli.errors import InputError
 CACHE_KIBIBYTES = 64 << 10
 
 
+def scratch_database(*tables: str) -> sqlite3.Connection:
+    """A nameless database: in sqlite's page cache and, beyond that, in a temporary file that the system frees with the
+    process."""
+    # Made by the thread that opens the inputs, used by the one that reads them.
+    database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_KIBIBYTES}"):
+        database.execute(f"PRAGMA {setting}")
+    for table in tables:
+        database.execute(table)
+    database.execute("BEGIN")
+    return database
+
+
 class UniqueIds:
     """Remembers each id with the index of its row.
 
-    The nameless database lives in sqlite's page cache and, beyond that, in a temporary file that the system frees with
-    the process. It answers at once, so that the second of two rows with one id is never given out.
+    It answers at once, so that the second of two rows with one id is never given out.
     """
 
     def __init__(self) -> None:
-        # Made by the thread that opens the inputs, used by the one that reads them.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_KIBIBYTES}"):
-            self._database.execute(f"PRAGMA {setting}")
-        self._database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
-        self._database.execute("BEGIN")
+        self._database = scratch_database("CREATE TABLE ids (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
 
     def add(self, row_id: str, index: int) -> int | None:
         """The index of the row that already has this id, or None: then it is now that of row `index`."""

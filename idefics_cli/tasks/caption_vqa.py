@@ -25,7 +25,7 @@ from idefics_cli.prompts.templates import (
     shared_start,
 )
 from idefics_cli.rows import InputRow
-from idefics_cli.tasks.embed import StoredLatents
+from idefics_cli.tasks.embed import StoredLatents, without_names
 from idefics_cli.tasks.few_shot import chosen_for_all, open_shots, opened, read_shots
 from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
 from idefics_cli.tasks.questions import input_id, with_questions
@@ -68,8 +68,7 @@ class CaptionVqa(Task):
 
     @property
     def settings(self) -> dict[str, Any]:
-        shots, stored = (file and file.identity for file in (self._shots_file, self.embeddings))
-        return {**by_option(self.options), "shots_file": shots, "embeddings_file": stored}
+        return without_names(by_option(self.options), shots_file=self._shots_file, embeddings_file=self.embeddings)
 
     def check(self, request: ModelRequest) -> None:
         """Raises InputError for a bad shot, and for another model's embeddings."""

@@ -70,6 +70,18 @@ class Embed(Task):
         return Steps(prepare, model.embed_stream)
 
 
+def without_names(options: dict[str, Any], **files: Any) -> dict[str, Any]:
+    """The settings of a task that reads `files`: what they hold, and not what they are called."""
+
+    def nameless(identity: Any) -> Any:
+        if isinstance(identity, list):
+            return [nameless(each) for each in identity]
+        return {name: value for name, value in identity.items() if name != "name"}
+
+    known = {name: file and nameless(file.identity) for name, file in files.items()}
+    return {name: value for name, value in options.items() if name not in ("--shots", "--embeddings")} | known
+
+
 class StoredLatents(EmbeddingFile):
     """A file of `embed` instead of images.
 

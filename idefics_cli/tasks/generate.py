@@ -6,7 +6,7 @@ Rows in, prompts out. What a cell may hold, `prompts/interleaved.py` knows.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from idefics_cli.prompts.interleaved import NEXT_IMAGE, PLACE, ImageItem, interl
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt
 from idefics_cli.rows import ImageSource, InputRow, RemoteFile
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, shown
-from idefics_cli.tasks.embed import StoredLatents
+from idefics_cli.tasks.embed import StoredLatents, without_names
 from idefics_cli.tasks.options import GenerateOptions
 from idefics_cli.tasks.result_rows import ResultForm
 from idefics_cli.validation import by_option
@@ -50,7 +50,14 @@ class Generate(Task):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**by_option(self.options), "embeddings_file": self.embeddings.identity if self.embeddings else None}
+        return without_names(by_option(self.options), embeddings_file=self.embeddings)
+
+    def images_of(self, row: InputRow, resolve: Callable) -> Sequence[ImageSource]:
+        """Those of the row and those that its prompt names."""
+        prompt = self._prompt(row, True, resolve, str)
+        items = () if isinstance(prompt, RowError) else (item for item in prompt if isinstance(item, ImageItem))
+        named = (resolve(item.source, row.index) for item in items if item.embedding is None and item != NEXT_IMAGE)
+        return [*row.sources, *(source for source in named if not isinstance(source, RowError))]
 
     def check(self, request: ModelRequest) -> None:
         if self.embeddings is not None:

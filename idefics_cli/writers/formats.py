@@ -1,8 +1,9 @@
 """The forms of a finished result file, JSON lines, CSV, Parquet and VQAv2's: written whole, and read back.
 
 A run's own columns come from the texts of its journal, those passed through from a second pass over the inputs. What
-run made a file is recorded beside its rows: in a Parquet file's own metadata, and for any other in `F.jsonl.run`.
-This module knows neither journals nor runs.
+run made a file is recorded in `F.jsonl.run` beside it: a line of settings, one with the digest of each row (of what
+decided it), and the file's bytes. A Parquet file has the settings in its own metadata, too. This module knows neither
+journals nor runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -32,7 +33,9 @@ METADATA_KEY = b"idefics_run"
 SEAL_KEY, ZEROS, FOOTER_END = b"idefics_crc32", b"00000000", b"\0\0\0\0PAR1"
 SEAL = SEAL_KEY + bytes([0x18, len(ZEROS)])  # as the footer holds it, the checksum after it
 SETTINGS, NUM_ROWS, FAILED = "settings", "rows", "failed"
-OF_BYTES = "of_bytes"
+DIGEST, DIGEST_LENGTH = "digest", 24
+DIGEST_START = b', "%s": "' % DIGEST.encode()  # begins the last member of a row's text, where it has one
+CONTENT, CONTENT_BYTES = "content", 100
 BLOCK_BYTES, MAX_FOOTER_BYTES = 1 << 20, 64 << 20
 CHUNK_ROWS, CHUNK_BYTES = 1_000, 16 << 20
 READ_ROWS = 64  # latents are large
@@ -94,13 +97,9 @@ class JsonLines:
         self, path: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
     ) -> None:
         """A whole file, durably, in place of what is there."""
-        check = 0
-        with replacing(path) as file:
-            for piece in self._pieces(texts(), columns, passthrough):
-                check = zlib.crc32(piece, check)
+        with _recorded(path, run) as (file, without_digests):
+            for piece in self._pieces(without_digests(texts()), columns, passthrough):
                 file.write(piece)
-            with replacing(record_name(path)) as beside:
-                beside.write(json_text({**run, OF_BYTES: [file.tell(), check]}) + b"\n")
 
     def _pieces(self, texts: Iterator[bytes], columns: Sequence[Column], passthrough: Passthrough) -> Iterator[bytes]:
         """What the file holds, about a row at a time."""
@@ -109,10 +108,16 @@ class JsonLines:
     def run_of(self, path: Path) -> dict[str, Any] | None:
         """What run made the file; None where it has been changed since, or is not a result."""
         with suppress(FileNotFoundError, ValueError):
-            record = json.loads(record_name(path).read_bytes())
-            if is_record(record) and record.get(OF_BYTES) == content_of(path):
+            record, content = _read_record(path)
+            if content == content_of(path):
                 return record
         return None
+
+    def digests(self, path: Path) -> Iterator[str]:
+        """Those of the rows, as far as they are known."""
+        with suppress(FileNotFoundError), open(record_name(path), "rb") as beside:
+            number = json.loads(beside.readline())[NUM_ROWS]
+            yield from (line.strip().decode() for line in islice(beside, number))
 
     def rows(self, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """These columns of each row."""
@@ -126,8 +131,8 @@ class JsonLines:
         record = record_name(path)
         yield from _existing(temporary_name(path), temporary_name(record))
         for there in _existing(record):
-            with suppress(ValueError, RecursionError):
-                if is_record(json.loads(there.read_bytes())):
+            with suppress(ValueError, RecursionError), open(there, "rb") as file:
+                if is_record(json.loads(file.readline())):
                     continue
             yield there
 
@@ -170,7 +175,8 @@ class VqaV2(JsonLines):
     def rows(self, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """What the file holds of them; an empty answer counts as failed."""
         for row in json.loads(path.read_bytes()):
-            known = {"id": str(row["question_id"]), "answer": row["answer"], "error": row["answer"] == "" or None}
+            error = None if row["answer"] else "row_invalid: an earlier run has no answer"
+            known = {"id": str(row["question_id"]), "answer": row["answer"], "error": error}
             yield {name: known.get(name) for name in columns}
 
 
@@ -212,8 +218,8 @@ def is_sealed(path: Path) -> bool:
         return seal == b"%08x" % _check_of(file, size, zlib.crc32(ZEROS, check))
 
 
-class Parquet:
-    """`F.parquet`: typed columns, zstd, row groups of up to 64 MB. Its methods are those of `JsonLines`."""
+class Parquet(JsonLines):
+    """`F.parquet`: typed columns, zstd, row groups of up to 64 MB."""
 
     def write(
         self, path: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
@@ -228,10 +234,10 @@ class Parquet:
             [*own, *(() if first is None else first.schema)], {METADATA_KEY: json_text(run), SEAL_KEY: ZEROS}
         )
         writing = {"compression": "zstd", "write_page_checksum": True}
-        joined = _joined(_own_tables(texts(), columns, own), first, tables, schema)
-        with replacing(path) as file:
+        with _recorded(path, run) as (file, without_digests):
             sealed = SealedFile(file)
             with pq.ParquetWriter(sealed, schema, **writing) as writer:
+                joined = _joined(_own_tables(without_digests(texts()), columns, own), first, tables, schema)
                 for table in _row_groups(joined):
                     writer.write_table(table, row_group_size=max(1, table.num_rows))
             sealed.seal()
@@ -246,6 +252,9 @@ class Parquet:
         with open(path, "rb") as file, suppress(pa.ArrowException, OSError, ValueError):
             found = pq.read_metadata(file)
             record = json.loads((found.metadata or {}).get(METADATA_KEY, b"null"))
+            with suppress(FileNotFoundError):  # not every copy has it beside
+                if _read_record(path)[1][0] != file.seek(0, os.SEEK_END):
+                    return None
             if is_record(record) and found.num_rows == record[NUM_ROWS]:
                 return record
         return None
@@ -262,11 +271,8 @@ class Parquet:
                 ]
                 yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
 
-    def in_the_way(self, path: Path) -> Iterator[Path]:
-        return _existing(temporary_name(path))
 
-
-Format: TypeAlias = JsonLines | Parquet
+Format: TypeAlias = JsonLines
 FORMATS = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet, ".csv": Csv}
 
 
@@ -310,6 +316,48 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # then the next run writes over it
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _recorded(path: Path, run: Mapping[str, Any]) -> Iterator[tuple[Counted, Callable[..., Iterator[bytes]]]]:
+    """A new file with its record; and what takes the digests from the texts of its rows, and records these."""
+    with replacing(path) as file, replacing(record_name(path)) as beside:
+        counted = Counted(file)
+        beside.write(json_text(run) + b"\n")
+
+        def without_digests(texts: Iterator[bytes]) -> Iterator[bytes]:
+            for text in texts:
+                own, start, digest = text.rpartition(DIGEST_START)
+                beside.write(digest[-DIGEST_LENGTH - 2 : -2] + b"\n")
+                yield own + b"}" if start else text
+
+        yield counted, without_digests
+        beside.write(json_text({CONTENT: [file.seek(0, os.SEEK_END), counted.check]}) + b"\n")
+
+
+def _read_record(path: Path) -> tuple[dict[str, Any], list[int]]:
+    """The run that made the file, and what is known of the file's bytes. Raises ValueError where it is no record."""
+    with open(record_name(path), "rb") as beside:
+        record = json.loads(beside.readline())
+        beside.seek(max(0, beside.seek(0, os.SEEK_END) - CONTENT_BYTES))
+        last = json.loads((beside.read().splitlines() or [b""])[-1])
+    if not is_record(record) or not isinstance(last, dict) or not isinstance(last.get(CONTENT), list):
+        raise ValueError(f"{record_name(path)} is not a record")
+    return record, last[CONTENT]
+
+
+class Counted:
+    """A file that is written from its start; `check` is the CRC-32 of what has been written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.check = file, 0
+
+    def write(self, data: Any) -> int:
+        self.check = zlib.crc32(data, self.check)
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def content_of(path: Path) -> list[int]:

@@ -53,7 +53,8 @@ def unchecked(line: bytes, number: int, check: int) -> tuple[bytes, int] | None:
 class Journal:
     """Opened and locked, its torn tail cut. With `discard` it is as a new one, and what it holds goes when it begins.
 
-    `header` is None for a new one. `summary` is what `end` was told when a run had written all its rows, else None.
+    `header` is None for a new one. `summary` is what `end` was told when a run had written all its rows, else None:
+    rows that come after it are those of a run that does more. `last_text` is the last row that was there at first.
     Raises OutputError where the file cannot be opened, locked, read or written, is not a journal or was changed.
     """
 
@@ -63,6 +64,7 @@ class Journal:
         self._size = self._num_lines = self._check = 0
         self.header: dict[str, Any] | None = None
         self.summary: dict[str, Any] | None = None
+        self.last_text: bytes | None = None
         try:
             with _refusing(path, "read"):
                 self._require_own()
@@ -74,10 +76,6 @@ class Journal:
             raise
 
     # ---- what is there
-
-    @property
-    def num_rows(self) -> int:
-        return self._num_lines - (self.header is not None) - (self.summary is not None)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows so far, in order. Raises OutputError at what `append` was never given."""
@@ -148,12 +146,13 @@ class Journal:
         for number, text, check in self._lines():
             if number == 1:
                 self.header = self._parsed(text, 1).get(HEADER_KEY)
-            if self.summary is not None or not isinstance(self.header, dict):
+            if not isinstance(self.header, dict):
                 raise self._changed(number)
-            if text.startswith(END_START):
-                self.summary = self._parsed(text, number).get(END_KEY)
-                if not isinstance(self.summary, dict):
-                    raise self._changed(number)
+            self.summary = self._parsed(text, number).get(END_KEY) if text.startswith(END_START) else None
+            if text.startswith(END_START) and not isinstance(self.summary, dict):
+                raise self._changed(number)
+            if number > 1 and self.summary is None:
+                self.last_text = text
             self._num_lines, self._check = number, check
 
     def _require_held(self) -> None:

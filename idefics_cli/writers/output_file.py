@@ -1,7 +1,9 @@
 """`-o F.jsonl` and its like: what is there already, what made it, and how a run's rows become the final file.
 
 A run has its rows in the journal `F.part`; `F` appears whole, by rename, when all rows are there, and whatever had that
-name stays until then. Everything that can be wrong with an output is found when it is opened, before a model is loaded.
+name stays until then. Where the input changes in between, the rest is done in a further attempt: its rows come after
+those of the attempts before it, and become the file without them. Everything that can be wrong with an output is found
+when it is opened, before a model is loaded.
 This module knows no images and no models; a row is a mapping with an `id` and an `error`.
 """
 
@@ -9,19 +11,35 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from idefics_cli.columns import Column
 from idefics_cli.errors import OutputError
 from idefics_cli.storage.filenames import ADDRESS, shown_address
-from idefics_cli.writers.formats import NUM_ROWS, SETTINGS, Passthrough, content_of, format_of, is_record
+from idefics_cli.writers.formats import (
+    DIGEST,
+    DIGEST_START,
+    NUM_ROWS,
+    SETTINGS,
+    Passthrough,
+    content_of,
+    format_of,
+    is_record,
+)
 from idefics_cli.writers.journal import Journal, reason, remedy, shown_path, sync_folder
 
-REPLACES = "replaces"
+REPLACES, MODE, COLUMNS = "replaces", "mode", "columns"
+GOOD, SAME = 1, 2  # modes: only rows without an error are taken over; only those whose digest is the same
+TAG = "%03x%x"  # number and mode of the attempt, before the digest of each row in the journal
 FINGERPRINTS = frozenset({"weights", "vision"})  # settings that are known once the model is on this machine
+
+
+Earlier: TypeAlias = tuple[dict[str, Any], str]  # a row and its digest ("": not known)
 
 
 class FileOutput:
@@ -62,15 +80,20 @@ class FileOutput:
         """What the journal says of its run may be valid JSON and not what a run has written."""
         header, summary = self.journal.header, self.journal.summary
         is_head = header is None or (
-            isinstance(header.get(SETTINGS), dict) and isinstance(header.get(REPLACES), list | None)
+            isinstance(header.get(SETTINGS), dict)
+            and isinstance(header.get(REPLACES), list | None)
+            and header.get(MODE) in range(4)
         )
         record = {SETTINGS: {}, **(summary or {})}
-        is_end = summary is None or (is_record(record) and record[NUM_ROWS] == self.journal.num_rows)
+        is_end = summary is None or (is_record(record) and record[NUM_ROWS] == sum(1 for _ in self.texts()))
         if not (is_head and is_end):
-            raise OutputError(
-                f"{shown_path(self.journal.path)} is not as a run of this program leaves it: restore it from a copy, or"
-                " discard it with --overwrite"
-            )
+            raise self._forged()
+
+    def _forged(self) -> OutputError:
+        return OutputError(
+            f"{shown_path(self.journal.path)} is not as a run of this program leaves it: restore it from a copy, or"
+            " discard it with --overwrite"
+        )
 
     def _finished_run(self) -> dict[str, Any] | None:
         """What is known of the run that made the final file, or None where there is none."""
@@ -115,11 +138,47 @@ class FileOutput:
         """The final file is there, and no run is under way."""
         return self.record is not None and self.journal.header is None
 
+    @cached_property
+    def attempt(self) -> tuple[int, int]:
+        """The number and mode of the attempt that is under way."""
+        if self.journal.header is None:
+            return 1 - self.is_finished, 0
+        last = self.journal.last_text
+        return (1, self.journal.header[MODE]) if last is None else self._attempt_of(_tag_of(last))
+
     @property
-    def is_retry(self) -> bool:
-        """The run that is under way, or would begin, does the failed rows of the finished file again."""
-        header = self.journal.header
-        return self.record is not None and (header is None or header.get(REPLACES) is not None)
+    def tag(self) -> str:
+        return TAG % self.attempt
+
+    def done(self, columns: Sequence[str]) -> Iterator[Earlier]:
+        """The rows of the attempt that is under way, else these columns of the finished file, in order."""
+        if self.is_finished:
+            return self._finished(columns)
+        return self._in_journal(lambda number: number == self.attempt[0])
+
+    def earlier(self, columns: Sequence[str], before: int) -> Iterator[Earlier]:
+        """What was done before the attempt of this number. Of several rows with one id, the last is the newest."""
+        return chain(self._finished(columns) if self.record else (), self._in_journal(lambda number: number < before))
+
+    def texts(self) -> Iterator[bytes]:
+        """Those of the attempt that is under way, as they stand in the journal."""
+        return (text for text in self.journal.texts() if self._attempt_of(_tag_of(text))[0] == self.attempt[0])
+
+    def _in_journal(self, is_wanted: Callable[[int], bool]) -> Iterator[Earlier]:
+        for row in self.journal.rows() if self.journal.header else ():
+            tag = row.pop(DIGEST, "")
+            if is_wanted(self._attempt_of(tag)[0]):
+                yield row, tag[4:]
+
+    def _attempt_of(self, tag: str | bytes) -> tuple[int, int]:
+        try:
+            return int(tag[:3], 16), int(tag[3:4], 16)
+        except (ValueError, TypeError):
+            raise self._forged() from None
+
+    def _finished(self, columns: Sequence[str]) -> Iterator[Earlier]:
+        digests = chain(self.format.digests(self.path), repeat(""))
+        return zip(self.finished_rows(columns), digests, strict=False)
 
     def require_same(self, settings: Mapping[str, Any]) -> None:
         """Raise OutputError naming what differs from the run that is there. Settings not known yet are left out."""
@@ -140,11 +199,15 @@ class FileOutput:
 
     # ---- writing
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Make ready for rows: continue a journal, or begin one. A finished file must stay as it is meanwhile."""
+    def next_attempt(self, mode: int) -> None:
+        self.attempt = self.attempt[0] + 1, mode
+
+    def begin(self, settings: Mapping[str, Any], columns: Sequence[Column]) -> None:
+        """Make ready for rows. A finished file must stay as it is meanwhile."""
         if self.journal.header is None:
             replaces = None if self.record is None else content_of(self.path)
-            self.journal.begin({SETTINGS: settings, REPLACES: replaces})
+            shown = {column.name: column.kind for column in columns}
+            self.journal.begin({SETTINGS: settings, REPLACES: replaces, MODE: self.attempt[1], COLUMNS: shown})
 
     def publish(self, columns: Sequence[Column], passthrough: Passthrough) -> None:
         """Give the rows of a journal that has ended their final name, durably."""
@@ -152,7 +215,7 @@ class FileOutput:
         self.journal.require_unchanged()
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
         try:
-            self.format.write(self.path, self.journal.texts, columns, passthrough, run)
+            self.format.write(self.path, self.texts, columns, passthrough, run)
             sync_folder(self.path.parent)
             self.journal.remove()
         except OSError as error:
@@ -163,18 +226,23 @@ class FileOutput:
         self.journal.close()
 
 
+def _tag_of(text: bytes) -> bytes:
+    return text.rpartition(DIGEST_START)[2]
+
+
 # ---- settings
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], within: tuple[str, ...] = ()) -> Iterator[str]:
-    """`--option: was this, now that` for each setting that differs. A fingerprint may not be known yet."""
+    """`--option: was this, now that` for each setting that differs. A fingerprint may not be known yet, and an option
+    that one of the two does not know counts as off."""
     for name in (old.keys() | new.keys()) - (FINGERPRINTS - (old.keys() & new.keys())):
         before, now, path = old.get(name), new.get(name), (*within, name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             yield from differences(before, now, path)
         elif _are_lists_alike(before, now):
             yield from differences(_numbered(before), _numbered(now), path)
-        elif before != now:
+        elif before != now and ((name in old and name in new) or before or now):
             yield f"{setting_name(path)}: was {_brief(before)}, now {_brief(now)}"
 
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 from conftest import FakeCaptioner
 from tqdm import tqdm
 
+import idefics_cli
 from idefics_cli import __main__ as console_script
 from idefics_cli.cli import app as cli
 from idefics_cli.pipeline import run  # noqa: F401 (the slow imports, done once where processes are forked)
@@ -55,7 +56,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Settings:
-    """`delay`: seconds for each batch; `file_limit`: bytes that a file may have; `model`: what its digest is."""
+    """`delay`: seconds for each batch; `file_limit`: bytes that a file may have; `weights`: the digest of the model's;
+    `log`: a file of all texts that the captioner has given; `version`: the program's."""
 
     delay: float = 0.0
     batch_size: int = 4
@@ -63,6 +65,8 @@ class Settings:
     commit_seconds: float = 60.0
     file_limit: int | None = None
     weights: str | None = "fake"
+    log: str | None = None
+    version: str = "0.1.0"
     fault: Fault | None = None
 
 
@@ -125,7 +129,18 @@ def main(arguments: list[str], settings: Settings) -> NoReturn:
     if settings.fault is not None:
         Shim(settings.fault).install()
     cli.check_model = lambda request: settings.weights
-    cli.load_model = lambda request, batch_size: FakeCaptioner(batch_size or settings.batch_size, delay=settings.delay)
+    idefics_cli.__version__ = cli.__version__ = settings.version
+
+    def logged(text: str) -> str:
+        if settings.log:
+            with open(settings.log, "a") as log:
+                log.write(f"{text}\n")
+        return text
+
+    def load(request: object, batch_size: int | None) -> FakeCaptioner:
+        return FakeCaptioner(batch_size or settings.batch_size, delay=settings.delay, answer=logged)
+
+    cli.load_model = load
     sys.argv = ["idefics", *arguments]
     console_script.main()
     raise AssertionError("the command line came back")

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from multiprocessing import forkserver
@@ -28,7 +28,6 @@ from faulty_run import Fault, Settings, main_in_session
 KILLED = -signal.SIGKILL
 PLAIN = Settings()
 BROKEN_EACH = 17
-RECORDS = {".jsonl": (".run",), ".parquet": ()}  # what stands beside a finished file
 
 both_formats = pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -90,6 +89,7 @@ class Bench:
 
     folder: Path
     output: Path
+    spelling: str | None = None  # of the folder of images
 
     @property
     def images(self) -> Path:
@@ -100,7 +100,7 @@ class Bench:
         return self.output.with_name(self.output.name + ".part")
 
     def start(self, *options: str, settings: Settings = PLAIN) -> Started:
-        arguments = ["caption", str(self.images), "-o", str(self.output), "--workers", "2", *options]
+        arguments = ["caption", self.spelling or str(self.images), "-o", str(self.output), "--workers", "2", *options]
         streams = self.folder / f"streams-{time.monotonic_ns()}"
         streams.mkdir()
         process = forks().Process(
@@ -112,11 +112,13 @@ class Bench:
     def run(self, *options: str, settings: Settings = PLAIN) -> Ended:
         return self.start(*options, settings=settings).wait()
 
-    def run_with_fault(self, number: int, action: Any, *options: str, **fault: Any) -> Ended | None:
+    def run_with_fault(
+        self, number: int, action: Any, *options: str, settings: Settings = PLAIN, **fault: Any
+    ) -> Ended | None:
         """None: the run has fewer calls than that, and is not disturbed."""
         fired = self.folder / "fired"
         fired.unlink(missing_ok=True)
-        settings = Settings(fault=Fault(number, action, str(fired), **fault))
+        settings = replace(settings, fault=Fault(number, action, str(fired), **fault))
         ended = self.run(*options, settings=settings)
         return ended if fired.exists() else None
 
@@ -157,7 +159,7 @@ class Bench:
         found = [(row["id"], row["caption"], (row["error"] or "").split(":")[0]) for row in self.rows()]
         assert found == [(name, text and prefix + text, error) for name, text, error in expected]
         left = {path.name for path in self.output.parent.iterdir()}
-        assert left == {self.output.name + suffix for suffix in ("", *RECORDS[self.output.suffix])}
+        assert left == {self.output.name + suffix for suffix in ("", ".run")}
 
 
 def expected_rows(images: Path) -> list[tuple[str, str | None, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ CHANGES = [
     (("--num-return-sequences", "2"), "(--num-return-sequences: was 1, now 2)"),
     (("--model", "other/model"), "(--model: was 'HuggingFaceM4/idefics-9b-instruct', now 'other/model')"),
     (("--draft",), "(--draft: was False, now True)"),
-    (("--limit", "5"), "(--limit: was unset, now 5)"),
 ]
 
 
@@ -32,9 +32,17 @@ def test_a_change_is_named_and_nothing_touched(tmp_path: Path, suffix: str, is_f
     begin(bench, is_finished)
     for options, said in CHANGES:
         refuse(bench, said, *options)
-    added = save_image(bench.images / "added.png")
-    refuse(bench, "files: was 60, now 61")
+    refuse(bench, "rows gone (0005.png, 0006.png, 0007.png, ...). Add --update ", "--limit", "5")
+    added = save_image(bench.images / "0000-added.png")
+    refuse(bench, ": 1 row new (0000-added.png)." if is_finished else ": its rows come in another order.")
     added.unlink()
+    for name, said in ("0001.png", "1 row changed (0001.png)"), ("0002.png", "1 row gone (0002.png)"):
+        path = bench.images / name
+        before = path.read_bytes(), path.stat()
+        path.unlink() if "gone" in said else path.write_bytes(b"broken")
+        refuse(bench, said)
+        path.write_bytes(before[0])
+        os.utime(path, ns=(before[1].st_atime_ns, before[1].st_mtime_ns))
     assert bench.run().code == 3
     bench.verify()
 

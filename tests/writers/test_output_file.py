@@ -17,6 +17,7 @@ from idefics_cli.errors import OutputError
 from idefics_cli.writers.formats import Passthrough
 from idefics_cli.writers.output_file import FileOutput, differences, setting_name
 
+DIGEST = 24 * "7"
 SETTINGS = {"model": {"name": "demo"}, "inputs": [{"name": "a.csv"}], "task": {"prompts": {"text": None}}}
 COLUMNS = [Column("id", "text"), Column("caption", "text"), Column("error", "text")]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -35,8 +36,8 @@ def opened(path: Path, rows: Sequence[dict[str, Any]] = (), **options: Any) -> I
     """An output to which these rows are added."""
     with closing(FileOutput(path, **options)) as output:
         if rows:
-            output.begin(SETTINGS)
-            output.journal.append([json_text(each) for each in rows])
+            output.begin(SETTINGS, COLUMNS)
+            output.journal.append([json_text({**each, "digest": output.tag + DIGEST}) for each in rows])
         yield output
 
 
@@ -49,6 +50,12 @@ def finish(path: Path, rows: Sequence[dict[str, Any]] = OLD, **options: Any) -> 
 def publish(output: FileOutput) -> None:
     output.journal.end(SUMMARY)
     output.publish(COLUMNS, Passthrough())
+
+
+def done(output: FileOutput) -> list[dict[str, Any]]:
+    rows = list(output.done(["id", "caption", "error"]))
+    assert all(digest == DIGEST for _, digest in rows)
+    return [row for row, _ in rows]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -66,15 +73,16 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_a_run_in_two_parts(path: Path) -> None:
     with opened(path) as output:
-        assert (output.settings, output.is_finished, list(output.journal.rows())) == (None, False, [])
+        assert (output.settings, output.is_finished, done(output)) == (None, False, [])
     with opened(path, OLD[:1]):
         assert not path.exists()
     with opened(path) as output:
-        assert (output.settings, output.is_finished, list(output.journal.rows())) == (SETTINGS, False, OLD[:1])
+        assert (output.settings, output.is_finished, done(output)) == (SETTINGS, False, OLD[:1])
     finish(path, OLD[1:])
     with opened(path) as output:
         assert output.is_finished and output.settings == SETTINGS
         assert output.record.items() >= SUMMARY.items()
+        assert done(output) == OLD
     assert rows_of(path) == OLD
     assert not list(path.parent.glob("*.part")) + list(path.parent.glob("*.tmp"))
 
@@ -86,7 +94,7 @@ def test_a_retry_replaces_the_finished_file_and_keeps_it_until_then(path: Path) 
         pass
     assert rows_of(path) == OLD
     with opened(path) as output:
-        assert output.is_retry and not output.is_finished and output.settings == SETTINGS
+        assert output.record and not output.is_finished and output.settings == SETTINGS
     finish(path, new[2:])
     assert rows_of(path) == new
 
@@ -129,6 +137,7 @@ def test_a_difference_is_named(tmp_path: Path) -> None:
     other = {**SETTINGS, "model": {"name": "other"}, "inputs": [{"name": "b.csv"}]}
     with opened(tmp_path / "f.jsonl") as output:
         output.require_same({**SETTINGS, "model": {**SETTINGS["model"], "weights": "not known then"}, "--unset": None})
+        output.require_same({**SETTINGS, "--new": False})
         with pytest.raises(OutputError, match="--new: was unset, now 1"):
             output.require_same({**SETTINGS, "--new": 1})
         with pytest.raises(OutputError) as caught:
@@ -198,7 +207,7 @@ def test_an_address_is_refused(address: str) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     ("name", "beside"),
-    [("f.jsonl", ".tmp"), ("f.jsonl", ".run"), ("f.jsonl", ".run.tmp"), ("f.parquet", ".tmp")],
+    [("f.jsonl", ".tmp"), ("f.jsonl", ".run"), ("f.jsonl", ".run.tmp"), ("f.parquet", ".run")],
 )
 def test_files_of_others_are_never_overwritten(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
     own = tmp_path / f"{name}{beside}"
