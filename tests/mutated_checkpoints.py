@@ -1,7 +1,7 @@
 """Checkpoints with one seeded mistake each, loaded and run in a process of their own.
 
-`python mutated_checkpoints.py FOLDER KIND,KIND... FIRST COUNT` prints a JSON line for each: its kind, its number, how it
-ended, and the seconds it took; then the most memory in bytes.
+`python mutated_checkpoints.py FOLDER KIND,KIND... FIRST COUNT` prints a JSON line for each: its kind, its number, how
+it ended, and the seconds it took; then the most memory in bytes.
 """
 
 from __future__ import annotations
