@@ -32,7 +32,7 @@ class RunOptions:
     inputs: Annotated[
         tuple[str, ...],
         Help(
-            "Image files, folders, manifests (.parquet, .jsonl, .json, .csv, .tsv, also .gz), .tar, or - for paths from"
+            "Image files, folders, manifests (.parquet, .arrow, .jsonl, .json, .csv, .tsv, also .gz), .tar, or - for"
             " stdin",
             metavar="INPUT",
         ),

@@ -22,7 +22,7 @@ from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.folder import FileListing, list_file, list_folder, refuse_equal_ids
 from idefics_cli.readers.image_paths import Say, said_once
 from idefics_cli.readers.manifest import Manifest, is_manifest, manifest_kind, open_manifest, require_image
-from idefics_cli.readers.parts import folder_parts, parts_of_one_kind
+from idefics_cli.readers.parts import folder_parts, parts_of_one_kind, saved_dataset
 from idefics_cli.readers.stdin_paths import PathList
 from idefics_cli.readers.table import Chunk, NoRows, Record
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
@@ -84,14 +84,15 @@ def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO |
 
 
 def _open_folder(folder: File, prefix: str, options: ReadOptions, say: Say) -> Sequence[Source]:
+    names = sorted(posixpath.basename(info["name"]) for info in folder.entries())
+    if parts := saved_dataset(folder, names):
+        return _open_parts(folder.name, parts, prefix, options, say)
     images = list_folder(folder, options)
     if images is None:
-        parts = folder_parts(folder, options.recursive, say)
-        if parts:
+        if parts := folder_parts(folder, options.recursive, say):
             return _open_parts(folder.name, parts, prefix, options, say)
         hint = "" if options.recursive else " (--no-recursive leaves its sub-folders out)"
         raise InputError(f"no images in {folder.name}{hint}, and no manifests: name a folder of images")
-    names = sorted(posixpath.basename(info["name"]) for info in folder.entries())
     beside = [name for name in names if is_manifest(name) and not is_hidden(name) and manifest_kind(name) != "json"]
     if beside:
         say(f"{folder.name}: its images are read, and not {listed(beside[:3])}, which can be named as an INPUT.")

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST_NAME = re.compile(
-    r"\.(?:(?P<kind>parquet|jsonl|ndjson|json|csv|tsv|tar)(?:\.(?P<packed>gz|bz2|xz|zst))?|(?P<tgz>tgz))$",
+    r"\.(?:(?P<kind>parquet|arrow|feather|ipc|jsonl|ndjson|json|csv|tsv|tar)(?:\.(?P<packed>gz|bz2|xz|zst))?|(?P<tgz>tgz))$",
     re.IGNORECASE,
 )
+ARROW_KINDS = ("arrow", "feather", "ipc")
 MAX_ID_CHARACTERS = 10_000
 
 # Files that are not read: their suffixes, how they begin, what they are, and what to do instead.
@@ -44,6 +45,7 @@ OTHER_KINDS = (
     ("mp4|m4v|mov|avi|mkv|webm", rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI", "a video: save frames of it as images"),
     ("gz|bz2|xz|zst", rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "packed: unpack it, or name it as in rows.jsonl.gz"),
     ("pqt?|parq", rb"PAR1", "a table in Parquet: name it with the suffix .parquet"),
+    (NO_BEGINNING.decode(), rb"ARROW1", "a table in Arrow: name it with the suffix .arrow"),
     (NO_BEGINNING.decode(), rb".{257}ustar", "a tar archive: name it with the suffix .tar"),
     (NO_BEGINNING.decode(), rb"\s*[{\[]", "JSON, it seems: name it with the suffix .jsonl or .json"),
     (".*", rb"", "of no known kind: name images, folders of them, manifests (.parquet, .jsonl, .csv, ...), or `-`"),
@@ -99,7 +101,7 @@ def open_table(file: File, options: ReadOptions) -> Table:
     """Raises InputError where the manifest is unreadable as a whole."""
     kind, match = manifest_kind(file.name), MANIFEST_NAME.search(file.name)
     packed = "gz" if match["tgz"] else (match["packed"] or "").lower()
-    if packed not in ("", "gz") or (packed and kind == "parquet"):
+    if packed not in ("", "gz") or (packed and kind in ("parquet", *ARROW_KINDS)):
         raise InputError(f"{file.name} cannot be read compressed like this: unpack it first")
     table = _table(file, kind, packed == "gz", options)
     if len(table.columns) > MAX_COLUMNS:
@@ -115,6 +117,10 @@ def _table(file: File, kind: str, compressed: bool, options: ReadOptions) -> Tab
         from idefics_cli.readers.parquet import ParquetTable  # imports pyarrow
 
         return ParquetTable(file)
+    if kind in ARROW_KINDS:
+        from idefics_cli.readers.arrow import ArrowTable
+
+        return ArrowTable(file)
     if kind == "tar":
         return Archive(file, compressed)
     if kind in ("csv", "tsv"):

@@ -35,16 +35,14 @@ BOMB_RATIO = 100
 LIST_VALUE_BYTES = 16  # the least that each value of a list takes in memory
 
 
-class ParquetTable(Table):
-    def __init__(self, file: File) -> None:
-        self._file = file
-        require_sound(file)
-        with self._open() as parquet:
-            self._schema = parquet.schema_arrow
-            self.size: int = parquet.metadata.num_rows
-        self.columns = self._schema.names
-        if self.size == 0:
-            raise NoRows(f"{file.name} holds no rows: name a manifest with rows")
+class TypedTable(Table):
+    """A manifest whose columns have Arrow types. `_batches` gives every `step`-th row from `start` on in pieces that
+    fit into memory, with the number of each one's first row."""
+
+    _schema: pa.Schema
+
+    def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        raise NotImplementedError
 
     @cached_property
     def images(self) -> Sequence[str]:
@@ -64,23 +62,32 @@ class ParquetTable(Table):
         return is_text or _is_bytes(kind) or pa.types.is_fixed_size_binary(kind)
 
     def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
-        if not columns:
+        if not columns and self.size is not None:
             yield from ((number, {}) for number in range(start, self.size, step))
             return
-        for first, batch in self._batches(start, step, columns):
-            numbers = range(first, self.size, step)
-            yield from zip(numbers, python_rows(batch, numbers), strict=False)
+        for first, batch in self._batches(start, step, columns or self.columns[:1]):
+            numbers = range(first, first + step * batch.num_rows, step)
+            yield from zip(numbers, python_rows(batch, numbers), strict=True)
 
     def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[Chunk]:
         if not columns:
             return super().chunks(start, step, columns)
         return (batch for _, batch in self._batches(start, step, columns))
 
-    def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Every `step`-th row from `start` on in pieces that fit into memory, with the number of each one's first row.
 
-        Raises InputError after a row group of fewer rows than it declares: Arrow skips what it does not find.
-        """
+class ParquetTable(TypedTable):
+    def __init__(self, file: File) -> None:
+        self._file = file
+        require_sound(file)
+        with self._open() as parquet:
+            self._schema = parquet.schema_arrow
+            self.size: int = parquet.metadata.num_rows
+        self.columns = self._schema.names
+        if self.size == 0:
+            raise NoRows(f"{file.name} holds no rows: name a manifest with rows")
+
+    def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Raises InputError after a row group of fewer rows than it declares: Arrow skips what it does not find."""
         with self._open() as parquet:
             offset = 0
             for group in range(parquet.num_row_groups):
@@ -89,7 +96,7 @@ class ParquetTable(Table):
                     for number, batch in self._group_batches(parquet, group, offset, columns):
                         first = max(start, number + (start - number) % step)
                         if first < number + batch.num_rows:
-                            yield first, _strided(batch, first - number, step)
+                            yield first, strided(batch, first - number, step)
                         del batch
                 offset += declared
             self._require_rows(self.size, offset)
@@ -176,7 +183,7 @@ def _dictionary_bytes(chunk: ColumnChunkMetaData) -> int:
 # ---- values
 
 
-def _strided(batch: pa.RecordBatch, first: int, step: int) -> pa.RecordBatch:
+def strided(batch: pa.RecordBatch, first: int, step: int) -> pa.RecordBatch:
     """Joined from slices, since `take` knows no views."""
     if step == 1:
         return batch.slice(first)

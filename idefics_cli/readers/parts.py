@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from idefics_cli.errors import InputError
+from idefics_cli.errors import InputError, RowError
+from idefics_cli.readers.jsonl import parse_object
 from idefics_cli.readers.manifest import is_manifest, manifest_kind
+from idefics_cli.readers.table import Record
+from idefics_cli.storage.filenames import listed
 from idefics_cli.storage.files import File, walk
+
+MAX_STATE_BYTES = 16 << 20
 
 
 def folder_parts(folder: File, recursive: bool, say: Callable[[str], object]) -> list[File]:
@@ -15,6 +21,32 @@ def folder_parts(folder: File, recursive: bool, say: Callable[[str], object]) ->
     names = sorted(name for name, _ in walk(folder, recursive) if is_manifest(name))
     files = [folder.child(name) for name in names if not any(part.startswith("_") for part in name.split("/"))]
     return parts_of_one_kind(folder.name, files, say)
+
+
+def saved_dataset(folder: File, names: Sequence[str]) -> list[File]:
+    """The files of a folder that the datasets library has saved; empty where it is none. `names` are what lies in it.
+
+    Raises InputError where it has splits, or is not whole.
+    """
+    if "dataset_dict.json" in names:
+        splits = _read_json(folder, "dataset_dict.json").get("splits")
+        named = listed(posixpath.join(folder.name, str(split)) for split in splits) if isinstance(splits, list) else ""
+        raise InputError(f"{folder.name} holds the splits of a dataset: name one of them: {named}")
+    if "state.json" not in names or "dataset_info.json" not in names:
+        return []
+    files = _read_json(folder, "state.json").get("_data_files")
+    found = [str(file.get("filename")) for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    if not found or not set(found) <= set(names):
+        raise InputError(f"{folder.name} is not a whole dataset: a file that its state.json names is not in it")
+    return [folder.child(name) for name in found]
+
+
+def _read_json(folder: File, name: str) -> Record:
+    with folder.child(name).open() as file:
+        found = parse_object(file.read(MAX_STATE_BYTES), name)
+    if isinstance(found, RowError):
+        raise InputError(f"{folder.name} cannot be read: {found.message}; save the dataset again")
+    return found
 
 
 def parts_of_one_kind(place: str, files: Sequence[File], say: Callable[[str], object]) -> list[File]:

@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
@@ -242,11 +243,11 @@ def rewritten(data: bytes) -> bytes:
     return b"".join(blocks)
 
 
-def rows_or_refusal(path: Path) -> int:
+def rows_or_refusal(path: Path, **options: Any) -> int:
     """How many rows come before the end or the one line that ends them; anything else that is raised is a bug."""
     number = 0
     try:
-        for row in opened(path, keep="all").rows:
+        for row in opened(path, keep="all", **options).rows:
             number += 1
             assert row.error is None or str(row.error)
     except InputError as error:
