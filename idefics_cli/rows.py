@@ -152,6 +152,10 @@ class ReadOptions:
 
     recursive: Annotated[bool, Help("Skip the sub-folders of folders", flags=("--no-recursive",))] = True
     null: Annotated[bool, Help("Paths on stdin end with NUL, not with a line break", flags=("-0", "--null"))] = False
+    stdin: Annotated[
+        Literal["paths", "jsonl"] | None,
+        Help("What stands on stdin", default="jsonl where it begins with {, else paths"),
+    ] = None
     image_column: Annotated[
         str | None,
         Help(

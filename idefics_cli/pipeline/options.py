@@ -33,7 +33,7 @@ class RunOptions:
         tuple[str, ...],
         Help(
             "Image files, folders, manifests (.parquet, .arrow, .jsonl, .json, .csv, .tsv, also .gz), .tar, or - for"
-            " stdin",
+            " paths or JSON lines on stdin",
             metavar="INPUT",
         ),
     ]
@@ -65,8 +65,12 @@ class RunOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.reading.null and STDIN not in self.inputs:
-            raise IdeficsError("--null says how stdin is read: add - to the inputs")
+        if (self.reading.null or self.reading.stdin) and STDIN not in self.inputs:
+            raise IdeficsError(
+                f"{'--null' if self.reading.null else '--stdin'} says how stdin is read: add - to the inputs"
+            )
+        if self.reading.null and self.reading.stdin == "jsonl":
+            raise IdeficsError("--null separates paths: leave it out with --stdin jsonl")
         if self.overwrite and (self.retry_errors or self.update):
             kept = "--retry-errors would redo" if self.retry_errors else "--update would keep"
             raise IdeficsError(f"--overwrite discards what {kept}: use one of them")

@@ -395,7 +395,8 @@ def _require_output_of_its_own(options: RunOptions, task: Task) -> None:
 def _require_output_outside_parts(options: RunOptions, are_manifests: Sequence[bool]) -> None:
     """The next run would read it, too."""
     output = os.path.realpath(options.output)
-    for name in (name for name, is_one in zip(options.inputs, are_manifests, strict=True) if is_one):
+    inputs = [name for name, is_one in zip(options.inputs, are_manifests, strict=True) if is_one and name != STDIN]
+    for name in inputs if options.output != STDOUT else ():
         if os.path.isdir(name) and output.startswith(os.path.realpath(name) + "/"):
             raise OutputError(f"{options.output} would become a part of {name}: name an output outside that folder")
         if not os.path.exists(name) and fnmatch(output, os.path.realpath(name)):

@@ -32,7 +32,7 @@ LINK_OUT = RowError("image_not_allowed", "a link that leads out of the folder: -
 class FileListing:
     """Images whose names are known: the names are the ids, and each comes once. `closed` are folders among them."""
 
-    prefix, rows_before = "", 0
+    prefix, rows_before, is_streaming = "", 0, False
     passthrough: Mapping[str, Any] = NO_VALUES
 
     def __init__(

@@ -21,9 +21,11 @@ from idefics_cli.columns import json_text
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.folder import FileListing, list_file, list_folder, refuse_equal_ids
 from idefics_cli.readers.image_paths import Say, said_once
+from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.manifest import Manifest, is_manifest, manifest_kind, open_manifest, require_image
 from idefics_cli.readers.parts import folder_parts, parts_of_one_kind, saved_dataset
 from idefics_cli.readers.stdin_paths import PathList
+from idefics_cli.readers.stdin_rows import json_lines_on
 from idefics_cli.readers.table import Chunk, NoRows, Record
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import is_hidden, listed, shown
@@ -63,7 +65,10 @@ def open_inputs(
 def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO | None, say: Say) -> Sequence[Source]:
     """What one INPUT holds, in order."""
     if name == "-":
-        return [PathList(stdin, options, say)]
+        lines, paths = (None, None) if stdin is None else json_lines_on(stdin, options.stdin, options.null)
+        if lines is None:
+            return [PathList(paths, options, say)]
+        return [Manifest(lines, open_json_lines(lines, False), "-:" if among_others else "", options, say)]
     shown_name, files = place(name).name, find_all(name)
     prefix = f"{shown_name}:" if among_others else ""
     manifests = [file for file in files if is_manifest(file.name) and not file.is_folder]
@@ -136,7 +141,7 @@ class Inputs:
         self._shard = options.shard or (1, 1)
         self._limit = sys.maxsize if options.limit is None else options.limit
         self._kept = self._limit
-        self.is_streaming = any(isinstance(source, PathList) for source in sources)
+        self.is_streaming = any(source.is_streaming for source in sources)
         self.total = self._count()
         self.identity = [dict(source.identity) for source in sources]
         self.passthrough = _merged([source.passthrough for source in sources])

@@ -17,6 +17,7 @@ from idefics_cli.readers.image_columns import image_columns_of, is_empty, requir
 from idefics_cli.readers.image_paths import Say, open_root, read_image, read_images, shown_images
 from idefics_cli.readers.json_array import open_json
 from idefics_cli.readers.jsonl import open_json_lines
+from idefics_cli.readers.stdin_rows import StdinFile
 from idefics_cli.readers.table import OWN_ERROR, Chunk, NoRows, Record, Table, with_lists
 from idefics_cli.readers.webdataset import Archive
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
@@ -137,7 +138,7 @@ class Manifest:
     rows_before = 0
 
     def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions, say: Say) -> None:
-        self.prefix = prefix
+        self.prefix, self.is_streaming = prefix, isinstance(file, StdinFile)
         self._file, self._table = file, table
         self._images = image_columns_of(file.name, table, options)
         self._id = _id_column(file.name, table, options)
@@ -160,6 +161,8 @@ class Manifest:
     @property
     def identity(self) -> dict[str, Any]:
         """As the file is now."""
+        if self.is_streaming:
+            return {"kind": "stdin"}
         size, digest = self._file.info()["size"], file_digest(self._file)
         return {"kind": "manifest", "name": self._file.name, "bytes": size, "digest": digest}
 

@@ -21,7 +21,7 @@ class PathList:
     """
 
     size: int | None = None
-    prefix, rows_before = "-:", 0
+    prefix, rows_before, is_streaming = "-:", 0, True
     identity: Mapping[str, Any] = {"kind": "stdin"}
     passthrough: Mapping[str, Any] = NO_VALUES
 

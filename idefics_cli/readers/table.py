@@ -113,13 +113,14 @@ class StreamTable(Table):
     def _sample(self) -> list[Record]:
         """The first records without bad ones and images. Raises InputError where they tell no columns."""
         records: list[Record | RowError] = []
+        most = 1 if self._file.comes_slowly else SAMPLE_ROWS
         with open_stream(self._file, self._compressed) as stream:
-            for make in islice(self._read(stream, None), SAMPLE_ROWS):
+            for make in islice(self._read(stream, None), most):
                 records.append(make())
                 if stream.tell() > SAMPLE_BYTES:
                     break
             else:
-                self.size = len(records) if len(records) < SAMPLE_ROWS else None
+                self.size = len(records) if len(records) < most else None
         if not records:
             raise NoRows(f"{self._file.name} holds no rows: name a manifest with rows")
         good = [record for record in records if not isinstance(record, RowError)]

@@ -61,7 +61,12 @@ class File:
         return isinstance(self.filesystem, LocalFiles)
 
     @property
-    def parent(self) -> File:
+    def comes_slowly(self) -> bool:
+        """Whether a row may be long in coming, and those before it are not to wait for it."""
+        return False
+
+    @property
+    def parent(self) -> File | None:
         return File(posixpath.dirname(self.name), posixpath.dirname(self.path), self.filesystem)
 
     def child(self, path: str) -> File:
