@@ -32,7 +32,9 @@ class ArrowTable(TypedTable):
         self._file = file
         with self._open() as reader:
             self._schema = reader.schema
-        self.columns = self._schema.names
+        with self._refusing():
+            str(self._schema.remove_metadata())  # in which all names are decoded
+            self.columns = self._schema.names
         if not self.columns or next(self.records(0, 1, self.columns[:1]), None) is None:
             raise NoRows(f"{file.name} holds no rows: name a manifest with rows")
 
