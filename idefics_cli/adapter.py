@@ -63,4 +63,4 @@ def merged(network: nn.Module, settings: dict[str, Any], tensors: dict[str, Tens
             raise CheckpointError(
                 f"the adapter does not fit the model: it {kind} {len(names)} tensors, such as {names[0]}"
             )
-    return adapted.merge_and_unload(safe_merge=True)
+    return adapted.merge_and_unload()

@@ -257,36 +257,31 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     _require_config(folder, CONFIG)
     model_type = read_json(folder / CONFIG).get("model_type")
     _require(model_type == "idefics", f"{folder} has model_type {model_type!r}: only 'idefics' can be run")
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    _require(has_tokenizer, f"{folder} has no tokenizer: add its tokenizer.json or tokenizer.model")
+    tokenizers = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    _require(tokenizers, f"{folder} has no tokenizer: add its tokenizer.json or tokenizer.model")
+    for path in tokenizers:
+        _require_no_pointer(path)
     # transformers would load an adapter silently over the checked weights, even from a pickle.
     has_adapter = (folder / ADAPTER_CONFIG).exists()
-    _require(not has_adapter, f"{folder} holds an adapter beside its weights: merge it into them, or remove it")
-    _require_no_pointers(path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).is_file())
-    files = weight_files(folder, SAFETENSORS)
-    _require_no_pointers(files)
-    for file in files:
-        _stored_shapes(file, is_pickled=False)
-    if files:
-        return Checkpoint(folder, files, is_pickled=False)
+    _require(not has_adapter, f"{folder} holds an adapter beside its weights: put them into folders of their own")
+    checkpoint = Checkpoint(folder, weight_files(folder, SAFETENSORS), is_pickled=False)
+    if stored_shapes(checkpoint):
+        return checkpoint
     # Without allow_pickle only the index of a hub's pickles is fetched.
     pickles = [name for name in (PICKLES, f"{PICKLES}.index.json") if (folder / name).is_file()]
     _require(pickles, f"{folder} has no weights: expected {SAFETENSORS} or {SAFETENSORS}.index.json")
     if not allow_pickle:
         raise CheckpointError(f"{folder} has its weights as pickles only ({pickles[0]}), {CAN_RUN_CODE}")
-    files = weight_files(folder, PICKLES)
-    _require_no_pointers(files)
-    return Checkpoint(folder, files, is_pickled=True)
+    return Checkpoint(folder, weight_files(folder, PICKLES), is_pickled=True)
 
 
-def _require_no_pointers(files: Iterable[Path]) -> None:
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                pointer = lfs_pointer(file.read(POINTER_BYTES))
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}; check your access to it") from error
-        _require(pointer is None, f"{path} is {pointer}")
+def _require_no_pointer(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            pointer = lfs_pointer(file.read(POINTER_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; check your access to it") from error
+    _require(pointer is None, f"{path} is {pointer}")
 
 
 def inspect_adapter(folder: str, allow_pickle: bool) -> Checkpoint:
@@ -301,7 +296,6 @@ def inspect_adapter(folder: str, allow_pickle: bool) -> Checkpoint:
         _require(allow_pickle, f"{path} has its weights as a pickle only, {CAN_RUN_CODE}")
     checkpoint = Checkpoint(path, (file,), is_pickled=file.name == ADAPTER_PICKLE)
     adapter_settings(checkpoint)
-    _require_no_pointers(checkpoint.weight_files)
     stored_shapes(checkpoint)
     return checkpoint
 
@@ -363,22 +357,21 @@ def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Those of all tensors, by name."""
-    files = (_stored_shapes(file, checkpoint.is_pickled) for file in checkpoint.weight_files)
-    return {name: shape for shapes in files for name, shape in shapes.items()}
+    """Names and shapes of all tensors, without reading them; safetensors compares its header with a file's length."""
+    return {name: shape for file in checkpoint.weight_files for name, shape in _shapes(file, checkpoint.is_pickled)}
 
 
-def _stored_shapes(file: Path, is_pickled: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the file's tensors, without reading them; safetensors compares its header with the length."""
+def _shapes(file: Path, is_pickled: bool) -> list[tuple[str, tuple[int, ...]]]:
     import torch
     from safetensors import SafetensorError, safe_open
 
+    _require_no_pointer(file)
     try:
         if is_pickled:
             tensors = torch.load(file, map_location="meta", weights_only=True)
-            return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            return [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with safe_open(file, framework="pt") as stored:
-            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            return [(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or cut short ({error}): fetch the file again") from error
     except (*LOADING_ERRORS, pickle.UnpicklingError) as error:
@@ -584,6 +577,8 @@ def _with_adapter(model: IdeficsForVisionText2Text, adapter: Checkpoint) -> Idef
     }
     try:
         return merged(model, adapter_settings(adapter), tensors)
+    except torch.OutOfMemoryError:
+        raise
     except LOADING_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"the adapter in {adapter.folder} does not fit the model ({reason})") from error

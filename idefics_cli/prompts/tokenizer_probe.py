@@ -41,6 +41,8 @@ def probe(path: Path) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return "it takes too long"
+    except OSError as error:
+        return f"the process to try it in cannot be started: {error}"
     if done.returncode == 0:
         return done.stdout.decode("utf-8", "replace") or None
     return f"it needs more than {MAX_BYTES >> 30} GB or {MAX_SECONDS} s, or crashes the tokenizers library"
