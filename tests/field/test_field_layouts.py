@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from conftest import rows_of, save_image
@@ -230,6 +231,42 @@ def shards(folder: Path) -> int:
     return 4
 
 
+@layout("img2dataset")
+def img2dataset(folder: Path) -> int:
+    shards(folder)
+    (folder / "shards").rename(folder / "laion")
+    for shard in range(2):
+        pd.DataFrame({"key": ["0"], "status": ["success"]}).to_parquet(folder / f"laion/{shard:05d}.parquet")
+        write(folder / f"laion/{shard:05d}_stats.json", {"count": 2, "successes": 2})
+    return 4
+
+
+def spark(folder: Path, rows: pd.DataFrame) -> int:
+    """What Spark writes: parts with hidden checksums beside them, and an empty file that says the job is done."""
+    folder.mkdir()
+    for part in range(2):
+        name = f"part-{part:05d}-0c9a4c0e-7d2b-4f2a-9a53-0f6d1f2f3a11-c000.snappy.parquet"
+        rows.iloc[part::2].to_parquet(folder / name, compression="snappy")
+        (folder / f".{name}.crc").write_bytes(b"crc\0")
+    (folder / "_SUCCESS").touch()
+    (folder / "._SUCCESS.crc").write_bytes(b"crc\0")
+    return len(rows)
+
+
+@layout("Spark, a table")
+def spark_table(folder: Path) -> int:
+    save_image(folder / "images/a.png", 1)
+    return spark(folder / "table", pd.DataFrame({"image": ["a.png"] * 3, "label": [1, 2, 3]}))
+
+
+@layout("Spark, binary files")
+def spark_files(folder: Path) -> int:
+    contents = [save_image(folder / "made.png", seed).read_bytes() for seed in range(3)]
+    rows = {"path": [f"file:/data/{k}.png" for k in range(3)], "modificationTime": pd.Timestamp("2026-01-01"),
+            "length": [len(content) for content in contents], "content": contents}  # fmt: skip
+    return spark(folder / "files", pd.DataFrame(rows))
+
+
 @layout("datasets, Parquet")
 def datasets_parquet(folder: Path) -> int:
     rows = {"image": [str(save_image(folder / f"{k}.png", k)) for k in range(3)], "label": [0, 1, 0]}
@@ -269,7 +306,7 @@ def test_the_command_reads_the_layout(
     if output.suffix == ".json":
         assert json.loads(output.read_text()) == [{"question_id": 42000 + k, "answer": "net"} for k in range(3)]
         return
-    rows = rows_of(output.read_bytes())
+    rows = pq.read_table(output).to_pylist() if output.suffix == ".parquet" else rows_of(output.read_bytes())
     assert len(rows) == num_rows and all(row["error"] is None for row in rows)
     if "--answers-column" in words and words[0] == "vqa":
         scores = json.loads(result.stdout)
