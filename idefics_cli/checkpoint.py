@@ -78,6 +78,7 @@ class ModelRequest:
     device: Annotated[str, Help("Where the model runs", metavar="auto|cuda|cuda:N|cpu|mps")] = "auto"
     allow_pickle: Annotated[bool, Help("Load pickled weights (weights only) if the model has no safetensors")] = False
     adapter: Annotated[str | None, Help("Folder of LoRA weights (PEFT) to merge into the model", metavar="DIR")] = None
+    eager: Annotated[bool, Help("On CUDA: launch a decode step's operations one by one, not as a graph")] = False
 
     def __post_init__(self) -> None:
         if self.model is None:

@@ -83,10 +83,11 @@ class Idefics:
         images: ImageProcessor,
         batch_size: int,
         checkpoint: Checkpoint,
+        eager: bool = False,
     ):
         self.checkpoint = checkpoint
         self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
-        self.engine = Engine(model, vocabulary_of(encoder), batch_size)
+        self.engine = Engine(model, vocabulary_of(encoder), batch_size, eager)
         self._encode_start = lru_cache(maxsize=16)(encoder.encode)
 
     @classmethod
@@ -99,13 +100,15 @@ class Idefics:
         revision: str | None = None,
         allow_pickle: bool = False,
         adapter: str | os.PathLike | None = None,
+        eager: bool = False,
         batch_size: int | None = None,
     ) -> Idefics:
         """Load a hub id, a local folder or "demo", by default idefics-9b-instruct or the adapter's base.
 
         `dtype`: auto, bf16, fp16, fp32, or one of torch's or its name; `device`: auto, cpu, mps, cuda, cuda:N or one
-        of torch's; `adapter`: a folder of LoRA weights that PEFT has saved; `batch_size`: prompts decoded together, by
-        default as many as memory holds. Raises IdeficsError, which names the remedy.
+        of torch's; `adapter`: a folder of LoRA weights that PEFT has saved; `eager`: on CUDA, launch a
+        decode step's operations one by one, not as a graph; `batch_size`: prompts decoded together, by default as many
+        as memory holds. Raises IdeficsError, which names the remedy.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, least=1)
@@ -119,7 +122,7 @@ class Idefics:
         network = checkpoints.load_network(checkpoint, config, place, number_format)
         if place.type == "cpu":
             pack_linears(network)
-        return cls(network, encoder, images, batch_size or rows_that_fit(network), checkpoint)
+        return cls(network, encoder, images, batch_size or rows_that_fit(network), checkpoint, eager)
 
     @classmethod
     def without_network(cls, request: ModelRequest) -> Idefics:

@@ -62,7 +62,7 @@ class Bench:
             pack_linears(subject.model)
             self.layout_seconds = self._now() - started
         self.layout_bytes = layout.kept
-        self.engine = Engine(subject.model, subject.vocabulary, options.batch_size)
+        self.engine = Engine(subject.model, subject.vocabulary, options.batch_size, options.request.eager)
         # Elsewhere caches would decide.
         self.bandwidth = copy_bandwidth(self.device) if self.device.type == "cuda" else None
 

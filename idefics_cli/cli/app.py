@@ -181,7 +181,7 @@ def bench(context: typer.Context, options: BenchOptions, debug: DebugFlag = Fals
 
 
 @app.command()
-@flattened("model")
+@flattened("model", "eager")
 def info(
     request: ModelRequest,
     model: Annotated[

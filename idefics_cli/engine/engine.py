@@ -43,12 +43,16 @@ class PhaseTimes:
 class Engine:
     """One model with its caches. `batch_size` rows are run at a time, fewer where memory ends.
 
-    Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. `waits` makes
-    `times` true on a device that works asynchronously, at some cost: for benchmarks.
+    Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. On CUDA a decode
+    step is one graph, unless it is to be `eager`. `waits` makes `times` true on a device that works asynchronously, at
+    some cost: for benchmarks.
     """
 
-    def __init__(self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, batch_size: int = 8):
+    def __init__(
+        self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, batch_size: int = 8, eager: bool = False
+    ):
         self.model, self.vocabulary = model, vocabulary
+        self.is_eager = eager or model.device.type != "cuda"
         self.batch_size, self.image_batch_size = AdaptiveBatchSize(batch_size), AdaptiveBatchSize(VISION_BATCH)
         self.times = PhaseTimes()
         self.waits = False

@@ -137,7 +137,9 @@ class KVStore:
         first_slots = min(self.max_new_tokens, PATH_SLOTS) + OWN_SLOTS * self.num_beams
         tree_slots = self.tree_slots or first_slots
         if self.used + self.num_beams > tree_slots:
-            tree_slots += TREE_STEP * self.num_beams
+            # On CUDA what was captured over the old storage is lost: seldom.
+            least = tree_slots // 2 if self.newest.device.type == "cuda" else 0
+            tree_slots += max(least, TREE_STEP * self.num_beams)
         self.grow(rows, prompt_slots, tree_slots)
 
     def grow(self, rows: int, prompt_slots: int, tree_slots: int) -> None:
@@ -184,6 +186,12 @@ class KVStore:
         in_order = places + table.any(dim=1) * self.tree_slots  # (rows, slots): those in use come last
         self.newest[rows] = in_order.topk(self.num_beams, dim=1, largest=False).indices
         self.ancestors[rows] = table.scatter(2, self.newest[rows][:, :, None], True)
+
+    def fill_spare(self, rows: slice) -> None:
+        """Rows that no prompt has: each beam sees the tree's slots, which hold numbers, and no prompt."""
+        self.prompt_lengths[rows] = self.prompt_widths[rows] = 0
+        self.ancestors[rows] = True
+        self.newest[rows] = torch.arange(self.num_beams, device=self.newest.device)
 
     def holds_prompt(self, num_rows: int, longest: int) -> Tensor:
         """(rows, longest): which of the last prompt slots hold a token of the row's prompt."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from idefics_cli.engine.beam_search import NEVER, BeamRules, BeamState, longest_start, step
+from idefics_cli.engine.decode_graph import DecodeGraphs
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.kv_cache import NO_PREFIX, KVStore
 from idefics_cli.engine.memory_budget import attempt
@@ -65,6 +66,7 @@ class Scheduler:
         self.store = KVStore(self.model.config, self.options, device, self.model.dtype)
         self.state = BeamState.start(self._draws([]), self.options)
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
+        self.graphs = None if self.engine.is_eager else DecodeGraphs(self.store, self._next_state_anywhere)
 
     # ---- the loop
 
@@ -123,10 +125,23 @@ class Scheduler:
     def decode_step(self) -> None:
         """One token for every beam of every running row."""
         with self.engine.timed("decode"):
-            self.state, parents = step(self._next_logits(), self.state, self.rules, self.context)
-            self.store.reserve(len(self.rows))
-            self.store.advance(slice(len(self.rows)), parents)
+            if self.graphs is not None:
+                self.state = self.graphs.step(self.state, self.context, self.prefix)
+            else:
+                self.store.reserve(len(self.rows))
+                self.state = self._next_state(self.state, self.context, max(self.store.widths), self.store.used)
         self.engine.times.steps += 1
+
+    def _next_state(self, state: BeamState, context: Tensor, longest: int, used: int) -> BeamState:
+        """One token for every beam of the rows of `state`: on the device alone. Slots as in `DecodeMemory.of`."""
+        next_logits = self._next_logits(state, longest, used)
+        state, parents = step(next_logits, state, self.rules, context)
+        self.store.advance(slice(len(state.done)), parents)
+        return state
+
+    def _next_state_anywhere(self, state: BeamState, context: Tensor) -> BeamState:
+        """The same whatever slots are in use: for all steps alike."""
+        return self._next_state(state, context, self.store.prompt_slots, self.store.tree_slots)
 
     def evict(self) -> list[tuple[int, Outcome]]:
         """Take out the rows whose search is over, and compact the rest."""
@@ -183,13 +198,13 @@ class Scheduler:
         draws = [random_draws(prompt.content, self.options, self.rules.num_draws) for prompt in group]
         return torch.stack(draws).to(self.model.device)
 
-    def _next_logits(self) -> Tensor:
+    def _next_logits(self, state: BeamState, longest: int, used: int) -> Tensor:
         """The network over every beam's newest token: what may come next, (rows, beams, vocabulary)."""
-        num_rows, beams, model = len(self.rows), self.options.num_paths, self.model.model
+        num_rows, beams, model = len(state.done), self.options.num_paths, self.model.model
         rows = PackedRows([beams] * num_rows, self.model.device, model.padded_length(num_rows * beams))
-        memory = DecodeMemory.of(self.store, self.prefix, rows)
-        steps = self.state.length - 1  # (rows,): tokens whose keys are stored
-        tokens = self.state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)
+        memory = DecodeMemory.of(self.store, self.prefix, rows, longest, used)
+        steps = state.length - 1  # (rows,): tokens whose keys are stored
+        tokens = state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)
         positions = self.prefix.length + self.store.prompt_lengths[:num_rows] + steps
         embeddings = model.embed_tokens(rows.pack(tokens))  # (1, packed, hidden)
         hidden_states = model.decode(embeddings, rows.pack(positions[:, None].expand(-1, beams)), memory)

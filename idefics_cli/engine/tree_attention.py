@@ -160,12 +160,12 @@ class DecodeMemory:
     image_gate: Tensor
 
     @classmethod
-    def of(cls, store: KVStore, prefix: Prefix, rows: PackedRows) -> DecodeMemory:
+    def of(cls, store: KVStore, prefix: Prefix, rows: PackedRows, longest: int, used: int) -> DecodeMemory:
+        """`longest` prompt slots and `used` tree slots are read: all that are in use, or more."""
         num_rows, beams, device = rows.num_rows, rows.width, store.newest.device
         _, _, heads, slots, _ = store.key_values[0].shape
         first = torch.arange(num_rows * heads, device=device) * slots + store.prompt_slots
         written = first.view(num_rows, heads, 1) + store.newest[:num_rows, None]  # (rows, heads, beams)
-        longest, used = max(store.widths), store.used
         in_prompt = store.holds_prompt(num_rows, longest)[:, None].expand(-1, beams, -1)
         visible = torch.cat([in_prompt, store.ancestors[:num_rows, :, :used]], dim=2)  # (rows, beams, slots in use)
         dtype = store.image_key_values.dtype

@@ -31,6 +31,7 @@ from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 Network = IdeficsForVisionText2Text
 BEAMS = DecodingOptions(num_beams=3, max_new_tokens=6)
+LONG = DecodingOptions(num_beams=4, max_new_tokens=40, min_new_tokens=40)  # the tree's storage grows
 SAMPLES = DecodingOptions(do_sample=True, num_return_sequences=2, max_new_tokens=5, repetition_penalty=1.2)
 # Of two lengths in images and several in texts, so that rows are padded, end apart and are compacted.
 MIXED = [*some_prompts(4, images=2), *some_prompts(5), EncodedPrompt([1, 5, 6, 7])]
@@ -58,8 +59,10 @@ def moved(network: Network, index: int = 0) -> Network:
     return copy.deepcopy(network).to(f"cuda:{index}")
 
 
-def texts(network: Network, some: Sequence[EncodedPrompt], chosen: DecodingOptions, rows: int = 3) -> list[Any]:
-    found = decode(Engine(network, VOCABULARY, rows), list(some), chosen)
+def texts(
+    network: Network, some: Sequence[EncodedPrompt], chosen: DecodingOptions, rows: int = 3, eager: bool = False
+) -> list[Any]:
+    found = decode(Engine(network, VOCABULARY, rows, eager), list(some), chosen)
     return [[(each.token_ids, each.score) for each in row] for row in found]
 
 
@@ -86,6 +89,8 @@ WORK: dict[str, Callable[[Network], list[Any]]] = {
     "greedy": lambda network: texts(network, MIXED, DecodingOptions(num_beams=1, max_new_tokens=12)),
     "samples": lambda network: texts(network, MIXED, SAMPLES),
     "shots": lambda network: texts(network, AFTER_SHOTS, BEAMS),
+    "long texts": lambda network: texts(network, some_prompts(3), LONG),
+    "eager steps": lambda network: texts(network, AFTER_SHOTS, BEAMS, eager=True),
     "choices": lambda network: scores(network, QUESTIONS),
     "latents": latents,
     "texts from latents": texts_from_latents,
@@ -116,14 +121,14 @@ class Counted:
     launches: int
 
 
-def steps(rows: int, shots: bool = False, count: int = 4) -> list[Counted]:
+def steps(rows: int, shots: bool = False, count: int = 4, eager: bool = True) -> list[Counted]:
     """The admission of all rows, then their next steps."""
     counted = []
     some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5], (IMAGES[number % 7],)) for number in range(rows)]
     if shots:
         some = [after_shots(SHOTS, prompt) for prompt in some]
     with SoftwareCuda() as gpu:
-        engine = Engine(moved(MODELS[0]), VOCABULARY, rows)
+        engine = Engine(moved(MODELS[0]), VOCABULARY, rows, eager)
         chosen = DecodingOptions(num_beams=3, max_new_tokens=8, min_new_tokens=8)
         scheduler = Scheduler(engine, IterableSource(some), chosen, VOCABULARY)
         for _ in range(count):

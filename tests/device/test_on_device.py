@@ -22,7 +22,7 @@ from on_device import (
     steps,
     texts,
 )
-from prompts_for_tests import MODELS, VOCABULARY, after_shots, options, prompts, run_out_of_memory
+from prompts_for_tests import MODELS, VOCABULARY, after_shots, options, prompts, run_out_of_memory, some_prompts
 from software_cuda import SoftwareCuda
 from test_likelihood import questions
 
@@ -163,6 +163,24 @@ def test_a_step_waits_once_and_its_launches_do_not_grow_with_the_rows() -> None:
     step = steps(2)[-1]
     assert [wait.line.rsplit(" ", 1)[-1] for wait in step.waits] == ["evict"], step.waits
     assert step.launches == steps(6)[-1].launches
+
+
+def test_a_step_is_one_graph() -> None:
+    for rows in (2, 5):
+        admitted, first, *later = steps(rows, shots=True, eager=False)
+        assert [step.launches <= 8 and len(step.waits) == 1 for step in later] == [True, True], (admitted, first, later)
+
+
+def test_a_graph_is_captured_once_for_each_number_of_rows_and_prefix() -> None:
+    """Texts end one by one: 7 rows are stepped over as 8, 4, 2 and 1."""
+    some = [*AFTER_SHOTS, *AFTER_SHOTS, *MIXED, *MIXED]
+    with SoftwareCuda() as gpu:
+        texts(moved(MODELS[0]), some, DecodingOptions(num_beams=1, max_new_tokens=20), rows=7)
+        assert 2 <= gpu.captures <= 2 * 4
+        assert gpu.launches["graph replay"] > 20
+        gpu.clear()
+        texts(moved(MODELS[0]), some_prompts(3), DecodingOptions(num_beams=4, max_new_tokens=60, min_new_tokens=60))
+        assert gpu.captures <= 2 * 4 + 3, "the tree's storage has grown at most twice"
 
 
 def test_waits_are_for_the_engines_own_device() -> None:

@@ -19,7 +19,17 @@ from on_device import WORK, alike, moved, steps
 from prompts_for_tests import MODELS
 from software_cuda import SoftwareCuda
 
-from idefics_cli.engine import beam_search, embed, kv_cache, likelihood, prefill, scheduler, tree_attention, varlen
+from idefics_cli.engine import (
+    beam_search,
+    decode_graph,
+    embed,
+    kv_cache,
+    likelihood,
+    prefill,
+    scheduler,
+    tree_attention,
+    varlen,
+)
 from idefics_cli.engine.engine import Engine
 
 needs_software = pytest.mark.skipif(torch.cuda.is_available(), reason="planted for the device in software")
@@ -95,8 +105,8 @@ PLANTS = [
     Plant(
         "a step asks the device",
         scheduler.Scheduler._next_logits,
-        "steps = self.state.length - 1",
-        "steps = self.state.length - 1 if not (self.state.length < 1).any() else None",
+        "steps = state.length - 1",
+        "steps = state.length - 1 if not (state.length < 1).any() else None",
         waits_of_a_step,
     ),
     Plant(
@@ -184,6 +194,27 @@ PLANTS = [
         "slots = self.newest[rows].tolist()\n    self.ancestors[rows] = table.scatter(2, torch.tensor(slots, device="
         "table.device)[:, :, None], True)",
         waits_of_a_step,
+    ),
+    Plant(
+        "a graph asks the device",
+        scheduler.Scheduler._next_state,
+        "return state",
+        "return state if state.done.shape[0] > int(state.done.sum()) - 1 else state",
+        same("beams"),
+    ),
+    Plant(
+        "a graph reads what has moved",
+        decode_graph.DecodeGraphs._holds,
+        "is_same = ",
+        "is_same = bool(self._storage) or ",
+        same("long texts"),
+    ),
+    Plant(
+        "a graph's rows are not loaded",
+        decode_graph.DecodeGraphs.step,
+        "if state is not self._given:",
+        "if self._given is None:",
+        same("greedy"),
     ),
     Plant(
         "device 0 is taken for the model's",
