@@ -9,6 +9,7 @@ and is raised after the rows before it are written. Knows no network, no files a
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import traceback
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from idefics_cli.engine.prompt_source import PromptSource
 
 PATIENCE = 0.2  # seconds that an idle model waits for a fuller batch
-MAX_BYTES_IN_FLIGHT = 512 << 20  # of images that their rows hold; with more, no further row is read
+MAX_BYTES_IN_FLIGHT = 512 << 20  # of images and texts that their rows hold; with more, no further row is read
 IDS_PER_CODE = 3
 FIRST_ROWS = 64
 REMEDIES = {  # by code, where no row's own message has one
@@ -384,4 +385,17 @@ class RowFlow:
 
 
 def _num_bytes(row: InputRow) -> int:
-    return sum(len(source) for source in row.sources if isinstance(source, bytes))
+    return _size([source for source in row.sources if isinstance(source, bytes)]) + _size(row.values)
+
+
+def _size(value: Any) -> int:
+    """Of texts and bytes, in memory."""
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, str):
+        return sys.getsizeof(value)  # up to four bytes for each character
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(map(_size, value))

@@ -29,6 +29,7 @@ from idefics_cli.storage.files import File, open_stream, refusing, split_stream
 
 SNIFFED_BYTES, SNIFFED_RECORDS = 256 << 10, 100
 REREAD_BYTES = 256 << 20  # in all; from then on a bad record costs all of its lines
+MAX_RECORD_LINES, LINE_BYTES = 100_000, 32  # what a line costs beside its text
 DELIMITERS = ",;\t|"
 UTF8 = "utf-8"
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -154,6 +155,8 @@ def read_delimited(lines: Iterator[bytes | None], dialect: Dialect) -> Iterator[
             num_bytes += len(line or b"")
             if line is None or num_bytes > MAX_ROW_BYTES:
                 raise csv.Error("longer than 64 MB")
+            if len(record) > MAX_RECORD_LINES:
+                raise csv.Error(f"longer than {MAX_RECORD_LINES:,} lines")
             line = line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)
             yield line.decode(errors="surrogateescape") + "\n"
 
@@ -174,7 +177,7 @@ def read_delimited(lines: Iterator[bytes | None], dialect: Dialect) -> Iterator[
             yield first, RowError("row_invalid", f"{_lines(first, last)} not valid CSV: {error}; check the quotes")
             if is_again:
                 again.extendleft(reversed(record[1:]))
-                budget -= num_bytes
+                budget -= num_bytes + LINE_BYTES * len(record)
             reading = reader()  # the texts of the one before have ended, where they ended within a record
             continue
         if fields:

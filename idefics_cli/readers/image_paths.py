@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote_to_bytes
 
+from idefics_cli.columns import MAX_IMAGES
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.rows import BoundPath, ImageSource, ReadOptions, RemoteFile
 from idefics_cli.storage.filenames import (
@@ -192,6 +193,8 @@ def read_images(value: object, resolve: Resolve) -> tuple[ImageSource, ...] | Ro
     if not isinstance(value, list | tuple):
         source = read_image(value, resolve)
         return source if isinstance(source, RowError) else (source,)
+    if len(value) > MAX_IMAGES:
+        return RowError("row_invalid", f"{len(value):,} images, more than the {MAX_IMAGES:,} that a row may have")
     sources = [read_image(item, resolve) for item in value]
     refused = next((source for source in sources if isinstance(source, RowError)), None)
     return refused or tuple(sources) or RowError("row_invalid", "no image: the list is empty")
@@ -261,9 +264,11 @@ def _too_large(length: int) -> RowError:
 
 
 def shown_images(value: object) -> str | None:
-    """What people are shown of an image column: the path; of several images, a JSON list of them."""
+    """What people are shown of an image column: the path; of several images, a JSON list, unless too many."""
     if not isinstance(value, list | tuple):
         return _shown_image(value)
+    if len(value) > MAX_IMAGES:
+        return None
     names = [_shown_image(item) for item in value]
     return names[0] if len(names) == 1 else json.dumps(names, ensure_ascii=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
+from idefics_cli.columns import MAX_DEPTH, MAX_VALUES, is_deeper
 from idefics_cli.errors import RowError
 from idefics_cli.readers.table import Record, StreamTable
 from idefics_cli.storage.filenames import is_utf8
@@ -32,11 +33,13 @@ def parse_object(text: bytes | None, place: str) -> Record | RowError:
     """A JSON object; `place` says in messages where it stands. NaN and infinities, which JSON lacks, are null."""
     if text is None:
         return RowError("row_invalid", f"{place} is longer than 64 MB")
+    if text.count(b",") > MAX_VALUES:
+        return RowError("row_invalid", f"{place} holds more than {MAX_VALUES:,} values")
     try:
         decoded = text.decode()
         value = DECODER.decode(decoded)
     except RecursionError:
-        return RowError("row_invalid", f"{place} is nested too deeply")
+        return _too_deep(place)
     except UnicodeDecodeError as error:
         return RowError("row_invalid", f"{place} is not valid UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
@@ -50,8 +53,14 @@ def checked_object(value: Any, text: str, place: str) -> Record | RowError:
     """A value that was read from this text, if it is an object that UTF-8 can hold."""
     if not isinstance(value, dict):
         return RowError("row_invalid", f"{place} is a {type(value).__name__}, not an object")
+    if text.count("[") + text.count("{") > MAX_DEPTH and is_deeper(value):
+        return _too_deep(place)
     if not is_utf8(text):
         return RowError("row_invalid", f"{place} is not valid UTF-8")
     if "\\u" in text and not is_utf8(json.dumps(value, ensure_ascii=False)):
         return RowError("row_invalid", f"{place} holds half of a surrogate pair, which UTF-8 cannot hold")
     return value
+
+
+def _too_deep(place: str) -> RowError:
+    return RowError("row_invalid", f"{place} is nested more than {MAX_DEPTH} deep")

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from idefics_cli.columns import MAX_ROW_BYTES
 from idefics_cli.errors import InputError
 from idefics_cli.storage.filenames import REMOTE_ADDRESS, address_refusal, escape_name, is_hidden, shown_address
 from idefics_cli.storage.regular_file import POINTER_BYTES, lfs_pointer, open_regular
@@ -29,7 +30,7 @@ from idefics_cli.storage.regular_file import POINTER_BYTES, lfs_pointer, open_re
 READ_BYTES = 1 << 18
 BUFFER_BYTES = 2 << 20
 DIGEST_BYTES = 1 << 20
-MAX_PIECE_BYTES = 64 << 20
+MAX_PIECE_BYTES = MAX_ROW_BYTES
 PATTERN = re.compile(r"[*?[]")
 
 

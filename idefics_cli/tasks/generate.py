@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from idefics_cli.columns import MAX_IMAGES
 from idefics_cli.errors import RowError, first_error
 from idefics_cli.pipeline.prefetch import Steps
 from idefics_cli.pipeline.task import ImageWatch, Observer, Task
@@ -109,6 +110,8 @@ class Generate(Task):
             )
             if not row.sources and not isinstance(prompt, RowError) and any(PLACE in text for text in _texts(prompt)):
                 doubt(f"row {row.id}: {PLACE} stays a word, since the row has no image: {REMEDY}")
+        if not isinstance(prompt, RowError) and sum(isinstance(item, ImageItem) for item in prompt) > MAX_IMAGES:
+            return RowError("row_invalid", f"the prompt has more than the {MAX_IMAGES:,} images that a row may have")
         if not isinstance(prompt, RowError) and END_OF_UTTERANCE in prompt and not is_instruct:
             return RowError("row_invalid", "a conversation needs an instruct model: name one with -m")
         return prompt

@@ -17,16 +17,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import FakeCandidate, FakeCaptioner, FakeResult, prompts_of, rows_of, save_image, written
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idefics_cli.columns import Column, json_text, list_in
+from idefics_cli.columns import MAX_COLUMNS, MAX_DEPTH, Column, json_text, list_in
 from idefics_cli.errors import InputError, RowError
+from idefics_cli.pipeline import prefetch
 from idefics_cli.prompts.choices import checked_choices
 from idefics_cli.readers.inputs import open_inputs
-from idefics_cli.rows import ReadOptions
+from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.writers.formats import Parquet, Passthrough, format_of
 
 
@@ -501,3 +504,73 @@ def test_no_bit_of_a_finished_file_changes_unnoticed(run: Callable, tmp_path: Pa
     captioner = FakeCaptioner()
     assert run(*command, captioner=captioner).exit_code == 0 and captioner.calls == [1]
     assert Parquet().run_of(out)["failed"] == {} and pd.read_parquet(out).error.isna().all()
+
+
+# ---- what a row may hold
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "f.jsonl"), ("-o", "f.parquet"), ("-o", "f.csv")])
+def test_deep_json_is_a_bad_row(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple) -> None:
+    """Python reads what is nested 967 to 984 deep, and cannot write it again."""
+    monkeypatch.chdir(tmp_path)
+    save_image(tmp_path / "0.png")
+    depths = [1, MAX_DEPTH - 1, MAX_DEPTH + 1, *range(960, 1000), 5_000]
+    lines = [f'{{"image": "0.png", "x": {"[" * depth}{"]" * depth}}}\n' for depth in depths]
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    ended = run("caption", "m.jsonl", "--keep", "all", *options)
+    assert ended.exit_code == 3 and f"{len(depths) - 2} failed" in ended.stderr
+    if not options:
+        rows = rows_of(ended.stdout)
+        assert [row["error"] is None for row in rows] == [True, True] + [False] * (len(depths) - 2)
+        assert f"nested more than {MAX_DEPTH} deep" in rows[2]["error"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_too_many_columns_are_refused(refused: Callable, tmp_path: Path, suffix: str) -> None:
+    row = {"image": "0.png", **{f"c{i}": "1" for i in range(MAX_COLUMNS)}}
+    if suffix == "csv":
+        (tmp_path / "m.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    elif suffix == "jsonl":
+        (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    else:
+        pq.write_table(pa.table({name: [value] for name, value in row.items()}), tmp_path / "m.parquet")
+    assert "10,001 columns, more than 10,000" in refused("caption", tmp_path / f"m.{suffix}", "--keep", "all")
+
+
+def test_too_many_images_and_values_are_a_bad_row(run: Callable, tmp_path: Path) -> None:
+    save_image(tmp_path / "0.png")
+    many = ["0.png"] * 100_000
+    rows = [{"image": ["0.png"]}, {"image": many}, {"image": ["0.png"], "x": [0] * 1_000_002}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good, images, values = rows_of(run("caption", tmp_path / "m.jsonl").stdout)
+    assert good["error"] is None and images["image"] is None
+    assert "100,000 images, more than the 1,000" in images["error"] and "more than 1,000,000 values" in values["error"]
+    prompts = [{"prompt": ["x"]}, {"prompt": [{"image": each} for each in many]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    good, images = rows_of(run("generate", tmp_path / "p.jsonl").stdout)
+    assert good["error"] is None and "more than the 1,000 images" in images["error"]
+
+
+@pytest.mark.parametrize("nest", [list, lambda text: {"a": text}, str])
+def test_few_long_rows_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nest: Callable) -> None:
+    monkeypatch.setattr(prefetch, "MAX_BYTES_IN_FLIGHT", 1_000_000)
+    read, left = [], []
+
+    def rows() -> Iterator[InputRow]:
+        for number in range(50):
+            read.append(number)
+            assert len(read) - len(left) <= 14, "a million bytes, and what is read at once"
+            yield InputRow(number, str(number), None, (), {"x": nest(["a" * 200_000])})
+
+    def stream(source: Any) -> Iterator[tuple[int, FakeResult]]:
+        number = 0
+        while prompts := source.take(4, True):
+            for _ in prompts:
+                yield number, FakeResult("x", -1.0, 1)
+                number += 1
+
+    flow = prefetch.FlowOptions(batch_size=64, workers=2)
+    steps = prefetch.Steps(lambda row: row, stream)
+    write = lambda row, finished: left.append(row.index)  # noqa: E731
+    prefetch.run_rows(rows(), steps, write, flow, prefetch.RunStats(), lambda: None)
+    assert left == list(range(50))

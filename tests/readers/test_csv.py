@@ -50,7 +50,7 @@ def test_an_open_quote_costs_its_line(path: Path) -> None:
 
 
 def test_lines_are_read_again_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv, "REREAD_BYTES", 6)
+    monkeypatch.setattr(csv, "REREAD_BYTES", 6 + 4 * csv.LINE_BYTES)
     lines = [b'"a', b"b", b"c", b'"d', b"e", b"f"]
     read = [(number, str(fields)) for number, fields in read_delimited(iter(lines), Dialect(","))]
     assert [number for number, _ in read] == [1, 2, 3, 4] and "lines 4 to 6 are not valid CSV" in read[-1][1]
@@ -94,3 +94,9 @@ def test_byte_order_marks_blank_lines_and_unnamed_columns_are_borne(path: Path) 
 def test_files_whose_header_is_of_no_use_are_refused(path: Path, header: bytes, reason: str) -> None:
     path.write_bytes(header)
     assert reason in refusal(path, image_column="image")
+
+
+def test_records_of_very_many_lines_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv, "MAX_RECORD_LINES", 3)
+    read = list(read_delimited(iter([b'"a', b"b", b'c"', b'"d', b"e", b"f", b'g"']), Dialect(",")))
+    assert [number for number, _ in read][:3] == [1, 4, 5] and "longer than 3 lines" in read[1][1].message
