@@ -226,7 +226,8 @@ def shards(folder: Path) -> int:
     for shard in range(2):
         with webdataset.TarWriter(str(folder / f"shards/{shard:05d}.tar")) as writer:
             for k in range(2):
-                sample = {"jpg": save_image(folder / "made.png", k).read_bytes(), "txt": "alt", "json": {"width": 8}}
+                fields = {"url": "https://a.example/1.jpg", "status": "success"}
+                sample = {"jpg": save_image(folder / "made.png", k).read_bytes(), "txt": "alt", "json": fields}
                 writer.write({"__key__": f"{shard:05d}{k:04d}", **sample})
     return 4
 
@@ -265,6 +266,13 @@ def spark_files(folder: Path) -> int:
     rows = {"path": [f"file:/data/{k}.png" for k in range(3)], "modificationTime": pd.Timestamp("2026-01-01"),
             "length": [len(content) for content in contents], "content": contents}  # fmt: skip
     return spark(folder / "files", pd.DataFrame(rows))
+
+
+@layout("datasets, `save_to_disk`")
+def datasets_saved(folder: Path) -> int:
+    rows = {"image": [str(save_image(folder / f"{k}.png", k)) for k in range(3)]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(folder / "set", num_shards=2)
+    return 3
 
 
 @layout("datasets, Parquet")
