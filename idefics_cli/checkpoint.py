@@ -462,6 +462,12 @@ def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
         config.dropout = config.vision_config.attention_dropout = 0.0  # of training, whatever it says
     except Exception as error:  # the library raises many kinds for a field of a wrong type
         raise CheckpointError(f"{path} is not an IDEFICS configuration ({error}): fetch the file again") from error
+    heads = (
+        config.num_attention_heads,
+        config.vision_config.num_attention_heads,
+        config.perceiver_config.resampler_n_heads,
+    )
+    _require(all(number > 0 for number in heads), f"{path} has {min(heads)} attention heads: fetch the file again")
     is_quantized = getattr(config, "quantization_config", None) is not None
     _require(not is_quantized, f"{path} asks for quantized weights, which cannot be run: use the published checkpoint")
     stored = stored_shapes(checkpoint)

@@ -149,6 +149,7 @@ def test_what_is_refused_before_anything_is_loaded(folder: Path, spoil: Callable
         ({"hidden_act": "no such"}, "config.json"),
         ({"alpha_type": "no such"}, "config.json"),
         ({"num_attention_heads": 7}, "config.json"),
+        ({"num_attention_heads": -4}, "has -4 attention heads"),
         ({"cross_layer_interval": 0}, "config.json"),
         ({"pad_token_id": 10_000}, "config.json"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantized"),
