@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from idefics_cli.checkpoint import ModelRequest
 from idefics_cli.errors import IdeficsError
 from idefics_cli.rows import ImageOptions, ReadOptions
+from idefics_cli.storage.filenames import IMAGE_SUFFIX
 from idefics_cli.validation import Help
 
 STDIN = STDOUT = "-"
@@ -20,6 +22,13 @@ def parse_batch_size(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise IdeficsError(f"invalid batch size {text!r}: expected auto or a number above 0")
     return int(text)
+
+
+def parse_suffix(text: str) -> str:
+    """Of files that stand beside images, and are not images themselves."""
+    if not re.fullmatch(r"\.[\w.+-]*[\w+-]", text) or IMAGE_SUFFIX.search(text):
+        raise IdeficsError(f"invalid suffix {text!r}: expected one such as .caption, and not one of images")
+    return text
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,11 @@ class RunOptions:
     ] = False
     retry_errors: Annotated[bool, Help("Redo the failed rows of a finished output")] = False
     sidecar: Annotated[bool, Help("Also write each text into a .txt file beside its image")] = False
+    sidecar_existing: Annotated[
+        Literal["error", "skip", "overwrite", "append", "prepend"],
+        Help("What becomes of a text that is there already; skip: it is the row's, and the image is not looked at"),
+    ] = "error"
+    sidecar_ext: Annotated[str, Help("Suffix of these files", metavar=".EXT", parse=parse_suffix)] = ".txt"
     show_prompt: Annotated[
         int | None, Help("Print the prompts of the first N rows, as text and token ids, and end", min=1)
     ] = None
@@ -76,6 +90,8 @@ class RunOptions:
             raise IdeficsError(f"--overwrite discards what {kept}: use one of them")
         if self.sidecar and self.reading.allow_no_image:
             raise IdeficsError("--sidecar needs an image beside each text: leave it out, or --allow-no-image")
+        if not self.sidecar and (self.sidecar_existing != "error" or self.sidecar_ext != ".txt"):
+            raise IdeficsError("--sidecar-existing and --sidecar-ext have no effect without --sidecar: add it")
         if self.format == "vqav2" and (self.reading.keep or self.answers_column or self.output == STDOUT):
             raise IdeficsError(
                 "--format vqav2 writes question_id and answer alone, and to a file: name one with -o F.json, and leave"
@@ -83,8 +99,11 @@ class RunOptions:
             )
         if self.output != STDOUT:
             return
-        if self.overwrite and not self.sidecar:
-            raise IdeficsError("--overwrite needs an output file: add -o F.jsonl")
+        if self.overwrite:
+            raise IdeficsError(
+                "--overwrite needs an output file: add -o F.jsonl; for texts beside images there is --sidecar-existing"
+                " overwrite"
+            )
         if self.retry_errors or self.update:
             flag = "--retry-errors" if self.retry_errors else "--update"
             raise IdeficsError(f"{flag} needs the finished output: add -o F.jsonl")

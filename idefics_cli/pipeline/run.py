@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from idefics_cli.checkpoint import ModelRequest
-from idefics_cli.errors import InputError, OutputError
+from idefics_cli.errors import InputError, OutputError, RowError
 from idefics_cli.pipeline.earlier import DECIDING, Changes, EarlierRows, is_duplicate, row_digest, stands
 from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions
 from idefics_cli.pipeline.prefetch import Finished, FirstRowsFailed, FlowOptions, RunStats, Steps, run_rows
@@ -32,9 +32,10 @@ from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions, RemoteFile
 from idefics_cli.validation import by_option
-from idefics_cli.writers.formats import DIGEST, VQAV2, Passthrough
+from idefics_cli.writers.formats import DIGEST, VQAV2, Passthrough, mark_of
 from idefics_cli.writers.output_file import GOOD, SAME, FileOutput
-from idefics_cli.writers.writers import JournalWriter, RowWriter, SidecarWriter, StreamWriter
+from idefics_cli.writers.sidecars import SidecarWriter
+from idefics_cli.writers.writers import JournalWriter, RowWriter, StreamWriter
 
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
@@ -80,7 +81,7 @@ class Run:
         self._known_digests: dict[tuple[int, str], str] = {}  # of rows on their way
         self._tag = ""
         self._columns = {name for each in task.columns for name in ([each] if isinstance(each, str) else each)}
-        self.sidecars = SidecarWriter(options.overwrite) if options.sidecar else None
+        self.sidecars = _sidecars(options)
 
     def run(self, stdout: BinaryIO | None) -> bool:
         """Whether there was anything to do."""
@@ -88,7 +89,8 @@ class Run:
         if options.output == STDOUT:
             if stdout is None:
                 raise OutputError("stdout is closed: name a file with -o F.jsonl")
-            self._run_rows(self._rows(), lambda: StreamWriter(stdout))
+            needs_model = STDIN in options.inputs or self._look_beside(self._rows)
+            self._run_rows(self._rows(), lambda: StreamWriter(stdout), needs_model=needs_model)
             return True
         while True:
             output = FileOutput(options.output, overwrite=options.overwrite, format_name=options.format)
@@ -110,15 +112,23 @@ class Run:
         rows = self._rows()
         if not is_retry and self._stand_first(output, rows):
             if not is_finished:
-                self._finish(output, self._with_earlier(output, rows, *output.attempt))
+                needs_model = True
+                if self.sidecars is not None:
+                    num_done = self.stats.rows
+                    needs_model = self._look_beside(
+                        lambda: islice(self._with_earlier(output, self._rows(), *output.attempt), num_done, None)
+                    )
+                    rows = islice(self._rows(), num_done, None)
+                self._finish(output, self._with_earlier(output, rows, *output.attempt), needs_model)
                 return True
             if next(rows, None) is None:
                 return False
         self.stats.reset()
         mode, number = GOOD * is_retry | SAME * options.update, output.attempt[0] + 1
-        num_left = self._look(output, number, mode)
+        needs_model = self._look(output, number, mode) > 0
+        needs_model = self._look_beside(lambda: self._with_earlier(output, self._rows(), number, mode)) and needs_model
         output.next_attempt(mode)
-        self._finish(output, self._with_earlier(output, self._rows(), number, mode), needs_model=num_left > 0)
+        self._finish(output, self._with_earlier(output, self._rows(), number, mode), needs_model)
         return True
 
     def _is_publishable(self, output: FileOutput) -> bool:
@@ -141,6 +151,7 @@ class Run:
                 self._write_beside(row, old)
                 self.stats.add_earlier(old)
                 self.stats.safe += 1
+        self._close_beside()
         return True
 
     def _look(self, output: FileOutput, number: int, mode: int) -> int:
@@ -285,6 +296,8 @@ class Run:
         self.task.check(options.request)
         self._check_model(options.request)
         rows = self._checked(rows)
+        if self.sidecars is not None:
+            rows = map(self._with_text_beside, rows)
         model = self._load_model(options.request, options.batch_size) if needs_model else None
         rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
         batch_size = ROWS_AT_ONCE if model is None else model.batch_size
@@ -298,6 +311,7 @@ class Run:
             try:
                 with closing(writer):
                     run_rows(rows, steps, self._writing(writer), flow, self.stats, self.observer.on_row)
+                self._close_beside()
             finally:
                 self.stats.safe = resumed + writer.num_safe
 
@@ -307,20 +321,50 @@ class Run:
 
         def write(row: InputRow, finished: Finished) -> None:
             line = finished if isinstance(finished, Mapping) else self.form.row(row, finished)
-            self._write_beside(row, line)
+            then = partial(self._write_beside, row, line)
             if is_stream:
-                writer.write({**line, **self.passthrough.shown(row.values)} if names else line)
+                writer.write({**line, **self.passthrough.shown(row.values)} if names else line, then)
             else:
                 digest = self._known_digests.pop((row.index, row.id), None) or self._digest(row)
-                writer.write({**line, DIGEST: self._tag + digest})
+                writer.write({**line, DIGEST: self._tag + digest}, then)
 
         return write
+
+    def _look_beside(self, rows: Callable[[], Iterator[InputRow]]) -> bool:
+        """What is beside the images of all rows is looked at before a model is loaded; whether it is needed."""
+        if self.sidecars is None:
+            return True
+        num_left = 0
+        for row in map(self._with_text_beside, rows()):
+            self._known_digests.pop((row.index, row.id), None)
+            num_left += row.error is None and row.earlier is None
+        return num_left > 0
+
+    def _with_text_beside(self, row: InputRow) -> InputRow:
+        """The row; one with a text beside its image that is to be kept has that, and is done."""
+        if row.error is not None:
+            return row
+        assert self.sidecars is not None and self.form.text_column is not None, self.form
+        found = self.sidecars.before(_own_file(row), row.index, is_done=row.earlier is not None)
+        if isinstance(found, str):
+            nothing = self.form.row(row, RowError("row_invalid", ""))
+            return replace(row, earlier={**nothing, self.form.text_column: found, "error": None})
+        return row if found is None else replace(row, error=found)
+
+    def _close_beside(self) -> None:
+        if self.sidecars is not None:
+            self.sidecars.close()
 
     def _write_beside(self, row: InputRow, line: Mapping[str, Any]) -> None:
         """The text of a result row, beside the row's image where texts are wanted there."""
         if self.sidecars is not None and line["error"] is None:
             assert self.form.text_column is not None, self.form
             self.sidecars.write(_own_file(row), line[self.form.text_column], row.index)
+
+
+def _sidecars(options: RunOptions) -> SidecarWriter | None:
+    mark = "" if options.output == STDOUT else mark_of(Path(options.output))
+    return SidecarWriter(options.sidecar_existing, options.sidecar_ext, mark) if options.sidecar else None
 
 
 def shown_names(passthrough: Mapping[str, Any], own: Sequence[str]) -> dict[str, str]:
@@ -412,7 +456,7 @@ def _are_one_file(one: str, other: str) -> bool:
 
 def _spooled(stdin: BinaryIO | None, options: RunOptions) -> BinaryIO | None:
     """Where paths on stdin may be needed twice, they are kept until the run ends."""
-    is_twice = options.update or options.reading.keep or os.path.exists(options.output)
+    is_twice = options.update or options.sidecar or options.reading.keep or os.path.exists(options.output)
     if stdin is None or STDIN not in options.inputs or not is_twice or options.output == STDOUT:
         return stdin
     spool = tempfile.TemporaryFile()  # noqa: SIM115

@@ -9,9 +9,11 @@ journals nor runs.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
+import secrets
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 from idefics_cli.columns import Column, arrow_array, arrow_type, encodable, json_text, strict_json, tensor_values
 from idefics_cli.errors import InputError, OutputError
 from idefics_cli.storage.filenames import escape_name
+from idefics_cli.storage.regular_file import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,10 +131,8 @@ class JsonLines:
 
     def in_the_way(self, path: Path) -> Iterator[Path]:
         """Files of others that would be written over, where no run is under way."""
-        record = record_name(path)
-        yield from _existing(temporary_name(path), temporary_name(record))
-        for there in _existing(record):
-            with suppress(ValueError, RecursionError), open(there, "rb") as file:
+        for there in _existing(record_name(path)):
+            with suppress(ValueError, RecursionError), _open_record(there) as file:
                 if is_record(json.loads(file.readline())):
                     continue
             yield there
@@ -299,22 +300,23 @@ def record_name(path: Path) -> Path:
     return path.with_name(path.name + ".run")
 
 
-def temporary_name(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, which gets the name `path` when it is on the disk; what cannot be finished is removed."""
-    temporary = temporary_name(path)
+def replacing(path: Path, mark: str = "") -> Iterator[BinaryIO]:
+    """A new file, which gets the name `path` when it is on the disk; what cannot be finished is removed.
+
+    Its name is one that none can foresee, so that no link or pipe of others is there. The `mark` is in it: what a kill
+    has left is found by that.
+    """
+    temporary = path.with_name(f".idefics-{mark or mark_of(path)}-{secrets.token_hex(8)}.tmp")
+    file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        with open(file, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(file)
+        os.rename(temporary, path)
     finally:
-        with suppress(OSError):  # then the next run writes over it
+        with suppress(OSError):  # then the next run removes it
             temporary.unlink(missing_ok=True)
 
 
@@ -337,7 +339,7 @@ def _recorded(path: Path, run: Mapping[str, Any]) -> Iterator[tuple[Counted, Cal
 
 def _read_record(path: Path) -> tuple[dict[str, Any], list[int]]:
     """The run that made the file, and what is known of the file's bytes. Raises ValueError where it is no record."""
-    with open(record_name(path), "rb") as beside:
+    with _open_record(record_name(path)) as beside:
         record = json.loads(beside.readline())
         beside.seek(max(0, beside.seek(0, os.SEEK_END) - CONTENT_BYTES))
         last = json.loads((beside.read().splitlines() or [b""])[-1])
@@ -360,6 +362,21 @@ class Counted:
         return getattr(self._file, name)
 
 
+def mark_of(path: Path) -> str:
+    """Of whatever is written for this output."""
+    name = os.path.join(os.path.realpath(path.parent), path.name)
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+
+
+def remove_leftovers(folder: Path, *marks: str) -> None:
+    """What killed runs have left of new files with these marks. No other run may be writing them."""
+    starts = tuple(f".idefics-{mark}-" for mark in marks)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(starts) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
+
+
 def content_of(path: Path) -> list[int]:
     """Length and CRC-32 of a file, which show whether it is the one that was written."""
     with open(path, "rb", buffering=0) as file:
@@ -372,6 +389,11 @@ def _check_of(file: BinaryIO, num_bytes: int, check: int = 0) -> int:
     while num_bytes and (block := file.read(min(num_bytes, BLOCK_BYTES))):
         check, num_bytes = zlib.crc32(block, check), num_bytes - len(block)
     return check
+
+
+def _open_record(path: Path) -> BinaryIO:
+    """Pipes are not waited for."""
+    return io.BufferedReader(open_regular(str(path)))
 
 
 def _existing(*paths: Path) -> Iterator[Path]:

@@ -30,6 +30,9 @@ from idefics_cli.writers.formats import (
     content_of,
     format_of,
     is_record,
+    mark_of,
+    record_name,
+    remove_leftovers,
 )
 from idefics_cli.writers.journal import Journal, reason, remedy, shown_path, sync_folder
 
@@ -215,6 +218,7 @@ class FileOutput:
         self.journal.require_unchanged()
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
         try:
+            remove_leftovers(self.path.parent, *map(mark_of, (self.path, record_name(self.path))))
             self.format.write(self.path, self.texts, columns, passthrough, run)
             sync_folder(self.path.parent)
             self.journal.remove()

@@ -1,27 +1,26 @@
-"""Where finished rows go as they come: a stream, a run's journal, text files beside the images.
+"""Where finished rows go as they come: a stream, or a run's journal.
 
 Rows come in order, from one thread; a row is a mapping. This module knows nothing of images or models.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections import Counter
-from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeAlias
 
 from idefics_cli.columns import json_text, strict_json
 from idefics_cli.errors import OutputError, StreamClosed
-from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
-from idefics_cli.storage.unique_ids import UniqueIds
-from idefics_cli.writers.journal import Journal, reason, shown_path
+from idefics_cli.writers.journal import Journal, reason
 
 COMMIT_SECONDS = 0.5  # how long a finished row waits at most for others to be written with
 COMMIT_ROWS = 1_000
-FOLDERS_KEPT = 64  # whose listings the sidecars' names are made from
+
+
+Then: TypeAlias = Callable[[], None]  # what is to be done once a row is safe
+
+
+def nothing() -> None: ...
 
 
 class StreamWriter:
@@ -30,9 +29,10 @@ class StreamWriter:
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.num_safe = stream, 0
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any], then: Then = nothing) -> None:
         write_through(self.stream, strict_json(json_text(row)) + b"\n")
         self.num_safe += 1
+        then()
 
     def close(self) -> None:
         """Every row has been flushed."""
@@ -58,20 +58,20 @@ class JournalWriter:
 
     def __init__(self, journal: Journal) -> None:
         self.journal, self.num_safe = journal, 0
-        self._texts: list[bytes] = []
+        self._texts: list[tuple[bytes, Then]] = []
         self._error: BaseException | None = None
         self._is_closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any], then: Then = nothing) -> None:
         text = json_text(row)
         with self._changed:
             while len(self._texts) >= 4 * COMMIT_ROWS and self._error is None:
                 self._changed.wait()
             self._raise_error()
-            self._texts.append(text)
+            self._texts.append((text, then))
             if len(self._texts) in (1, COMMIT_ROWS):
                 self._changed.notify_all()
 
@@ -93,14 +93,16 @@ class JournalWriter:
     def _run(self) -> None:
         try:
             while texts := self._next_texts():
-                self.journal.append(texts)
+                self.journal.append([text for text, _ in texts])
                 self.num_safe += len(texts)
+                for _, then in texts:
+                    then()
         except BaseException as error:  # raised where the rows come from
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _next_texts(self) -> list[bytes]:
+    def _next_texts(self) -> list[tuple[bytes, Then]]:
         """What is to be written now; nothing when the writer closes."""
         with self._changed:
             self._changed.wait_for(lambda: self._texts or self._is_closing)
@@ -111,58 +113,3 @@ class JournalWriter:
 
 
 RowWriter: TypeAlias = StreamWriter | JournalWriter
-
-
-class SidecarWriter:
-    """The text of a row in `stem.txt` beside its image, whole or not at all.
-
-    Where another image in the folder has the same stem, the name is `stem.ext.txt`, so that no two share a file. A
-    file that holds another text is the user's own, unless `overwrite` says that it may go, or another row's of this
-    run: then nothing helps.
-    """
-
-    def __init__(self, overwrite: bool) -> None:
-        self.overwrite = overwrite
-        self._rows = UniqueIds()  # by the files that have their texts
-        self._folder = lru_cache(FOLDERS_KEPT)(lambda folder: (folder.resolve(), shared_stems(folder)))
-
-    def write(self, image: Path, text: str, row: int) -> None:
-        """The text of the `row` of this index. Raises OutputError for a file that may not go, or cannot be written."""
-        try:
-            folder, shared = self._folder(image.parent)  # by the one name that no other spelling has
-            target = image.with_name(f"{image.name if image.stem in shared else image.stem}.txt")
-            first = self._rows.add(escape_name(str(folder / target.name)), row)
-            self._replace(target, text.encode() + b"\n", row if first is None else first, row)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write a text beside {shown_path(image)}: {reason(error)}; leave --sidecar out"
-            ) from error
-
-    def _replace(self, target: Path, data: bytes, first: int, row: int) -> None:
-        """`first` is the row that the file has had from this run."""
-        if target.exists():
-            if target.read_bytes() == data:
-                return
-            self._require_own(target, first, row)
-        temporary = target.with_name(f".{target.name[:200]}.tmp")
-        temporary.write_bytes(data)
-        temporary.rename(target)
-
-    def _require_own(self, target: Path, first: int, row: int) -> None:
-        if first != row:
-            raise OutputError(
-                f"rows {first + 1} and {row + 1} show one image and have different texts, but {shown_path(target)}"
-                " holds one: leave --sidecar out"
-            )
-        if not self.overwrite:
-            raise OutputError(
-                f"{shown_path(target)} holds another text: move it away and run the same command again; or replace all"
-                " such files with --overwrite, which starts the run over"
-            )
-
-
-def shared_stems(folder: Path) -> frozenset[str]:
-    """The stems in a folder that stand for several images: of two images, or the whole name of another one."""
-    names = [name for name in os.listdir(folder) if IMAGE_SUFFIX.search(name)]
-    stems = Counter(Path(name).stem for name in names)
-    return frozenset(stem for stem, count in stems.items() if count > 1) | (stems.keys() & set(names))

@@ -170,7 +170,7 @@ def test_how_texts_are_decoded_has_no_effect_on_ranked_answers(changes: dict[str
 
 
 def test_what_goes_together() -> None:
-    RunOptions(("a",), overwrite=True, sidecar=True)
+    RunOptions(("a",), sidecar=True, sidecar_existing="skip")
     RunOptions(("-",), "f.jsonl", retry_errors=True, reading=ReadOptions(null=True))
     shots = ShotOptions("s.csv", selection="random", seed=3)
     assert (ShotOptions().number, shots.number, vqa(shots=shots).prompts.num_shots) == (0, 4, 4)

@@ -68,6 +68,7 @@ class Settings:
     log: str | None = None
     version: str = "0.1.0"
     fault: Fault | None = None
+    temporary: str | None = None  # in place of what is random in the names of new files
 
 
 class Shim:
@@ -126,6 +127,8 @@ def main(arguments: list[str], settings: Settings) -> NoReturn:
     writers.COMMIT_ROWS, writers.COMMIT_SECONDS = settings.commit_rows, settings.commit_seconds
     if settings.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (settings.file_limit, settings.file_limit))
+    if settings.temporary is not None:
+        formats.secrets.token_hex = lambda number: settings.temporary
     if settings.fault is not None:
         Shim(settings.fault).install()
     cli.check_model = lambda request: settings.weights

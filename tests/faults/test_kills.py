@@ -29,6 +29,8 @@ from runs import (
     wait_for,
 )
 
+from idefics_cli.writers.formats import mark_of
+
 SCRIPT = Path(__file__).with_name("faulty_run.py")
 ROWS = 200
 SLOW_ROWS = Settings(delay=0.01, batch_size=2, commit_rows=5)
@@ -105,12 +107,14 @@ def test_a_kill_at_each_system_call(tmp_path: Path, suffix: str, threads: str, n
 def run_in_strace(bench: Bench, number: int, follow: bool) -> int:
     """The exit code of a run that the kernel kills at its `number`-th call on one of the output's files."""
     calls = "/^(write|fsync|ftruncate|rename.*|unlink.*)$"
-    names = [str(bench.output) + end for end in ("", ".part", ".tmp", ".run", ".run.tmp")]
-    watched = [argument for name in names for argument in ("-P", name)]
+    paths = [bench.output.with_name(bench.output.name + end) for end in ("", ".part", ".run", ".lock")]
+    temporary = [path.with_name(f".idefics-{mark_of(path)}-temporary.tmp") for path in (paths[0], paths[2])]
+    names = [*paths, *temporary]
+    watched = [argument for name in names for argument in ("-P", str(name))]
     inject = f"inject={calls}:signal=KILL:when={number}"
     command = ["strace", *["-f"] * follow, "-qq", "-o", "/dev/null", *watched, "-e", f"trace={calls}", "-e", inject]
     run = [sys.executable, SCRIPT, "caption", bench.images, "-o", bench.output, "--workers", "2"]
-    environment = {**os.environ, "FAKE": json.dumps(asdict(Settings()))}
+    environment = {**os.environ, "FAKE": json.dumps(asdict(Settings(temporary="temporary")))}
     return subprocess.run([*command, *run], env=environment, capture_output=True, timeout=60).returncode
 
 

@@ -207,11 +207,11 @@ def test_an_address_is_refused(address: str) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     ("name", "beside"),
-    [("f.jsonl", ".tmp"), ("f.jsonl", ".run"), ("f.jsonl", ".run.tmp"), ("f.parquet", ".run")],
+    [("f.jsonl", ".run"), ("f.csv", ".run"), ("f.jsonl", ".part"), ("f.parquet", ".run")],
 )
 def test_files_of_others_are_never_overwritten(tmp_path: Path, name: str, beside: str, overwrite: bool) -> None:
     own = tmp_path / f"{name}{beside}"
     own.write_text("[" * 100_000)
-    with pytest.raises(OutputError, match=rf"{own.name} is not a file of this program, and would be overwritten"):
+    with pytest.raises(OutputError, match=rf"{own.name} is not a file of this program, and would be (over)?written"):
         FileOutput(tmp_path / name, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [own.name] and own.read_text() == "[" * 100_000

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from idefics_cli.errors import OutputError, StreamClosed
 from idefics_cli.writers import writers
 from idefics_cli.writers.journal import Journal
-from idefics_cli.writers.writers import JournalWriter, SidecarWriter, StreamWriter
+from idefics_cli.writers.writers import JournalWriter, StreamWriter
 
 HEADER = {"settings": {}}
 
@@ -164,78 +164,3 @@ def test_a_stop_does_not_take_the_journal_from_under_the_thread(
     with pytest.raises(KeyboardInterrupt):
         writer.close()
     assert writer.num_safe == 1
-
-
-# ---- texts beside images
-
-
-NAMES = st.lists(
-    st.from_regex(r"(a|b|a\.png|\.a)\.(png|jpg|PNG|webp|txt)", fullmatch=True), min_size=1, max_size=8, unique=True
-)
-
-
-@given(NAMES)
-@settings(deadline=None)
-def test_no_two_images_share_a_text(names: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        images = [Path(folder) / name for name in names if not name.endswith(".txt")]
-        for image in images:
-            image.touch()
-        writer = SidecarWriter(overwrite=False)
-        for row, image in enumerate(images):
-            writer.write(image, image.name, row)
-        texts = [path.read_text() for path in Path(folder).iterdir() if path not in images]
-        assert sorted(texts) == sorted(f"{image.name}\n" for image in images)
-
-
-def test_a_stem_alone_is_the_name_and_else_the_whole_name_is(tmp_path: Path) -> None:
-    for name in "a.png", "b.png", "b.jpg", "notes.md":
-        (tmp_path / name).touch()
-    for name in "a.png", "b.png", "b.jpg":
-        SidecarWriter(overwrite=False).write(tmp_path / name, name, 0)
-    assert {path.name for path in tmp_path.glob("*.txt")} == {"a.txt", "b.png.txt", "b.jpg.txt"}
-
-
-def test_a_text_of_the_user_goes_only_with_overwrite(tmp_path: Path) -> None:
-    image, text = tmp_path / "a.png", tmp_path / "a.txt"
-    text.write_text("mine\n")
-    with pytest.raises(OutputError, match=r"a\.txt holds another text: .* --overwrite"):
-        SidecarWriter(overwrite=False).write(image, "a dog", 0)
-    assert text.read_text() == "mine\n"
-    SidecarWriter(overwrite=True).write(image, "a dog", 0)
-    SidecarWriter(overwrite=False).write(image, "a dog", 0)
-    assert text.read_text() == "a dog\n"
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_text_of_another_row_of_the_run_never_goes(tmp_path: Path, overwrite: bool) -> None:
-    writer = SidecarWriter(overwrite)
-    for row, text in enumerate(("a dog", "a dog", "two dogs", "two dogs")):
-        writer.write(tmp_path / f"{text}.png", text, row)
-    with pytest.raises(OutputError, match=r"rows 1 and 5 show one image .*a dog\.txt holds one: leave --sidecar out"):
-        writer.write(tmp_path / "a dog.png", "a cat", 4)
-    assert (tmp_path / "a dog.txt").read_text() == "a dog\n"
-
-
-def test_an_image_is_the_same_however_its_folder_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "p" / "q").mkdir(parents=True)
-    (tmp_path / "link").symlink_to("p")
-    monkeypatch.chdir(tmp_path)
-    for folder in "p", "p/q/..", "./p", "link", str(tmp_path / "p"):
-        writer = SidecarWriter(overwrite=True)
-        writer.write(Path("p/a.png"), "a dog", 0)
-        with pytest.raises(OutputError, match="rows 1 and 2 show one image"):
-            writer.write(Path(folder, "a.png"), "a cat", 1)
-
-
-def test_what_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = SidecarWriter(overwrite=False)
-    with pytest.raises(OutputError, match=r"cannot write a text beside .*a\.png: No such file or directory"):
-        writer.write(tmp_path / "none" / "a.png", "a dog", 0)
-
-    def refuse(self: Path, data: bytes) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(OutputError, match=r"beside .*a\.png: Read-only file system; leave --sidecar out"):
-        writer.write(tmp_path / "a.png", "a dog", 0)
