@@ -574,3 +574,45 @@ def test_few_long_rows_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     write = lambda row, finished: left.append(row.index)  # noqa: E731
     prefetch.run_rows(rows(), steps, write, flow, prefetch.RunStats(), lambda: None)
     assert left == list(range(50))
+
+
+# ---- seeded mutations
+
+
+def mutated(data: bytes, random: Random) -> bytes:
+    """A few bits flipped, bytes replaced, pieces cut out or repeated."""
+    changed = bytearray(data)
+    for _ in range(random.randint(1, 4)):
+        place, end = sorted(random.sample(range(len(changed)), 2))
+        kind = random.randrange(4)
+        if kind == 0:
+            changed[place] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            changed[place] = random.choice(b'\x00\xff\x7f[]{}",;\n\t')
+        elif kind == 2 and end - place < len(changed) // 2:
+            del changed[place:end]
+        else:
+            changed[end:end] = changed[place : place + 40]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl", "m.parquet", "m.csv.gz", "m.jsonl.gz"])
+def test_mutated_files_are_rows_or_one_line(tmp_path: Path, name: str, count: int) -> None:
+    """Whatever else is raised would be a bug of the program, and a crash would end the tests."""
+    rows = [{"id": f"{i}", "image": f"{i}.png", "x": ["ä", i, {"b": '"'}], "n": i / 3} for i in range(40)]
+    frame, path, random = pd.DataFrame(rows), tmp_path / name, Random(name)
+    if name == "m.parquet":
+        pq.write_table(pa.table({"id": frame.id, "image": frame.image, "n": frame.n}), path, row_group_size=15)
+    elif "csv" in name:
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    whole = path.read_bytes()
+    for _ in range(count):
+        path.write_bytes(mutated(whole, random))
+        with suppress(InputError):
+            inputs = open_inputs([str(path)], ReadOptions(image_column="image", keep="all"))
+            assert all(row.error or row.sources for row in inputs.rows)
+            for batch in inputs.passthrough_batches():
+                batch.validate(full=True)
