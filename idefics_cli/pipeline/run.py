@@ -208,6 +208,10 @@ class Run:
         if not self.stats.stopped_early:
             output.journal.end({"rows": self.stats.rows, "failed": dict(self.stats.failed)})
             self._publish(output)
+            for name in self.inputs.changed_names():
+                self.observer.say(
+                    f"{name} has changed since the run began: --update does what is new or changed in it."
+                )
 
     def _begin(self, output: FileOutput) -> JournalWriter:
         settings = self._settings(self._check_model(self.options.request))  # a hub's weights are known only now

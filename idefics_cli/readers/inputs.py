@@ -255,11 +255,18 @@ class Inputs:
             yield [NO_VALUES] * (most if source.size is None else len(range(start, source.size, self._shard[1])))
 
     def _require_unchanged(self) -> None:
+        """Rows that have been added do no harm."""
         for source, known in zip(self._sources, self.identity, strict=True):
-            if dict(source.identity) != known:
+            if isinstance(source, Manifest) and not source.still_holds(known):
                 raise InputError(
-                    f"{known['name']} changed while the run was under way: restore it and run the same command again"
+                    f"{known['name']} changed while the run was under way: restore it and run the same command again,"
+                    " or add --update"
                 )
+
+    def changed_names(self) -> list[str]:
+        """Of the manifests that are not, under their names, what has been read."""
+        manifests = [source for source in self._sources if isinstance(source, Manifest)]
+        return [manifest.identity["name"] for manifest in manifests if manifest.has_changed]
 
     # ---- ids
 

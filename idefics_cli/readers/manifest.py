@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from idefics_cli.readers.table import OWN_ERROR, Chunk, NoRows, Record, Table, w
 from idefics_cli.readers.webdataset import Archive
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
-from idefics_cli.storage.files import File, file_digest
+from idefics_cli.storage.files import File, file_digest, local_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,6 +92,7 @@ def open_manifest(file: File, prefix: str, options: ReadOptions, say: Say, is_fi
     """
     if file.size == 0:
         raise NoRows(f"{file.name} is empty: name a manifest with rows")
+    file = file.held()
     table = open_table(file, options)
     if is_first:
         table.check()
@@ -140,6 +141,7 @@ class Manifest:
     def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions, say: Say) -> None:
         self.prefix, self.is_streaming = prefix, isinstance(file, StdinFile)
         self._file, self._table = file, table
+        self._opened = file.info()
         self._images = image_columns_of(file.name, table, options)
         self._id = _id_column(file.name, table, options)
         self.is_numbered = self._id is None  # no two rows can have one id
@@ -165,6 +167,20 @@ class Manifest:
             return {"kind": "stdin"}
         size, digest = self._file.info()["size"], file_digest(self._file)
         return {"kind": "manifest", "name": self._file.name, "bytes": size, "digest": digest}
+
+    def still_holds(self, known: Mapping[str, Any]) -> bool:
+        """Whether what it held is there, whatever has been added since."""
+        size = self._file.info()["size"]
+        return size >= known["bytes"] and file_digest(self._file, known["bytes"]) == known["digest"]
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether another file has its name by now, or none, or it is not as it was when it was opened."""
+        try:
+            info = local_file(self._file.path).info() if self._file.is_local else self._file.info()
+        except InputError:
+            return True
+        return any(info.get(name) != self._opened.get(name) for name in ("size", "ino", "mtime"))
 
     def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
         columns = [self._id] if ids_only else [*self._images.names, self._id, *self._values]

@@ -13,11 +13,12 @@ import io
 import os
 import posixpath
 import re
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -31,6 +32,7 @@ READ_BYTES = 1 << 18
 BUFFER_BYTES = 2 << 20
 DIGEST_BYTES = 1 << 20
 MAX_PIECE_BYTES = MAX_ROW_BYTES
+MOST_HELD = 100
 PATTERN = re.compile(r"[*?[]")
 
 
@@ -44,6 +46,55 @@ class LocalFiles(LocalFileSystem):
     def _open(self, path: str, mode: str = "rb", **options: Any) -> BinaryIO:
         assert mode == "rb", mode
         return open_regular(path)
+
+
+class HeldFile(LocalFiles):
+    """One local file, opened once: whatever has its name by then, its bytes are read."""
+
+    cachable = False
+    held: ClassVar[weakref.WeakSet[io.FileIO]] = weakref.WeakSet()
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._file = open_regular(path)
+        self.held.add(self._file)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it could not be opened
+            self._file.close()
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        found = os.fstat(self._file.fileno())
+        return {"name": path, "type": "file", "size": found.st_size, "mtime": found.st_mtime, "ino": found.st_ino}
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> BinaryIO:
+        return Positioned(self._file.fileno(), self)
+
+
+class Positioned(io.RawIOBase):
+    """The bytes of an open file from its start, whatever place it is read at elsewhere. `owner` keeps it open."""
+
+    def __init__(self, file: int, owner: Any = None) -> None:
+        self._file, self._owner, self._place = file, owner, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: os.fstat(self._file).st_size}[whence]
+        self._place = max(0, start + place)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        number = os.preadv(self._file, [buffer], self._place)
+        self._place += number
+        return number
 
 
 @dataclass(frozen=True)
@@ -85,6 +136,13 @@ class File:
         if info["type"] not in ("file", "directory"):
             raise InputError(f"{self.name} is not a regular file: name image files, folders, manifests or `-`")
         return replace(self, size=info["size"], is_folder=info["type"] == "directory")
+
+    def held(self) -> File:
+        """The same, kept open for as long as it is needed, if it is local and not too many are."""
+        if not self.is_local or len(HeldFile.held) >= MOST_HELD:
+            return self
+        with refusing(self.name, OSError):
+            return replace(self, filesystem=HeldFile(self.path))
 
     def entries(self) -> list[dict[str, Any]]:
         """The same of what lies in this folder."""
@@ -241,13 +299,13 @@ def _joined(parts: list[bytes], size: int, last: bytes) -> bytes | None:
     return None if size + len(last) > MAX_PIECE_BYTES else b"".join([*parts, last])
 
 
-def file_digest(file: File) -> str:
-    """A digest of the first and the last megabyte: enough to notice a changed file, and quick for a large one."""
+def file_digest(file: File, size: int | None = None) -> str:
+    """A digest of the first and the last megabyte: enough to notice a changed file, and quick for a large one. `size`:
+    only so many bytes are looked at."""
     digest = hashlib.sha256()
     with open_stream(file, compressed=False) as stream:
-        digest.update(stream.read(DIGEST_BYTES))
-        size = stream.seek(0, os.SEEK_END)
-        if size > DIGEST_BYTES:
-            stream.seek(max(DIGEST_BYTES, size - DIGEST_BYTES))
-            digest.update(stream.read(DIGEST_BYTES))
+        size = stream.seek(0, os.SEEK_END) if size is None else size
+        for start in sorted({0, max(0, size - DIGEST_BYTES)}):
+            stream.seek(start)
+            digest.update(stream.read(min(DIGEST_BYTES, size - start)))
     return digest.hexdigest()

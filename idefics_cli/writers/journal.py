@@ -28,6 +28,7 @@ from typing import Any
 from idefics_cli.columns import json_text
 from idefics_cli.errors import OutputError
 from idefics_cli.storage.filenames import escape_name
+from idefics_cli.storage.files import Positioned
 from idefics_cli.writers.owner import NOT_SUPPORTED, Owner
 
 HEADER_KEY, END_KEY = "idefics_run", "idefics_end"
@@ -103,7 +104,7 @@ class Journal:
     def _lines(self) -> Iterator[tuple[int, bytes, int]]:
         """The number of each line, its object, and its check."""
         check = 0
-        for number, line in enumerate(io.BufferedReader(_Positioned(self._file), BLOCK_BYTES), start=1):
+        for number, line in enumerate(io.BufferedReader(Positioned(self._file), BLOCK_BYTES), start=1):
             found = unchecked(line, number, check)
             if found is None:
                 raise self._changed(number)
@@ -243,21 +244,6 @@ class Journal:
         file, self._file = self._file, -1
         self._owner.release()
         os.close(file)  # frees the lock
-
-
-class _Positioned(io.RawIOBase):
-    """The bytes of an open file from its start, whatever place it is read at elsewhere."""
-
-    def __init__(self, file: int) -> None:
-        self._file, self._place = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        number = os.preadv(self._file, [buffer], self._place)
-        self._place += number
-        return number
 
 
 @contextmanager

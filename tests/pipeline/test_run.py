@@ -334,7 +334,7 @@ def test_inputs_that_change_before_the_end_are_told_and_the_rows_are_kept(
     before, changes = manifest.read_bytes(), passing(manifest, output=str(output))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watch, "on_row", lambda self: manifest.write_bytes(before + before))
+        patch.setattr(Watch, "on_row", lambda self: manifest.write_bytes(b"{}\n" + before))
         said = bench.refuses(InputError, **changes)
     assert "m.jsonl changed while the run was under way: restore it and run the same command again" in said
     assert bench.stats.safe == 3 and not output.exists()

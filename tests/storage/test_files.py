@@ -76,7 +76,7 @@ def test_manifests(upload: Callable[[str, bytes], str], tmp_path: Path, name: st
     assert len(rows) == 3 and "secret" not in str(found.identity)
     assert rows[1].sources == (b"1",) or content(rows[1]) == b"image 1"
     assert pa.Table.from_batches(found.passthrough_batches()).to_pydict() == {"question": ["0", "1", "2"]}
-    upload(f"tables/{name}", data + b"\0")
+    upload(f"tables/{name}", b"\0" + data)
     with pytest.raises(InputError, match="changed while the run was under way"):
         list(found.passthrough_rows())
 
