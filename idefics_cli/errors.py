@@ -17,6 +17,7 @@ ROW_ERROR_CODES = (
     "image_too_large",
     "image_not_allowed",
     "folder_unreadable",
+    "storage_unavailable",
     "row_invalid",
     "duplicate_id",
     "prompt_too_long",
