@@ -20,6 +20,7 @@ import typer
 
 from idefics_cli.errors import IdeficsError, StreamClosed, one_line
 from idefics_cli.pipeline.task import Observer
+from idefics_cli.storage.filenames import json_for_terminal, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 EXIT_BUG = 1
 EXIT_MISTAKE = 2
 EXIT_FAILED_ROWS = 3
+LONGEST_LINE = 2_000  # characters
 EXIT_SIGNAL = 128  # and the signal's number
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REMEDIES = {"duplicate_id": "name a column of unique ids with --id-column"}  # by the code of failed rows
@@ -146,10 +148,13 @@ def console(stream: TextIO) -> Console:
 
 
 def say(message: str, label: str = "") -> None:
-    """One line on stderr, whatever characters the names in it have."""
+    """One line on stderr, whatever names it has; of a very long one the beginning, and the end with the remedy."""
     from rich.text import Text
 
-    show(Text.assemble((label, "bold red"), _printable(one_line(message))))
+    text = printable(one_line(message))
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
+    show(Text.assemble((label, "bold red"), text))
 
 
 def show(shown: Table | Text, *, soft_wrap: bool = True) -> None:
@@ -165,7 +170,9 @@ def print_data(*lines: str) -> None:
 
     stream = getattr(sys.stdout, "buffer", None)
     if stream is not None:
-        write_through(stream, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+        text = "".join(f"{line}\n" for line in lines)
+        shown = json_for_terminal(text) if is_terminal(sys.stdout) else text
+        write_through(stream, shown.encode(errors="backslashreplace"))
 
 
 def say_error(message: str, debug: bool) -> None:
@@ -174,23 +181,19 @@ def say_error(message: str, debug: bool) -> None:
     say(message, label="Error: ")
 
 
-def _printable(text: str) -> str:
-    """With control characters, which file names may hold, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 # ---- runs
 
 
-class StdoutAboveBar:
-    """stdout on the bar's own terminal: the bar is cleared for each row."""
+class StdoutOnTerminal:
+    """stdout where it is a terminal: nothing in a row is a command to it, and the bar is cleared for each row."""
 
     def __init__(self, stream: BinaryIO, bar: tqdm[NoReturn]) -> None:
         self._stream, self._bar = stream, bar
 
     def write(self, data: bytes) -> int:
         self._bar.clear()
-        return self._stream.write(data)
+        self._stream.write(json_for_terminal(data.decode()).encode())
+        return len(data)
 
     def flush(self) -> None:
         self._stream.flush()
@@ -215,8 +218,7 @@ class Progress(Observer):
 
     def stdout(self) -> BinaryIO | None:
         stream = getattr(sys.stdout, "buffer", None)
-        above = stream is not None and not self._bar.disable and is_terminal(sys.stdout)
-        return StdoutAboveBar(stream, self._bar) if above else stream
+        return StdoutOnTerminal(stream, self._bar) if stream is not None and is_terminal(sys.stdout) else stream
 
     def on_start(self, total: int | None) -> None:
         self._bar.reset(total)
@@ -242,9 +244,9 @@ def say_failures(stats: RunStats) -> None:
     table = Table("error", "rows", "first ids", title="Failed rows", title_justify="left")
     for code, number in stats.failed.most_common():
         first = stats.failed_ids[code]
-        ids = ", ".join(first) + (", ..." if number > len(first) else "")
+        ids = ", ".join(map(shortened, first)) + (", ..." if number > len(first) else "")
         if is_terminal(sys.stderr):
-            table.add_row(code, str(number), Text(_printable(ids)))
+            table.add_row(code, str(number), Text(printable(ids)))
         else:
             say(f"{code}: {counted(number, 'row')}: {ids}")
     if table.rows:

@@ -24,7 +24,7 @@ from idefics_cli.readers.manifest import is_manifest, open_table
 from idefics_cli.readers.references import references_of
 from idefics_cli.readers.table import OWN_ERROR, with_lists
 from idefics_cli.rows import ReadOptions
-from idefics_cli.storage.filenames import listed
+from idefics_cli.storage.filenames import listed, printable, shortened
 from idefics_cli.storage.files import find
 
 if TYPE_CHECKING:
@@ -193,12 +193,12 @@ def score_table(scores: Scores) -> Table:
 
     title = Text(f"{scores.total.rows} rows against {scores.options.answers_column!r}")
     table = Table(title=title, caption=_notes(scores))
-    table.add_column(Text(scores.options.by or ""))  # a Text: brackets in a name are not markup
+    table.add_column(Text(printable(scores.options.by or "")))  # a Text: brackets in a name are not markup
     for name in ("rows", "errors", *(TITLES[metric] for metric in scores.metrics)):
         table.add_column(name, justify="right")
     for name, group in (*scores.groups.items(), ("all", scores.total)):
         figures = (f"{100 * group.values[metric]:.2f}" for metric in scores.metrics)
-        table.add_row(Text(name), str(group.rows), str(group.errors), *figures)
+        table.add_row(Text(printable(shortened(name))), str(group.rows), str(group.errors), *figures)
     return table
 
 

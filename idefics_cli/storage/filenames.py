@@ -5,6 +5,7 @@ Nothing here looks at the file system.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from urllib.parse import unquote
@@ -35,6 +36,9 @@ ESCAPED_BYTE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 SURROGATES = range(0xDC80, 0xDD00)  # how os.fsdecode carries the bytes 0x80 to 0xff of a name that is not UTF-8
 
 SHOWN_CHARACTERS = 200
+TERMINAL_CONTROL = re.compile(
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def escape_name(name: str) -> str:
@@ -56,7 +60,21 @@ def is_utf8(text: str) -> bool:
 
 def shown(text: str) -> str:
     """`text` quoted for a message: on one line, of characters that can be written, and not endless."""
-    return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}...")
+    return repr(shortened(text))
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+
+
+def printable(text: str) -> str:
+    """With control characters, which names may hold, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def json_for_terminal(text: str) -> str:
+    """JSON that means the same, without characters that a terminal obeys or that turn the direction of writing."""
+    return TERMINAL_CONTROL.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def listed(names: Iterable[str]) -> str:
