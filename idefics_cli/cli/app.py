@@ -7,6 +7,7 @@ transformers, Pillow) is imported inside the command that needs it, so that `--h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from idefics_cli.cli.console import (
     EXIT_FAILED_ROWS,
     EXIT_MISTAKE,
     Progress,
+    counted,
     exit_codes,
     print_data,
     rows_so_far,
@@ -153,6 +155,34 @@ def score(
     """
     with exit_codes(debug):
         _print_scores(results, options)
+
+
+@app.command()
+@flattened()
+def salvage(
+    part: Annotated[str, typer.Argument(metavar="F.part", help="What a stopped run has left beside its output.")],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="F", help="Where the rows go; by default the name before .part."),
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Make a file of the rows that a stopped run has finished, where it cannot be resumed: its input is gone, for one.
+
+    Columns of --keep are not among them. Of a file under its own name, --update does the other rows later.
+    """
+    with exit_codes(debug):
+        from pathlib import Path
+
+        from idefics_cli.writers.output_file import FileOutput
+
+        if not part.endswith(".part") or not Path(part).is_file():
+            raise IdeficsError(f"{part} is not the .part file of a stopped run: name one")
+        final = part.removesuffix(".part")
+        target = Path(output or final)
+        with contextlib.closing(FileOutput(final, format_name="vqav2" if final.endswith(".json") else None)) as stopped:
+            counts = stopped.salvage(target)
+        say(f"{counted(counts['rows'], 'row')} in {target}, {sum(counts['failed'].values())} failed.")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,11 +22,14 @@ from typing import Any, TypeAlias
 from idefics_cli.columns import Column
 from idefics_cli.errors import OutputError
 from idefics_cli.storage.filenames import ADDRESS, shown_address
+from idefics_cli.storage.unique_ids import UniqueIds
 from idefics_cli.writers.formats import (
     DIGEST,
     DIGEST_START,
+    FAILED,
     NUM_ROWS,
     SETTINGS,
+    VQAV2,
     Passthrough,
     content_of,
     format_of,
@@ -224,6 +228,38 @@ class FileOutput:
             self.journal.remove()
         except OSError as error:
             raise OutputError(f"cannot finish {shown_path(self.path)}: {reason(error)}; {remedy(error)}") from error
+
+    def salvage(self, target: Path) -> dict[str, Any]:
+        """What a stopped run has done, as a finished file of fewer rows: those of its last attempt, then others of
+        earlier ones. The journal stays unless the file has the name that is its own. Gives the counts."""
+        header = self.journal.header
+        if header is None or self.journal.last_text is None:
+            raise OutputError(f"{shown_path(self.journal.path)} holds no rows: name the .part file of a stopped run")
+        if os.path.lexists(target):
+            raise OutputError(f"{shown_path(target)} exists already: name another file with -o")
+
+        def texts() -> Iterator[bytes]:
+            ids = UniqueIds()
+            for number in range(self.attempt[0], 0, -1):
+                for text in self.journal.texts():
+                    is_of_it = self._attempt_of(_tag_of(text))[0] == number
+                    if is_of_it and (ids.add(json.loads(text)["id"], 0) is None or number == self.attempt[0]):
+                        yield text
+
+        columns = [Column(name, kind) for name, kind in header[COLUMNS].items()]
+        errors = [json.loads(text)["error"] for text in texts()]
+        failed = Counter(error.partition(":")[0] for error in errors if error)
+        counts = {NUM_ROWS: len(errors), FAILED: dict(failed)}
+        settings = {**header[SETTINGS], "--keep": []}
+        try:
+            form = format_of(target, VQAV2 if target.suffix == ".json" else None)
+            form.write(target, texts, columns, Passthrough(), {SETTINGS: settings, **counts})
+            sync_folder(target.parent)
+        except OSError as error:
+            raise OutputError(f"cannot write {shown_path(target)}: {reason(error)}; {remedy(error)}") from error
+        if target == self.path:
+            self.journal.remove()
+        return counts
 
     def close(self) -> None:
         """Let go; what has been written stays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -354,3 +355,48 @@ def test_a_manifest_that_changes_while_it_is_read(
     if change == "remove":
         manifest.write_bytes(old)
         assert "is finished" in run(*command).stderr
+
+
+# ---- where the input is gone
+
+
+def test_the_rows_of_a_stopped_run_are_salvaged_without_its_input(
+    run: Callable[..., Result], refused: Callable[..., str], tmp_path: Path, output: Path
+) -> None:
+    """And where the input comes back, the other rows are done."""
+    manifest, part = manifest_of(tmp_path, *names(range(8))), Path(f"{output}.part")
+    stop_after(run, 4, "caption", manifest, "-o", output)
+    kept = manifest.read_bytes()
+    manifest.unlink()
+    copied = output.with_stem("copy")
+    assert run("salvage", part, "-o", copied).exit_code == 0 and part.exists()
+    result = run("salvage", part)
+    assert result.exit_code == 0 and f"rows in {output}, 0 failed." in result.stderr and not part.exists()
+    ids = ids_of(output)
+    assert len(ids) >= 4 and ids == ids_of(copied) == [str(number) for number in range(len(ids))]
+    assert "is not the .part file of a stopped run" in refused("salvage", part)
+    assert "is not the .part file of a stopped run" in refused("salvage", output)
+    manifest.write_bytes(kept)
+    captioner = Asked()
+    assert run("caption", manifest, "-o", output, "--update", captioner=captioner).exit_code == 0
+    assert ids_of(output) == [str(number) for number in range(8)] and captioner.number == 8 - len(ids)
+
+
+def test_rows_of_earlier_attempts_are_salvaged_too_and_no_file_is_replaced(
+    run: Callable[..., Result], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    output = tmp_path / "f.jsonl"
+    stop_after(run, 6, "caption", manifest_of(tmp_path, *names(range(12))), "-o", output)
+    stop_after(run, 1, "caption", manifest_of(tmp_path, *names([20, 21, 22, *range(12)])), "-o", output, "--update")
+    output.write_text("mine")
+    assert "exists already" in refused("salvage", f"{output}.part")
+    assert output.read_text() == "mine" and run("salvage", f"{output}.part", "-o", tmp_path / "g.jsonl").exit_code == 0
+    assert {"20", *map(str, range(5))} <= set(ids_of(tmp_path / "g.jsonl"))
+
+
+def test_a_submission_is_salvaged(run: Callable[..., Result], tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, *names(range(8)), question=["What?"] * 8, question_id=range(8))
+    output = tmp_path / "f.json"
+    stop_after(run, 4, "vqa", manifest, "--format", "vqav2", "-o", output)
+    assert run("salvage", f"{output}.part").exit_code == 0
+    assert [row["question_id"] for row in json.loads(output.read_text())][:4] == [0, 1, 2, 3]
