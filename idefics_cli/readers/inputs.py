@@ -134,6 +134,7 @@ class Inputs:
     def __init__(self, inputs: Sequence[Sequence[Source]], options: ReadOptions) -> None:
         sources = [source for one in inputs for source in one]
         self._sources = sources
+        self._files = [source for source in sources if isinstance(source, Manifest) and not source.is_streaming]
         self._firsts = [
             number for number, one in zip(accumulate(map(len, inputs), initial=0), inputs, strict=False) for _ in one
         ]
@@ -256,17 +257,16 @@ class Inputs:
 
     def _require_unchanged(self) -> None:
         """Rows that have been added do no harm."""
-        for source, known in zip(self._sources, self.identity, strict=True):
-            if isinstance(source, Manifest) and not source.still_holds(known):
+        for manifest in self._files:
+            if not manifest.still_holds():
                 raise InputError(
-                    f"{known['name']} changed while the run was under way: restore it and run the same command again,"
-                    " or add --update"
+                    f"{manifest.identity['name']} changed while the run was under way: restore it and run the same"
+                    " command again, or add --update"
                 )
 
     def changed_names(self) -> list[str]:
         """Of the manifests that are not, under their names, what has been read."""
-        manifests = [source for source in self._sources if isinstance(source, Manifest)]
-        return [manifest.identity["name"] for manifest in manifests if manifest.has_changed]
+        return [manifest.identity["name"] for manifest in self._files if manifest.has_changed]
 
     # ---- ids
 

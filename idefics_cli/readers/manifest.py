@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,9 @@ class Manifest:
     def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions, say: Say) -> None:
         self.prefix, self.is_streaming = prefix, isinstance(file, StdinFile)
         self._file, self._table = file, table
-        self._opened = file.info()
+        self.identity: dict[str, Any] = {"kind": "stdin"}
+        if not self.is_streaming:
+            self.identity, self._state = _identity(file), _state(file)
         self._images = image_columns_of(file.name, table, options)
         self._id = _id_column(file.name, table, options)
         self.is_numbered = self._id is None  # no two rows can have one id
@@ -160,27 +162,18 @@ class Manifest:
     def size(self) -> int | None:
         return self._table.size
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """As the file is now."""
-        if self.is_streaming:
-            return {"kind": "stdin"}
-        size, digest = self._file.info()["size"], file_digest(self._file)
-        return {"kind": "manifest", "name": self._file.name, "bytes": size, "digest": digest}
-
-    def still_holds(self, known: Mapping[str, Any]) -> bool:
-        """Whether what it held is there, whatever has been added since."""
-        size = self._file.info()["size"]
-        return size >= known["bytes"] and file_digest(self._file, known["bytes"]) == known["digest"]
+    def still_holds(self) -> bool:
+        """Whether what it held is there, whatever has been added since; of a file."""
+        size = self.identity["bytes"]
+        return self._file.info()["size"] >= size and _identity(self._file, size) == self.identity
 
     @property
     def has_changed(self) -> bool:
-        """Whether another file has its name by now, or none, or it is not as it was when it was opened."""
+        """Whether another file has its name by now, or none, or it is not as it was when it was opened; of a file."""
         try:
-            info = local_file(self._file.path).info() if self._file.is_local else self._file.info()
+            return _state(local_file(self._file.path) if self._file.is_local else self._file) != self._state
         except InputError:
             return True
-        return any(info.get(name) != self._opened.get(name) for name in ("size", "ino", "mtime"))
 
     def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
         columns = [self._id] if ids_only else [*self._images.names, self._id, *self._values]
@@ -220,6 +213,17 @@ class Manifest:
         if isinstance(failure, RowError):
             return failure
         return None if row_id else RowError("row_invalid", f"no id: column {shown(self._id)} holds no usable text here")
+
+
+def _identity(file: File, size: int | None = None) -> dict[str, Any]:
+    """Of its first `size` bytes."""
+    size = file.info()["size"] if size is None else size
+    return {"kind": "manifest", "name": file.name, "bytes": size, "digest": file_digest(file, size)}
+
+
+def _state(file: File) -> list[Any]:
+    info = file.info()
+    return [info.get(name) for name in ("size", "ino", "mtime")]
 
 
 # ---- columns
