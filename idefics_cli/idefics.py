@@ -87,7 +87,7 @@ class Idefics:
     ):
         self.checkpoint = checkpoint
         self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
-        self.engine = Engine(model, vocabulary_of(encoder), batch_size, eager)
+        self._is_eager = eager
         self._encode_start = lru_cache(maxsize=16)(encoder.encode)
 
     @classmethod
@@ -130,6 +130,10 @@ class Idefics:
         checkpoint = checkpoints.find_checkpoint(request, with_weights=False)
         config, encoder, images = side_files(checkpoint)
         return cls(SimpleNamespace(config=config), encoder, images, batch_size=1, checkpoint=checkpoint)
+
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.model, vocabulary_of(self.encoder), self.batch_size, self._is_eager)
 
     @property
     def is_instruct(self) -> bool:

@@ -93,10 +93,12 @@ class CaptionVqaOptions:
             self._require_nothing_decoded()
 
     def _require_nothing_decoded(self) -> None:
-        limit = TASKS[self.prompts.task].max_new_tokens
-        usual = by_option(DecodingOptions(max_new_tokens=limit, seed=self.decoding.seed))  # shots may be drawn too
+        limit, draws = TASKS[self.prompts.task].max_new_tokens, self.decoding.do_sample
+        # The seed may be that of the shots, and the usual number of beams depends on `do_sample`.
+        usual = by_option(DecodingOptions(max_new_tokens=limit, seed=self.decoding.seed, do_sample=draws))
         given = {name: value for name, value in by_option(self.decoding).items() if value != usual[name]}
-        flags = [name.replace("--", "--no-") if value is False else name for name, value in given.items()]
+        flags = ["--do-sample"] if draws else []
+        flags += [name.replace("--", "--no-") if value is False else name for name, value in given.items()]
         if self.postprocess.cut_words is not None:
             flags.append("--stop-words")
         if flags:

@@ -159,6 +159,7 @@ CHOICES = ChoiceOptions(("a", "b"))
         ({"decoding": DecodingOptions(num_beams=1, max_new_tokens=15)}, "--num-beams"),
         ({"decoding": DecodingOptions(max_new_tokens=9)}, "--max-new-tokens"),
         ({"decoding": DecodingOptions(max_new_tokens=15, early_stopping=False)}, "--no-early-stopping"),
+        ({"decoding": DecodingOptions(max_new_tokens=15, do_sample=True)}, "--do-sample"),
         ({"postprocess": PostProcess(("a",))}, "--stop-words"),
     ],
 )
