@@ -31,6 +31,7 @@ from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import InputRow, ReadOptions, RemoteFile
+from idefics_cli.storage.filenames import shown_place
 from idefics_cli.validation import by_option
 from idefics_cli.writers.formats import DIGEST, VQAV2, Passthrough, mark_of
 from idefics_cli.writers.output_file import GOOD, SAME, FileOutput
@@ -411,7 +412,7 @@ def _reading(options: RunOptions, task: Task) -> ReadOptions:
 
 def _require_manifests(options: RunOptions, task: Task, are_manifests: Sequence[bool]) -> None:
     """Files, folders and paths bring no columns."""
-    without = [name for name, is_one in zip(options.inputs, are_manifests, strict=True) if not is_one]
+    without = [shown_place(name) for name, is_one in zip(options.inputs, are_manifests, strict=True) if not is_one]
     if task.needs_manifest and without:
         raise InputError(f"{without[0]} is not a manifest: {task.needs_manifest}")
     reading = options.reading

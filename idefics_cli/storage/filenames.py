@@ -87,6 +87,11 @@ def shown_address(address: str) -> str:
     return escape_name(SECRET_PARTS.sub(lambda match: match["scheme"] or "", address))
 
 
+def shown_place(name: str) -> str:
+    """A path, or an address without what may be secret in it."""
+    return shown_address(name) if REMOTE_ADDRESS.match(name) else escape_name(name)
+
+
 def address_refusal(address: str) -> str | None:
     """Why nothing is opened at this address, and what to do instead; None: it may be one of a remote file system."""
     name = shown(shown_address(address))

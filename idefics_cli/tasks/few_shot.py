@@ -16,6 +16,7 @@ from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, sho
 from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.references import references_of
 from idefics_cli.rows import DelimitedOptions, InputRow, ReadOptions
+from idefics_cli.storage.filenames import shown_place
 from idefics_cli.tasks.options import CaptionVqaOptions, ShotOptions
 
 ANSWER_COLUMNS = {"caption": ("caption", "captions", "answer", "answers"), "vqa": ("answer", "answers")}
@@ -42,7 +43,9 @@ def open_shots(options: ShotOptions, list_columns: tuple[str, ...] = ()) -> Inpu
     )
     rows = None if options.file == "-" else open_inputs((options.file,), reading)
     if rows is None or not all(rows.are_manifests):
-        raise InputError(f"--shots needs a manifest with a column of captions or answers: {options.file} is not one")
+        raise InputError(
+            f"--shots needs a manifest with a column of captions or answers: {shown_place(options.file)} is not one"
+        )
     return rows
 
 
@@ -55,7 +58,7 @@ def read_shots(options: CaptionVqaOptions, rows: Inputs) -> list[Shot]:
     wanted = shots.number or TEXT_ONLY_SHOTS if shots.selection == "first" else None
     pool = [_read_shot(row, options) for row in islice(rows.rows, wanted)]
     if len(pool) < shots.number:
-        raise InputError(f"{shots.file} has {len(pool)} shots: lower --num-shots {shots.number}")
+        raise InputError(f"{shown_place(shots.file)} has {len(pool)} shots: lower --num-shots {shots.number}")
     return pool
 
 
@@ -64,7 +67,8 @@ def _read_shot(row: InputRow, options: CaptionVqaOptions) -> Shot:
 
     Raises InputError for a row without an answer, or without one of the fields that prompts have.
     """
-    place, values, task = f"row {row.index + 1} of {options.shots.file}", row.values, options.prompts.task
+    place = f"row {row.index + 1} of {shown_place(options.shots.file)}"
+    values, task = row.values, options.prompts.task
     if row.error is not None:
         raise _bad_shot(place, row.error)
     column = next((name for name in ANSWER_COLUMNS[task] if values.get(name) is not None), None)
@@ -88,7 +92,7 @@ def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> S
     images = tuple(prepare(source) for source in shot.images)
     error = first_error(images)
     if error is not None:
-        raise _bad_shot(f"an image in {file}", error)
+        raise _bad_shot(f"an image in {shown_place(file)}", error)
     return replace(shot, images=images)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from idefics_cli.errors import InputError
 from idefics_cli.prompts.templates import Shot
 from idefics_cli.rows import RemoteFile
+from idefics_cli.storage.filenames import shown_place
 from idefics_cli.tasks.options import ShotOptions
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class SimilarShots:
         self._options, self._pool, self._model = options, pool, model
         without = next((number for number, shot in enumerate(pool, start=1) if not shot.images), None)
         if without is not None:
-            raise InputError(f"row {without} of {options.file} has no image: choose --shot-selection first or random")
+            raise InputError(
+                f"row {without} of {shown_place(options.file)} has no image: choose --shot-selection first or random"
+            )
         self._opened = lru_cache(OPENED_KEPT)(lambda index: open_shot(pool[index]))
         kept = _kept_vectors(pool, model.fingerprint)
         vectors = _read_vectors(kept, len(pool))

@@ -63,6 +63,7 @@ class Journal:
         self.path = path
         self._file, self._owner = _open_locked(path)
         self._size = self._num_lines = self._check = 0
+        self._has_begun = False
         self.header: dict[str, Any] | None = None
         self.summary: dict[str, Any] | None = None
         self.last_text: bytes | None = None
@@ -187,7 +188,7 @@ class Journal:
             self._require_held()
             os.ftruncate(self._file, 0)
         self.append([json_text({HEADER_KEY: header})])
-        self.header = dict(header)
+        self.header, self._has_begun = dict(header), True
         with self._writing():
             sync_folder(self.path.parent)
 
@@ -232,10 +233,10 @@ class Journal:
         self._release()
 
     def close(self) -> None:
-        """Let go of the file; one without any rows goes."""
+        """Let go of the file; one that is empty, or was begun here and has no rows, goes."""
         if self._file < 0:
             return
-        if os.fstat(self._file).st_size == 0 or self._num_lines == 1:
+        if os.fstat(self._file).st_size == 0 or (self._has_begun and self._num_lines == 1):
             self.remove()
         else:
             self._release()

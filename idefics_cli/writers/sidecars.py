@@ -50,9 +50,7 @@ class SidecarWriter:
         with _refusing(image), self._using:
             target = self._target(image)
             if len(os.fsencode(target.name)) > self._folder(image.parent)[2]:
-                return RowError(
-                    "row_invalid", f"the name of its text, {shown(target.name)}, is too long: shorten the image's"
-                )
+                return RowError("row_invalid", f"the name of its text, {shown(target.name)}, is too long: shorten it")
             first = self._first_row(target, row)
             there = None if is_done or first != row else read_text(target)
         if there and self.existing == "error":

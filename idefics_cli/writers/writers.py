@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from idefics_cli.columns import json_text, strict_json
 from idefics_cli.errors import OutputError, StreamClosed
-from idefics_cli.writers.journal import Journal, reason
+from idefics_cli.writers.journal import NO_SPACE, Journal, reason
 
 COMMIT_SECONDS = 0.5  # how long a finished row waits at most for others to be written with
 COMMIT_ROWS = 1_000
@@ -46,7 +46,8 @@ def write_through(stream: BinaryIO, data: bytes) -> None:
     except BrokenPipeError as error:
         raise StreamClosed from error
     except OSError as error:
-        raise OutputError(f"cannot write to stdout: {reason(error)}; free some space and run again") from error
+        fix = "free some space" if error.errno in NO_SPACE else "see where it leads"
+        raise OutputError(f"cannot write to stdout: {reason(error)}; {fix} and run again") from error
 
 
 class JournalWriter:

@@ -379,3 +379,89 @@ def test_a_file_system_that_does_not_sync_folders(
     monkeypatch.setattr(os, "fsync", refuse_folders)
     assert run("caption", images, *ONE, "-o", output).exit_code == 0
     verify(output, images)
+
+
+# ---- made by hand
+
+
+FORGED = [
+    [b"[]"],
+    [b'{"idefics_run": 1}'],
+    [b'{"idefics_run": {}}'],
+    [b'{"idefics_run": {"settings": []}}'],
+    [b'{"idefics_run": {"settings": {}}}', b"7"],
+    [b'{"idefics_run": {"settings": {}}}', b"[" * 100_000],
+    [b'{"idefics_run": ' + b'{"settings": ' * 100_000],
+    [b'{"idefics_run": {"settings": {"model": 1, "task": [1]}, "replaces": {}}}'],
+    [b'{"idefics_run": {"settings": {}}}', b'{"idefics_end": []}'],
+    [b'{"idefics_run": {"settings": {}}}', b'{"idefics_end": {"rows": "1", "failed": {}}}'],
+    [b'{"idefics_run": {"settings": {}}}', b'{"idefics_end": {"rows": 0, "failed": [1]}}'],
+    [b'{"idefics_run": {"settings": {}}}', b'{"idefics_end": {"rows": 0, "failed": {}}}', b"{}"],
+]
+
+
+def forged(texts: Sequence[bytes]) -> bytes:
+    """With the right checks."""
+    check, lines = 0, []
+    for number, text in enumerate(texts, start=1):
+        line, check = checked(text, number, check)
+        lines.append(line)
+    return b"".join(lines)
+
+
+@pytest.mark.parametrize("texts", FORGED, ids=range(len(FORGED)))
+@pytest.mark.parametrize("command", [[], ["--retry-errors"], ["--update"]])
+def test_a_forged_journal_is_refused_in_one_line(
+    images: Path, output: Path, refused: Callable[..., str], run: Run, texts: list[bytes], command: list[str]
+) -> None:
+    part_of(output).write_bytes(forged(texts))
+    assert str(part_of(output)) in refused("caption", images, *ONE, "-o", output, *command) or not command
+    assert part_of(output).read_bytes() == forged(texts)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(b"7", b"[]", b"{}", b'{"id": 5, "error": null}', b'{"id": "00.png"}', b'{"id": "00.png", "error": 7}'),
+        b'{"id": "00.png", "image": 7, "caption": [1], "score": "much", "tokens": {}, "error": null}',
+        b'{"id": "00.png", "error": null, "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_a_forged_row_is_never_a_bug(images: Path, output: Path, run: Run, row: bytes, suffix: str) -> None:
+    output = output.with_suffix(suffix)
+    part = output.with_name(f"{output.name}.part")
+
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    calls = iter(range(9))
+
+    def crash(prompts: Sequence[Any]) -> None:
+        if next(calls) > 2:
+            fail()
+
+    assert run("caption", images, *ONE, "-o", output, captioner=FakeCaptioner(before_call=crash)).exit_code == 1
+    texts = [line[: line.rindex(b', "line": ')] + b"}" for line in part.read_bytes().splitlines()]
+    part.write_bytes(forged([*texts[:1], row, *texts[2:]]))
+    ended = run("caption", images, *ONE, "-o", output)
+    assert ended.exit_code in (0, 2), ended.stderr
+    assert ended.exit_code == 0 or len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(b"", b"7\n", b"{}\n", b'{"settings": {}, "rows": 40, "failed": {}}\n', b"[" * 100_000),
+        b'{"settings": {}, "rows": "40", "failed": {}}\n{"content": [1]}\n',
+        b'{"settings": {}, "rows": 40, "failed": 7}\n{"content": {}}\n',
+    ],
+)
+@pytest.mark.parametrize("command", [[], ["--retry-errors"], ["--update"]])
+def test_a_forged_record_is_refused_in_one_line(
+    images: Path, output: Path, run: Run, record: bytes, command: list[str]
+) -> None:
+    assert run("caption", images, *ONE, "-o", output).exit_code == 0
+    output.with_name("f.jsonl.run").write_bytes(record)
+    ended = run("caption", images, *ONE, "-o", output, *command)
+    assert ended.exit_code == 2 and len(ended.stderr.splitlines()) == 1 and "a bug" not in ended.stderr
