@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 
 from idefics_cli.errors import InputError, one_line
-from idefics_cli.storage.files import BUFFER_BYTES, File, cannot_read
+from idefics_cli.storage.files import BUFFER_BYTES, File, cannot_read, local_file
 
 LOOK_SECONDS = 60.0
 SMALL_BYTES = 16 << 20
@@ -36,7 +36,7 @@ def require_sound(file: File, remedy: str = "fetch or make it again") -> None:
         watch = threading.Timer(LOOK_SECONDS, process.kill)
         watch.start()
         try:
-            pickle.dump(file, process.stdin)
+            pickle.dump(_from_anywhere(file), process.stdin)
             process.stdin.flush()
             answer = process.stdout.readline().decode()
         except BrokenPipeError:
@@ -51,6 +51,11 @@ def require_sound(file: File, remedy: str = "fetch or make it again") -> None:
         answer = f"Arrow ends its process on it ({how})"
     if answer.strip():
         raise cannot_read(file.name, ValueError(answer.strip()), remedy)
+
+
+def _from_anywhere(file: File) -> File:
+    """The process may have another working folder."""
+    return local_file(os.path.abspath(file.path)) if file.is_local else file
 
 
 def _started() -> subprocess.Popen[bytes]:

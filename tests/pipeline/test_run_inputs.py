@@ -88,11 +88,11 @@ def cut(path: Path, rows: Sequence[dict[str, Any]]) -> int | None:
 
 
 def mis_encoded(path: Path, rows: Sequence[dict[str, Any]]) -> int | None:
-    """In Latin-1; formats that say how they are coded cannot be."""
+    """In Latin-1: CSV asks for its encoding; formats that say how they are coded cannot be."""
     write_manifest(path, rows)
     if path.suffix not in (".parquet", ".gz"):
         path.write_bytes(path.read_bytes().replace(b"note 1", "not\u00e9 1".encode("latin-1")))
-    return len(rows)
+    return None if path.suffix in (".csv", ".tsv") else len(rows)
 
 
 def wrongly_typed(path: Path, rows: Sequence[dict[str, Any]]) -> int | None:
