@@ -90,6 +90,7 @@ class Bench:
     folder: Path
     output: Path
     spelling: str | None = None  # of the folder of images
+    command: tuple[str, ...] = ()  # what is run in place of `caption IMAGES`
 
     @property
     def images(self) -> Path:
@@ -100,7 +101,8 @@ class Bench:
         return self.output.with_name(self.output.name + ".part")
 
     def start(self, *options: str, settings: Settings = PLAIN) -> Started:
-        arguments = ["caption", self.spelling or str(self.images), "-o", str(self.output), "--workers", "2", *options]
+        command = self.command or ("caption", self.spelling or str(self.images))
+        arguments = [*command, "-o", str(self.output), "--workers", "2", *options]
         streams = self.folder / f"streams-{time.monotonic_ns()}"
         streams.mkdir()
         process = forks().Process(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -197,3 +197,28 @@ def test_kills_of_runs_that_stop_at_many_errors(tmp_path: Path, suffix: str) -> 
         if bench.output.exists():
             break
     bench.verify()
+
+
+COMMANDS = {
+    "vqa": ("vqa", "images", "-q", "What is it?", "-q", "What color?"),
+    "generate": ("generate", "prompts.jsonl"),
+    "shard": ("caption", "images", "--shard", "2/3"),
+}
+
+
+@both_formats
+@sampled(9)
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_kills_of_other_commands(tmp_path: Path, suffix: str, kind: str, step: int) -> None:
+    """All rows are those of a run that was left alone."""
+    bench = make_bench(tmp_path, ROWS // 2, suffix)
+    prompts = ({"prompt": ["Look:", {"image": f"images/{path.name}"}]} for path in sorted(bench.images.iterdir()))
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prompts))
+    name, given, *options = COMMANDS[kind]
+    bench = replace(bench, command=(name, str(tmp_path / given), *options))
+    assert bench.run().code == 3
+    expected = bench.rows()
+    bench.clear()
+    for killed in bench.faults(step, 2, "kill"):
+        assert killed.code == KILLED
+        assert bench.run().code == 3 and bench.rows() == expected
