@@ -17,6 +17,7 @@ from torch import Tensor
 
 from idefics_cli.engine.options import DecodingOptions, Vocabulary
 from idefics_cli.engine.sampling import sample, warp
+from idefics_cli.engine.transfer import send, send_ids
 
 NEVER = -1.0e9  # transformers' stand-in for "not a candidate": finite, so that sums of it stay ordered
 
@@ -58,7 +59,7 @@ class BeamRules:
         # Even if every beam's best token ends its text, enough candidates are left to continue with.
         num_candidates = max(2, 1 + len(ends)) * options.num_beams
         num_choices = num_candidates if options.num_beams > 1 else options.num_paths
-        ids_of = partial(torch.tensor, dtype=torch.long, device=device)
+        ids_of = partial(send_ids, device=device)
         return cls(
             options,
             forbidden=ids_of([*vocabulary.banned_token_ids, *singles]),
@@ -66,7 +67,7 @@ class BeamRules:
             banned_last=ids_of([ids[-1] for ids in several]),
             end_ids=ids_of(ends),
             ends=torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill(0, ids_of(ends), True),
-            penalties=torch.tensor([float(max(each, 1)) ** options.length_penalty for each in lengths], device=device),
+            penalties=send(torch.tensor([float(max(each, 1)) ** options.length_penalty for each in lengths]), device),
             num_candidates=num_candidates,
             num_draws=num_choices if options.do_sample else 0,
         )

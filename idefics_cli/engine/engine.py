@@ -18,6 +18,7 @@ from idefics_cli.engine.memory_budget import VISION_BATCH, AdaptiveBatchSize, at
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prefill import PrefillBatch, PrefixCache, QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt
+from idefics_cli.engine.transfer import send
 from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -148,7 +149,7 @@ class Engine:
             later = [key for key in coming if key not in pixels and self.latents.get(key) is None]
             missing += later[: -len(missing) % self.image_batch_size.now]
             found |= self._encode(missing, coming | pixels)
-        found |= {key: latents.to(self.model.device, self.model.dtype) for key, latents in given.items()}
+        found |= {key: send(latents.to(self.model.dtype), self.model.device) for key, latents in given.items()}
         return torch.stack([found[key] for key in wanted])
 
     def _encode(self, keys: Sequence[bytes], pixels: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
@@ -171,7 +172,7 @@ class Engine:
     def _encode_batch(self, images: Sequence[Tensor]) -> Tensor:
         """(images, seq, dim)"""
         with self.timed("vision"):
-            stacked = torch.stack(list(images)).to(self.model.device)
+            stacked = send(torch.stack(list(images)), self.model.device)
             encoded = self.model.model.encode_images(pixel_values=stacked[:, None]).squeeze(1)
         self.times.images += len(images)
         return encoded
@@ -179,7 +180,7 @@ class Engine:
     def _no_image(self) -> Tensor:
         model = self.model
         latents = torch.zeros(1, image_seq_len(model.config), model.config.vision_config.embed_dim, dtype=model.dtype)
-        return project_images(latents.to(model.device), model.model.gated_cross_attn_layers)[0]
+        return project_images(send(latents, model.device), model.model.gated_cross_attn_layers)[0]
 
 
 def images_of(encoded: EncodedImages) -> dict[bytes, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.transfer import send_ids
 from idefics_cli.model.kv_interface import image_seq_len
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class KVStore:
         for row, image in zip(range(rows.start, rows.stop), images, strict=True):
             self.image_key_values[:, :, row] = image
         self.sees_image[rows] = sees_image
-        self.prompt_lengths[rows] = torch.tensor(prompt_lengths, device=self.prompt_lengths.device)
+        self.prompt_lengths[rows] = send_ids(prompt_lengths, self.prompt_lengths.device)
         self.prompt_widths[rows] = max(prompt_lengths)
         self.widths += [max(prompt_lengths)] * len(prompt_lengths)
         self.ancestors[rows] = False
@@ -207,7 +208,7 @@ class KVStore:
         """Zeros in place of non-finite values: no mask hides them from the row that uses these slots next."""
         if not rows:
             return
-        index = torch.tensor(rows, device=self.newest.device)
+        index = send_ids(rows, self.newest.device)
         for key_values in self.key_values:
             key_values.index_fill_(1, index, 0)
 
@@ -218,7 +219,7 @@ class KVStore:
         if not moves:
             return
         assert all(source >= len(sources) for _, source in moves), sources
-        targets, origins = torch.tensor(moves, device=self.newest.device).unbind(1)
+        targets, origins = send_ids(moves, self.newest.device).unbind(1)
         for key_values in self.key_values:
             key_values[:, targets] = key_values[:, origins]
         self.image_key_values[:, :, targets] = self.image_key_values[:, :, origins]

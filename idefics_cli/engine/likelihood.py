@@ -21,6 +21,7 @@ from idefics_cli.engine.memory_budget import AdaptiveBatchSize, attempt
 from idefics_cli.engine.prefill import PrefillBatch, PromptQueue, QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedChoices, PromptSource
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
+from idefics_cli.engine.transfer import send, send_ids
 from idefics_cli.errors import RowError
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -39,7 +40,7 @@ def log_likelihoods(
     images: Sequence[Sequence[Tensor]],
 ) -> list[list[float]]:
     """For each row those of its choices, whose tails the batch has after its prompts."""
-    owners, offsets = (table.to(model.device) for table in places(batch.prompt_lengths, choices))
+    owners, offsets = (send(table, model.device) for table in places(batch.prompt_lengths, choices))
     rows, hidden_states = batch.forward(model, images, mask=packed_mask(owners, model.dtype), offsets=offsets)
     tokens = [
         start + prompt_length - 1 + place  # at a prompt's last token and at each of its choices' one is predicted
@@ -47,7 +48,7 @@ def log_likelihoods(
         for place in range(1 + sum(len(ids) - 1 for ids in some))
     ]
     place_of, token_ids, numbers = map(torch.tensor, zip(*predictions(choices), strict=True))
-    found = log_probabilities(model, hidden_states[0, torch.tensor(tokens)], place_of, token_ids)
+    found = log_probabilities(model, hidden_states[0, send_ids(tokens, model.device)], place_of, token_ids)
     sums = torch.zeros(sum(map(len, choices)), dtype=torch.float64).index_add(0, numbers, found)
     return [each.tolist() for each in sums.split([len(some) for some in choices])]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, Prefix
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prompt_source import EncodedChoices, EncodedPrompt, PromptSource
+from idefics_cli.engine.transfer import send
 from idefics_cli.engine.tree_attention import PrefillMemory
 from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.model.kv_interface import image_attention_mask, image_visibility
@@ -204,7 +205,7 @@ class PrefillBatch:
         by default in order.
         """
         device = model.device
-        input_ids = self._padded().to(device)  # (rows, width)
+        input_ids = send(self._padded(), device)  # (rows, width)
         image_mask, image_gate = image_visibility(self._sees(input_ids), images[0][0].shape[3], model.dtype)
         rows = PackedRows(self.lengths, device, model.model.padded_length(sum(self.lengths)))
         memory = PrefillMemory(self.prefix, rows, key_values, images, image_mask, image_gate, mask)

@@ -23,6 +23,7 @@ from idefics_cli.engine.prompt_source import PromptSource
 from idefics_cli.engine.reference import until_end
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
 from idefics_cli.engine.sampling import random_draws
+from idefics_cli.engine.transfer import send, send_ids
 from idefics_cli.engine.tree_attention import DecodeMemory
 from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.errors import RowError
@@ -112,7 +113,7 @@ class Scheduler:
         expected = min(engine.batch_size.now, rows.stop + len(self.queue))
         self.store.reserve(rows.stop, max(batch.lengths), expected)
         logits = engine.prefill(batch, images, self.store.prompts(rows, max(batch.lengths)))
-        self.store.admit(rows, batch.lengths, batch.last_images(images), batch.sees_image().to(logits.device))
+        self.store.admit(rows, batch.lengths, batch.last_images(images), send(batch.sees_image(), logits.device))
         context = self._context_of(group)
         start = BeamState.start(self._draws(group), self.options)
         logits = logits[:, None].expand(-1, self.options.num_paths, -1)  # (rows, beams, vocabulary)
@@ -163,7 +164,7 @@ class Scheduler:
     def compact(self, sources: list[int]) -> None:
         """Row i becomes what row `sources[i]` was."""
         self.store.compact(sources)
-        index = torch.tensor(sources, dtype=torch.long, device=self.model.device)
+        index = send_ids(sources, self.model.device)
         self.state, self.context = self.state.pick(index), self.context[index]
         self.rows = [self.rows[source] for source in sources]
 
@@ -188,7 +189,7 @@ class Scheduler:
         ends = [ids if count is None else ids[-count:] if count else [] for ids in prompts]
         width = max(map(len, ends))
         rows = [[-1] * (width - len(ids)) + ids for ids in ends]
-        return torch.tensor(rows, dtype=torch.long, device=self.model.device).view(len(group), width)
+        return send_ids(rows, self.model.device).view(len(group), width)
 
     def _draws(self, group: list[QueuedPrompt]) -> Tensor:
         """(rows, max_new_tokens, draws)"""
@@ -196,7 +197,7 @@ class Scheduler:
         if not group or not self.rules.num_draws:
             return torch.empty(shape, device=self.model.device)
         draws = [random_draws(prompt.content, self.options, self.rules.num_draws) for prompt in group]
-        return torch.stack(draws).to(self.model.device)
+        return send(torch.stack(draws), self.model.device)
 
     def _next_logits(self, state: BeamState, longest: int, used: int) -> Tensor:
         """The network over every beam's newest token: what may come next, (rows, beams, vocabulary)."""
@@ -213,20 +214,23 @@ class Scheduler:
 
     def _outcomes(self, rows: list[int]) -> list[Outcome]:
         """Each row's texts, best first, or why there are none."""
-        state = self.state.pick(torch.tensor(rows, device=self.model.device))
-        wanted, ends = self.options.num_return_sequences, self.engine.vocabulary.end_token_ids
-        overflow = state.final_scores.isnan().any(dim=1).tolist()
-        columns = [each[:, :wanted].tolist() for each in (state.final_scores, state.final_lengths, state.final_tokens)]
-        outcomes: list[Outcome] = []
-        for is_overflow, scores, lengths, tokens in zip(overflow, *columns, strict=True):
-            texts = [
-                Hypothesis(until_end(ids[:length], ends), score)
-                for score, length, ids in zip(scores, lengths, tokens, strict=True)
-                if score > NEVER / 2
-            ]
-            texts.sort(key=lambda text: -text.score)  # samples end in any order
-            outcomes.append(self.overflows.error if is_overflow else texts or NOTHING_ALLOWED)
-        return outcomes
+        state, wanted = self.state, self.options.num_return_sequences
+        overflow = state.final_scores.isnan().any(dim=1)[:, None].expand(-1, wanted)
+        about = torch.stack([overflow, state.final_scores[:, :wanted], state.final_lengths[:, :wanted]], dim=2)
+        numbers = torch.cat([about, state.final_tokens[:, :wanted]], dim=2)  # in fp32, which holds all ids
+        return [self._outcome(row) for row in numbers.cpu()[rows].tolist()]
+
+    def _outcome(self, row: list[list[float]]) -> Outcome:
+        """Of each text whether anything overflowed, score, length and token ids."""
+        if row[0][0]:
+            return self.overflows.error
+        ends = self.engine.vocabulary.end_token_ids
+        texts = [
+            Hypothesis(until_end([int(each) for each in ids[: int(length)]], ends), score)
+            for _, score, length, *ids in row
+            if score > NEVER / 2
+        ]
+        return sorted(texts, key=lambda text: -text.score) or NOTHING_ALLOWED  # samples end in any order
 
 
 def compaction_order(done: Sequence[bool]) -> list[int]:

@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from idefics_cli.engine.transfer import send, send_ids
+
 
 class PackedRows:
     """Rows of these lengths, which begin at `starts` among the `packed_length` tokens; those after the rows' are spare.
@@ -29,7 +31,7 @@ class PackedRows:
         assert self.packed_length >= self.num_tokens, (self.packed_length, self.num_tokens)
         self.is_even = self.num_rows * self.width == self.num_tokens
         if not self.is_even:
-            self._sources, self._places = (table.to(device) for table in self._tables(torch.tensor(lengths)))
+            self._sources, self._places = (send(table, device) for table in self._tables(torch.tensor(lengths)))
 
     @cached_property
     def starts(self) -> list[int]:
@@ -66,4 +68,4 @@ class PackedRows:
     def last(self, packed: Tensor) -> Tensor:
         """(1, packed_length, ...) -> (rows, ...): each row's last token."""
         ends = [*self.starts[1:], self.num_tokens]
-        return packed[0, torch.tensor(ends, device=packed.device) - 1]
+        return packed[0, send_ids(ends, packed.device) - 1]

@@ -115,24 +115,32 @@ def require_same_as_on_cpu(work: Callable[[Network], list[Any]], network: Networ
 
 @dataclass(frozen=True)
 class Counted:
-    """Of one step on the device in software."""
+    """Of one step on the device in software, or of an admission."""
 
+    num_admitted: int
+    num_ended: int
     waits: list[Wait]
     launches: int
 
 
-def steps(rows: int, shots: bool = False, count: int = 4, eager: bool = True) -> list[Counted]:
-    """The admission of all rows, then their next steps."""
+def advances(some: Sequence[EncodedPrompt], rows: int, chosen: DecodingOptions, eager: bool = False) -> list[Counted]:
+    """All that becomes of these prompts, one admission or step after another, on the device in software."""
     counted = []
+    with SoftwareCuda() as gpu:
+        engine = Engine(moved(MODELS[0]), VOCABULARY, rows, eager)
+        scheduler = Scheduler(engine, IterableSource(some), chosen, VOCABULARY)
+        gpu.clear()
+        while (group := scheduler.admit()) or scheduler.rows:
+            ended = scheduler.advance(group)
+            counted.append(Counted(len(group), len(ended), list(gpu.waits), sum(gpu.launches.values())))
+            gpu.clear()
+    return counted
+
+
+def steps(rows: int, shots: bool = False, eager: bool = True) -> list[Counted]:
+    """The admission of all rows, then all steps but the last, in which all rows end."""
     some = [EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, 5], (IMAGES[number % 7],)) for number in range(rows)]
     if shots:
         some = [after_shots(SHOTS, prompt) for prompt in some]
-    with SoftwareCuda() as gpu:
-        engine = Engine(moved(MODELS[0]), VOCABULARY, rows, eager)
-        chosen = DecodingOptions(num_beams=3, max_new_tokens=8, min_new_tokens=8)
-        scheduler = Scheduler(engine, IterableSource(some), chosen, VOCABULARY)
-        for _ in range(count):
-            gpu.clear()
-            scheduler.advance(scheduler.admit())
-            counted.append(Counted(list(gpu.waits), sum(gpu.launches.values())))
-    return counted
+    chosen = DecodingOptions(num_beams=3, max_new_tokens=6, min_new_tokens=6)
+    return advances(some, rows, chosen, eager)[:-1]

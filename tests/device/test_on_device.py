@@ -14,6 +14,7 @@ from on_device import (
     MIXED,
     QUESTIONS,
     WORK,
+    advances,
     alike,
     device,
     moved,
@@ -23,7 +24,7 @@ from on_device import (
     texts,
 )
 from prompts_for_tests import MODELS, VOCABULARY, after_shots, options, prompts, run_out_of_memory, some_prompts
-from software_cuda import SoftwareCuda
+from software_cuda import SoftwareCuda, Wait
 from test_likelihood import questions
 
 from idefics_cli import Idefics
@@ -163,6 +164,20 @@ def test_a_step_waits_once_and_its_launches_do_not_grow_with_the_rows() -> None:
     step = steps(2)[-1]
     assert [wait.line.rsplit(" ", 1)[-1] for wait in step.waits] == ["evict"], step.waits
     assert step.launches == steps(6)[-1].launches
+
+
+def is_capture(wait: Wait) -> bool:
+    return wait.kind == "capture begins"
+
+
+@pytest.mark.parametrize("shots", [False, True])
+def test_the_host_waits_once_for_a_step_and_twice_where_rows_end(shots: bool) -> None:
+    """For who has ended, and then for their texts. Whatever is sent goes through pinned memory."""
+    found = advances(AFTER_SHOTS * 2 if shots else MIXED, 4, DecodingOptions(num_beams=3, max_new_tokens=10))
+    assert sum(each.num_admitted > 0 for each in found) > 2
+    for each in found:
+        waits = [wait for wait in each.waits if not is_capture(wait)]
+        assert len(waits) == (2 if each.num_ended else 1), each
 
 
 def test_a_step_is_one_graph() -> None:
