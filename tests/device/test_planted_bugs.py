@@ -120,7 +120,7 @@ PLANTS = [
     Plant(
         "a pinned buffer is written before it is sent",
         varlen.PackedRows.last,
-        "return packed[0, torch.tensor(ends, device=packed.device) - 1]",
+        "return packed[0, send_ids(ends, packed.device) - 1]",
         PINNED_INDEX,
         same("beams"),
     ),
@@ -148,22 +148,22 @@ PLANTS = [
     Plant(
         "latents stay on the host",
         Engine.encode_images,
-        "latents.to(self.model.device, self.model.dtype)",
+        "send(latents.to(self.model.dtype), self.model.device)",
         "latents.to(self.model.dtype)",
         same("texts from latents"),
     ),
     Plant(
         "token ids stay on the host",
         prefill.PrefillBatch.forward,
-        "self._padded().to(device)",
+        "send(self._padded(), device)",
         "self._padded()",
         same("shots"),
     ),
     Plant(
         "random numbers stay on the host",
         scheduler.Scheduler._draws,
-        ".to(self.model.device)",
-        "",
+        "send(torch.stack(draws), self.model.device)",
+        "torch.stack(draws)",
         same("samples"),
     ),
     Plant(
@@ -219,8 +219,8 @@ PLANTS = [
     Plant(
         "device 0 is taken for the model's",
         scheduler.Scheduler._context_of,
-        "device=self.model.device",
-        "device=self.model.device.type",
+        "send_ids(rows, self.model.device)",
+        "send_ids(rows, self.model.device.type)",
         same("beams", index=1),
     ),
 ]
