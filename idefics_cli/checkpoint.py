@@ -65,6 +65,7 @@ class ModelRequest:
         str | None,
         Help(
             "Hub id, local folder, or `demo` (coloured shapes only, runs anywhere)",
+            metavar="MODEL",
             flags=("-m", "--model"),
             envvar="IDEFICS_MODEL",
             default=f"{DEFAULT_MODEL}, or the adapter's base",
@@ -253,8 +254,8 @@ def local_folder(model: str) -> Path | None:
     return None
 
 
-def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
-    """Check that it is an IDEFICS model with tokenizer and weights, and that no safetensors file is cut short."""
+def inspect_side_files(folder: Path) -> None:
+    """Check that it is an IDEFICS model with a tokenizer."""
     _require_config(folder, CONFIG)
     model_type = read_json(folder / CONFIG).get("model_type")
     _require(model_type == "idefics", f"{folder} has model_type {model_type!r}: only 'idefics' can be run")
@@ -262,6 +263,11 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     _require(tokenizers, f"{folder} has no tokenizer: add its tokenizer.json or tokenizer.model")
     for path in tokenizers:
         _require_no_pointer(path)
+
+
+def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
+    """Check its side files, that it has weights, and that no safetensors file is cut short."""
+    inspect_side_files(folder)
     # transformers would load an adapter silently over the checked weights, even from a pickle.
     has_adapter = (folder / ADAPTER_CONFIG).exists()
     _require(not has_adapter, f"{folder} holds an adapter beside its weights: put them into folders of their own")
@@ -320,6 +326,8 @@ def _require_config(folder: Path, name: str) -> None:
     """Where there is none, say what the folder is."""
     if (folder / name).is_file():
         return
+    kind = "checkpoint" if name == CONFIG else "PEFT adapter"
+    _require(folder.is_dir(), f"no folder {folder}: give a {kind}'s folder")
     _require(
         name == ADAPTER_CONFIG or not (folder / ADAPTER_CONFIG).is_file(),
         f"{folder} holds an adapter: name it with --adapter, and its base with -m where that is another",
@@ -328,7 +336,6 @@ def _require_config(folder: Path, name: str) -> None:
     if saved:
         newest = max(saved, key=lambda path: int(path.name.split("-", 1)[1]))
         raise CheckpointError(f"{folder} holds checkpoints of a training: name one of them, such as {newest}")
-    kind = "checkpoint" if name == CONFIG else "PEFT adapter"
     raise CheckpointError(f"{folder} has no {name}: give a {kind}'s folder")
 
 
@@ -388,7 +395,9 @@ def _shapes(file: Path, is_pickled: bool) -> list[tuple[str, tuple[int, ...]]]:
 def find_checkpoint(request: ModelRequest, with_weights: bool = True) -> Checkpoint:
     """The checked folder of a request; a hub model is fetched, or taken from the cache when there is no network."""
     if not with_weights:
-        return Checkpoint(local_folder(request.model) or _download(request), (), is_pickled=False)
+        folder = local_folder(request.model) or _download(request)
+        inspect_side_files(folder)
+        return Checkpoint(folder, (), is_pickled=False)
     return _inspected(local_folder(request.model) or _fetch(request), request)
 
 

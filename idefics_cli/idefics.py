@@ -426,7 +426,9 @@ def _require_one_checkpoint(
             f"checkpoint, or save the model after resize_token_embeddings({encoder.vocab_size})"
         )
     if images.image_size != image_size:
-        settings = settings_file(folder) or f"{folder}, which has no {' or '.join(SETTINGS_FILES)},"
+        settings = settings_file(folder)
+        if settings is None:
+            raise CheckpointError(f"{folder} has no {' or '.join(SETTINGS_FILES)}: add the one of the model")
         raise CheckpointError(
             f"{settings} resizes to {images.image_size} but the model takes {image_size}: take both from one checkpoint"
         )

@@ -125,7 +125,9 @@ def generate(run: RunOptions, options: GenerateOptions, debug: DebugFlag = False
 
 
 @app.command()
-@flattened("answers_column", "sidecar", "allow_no_image", "show_prompt", "format")
+@flattened(
+    *("answers_column", "sidecar", "sidecar_existing", "sidecar_ext", "allow_no_image", "show_prompt", "format"),
+)
 def embed(run: RunOptions, debug: DebugFlag = False) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
 
@@ -144,7 +146,7 @@ def embed(run: RunOptions, debug: DebugFlag = False) -> None:
 @flattened()
 def score(
     results: Annotated[
-        str, typer.Argument(metavar="RESULTS", help="Result file of caption or vqa (.jsonl, .parquet, also .jsonl.gz).")
+        str, typer.Argument(metavar="RESULTS", help="Result file of caption or vqa (.jsonl, .parquet, .csv).")
     ],
     options: ScoreOptions,
     debug: DebugFlag = False,

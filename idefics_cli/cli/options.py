@@ -140,7 +140,10 @@ class Option:
     def _about(self, default: Any) -> Any:
         about = self.help
         number = next((name for of, name in METAVARS.items() if of in (self._typed, *get_args(self._typed))), None)
-        texts = {"help": f"{about.text}.", "metavar": about.metavar or number, "show_default": about.default}
+        text = f"{about.text}."
+        if isinstance(about.default, str):
+            text += f"  [default: {about.default}]"  # Typer would show it in brackets of its own
+        texts = {"help": text, "metavar": about.metavar or number, "show_default": about.default is True}
         if default is MISSING:
             return typer.Argument(**texts)
         is_switch = self._typed is bool and default is False

@@ -46,7 +46,7 @@ class DecodingOptions:
     temperature: Annotated[float, Help("With --do-sample: below 1 is less random, above 1 more")] = 1.0
     top_k: Annotated[int, Help("With --do-sample: only the K likeliest tokens; 0 is all", min=0)] = TOP_K
     top_p: Annotated[float, Help("With --do-sample: only the likeliest tokens, up to this probability")] = 1.0
-    seed: Annotated[int, Help("Random seed", min=0)] = 0
+    seed: Annotated[int, Help("Random seed of --do-sample", min=0)] = 0
 
     def __post_init__(self) -> None:
         if self.num_beams is None:

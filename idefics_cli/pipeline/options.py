@@ -41,8 +41,8 @@ class RunOptions:
     inputs: Annotated[
         tuple[str, ...],
         Help(
-            "Image files, folders, manifests (.parquet, .arrow, .jsonl, .json, .csv, .tsv, also .gz), .tar, or - for"
-            " paths or JSON lines on stdin",
+            "Image files, folders, manifests (.parquet, .arrow, .feather; .jsonl, .json, .csv, .tsv, also .gz),"
+            " .tar, .tar.gz, or - for paths or JSON lines on stdin",
             metavar="INPUT",
         ),
     ]
@@ -70,7 +70,9 @@ class RunOptions:
         Literal["error", "skip", "overwrite", "append", "prepend"],
         Help("What becomes of a text that is there already; skip: it is the row's, and the image is not looked at"),
     ] = "error"
-    sidecar_ext: Annotated[str, Help("Suffix of these files", metavar=".EXT", parse=parse_suffix)] = ".txt"
+    sidecar_ext: Annotated[str, Help("Suffix of these files", metavar=".EXT", default=".txt", parse=parse_suffix)] = (
+        ".txt"
+    )
     show_prompt: Annotated[
         int | None, Help("Print the prompts of the first N rows, as text and token ids, and end", min=1)
     ] = None

@@ -42,7 +42,7 @@ class ShotOptions:
         Literal["first", "random", "similar"],
         Help("Which examples; similar: with the images nearest to the row's", flags=("--shot-selection",)),
     ] = "first"
-    seed: Annotated[int, Help("Random seed", min=0)] = 0
+    seed: Annotated[int, Help("Random seed of --do-sample and of --shot-selection random", min=0)] = 0
     allow_self: Annotated[bool, Help("Similar examples may be of the row's own image")] = False
     image_column: str | None = None
     allow_no_image: bool = False

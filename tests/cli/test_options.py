@@ -11,9 +11,11 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.cli.app import app
 from idefics_cli.cli.options import DebugFlag, flattened
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError
@@ -148,6 +150,14 @@ DECODING = DecodingOptions(max_new_tokens=15)
 def test_a_contradiction_is_named(make: Callable[[], Any], said: str) -> None:
     with pytest.raises(IdeficsError, match=said):
         make()
+
+
+@pytest.mark.parametrize("command", ["caption", "vqa", "generate", "embed", "score", "bench", "info"])
+def test_help_has_no_brackets_within_brackets_and_no_option_without_effect(command: str) -> None:
+    shown = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
+    assert "default: (" not in shown
+    assert ("--sidecar " in shown) == ("--sidecar-ext " in shown) == ("--sidecar-existing " in shown)
+    assert "[default: auto]" in shown
 
 
 CHOICES = ChoiceOptions(("a", "b"))

@@ -147,3 +147,12 @@ def test_a_hub_model_of_which_only_the_prompts_were_shown_is_not_there(
     (row,) = rows_of(CliRunner().invoke(app, [*arguments, "--show-prompt", "1"]).stdout)
     assert row["prompt"].endswith("Caption:")
     assert checkpoint.weights_digest(checkpoint.ModelRequest("some/model")) is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_prompts_are_shown_of_whole_checkpoints(name: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    """Without its file, transformers makes up a tokenizer that knows no word."""
+    shutil.copytree(checkpoint.DEMO_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns(name))
+    arguments = "caption", save_image(tmp_path / "1.png"), "-m", tmp_path / "model"
+    assert f"model has no {name.removesuffix('.json')}" in refused(*arguments, "--show-prompt", "1")
+    assert f"model has no {name.removesuffix('.json')}" in refused(*arguments)

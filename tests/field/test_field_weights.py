@@ -79,7 +79,7 @@ def test_the_file_that_was_read_is_named(folder: Path) -> None:
     said = refusal(folder)
     assert f"{folder}/preprocessor_config.json resizes to 56 but the model takes {IMAGE_SIZE}" in said
     (folder / "preprocessor_config.json").unlink()
-    assert "has no processor_config.json or preprocessor_config.json" in refusal(folder)
+    assert "has no processor_config.json or preprocessor_config.json: add the one of the model" in refusal(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_size": IMAGE_SIZE}))
     save_processor(folder, 42)
     assert f"{folder}/processor_config.json resizes to 42" in refusal(folder)
@@ -239,6 +239,16 @@ def test_texts_may_not_grow_in_the_tokenizer(folder: Path, key: str, times: int,
     assert re.search(r"tokenizer.json cannot be used \(it", refusal(folder))
 
 
+def test_trying_a_tokenizer_has_an_end_by_the_clock(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it takes no time of a processor, and at most half of the 30 s that a refusal may take."""
+    assert 5 * tokenizer_probe.MAX_SECONDS <= 15
+    monkeypatch.setattr(tokenizer_probe, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(tokenizer_probe, "BOOTSTRAP", "import time; time.sleep(60) # {seconds}")
+    assert "tokenizer.json cannot be used (it takes too long)" in refusal(folder)
+
+
 # ---- LoRA weights beside the model
 
 
@@ -321,6 +331,7 @@ def test_adapters_that_are_refused(
     train_adapter(folder, adapter)
     assert f"{adapter} holds an adapter: name it with --adapter" in refused("caption", photos, "-m", adapter)
     assert f"such as {adapter}" in refused("caption", photos, "--adapter", tmp_path / "run")
+    assert "no folder missing: give a PEFT adapter's folder" in refused("caption", photos, "--adapter", "missing")
     assert "has no adapter_config.json: give a PEFT adapter's folder" in refused("caption", photos, "--adapter", folder)
     both = "-m", folder, "--adapter", adapter
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="some/model")
