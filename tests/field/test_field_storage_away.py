@@ -138,18 +138,13 @@ def test_s3_that_goes_away_in_mid_run_is_a_stop_that_resumes(
     run: Callable[..., Result], tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_pool, "RETRY_SECONDS", ())  # the library itself tries three times, and waits
-    monkeypatch.setattr(worker_pool, "RETRY_SECONDS", ())  # the library itself tries three times, and waits
     endpoint = f"127.0.0.1:{s3.get_host_and_port()[1]}"
     remote = S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
     images = [save_image(tmp_path / f"{i}.png", i) for i in range(60)]
-
-    def upload() -> None:
-        remote.create_dir("bucket")
-        for image in images:
-            with remote.open_output_stream(f"bucket/{image.name}", compression=None) as file:
-                file.write(image.read_bytes())
-
-    upload()
+    remote.create_dir("bucket")
+    for image in images:
+        with remote.open_output_stream(f"bucket/{image.name}", compression=None) as file:
+            file.write(image.read_bytes())
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"image": image.name}) + "\n" for image in images))
     root = f"s3://bucket?endpoint_override={endpoint}&scheme=http&region=us-east-1"
@@ -169,8 +164,8 @@ def test_s3_that_goes_away_in_mid_run_is_a_stop_that_resumes(
     again = server.ThreadedMotoServer(host, port=port, verbose=False)
     again.start()
     try:
-        upload()
-        assert run(*command, captioner=RemoteCaptioner(2)).exit_code == 0
+        resumed = run(*command, captioner=RemoteCaptioner(2))
+        assert resumed.exit_code == 0, resumed.stderr
     finally:
         again.stop()
     found = rows_of((tmp_path / "out.jsonl").read_text())
