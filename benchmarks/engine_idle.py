@@ -21,7 +21,7 @@ import torch
 from benchmarks.image_decoding import find_images
 from idefics_cli.bench.options import SIZES, BenchOptions
 from idefics_cli.bench.subjects import random_subject
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import EncodedPrompt

@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
-from idefics_cli import checkpoint as checkpoints
 from idefics_cli import validation
-from idefics_cli.checkpoint import Checkpoint, ModelRequest
+from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
+from idefics_cli.checkpoint.files import Checkpoint
+from idefics_cli.checkpoint.find import find_checkpoint
+from idefics_cli.checkpoint.fingerprint import vision_fingerprint
+from idefics_cli.checkpoint.load import load_network, side_files
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import Scoring
@@ -32,9 +35,9 @@ from idefics_cli.engine.prompt_source import (
     PromptSource,
 )
 from idefics_cli.engine.scheduler import stream
-from idefics_cli.errors import CheckpointError, IdeficsError, RowError, first_error
+from idefics_cli.errors import IdeficsError, RowError, first_error
 from idefics_cli.images.decode import DEFAULT_OPTIONS
-from idefics_cli.images.preprocess import SETTINGS_FILES, ImageProcessor, settings_file
+from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.packed_linear import pack_linears
@@ -64,8 +67,6 @@ from idefics_cli.rows import ImageOptions
 from idefics_cli.validation import file_name, several, whole_number
 
 if TYPE_CHECKING:
-    from transformers import IdeficsConfig
-
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 
@@ -115,11 +116,11 @@ class Idefics:
         name = file_name("model", model, "a hub id, a folder or 'demo'")
         folder = file_name("adapter", adapter, "a folder")
         request = ModelRequest(name, revision, dtype, str(device), allow_pickle, folder)
-        place = checkpoints.resolve_device(request.device)
-        number_format = checkpoints.resolve_dtype(request.dtype, place)
-        checkpoint = checkpoints.find_checkpoint(request)
+        place = resolve_device(request.device)
+        number_format = resolve_dtype(request.dtype, place)
+        checkpoint = find_checkpoint(request)
         config, encoder, images = side_files(checkpoint)
-        network = checkpoints.load_network(checkpoint, config, place, number_format)
+        network = load_network(checkpoint, config, place, number_format)
         if place.type == "cpu":
             pack_linears(network)
         return cls(network, encoder, images, batch_size or rows_that_fit(network), checkpoint, eager)
@@ -127,7 +128,7 @@ class Idefics:
     @classmethod
     def without_network(cls, request: ModelRequest) -> Idefics:
         """It encodes prompts and continues none: no weights are fetched or read."""
-        checkpoint = checkpoints.find_checkpoint(request, with_weights=False)
+        checkpoint = find_checkpoint(request, with_weights=False)
         config, encoder, images = side_files(checkpoint)
         return cls(SimpleNamespace(config=config), encoder, images, batch_size=1, checkpoint=checkpoint)
 
@@ -143,7 +144,7 @@ class Idefics:
     @cached_property
     def fingerprint(self) -> str:
         """Equal for models whose latents can stand for each other: see `vision_fingerprint`."""
-        return checkpoints.vision_fingerprint(self.checkpoint)
+        return vision_fingerprint(self.checkpoint)
 
     def image_workers(self, options: ImageOptions) -> WorkerPool:
         """`prepare_image` in worker processes, so that a broken image cannot take this one down."""
@@ -404,31 +405,3 @@ def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], no
 
 def vocabulary_of(encoder: PromptEncoder) -> Vocabulary:
     return Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id, encoder.image_token_id)
-
-
-def side_files(checkpoint: Checkpoint) -> tuple[IdeficsConfig, PromptEncoder, ImageProcessor]:
-    """What is read of a model beside its weights. Raises CheckpointError where the parts do not fit together."""
-    config = checkpoints.load_config(checkpoint)
-    with checkpoints.reading_tokenizer(checkpoint):
-        encoder = PromptEncoder(checkpoints.load_tokenizer(checkpoint))
-    images = ImageProcessor.from_pretrained(checkpoint.folder)
-    _require_one_checkpoint(config, encoder, images, checkpoint.folder)
-    return config, encoder, images
-
-
-def _require_one_checkpoint(
-    config: IdeficsConfig, encoder: PromptEncoder, images: ImageProcessor, folder: Path
-) -> None:
-    size, image_size = config.vocab_size + config.additional_vocab_size, config.vision_config.image_size
-    if encoder.vocab_size > size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has {encoder.vocab_size} tokens but the model has {size}: take both from one "
-            f"checkpoint, or save the model after resize_token_embeddings({encoder.vocab_size})"
-        )
-    if images.image_size != image_size:
-        settings = settings_file(folder)
-        if settings is None:
-            raise CheckpointError(f"{folder} has no {' or '.join(SETTINGS_FILES)}: add the one of the model")
-        raise CheckpointError(
-            f"{settings} resizes to {images.image_size} but the model takes {image_size}: take both from one checkpoint"
-        )

@@ -18,7 +18,7 @@ from PIL import Image
 from real_llama import RealLlama, fetch_real_llama
 from typer.testing import CliRunner, Result
 
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import app as cli
 from idefics_cli.errors import RowError
 from idefics_cli.images.decode import load_image

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import random_inputs, save_checkpoint, tiny_config
 
-from idefics_cli import checkpoint as checkpoints
-from idefics_cli.checkpoint import ModelRequest, check_model_request, find_checkpoint, load_config, load_network
+from idefics_cli.checkpoint.devices import resolve_dtype
+from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
+from idefics_cli.checkpoint.load import load_config, load_network
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
 from idefics_cli.idefics import Idefics
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
@@ -289,12 +291,12 @@ def test_cuda_on_a_machine_without(folder: Path) -> None:
 
 
 def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpoints.resolve_dtype("auto", torch.device("cpu")) is torch.float32
-    assert checkpoints.resolve_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cpu")) is torch.float32
+    assert resolve_dtype("bf16", torch.device("cpu")) is torch.bfloat16
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_bf16=has_bf16: has_bf16)
-        assert checkpoints.resolve_dtype("auto", torch.device("cuda")) is expected
+        assert resolve_dtype("auto", torch.device("cuda")) is expected
 
 
 def test_a_hub_model_that_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

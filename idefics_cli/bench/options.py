@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError
 from idefics_cli.validation import Help

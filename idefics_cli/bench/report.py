@@ -15,7 +15,7 @@ import torch
 from idefics_cli.bench.compare import Bench, Pair, Run, agreement, timed_runs, warm_up
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import checkpoint_subject, random_subject, require_space
-from idefics_cli.checkpoint import resolve_device, resolve_dtype
+from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     from rich.table import Table

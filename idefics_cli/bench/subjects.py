@@ -16,12 +16,13 @@ from transformers import IdeficsConfig
 from transformers.initialization import no_init_weights
 
 from idefics_cli.bench.options import BenchOptions
-from idefics_cli.checkpoint import find_checkpoint, load_network
+from idefics_cli.checkpoint.find import find_checkpoint
+from idefics_cli.checkpoint.load import load_network, side_files
 from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.errors import IdeficsError
-from idefics_cli.idefics import side_files, vocabulary_of
+from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.prompts.templates import PromptOptions, Shot, choose_template, few_shot_prompt

@@ -17,7 +17,7 @@ import typer
 
 from idefics_cli import __version__
 from idefics_cli.bench.options import BenchOptions
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli.console import (
     EXIT_FAILED_ROWS,
     EXIT_MISTAKE,
@@ -54,7 +54,7 @@ app = typer.Typer(
 
 def check_model(request: ModelRequest) -> str | None:
     """Raise what can be known to be wrong before the weights are read; a digest of them where they are at hand."""
-    from idefics_cli.checkpoint import check_model_request, weights_digest
+    from idefics_cli.checkpoint.find import check_model_request, weights_digest
 
     check_model_request(request)
     return weights_digest(request)
@@ -200,7 +200,7 @@ def bench(context: typer.Context, options: BenchOptions, debug: DebugFlag = Fals
     """
     with exit_codes(debug):
         from idefics_cli.bench.report import comparison_table, phase_table, run
-        from idefics_cli.checkpoint import check_model_request
+        from idefics_cli.checkpoint.find import check_model_request
 
         if options.random is None:
             check_model_request(options.request)
@@ -318,7 +318,7 @@ def _machine_facts(request: ModelRequest) -> dict[str, str]:
 
     import torch
 
-    from idefics_cli.checkpoint import resolve_device, resolve_dtype
+    from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
 
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("torch", "transformers", "pillow", "pyarrow")
@@ -336,19 +336,20 @@ def _machine_facts(request: ModelRequest) -> dict[str, str]:
 
 def _model_fact(request: ModelRequest) -> str:
     """Raises what a run with the model would."""
-    from idefics_cli import checkpoint as checkpoints
+    from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
+    from idefics_cli.checkpoint.find import bytes_to_fetch, check_model_request, find_checkpoint
+    from idefics_cli.checkpoint.load import require_loadable, side_files
     from idefics_cli.engine.memory_budget import free_bytes
-    from idefics_cli.idefics import side_files
 
-    checkpoints.check_model_request(request)
-    if (size := checkpoints.bytes_to_fetch(request)) is not None:
+    check_model_request(request)
+    if (size := bytes_to_fetch(request)) is not None:
         return f"{request.model}, not cached: {size / 1e6:,.1f} MB of weights are fetched when it is used"
-    device = checkpoints.resolve_device(request.device)
-    checkpoint = checkpoints.find_checkpoint(request)
+    device = resolve_device(request.device)
+    checkpoint = find_checkpoint(request)
     config, *_ = side_files(checkpoint)
     stored = sum(file.stat().st_size for file in checkpoint.weight_files)
-    dtype = checkpoints.resolve_dtype(request.dtype, device)
-    needed = checkpoints.require_loadable(checkpoint, config, device, dtype)
+    dtype = resolve_dtype(request.dtype, device)
+    needed = require_loadable(checkpoint, config, device, dtype)
     adapter = "" if request.adapter is None else f", with the adapter {request.adapter}"
     return (
         f"{checkpoint.folder}, {stored / 1e6:,.1f} MB of weights{adapter}; takes {needed / 1e6:,.1f} MB of the "

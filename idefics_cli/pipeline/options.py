@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import IdeficsError
 from idefics_cli.rows import ImageOptions, ReadOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX

@@ -21,7 +21,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import InputError, OutputError, RowError
 from idefics_cli.pipeline.earlier import DECIDING, Changes, EarlierRows, is_duplicate, row_digest, stands
 from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions

@@ -14,7 +14,7 @@ from idefics_cli.pipeline.prefetch import Steps
 from idefics_cli.rows import ImageSource, InputRow
 
 if TYPE_CHECKING:
-    from idefics_cli.checkpoint import ModelRequest
+    from idefics_cli.checkpoint.request import ModelRequest
     from idefics_cli.columns import Column
     from idefics_cli.engine.prompt_source import PromptSource
     from idefics_cli.idefics import Idefics

@@ -18,7 +18,7 @@ from idefics_cli.writers.embeddings_file import ERROR, ID, LATENTS, VISION, Embe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from idefics_cli.checkpoint import ModelRequest
+    from idefics_cli.checkpoint.request import ModelRequest
     from idefics_cli.engine.prompt_source import EncodedImage
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
@@ -52,7 +52,7 @@ class Embed(Task):
     @property
     def settings(self) -> dict[str, Any]:
         """Without the fingerprint until the model is on this machine."""
-        from idefics_cli.checkpoint import known_vision_fingerprint
+        from idefics_cli.checkpoint.fingerprint import known_vision_fingerprint
 
         self._fingerprint = self._fingerprint or known_vision_fingerprint(self._request)
         return {"embeds": True} | ({VISION: self._fingerprint} if self._fingerprint else {})
@@ -91,7 +91,7 @@ class StoredLatents(EmbeddingFile):
     _is_checked = False
 
     def check(self, request: ModelRequest) -> None:
-        from idefics_cli.checkpoint import known_vision_fingerprint
+        from idefics_cli.checkpoint.fingerprint import known_vision_fingerprint
 
         fingerprint = known_vision_fingerprint(request)
         if fingerprint is not None:

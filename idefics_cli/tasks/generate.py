@@ -25,7 +25,7 @@ from idefics_cli.tasks.result_rows import ResultForm
 from idefics_cli.validation import by_option
 
 if TYPE_CHECKING:
-    from idefics_cli.checkpoint import ModelRequest
+    from idefics_cli.checkpoint.request import ModelRequest
     from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import RowError
 from idefics_cli.idefics import Idefics
 from idefics_cli.rows import InputRow

@@ -35,7 +35,7 @@ from idefics_cli.bench.subjects import (
     require_space,
     transformers_model,
 )
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import app as cli
 from idefics_cli.engine.engine import PhaseTimes
 from idefics_cli.engine.options import DecodingOptions

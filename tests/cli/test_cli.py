@@ -22,7 +22,7 @@ from conftest import FakeCaptioner, expected_text, rows_of, save_image
 from typer.testing import CliRunner, Result
 
 import idefics_cli
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import app as cli
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from idefics_cli.bench.options import BenchOptions
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli.app import app
 from idefics_cli.cli.options import DebugFlag, flattened
 from idefics_cli.engine.options import DecodingOptions

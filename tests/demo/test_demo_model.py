@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, IdeficsForVisionText2Text, IdeficsProces
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from idefics_cli import Idefics
-from idefics_cli.checkpoint import DEMO_FOLDER
+from idefics_cli.checkpoint.request import DEMO_FOLDER
 from idefics_cli.demo.evaluate import asked_of, evaluate
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
 from idefics_cli.prompts.templates import PromptOptions

@@ -30,7 +30,8 @@ from test_likelihood import questions
 from idefics_cli import Idefics
 from idefics_cli.bench import floor, report
 from idefics_cli.bench.options import BenchOptions
-from idefics_cli.checkpoint import ModelRequest, resolve_dtype
+from idefics_cli.checkpoint.devices import resolve_dtype
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 

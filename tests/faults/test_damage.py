@@ -11,7 +11,7 @@ import pytest
 from conftest import FakeCaptioner
 from runs import Bench, both_formats, make_bench, slow
 
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import OutputError
 from idefics_cli.pipeline.prefetch import RunStats

@@ -15,7 +15,9 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 from written_manifests import write_manifest
 
-from idefics_cli import Idefics, checkpoint
+from idefics_cli import Idefics
+from idefics_cli.checkpoint.find import weights_digest
+from idefics_cli.checkpoint.request import DEMO_FOLDER, ModelRequest
 from idefics_cli.cli.app import app
 
 SIMILAR = ("--shot-selection", "similar", "--num-shots")
@@ -84,7 +86,7 @@ def viewed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(checkpoint, "load_network", never)
+    monkeypatch.setattr("idefics_cli.idefics.load_network", never)
     return lambda *arguments, **more: CliRunner().invoke(app, [*map(str, arguments), "-m", "demo"], **more)
 
 
@@ -99,7 +101,7 @@ def test_prompts_are_shown_as_text_and_ids(viewed: Callable[..., Result], tmp_pa
     assert one["prompt"] == two["prompt"] == f"<s>{text}Image:{IMAGE}Question: Q? Answer:"
     assert (one["id"], one["image"], one["error"], error["prompt"]) == ("0", "1.png", None, None)
     assert error["error"].startswith("image_missing") and result.exit_code == 3
-    tokenizer = Tokenizer.from_file(str(checkpoint.DEMO_FOLDER / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(DEMO_FOLDER / "tokenizer.json"))
     assert one["token_ids"][0] == tokenizer.token_to_id("<s>")
     assert one["token_ids"].count(tokenizer.token_to_id("<image>")) == 1
     assert "Question: Q?" in tokenizer.decode(one["token_ids"])
@@ -141,18 +143,18 @@ def test_a_hub_model_of_which_only_the_prompts_were_shown_is_not_there(
     (cache / "refs").mkdir(parents=True)
     (cache / "refs/main").write_text(commit)
     ignored = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(checkpoint.DEMO_FOLDER, cache / "snapshots" / commit, ignore=ignored)
+    shutil.copytree(DEMO_FOLDER, cache / "snapshots" / commit, ignore=ignored)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     arguments = ["caption", str(save_image(tmp_path / "1.png")), "-m", "some/model"]
     (row,) = rows_of(CliRunner().invoke(app, [*arguments, "--show-prompt", "1"]).stdout)
     assert row["prompt"].endswith("Caption:")
-    assert checkpoint.weights_digest(checkpoint.ModelRequest("some/model")) is None
+    assert weights_digest(ModelRequest("some/model")) is None
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_prompts_are_shown_of_whole_checkpoints(name: str, tmp_path: Path, refused: Callable[..., str]) -> None:
     """Without its file, transformers makes up a tokenizer that knows no word."""
-    shutil.copytree(checkpoint.DEMO_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns(name))
+    shutil.copytree(DEMO_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns(name))
     arguments = "caption", save_image(tmp_path / "1.png"), "-m", tmp_path / "model"
     assert f"model has no {name.removesuffix('.json')}" in refused(*arguments, "--show-prompt", "1")
     assert f"model has no {name.removesuffix('.json')}" in refused(*arguments)

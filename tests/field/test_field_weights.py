@@ -20,15 +20,10 @@ from transformers import IdeficsForVisionText2Text as TheirIdefics
 from transformers import IdeficsImageProcessor, IdeficsProcessor, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from idefics_cli.checkpoint import (
-    ModelRequest,
-    check_model_request,
-    find_checkpoint,
-    known_vision_fingerprint,
-    load_config,
-    load_network,
-    weights_digest,
-)
+from idefics_cli.checkpoint.find import check_model_request, find_checkpoint, weights_digest
+from idefics_cli.checkpoint.fingerprint import known_vision_fingerprint
+from idefics_cli.checkpoint.load import load_config, load_network
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli.app import app
 from idefics_cli.engine import memory_budget
 from idefics_cli.errors import CheckpointError, DeviceError

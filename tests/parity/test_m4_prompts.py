@@ -12,7 +12,7 @@ from real_llama import RealLlama
 from tiny_tokenizers import END_OF_UTTERANCE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from idefics_cli.checkpoint import DEMO_FOLDER
+from idefics_cli.checkpoint.request import DEMO_FOLDER
 from idefics_cli.prompts.templates import PromptOptions, Shot, build_prompt
 from idefics_cli.prompts.tokenize import PromptEncoder
 

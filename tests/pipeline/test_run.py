@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from written_manifests import write_manifest
 
-from idefics_cli.checkpoint import ModelRequest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError, InputError, OutputError
 from idefics_cli.pipeline.prefetch import RunStats

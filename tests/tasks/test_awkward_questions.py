@@ -10,7 +10,7 @@ from tiny_tokenizers import END_OF_UTTERANCE, FAKE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from idefics_cli import Idefics
-from idefics_cli.checkpoint import DEMO_FOLDER
+from idefics_cli.checkpoint.request import DEMO_FOLDER
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
 from idefics_cli.prompts.templates import Prompt, PromptOptions, Shot, build_prompt, leading_shots
 from idefics_cli.prompts.tokenize import PromptEncoder

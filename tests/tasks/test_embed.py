@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_models import IMAGE_SIZE, Shape, randomize, save_checkpoint, tiny_config
 
 from idefics_cli import Idefics, IdeficsError, RowError
-from idefics_cli.checkpoint import ModelRequest, known_vision_fingerprint
+from idefics_cli.checkpoint.fingerprint import known_vision_fingerprint
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.memory_budget import AdaptiveBatchSize
 from idefics_cli.engine.prompt_source import IterableSource
 from idefics_cli.model.modeling import IdeficsForVisionText2Text

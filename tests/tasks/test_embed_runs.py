@@ -12,7 +12,8 @@ from tiny_models import save_checkpoint
 from typer.testing import CliRunner
 
 from idefics_cli import Idefics, IdeficsError
-from idefics_cli.checkpoint import ModelRequest, weights_digest
+from idefics_cli.checkpoint.find import weights_digest
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import app as cli
 from idefics_cli.model.vision import IdeficsVisionTransformer
 from idefics_cli.pipeline.options import RunOptions

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import IdeficsConfig
 
-from idefics_cli.checkpoint import DEMO_FOLDER
+from idefics_cli.checkpoint.request import DEMO_FOLDER
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
 from idefics_cli.idefics import Idefics
 from idefics_cli.images.preprocess import ImageProcessor

@@ -1,0 +1,78 @@
+"""Where a model runs and in which number format, and whether it has space there."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from idefics_cli.errors import DeviceError, IdeficsError
+
+if TYPE_CHECKING:
+    import torch
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """Our name for `dtype` where it is one of torch's or its name; anything else as it is."""
+    given = str(dtype).removeprefix("torch.")
+    return next((name for name, full in DTYPES.items() if given == full), str(dtype))
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is a device, else MPS, else the CPU. Raises DeviceError for one that is not here."""
+    import torch
+
+    if device == "auto":
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return torch.device(next(name for name, is_there in found.items() if is_there))
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,2})?", device):
+        raise DeviceError(f"unknown device {device!r}: use auto, cpu, mps, cuda or cuda:N")
+    resolved = torch.device(device)
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("MPS is not available: it needs a Mac with Metal; use --device cpu")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        build = "is a CPU build" if torch.version.cuda is None else "finds no CUDA device"
+        raise DeviceError(f"CUDA is not available: torch {torch.__version__} {build}; use --device cpu")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"no device {device!r}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on CUDA devices that have it, float16 on others and on MPS; float32 on the CPU."""
+    import torch
+
+    if dtype in DTYPES:
+        return getattr(torch, DTYPES[dtype])
+    if dtype != "auto":
+        raise IdeficsError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    if device.type != "cuda":
+        return torch.float16 if device.type == "mps" else torch.float32
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def require_fit(num_bytes: int, device: torch.device, dtype: torch.dtype) -> None:
+    from idefics_cli.engine.memory_budget import free_bytes
+
+    if num_bytes > free_bytes(device):
+        raise does_not_fit(num_bytes, device, dtype)
+
+
+def does_not_fit(num_bytes: int, device: torch.device, dtype: torch.dtype) -> DeviceError:
+    import torch
+
+    from idefics_cli.engine.memory_budget import free_bytes
+
+    free, host = free_bytes(device), free_bytes(torch.device("cpu"))
+    remedies = [
+        "--dtype bf16" if dtype.itemsize > 2 and num_bytes // 2 <= free else None,
+        "--device cpu" if device.type != "cpu" and num_bytes <= host else None,
+        "a machine with more memory" if device.type == "cpu" else "a larger device",
+    ]
+    return DeviceError(
+        f"out of memory: the model's {num_bytes / 1e9:.1f} GB in {dtype_name(dtype)} do not fit on {device}, which has "
+        f"{free / 1e9:.1f} GB free: use {', '.join(filter(None, remedies))} or a smaller model"
+    )

@@ -1,0 +1,243 @@
+"""A checkpoint's files -> configuration, tokenizer and network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from idefics_cli.checkpoint.adapter import merged
+from idefics_cli.checkpoint.devices import does_not_fit, require_fit
+from idefics_cli.checkpoint.files import (
+    CONFIG,
+    LOADING_ERRORS,
+    Checkpoint,
+    adapter_settings,
+    first_few,
+    read_json,
+    require,
+    stored_shapes,
+    tensors_of,
+)
+from idefics_cli.checkpoint.request import DEMO_FOLDER
+from idefics_cli.errors import CheckpointError
+from idefics_cli.images.preprocess import SETTINGS_FILES, ImageProcessor, settings_file
+from idefics_cli.prompts.tokenize import PromptEncoder
+from idefics_cli.prompts.tokenizer_probe import probe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import IdeficsConfig
+
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+
+# Fields of a configuration that name another file of weights (even a pickle), or classes to put in place of ours, or
+# make a dictionary of as many labels as they say.
+LEFT_OUT = ("transformers_weights", "fusion_config", "auto_map", "num_labels", "id2label", "label2id")
+HEAD, ADDITIONAL_HEAD = "lm_head.weight", "lm_head.additional_fc.weight"
+ADDITIONAL_EMBEDDING = "model.embed_tokens.additional_embedding.weight"
+
+
+def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
+    """The configuration, without what would have transformers load other files or code than those checked."""
+    from transformers import IdeficsConfig
+
+    path = checkpoint.folder / CONFIG
+    fields = read_json(path)
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        for name in LEFT_OUT:
+            part.pop(name, None)
+    try:
+        config = IdeficsConfig.from_dict(fields)
+        config._attn_implementation = "sdpa"  # another may name a kernel on the hub
+        config.dropout = config.vision_config.attention_dropout = 0.0  # of training, whatever it says
+    except Exception as error:  # the library raises many kinds for a field of a wrong type
+        raise CheckpointError(f"{path} is not an IDEFICS configuration ({error}): fetch the file again") from error
+    heads = (
+        config.num_attention_heads,
+        config.vision_config.num_attention_heads,
+        config.perceiver_config.resampler_n_heads,
+    )
+    require(all(number > 0 for number in heads), f"{path} has {min(heads)} attention heads: fetch the file again")
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    require(not is_quantized, f"{path} asks for quantized weights, which cannot be run: use the published checkpoint")
+    stored = stored_shapes(checkpoint)
+    if HEAD in stored and ADDITIONAL_HEAD not in stored and not config.tie_word_embeddings:
+        config.additional_vocab_size = 0  # transformers' resize_token_embeddings leaves one vocabulary
+    if checkpoint.weight_files:
+        _require_layers(config, stored, path)
+    return config
+
+
+def _require_layers(config: IdeficsConfig, stored: Iterable[str], path: Path) -> None:
+    """No more layers than there are tensors for, counted before a network is made of them."""
+    numbers = {
+        "num_hidden_layers": (config.num_hidden_layers, r"model\.layers"),
+        "vision_config.num_hidden_layers": (
+            config.vision_config.num_hidden_layers,
+            r"model\.vision_model\.encoder\.layers",
+        ),
+        "perceiver_config.resampler_depth": (
+            config.perceiver_config.resampler_depth if config.use_resampler else 0,
+            r"model\.perceiver_resampler\.blocks",
+        ),
+    }
+    for name, (number, layers) in numbers.items():
+        found = len({match[1] for match in map(re.compile(rf"{layers}\.(\d+)\.").match, stored) if match})
+        require(
+            not isinstance(number, int) or number <= found,
+            f"{path} says {name} {number} and the weights hold {found}: take all files from one checkpoint",
+        )
+
+
+def side_files(checkpoint: Checkpoint) -> tuple[IdeficsConfig, PromptEncoder, ImageProcessor]:
+    """What is read of a model beside its weights. Raises CheckpointError where the parts do not fit together."""
+    config, encoder = load_config(checkpoint), _load_encoder(checkpoint)
+    images, folder = ImageProcessor.from_pretrained(checkpoint.folder), checkpoint.folder
+    size, image_size = config.vocab_size + config.additional_vocab_size, config.vision_config.image_size
+    require(
+        encoder.vocab_size <= size,
+        f"the tokenizer in {folder} has {encoder.vocab_size} tokens but the model has {size}: take both from one "
+        f"checkpoint, or save the model after resize_token_embeddings({encoder.vocab_size})",
+    )
+    if images.image_size != image_size:
+        settings = settings_file(folder)
+        require(settings, f"{folder} has no {' or '.join(SETTINGS_FILES)}: add the one of the model")
+        raise CheckpointError(
+            f"{settings} resizes to {images.image_size} but the model takes {image_size}: take both from one checkpoint"
+        )
+    return config, encoder, images
+
+
+def _load_encoder(checkpoint: Checkpoint) -> PromptEncoder:
+    """With the tokenizer that the model was trained with: `tokenizer.json` to the letter.
+
+    IDEFICS learned texts that begin with a blank after every special token (`<image>Caption` is an image and
+    "▁Caption"), as LLaMA's tokenizers of 2023 had it. Today's LlamaTokenizer builds another one from the same file, in
+    which only the first text of a prompt has the blank; for a `tokenizer.model` alone it has to be told (`legacy`).
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder, options = checkpoint.folder, {"trust_remote_code": False, "local_files_only": True}
+    has_file = (folder / "tokenizer.json").is_file()
+    complaint = probe(folder / "tokenizer.json") if has_file and folder != DEMO_FOLDER else None
+    require(not complaint, f"{folder}/tokenizer.json cannot be used ({complaint}): fetch the file again")
+    try:
+        if has_file:
+            return PromptEncoder(PreTrainedTokenizerFast.from_pretrained(folder, **options))
+        return PromptEncoder(AutoTokenizer.from_pretrained(folder, legacy=True, **options))
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises many kinds for a damaged file
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({error}): fetch its files again") from error
+
+
+def load_network(
+    checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype
+) -> IdeficsForVisionText2Text:
+    """The network, ready to run. Raises CheckpointError naming missing and unexpected tensors and wrong shapes."""
+    import torch
+    from transformers import GenerationConfig
+
+    from idefics_cli.model.memory_errors import naming_memory_errors
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+    num_bytes = require_loadable(checkpoint, config, device, dtype)
+    if device.type == "cuda":
+        _choose_kernels()
+    try:
+        with naming_memory_errors():
+            model = IdeficsForVisionText2Text.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},  # tensor by tensor: the host never holds them all
+                use_safetensors=not checkpoint.is_pickled,
+                local_files_only=True,
+                # Only the caller's decoding options count: a checkpoint's generation_config.json is not read.
+                generation_config=GenerationConfig(),
+            )
+            if checkpoint.adapter is not None:
+                model = _with_adapter(model, checkpoint.adapter)
+    except torch.OutOfMemoryError as error:
+        raise does_not_fit(num_bytes, device, dtype) from error
+    except LOADING_ERRORS as error:
+        raise _cannot_be_loaded(checkpoint, error) from error
+    return model.eval().requires_grad_(False)
+
+
+def _choose_kernels() -> None:
+    """cuDNN's attention makes a plan for each number of keys, which changes in almost every step; and its convolutions
+    would compute fp32 in TF32."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def _with_adapter(model: IdeficsForVisionText2Text, adapter: Checkpoint) -> IdeficsForVisionText2Text:
+    import torch
+
+    tensors = {
+        name: tensor.to(model.device, torch.float32 if ".lora_" in name else model.dtype)  # as PEFT has them
+        for name, tensor in tensors_of(adapter.weight_files[0], adapter.is_pickled, re.compile(".*"))
+    }
+    try:
+        return merged(model, adapter_settings(adapter), tensors)
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"the adapter in {adapter.folder} does not fit the model ({reason})") from error
+
+
+def require_loadable(checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """The bytes of a network whose tensors are those of its files, and which fits on the device."""
+    import torch
+
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+    try:
+        with torch.device("meta"):
+            expected = IdeficsForVisionText2Text(config)
+        _require_same_tensors(checkpoint, expected)
+    except LOADING_ERRORS as error:
+        raise _cannot_be_loaded(checkpoint, error) from error
+    num_bytes = expected.num_parameters() * dtype.itemsize
+    require_fit(num_bytes, device, dtype)
+    return num_bytes
+
+
+def _cannot_be_loaded(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.folder} cannot be loaded ({type(error).__name__}: {error}): "
+        "fetch its config.json and weights again"
+    )
+
+
+def _require_same_tensors(checkpoint: Checkpoint, model: IdeficsForVisionText2Text) -> None:
+    """Compare the files with `model`, of which only names and shapes count, before a weight is read."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    needed = dict(model.named_parameters()).keys()  # names a tied tensor once
+    unused = [*model._keys_to_ignore_on_load_unexpected]
+    if model.config.additional_vocab_size == 0:
+        unused.append(re.escape(ADDITIONAL_EMBEDDING))
+    stored = {
+        name: shape
+        for name, shape in stored_shapes(checkpoint).items()
+        if not any(re.search(pattern, name) for pattern in unused)
+    }
+    shared = sorted(stored.keys() & expected.keys())
+    kinds = {
+        "missing": sorted(needed - stored.keys()),
+        "unexpected": sorted(stored.keys() - expected.keys()),
+        "of another shape": [f"{n} {stored[n]} instead of {expected[n]}" for n in shared if stored[n] != expected[n]],
+    }
+    said = [f"{len(names)} {kind} ({first_few(names)})" for kind, names in kinds.items() if names]
+    require(
+        not said,
+        f"the weights in {checkpoint.folder} do not fit their config.json: {'; '.join(said)}; "
+        "fetch the checkpoint again, all files of one revision",
+    )
