@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What to measure first on a CUDA GPU, in three calls of under ten minutes each, from a checkout's root:
+# What to measure first on a CUDA GPU, in four calls of under ten minutes each, from a checkout's root:
 #   OUT=gpu-results bash benchmarks/gpu.sh A    versions, correctness, 0-shot beside transformers
 #   OUT=gpu-results bash benchmarks/gpu.sh B    4-shot beside transformers, 32 shots
 #   OUT=gpu-results bash benchmarks/gpu.sh C    running out of memory, the demo from end to end
-# Needs torch with CUDA and transformers >= 5.23. A part that fails or runs out of time leaves its log, and the next one
+#   OUT=gpu-results bash benchmarks/gpu.sh D    the tests of the device, and 0-shot without graphs
+# Needs torch with CUDA and the extra `test`. A part that fails or runs out of time leaves its log, and the next one
 # starts. Try it without a GPU: DEVICE=cpu DTYPE=fp32 SIZE=tiny CHECKED=tiny SCENES=8 bash benchmarks/gpu.sh A
 set -u
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -43,8 +44,12 @@ C)
   bench demo 120 -m demo --scenes "$scenes" --num-beams 3 --batch-size 64 --repeats 1
   part caption 60 "$python" -m idefics_cli caption examples/images -m demo --device "$device" -o "$out/captions.jsonl"
   ;;
+D)
+  part tests 300 "$python" -m pytest -q tests/device
+  bench 0shot-eager 240 --random "$size" --dtype "$dtype" --num-beams 3 --batch-size 8 --repeats 2 --eager
+  ;;
 *)
-  echo "usage: bash benchmarks/gpu.sh A|B|C" >&2
+  echo "usage: bash benchmarks/gpu.sh A|B|C|D" >&2
   exit 2
   ;;
 esac
