@@ -196,7 +196,7 @@ def test_the_table_shows_hundredths_and_what_was_left_out(tmp_path):
     lines = [[word for word in line.split() if word.isalnum() or "." in word] for line in shown.splitlines()]
     assert ["color", "2", "0", "80.00", "50.00"] in lines and ["all", "5", "1", "72.00", "40.00"] in lines
     assert "[b]other" in shown
-    assert "1 rows without references" in shown and "1 rows have one reference" in shown
+    assert "left out: 1 row without references" in shown and "1 row with one reference" in shown
 
 
 def test_a_kept_column_is_not_the_text_of_the_run() -> None:
