@@ -12,7 +12,6 @@ import codecs
 import csv
 import io
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -28,9 +27,11 @@ from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
 from idefics_cli.storage.files import File, open_stream, refusing, split_stream
 
 SNIFFED_BYTES, SNIFFED_RECORDS = 256 << 10, 100
-REREAD_BYTES = 256 << 20  # in all; from then on a bad record costs all of its lines
-MAX_RECORD_LINES, LINE_BYTES = 100_000, 32  # what a line costs beside its text
+REREAD_BYTES = 1 << 30  # in all; from then on a bad record costs all of its lines
+LINE_BYTES = 32  # what a line costs beside its text
 DELIMITERS = ",;\t|"
+END = b"\n"  # which no line holds
+TOO_LONG = "longer than 64 MB"
 UTF8 = "utf-8"
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 SEPARATOR_LINE = re.compile(r'\ufeff?"?sep=([^"\r\n])"?\r?\n', re.IGNORECASE)  # Excel's own
@@ -72,7 +73,8 @@ def _sniffed(name: str, beginning: bytes, usual: str, options: DelimitedOptions)
     is_cut = len(beginning) == SNIFFED_BYTES
     if encoding == UTF8:
         _require_utf8(name, beginning, is_cut)
-    text = codecs.getincrementaldecoder(encoding)("replace").decode(beginning)
+    with refusing(name, UnicodeError, remedy="name its encoding with --encoding, as utf-16-le without a mark"):
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(beginning)
     lines = text.removeprefix("\ufeff").encode(errors="replace").split(b"\n")
     lines = lines[:-1] if is_cut and len(lines) > 1 else lines
     separator = SEPARATOR_LINE.match(text)
@@ -143,47 +145,52 @@ def _record(columns: Sequence[str], line_number: int, fields: list[str] | RowErr
 
 def read_delimited(lines: Iterator[bytes | None], dialect: Dialect) -> Iterator[tuple[int, list[str] | RowError]]:
     """The number of each record's first line, and its fields or why it is bad."""
-    numbered, again = enumerate(lines, 1), deque[tuple[int, bytes | None]]()  # lines of bad records are read again
-    record: list[tuple[int, bytes | None]] = []  # the lines of the record that is being read
-    num_bytes, budget = 0, REREAD_BYTES
+    held, end = bytearray(), 0  # the lines from the record's first one on, and how far they have been read
+    number, num_lines = 1, 0  # of its first line, and how many it has so far
+    is_next_too_long, budget = False, REREAD_BYTES
 
     def texts() -> Iterator[str]:
-        nonlocal num_bytes
-        while (numbered_line := again.popleft() if again else next(numbered, None)) is not None:
-            record.append(numbered_line)
-            number, line = numbered_line
-            num_bytes += len(line or b"")
-            if line is None or num_bytes > MAX_ROW_BYTES:
-                raise csv.Error("longer than 64 MB")
-            if len(record) > MAX_RECORD_LINES:
-                raise csv.Error(f"longer than {MAX_RECORD_LINES:,} lines")
-            line = line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)
-            yield line.decode(errors="surrogateescape") + "\n"
+        nonlocal end, num_lines, is_next_too_long
+        while True:
+            if end < len(held):
+                text = bytes(held[end : held.index(b"\n", end) + 1])
+            elif is_next_too_long or (line := next(lines, END)) is None:
+                is_next_too_long = num_lines > 0  # then it is a record of its own
+                num_lines = num_lines or 1
+                raise csv.Error(TOO_LONG)
+            elif line is END:
+                return
+            else:
+                text = line + b"\n" if number + num_lines > 1 else line.removeprefix(BYTE_ORDER_MARK) + b"\n"
+                held.extend(text)
+            num_lines += 1
+            end += len(text)
+            if end > MAX_ROW_BYTES:
+                raise csv.Error(TOO_LONG)
+            yield text.decode(errors="surrogateescape")
 
     def reader() -> Iterator[list[str]]:
         return csv.reader(texts(), delimiter=dialect.delimiter, quoting=dialect.quoting, strict=True)
 
     reading = reader()
     while True:
-        num_bytes = 0
-        record.clear()
         try:
             fields = next(reading)
         except StopIteration:
             return
         except csv.Error as error:
-            is_again = budget > 0
-            (first, _), (last, _) = record[0], record[0 if is_again else -1]
-            yield first, RowError("row_invalid", f"{_lines(first, last)} not valid CSV: {error}; check the quotes")
-            if is_again:
-                again.extendleft(reversed(record[1:]))
-                budget -= num_bytes + LINE_BYTES * len(record)
+            last = number + num_lines - 1
+            if budget > 0:
+                budget -= end + LINE_BYTES * num_lines
+                end, num_lines, last = held.find(b"\n") + 1, 1, number
+            yield number, RowError("row_invalid", f"{_lines(number, last)} not valid CSV: {error}; check the quotes")
             reading = reader()  # the texts of the one before have ended, where they ended within a record
-            continue
-        if fields:
-            first = record[0][0]
-            valid = is_utf8("".join(fields))
-            yield first, fields if valid else RowError("row_invalid", _not_valid(first, dialect.encoding))
+        else:
+            if fields:
+                valid = is_utf8("".join(fields))
+                yield number, fields if valid else RowError("row_invalid", _not_valid(number, dialect.encoding))
+        del held[:end]
+        number, end, num_lines = number + num_lines, 0, 0
 
 
 def _not_valid(line_number: int, encoding: str) -> str:

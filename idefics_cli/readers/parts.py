@@ -57,7 +57,8 @@ def parts_of_one_kind(place: str, files: Sequence[File], say: Callable[[str], ob
     counts = Counter(manifest_kind(file.name) for file in files)
     kinds = ["tar"] if "tar" in counts else [kind for kind in counts if kind != "json"] or list(counts)
     if len(kinds) > 1:
-        raise InputError(f"{place} holds manifests of several kinds: name those of one, as '{place}/*.{min(kinds)}'")
+        example = posixpath.join(posixpath.dirname(files[0].name), f"*.{min(kinds)}")
+        raise InputError(f"{place} holds manifests of several kinds: name those of one, as '{example}'")
     if len(counts) > 1:
         others = ", ".join(f"{number} .{kind}" for kind, number in sorted(counts.items()) if kind not in kinds)
         say(f"{place}: {counts[kinds[0]]} .{kinds[0]} files are read, and {others} beside them are not.")

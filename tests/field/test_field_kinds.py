@@ -294,7 +294,8 @@ def test_folders_say_what_was_taken_or_what_to_name(
     (images / "set").mkdir()
     for name in "rows.csv", "rows.parquet":
         (images / "set" / name).touch()
-    assert "several kinds: name those of one" in refused("caption", images / "set")
+    for several in images / "set", images / "set" / "*", images / "set" / "rows.*":
+        assert f"several kinds: name those of one, as '{images}/set/*.csv'" in refused("caption", several)
     assert "files of other kinds" in refused("caption", images / "*")
     assert "no file matches" in refused("caption", images / "*.tiff")
     result = run("caption", images / "*.png")

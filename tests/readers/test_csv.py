@@ -11,6 +11,7 @@ from written_manifests import read, refusal
 from idefics_cli.errors import RowError
 from idefics_cli.readers import csv
 from idefics_cli.readers.csv import Dialect, read_delimited
+from idefics_cli.rows import DelimitedOptions
 
 
 @pytest.fixture
@@ -96,7 +97,25 @@ def test_files_whose_header_is_of_no_use_are_refused(path: Path, header: bytes, 
     assert reason in refusal(path, image_column="image")
 
 
-def test_records_of_very_many_lines_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv, "MAX_RECORD_LINES", 3)
-    read = list(read_delimited(iter([b'"a', b"b", b'c"', b'"d', b"e", b"f", b'g"']), Dialect(",")))
-    assert [number for number, _ in read][:3] == [1, 4, 5] and "longer than 3 lines" in read[1][1].message
+def test_an_encoding_that_needs_a_mark_is_refused_without_one(path: Path) -> None:
+    path.write_bytes("image,n\na.png,1\n".encode("utf-16-le"))
+    reason = refusal(path, delimited=DelimitedOptions(encoding="utf-16"))
+    assert "BOM" in reason and "utf-16-le" in reason
+
+
+def test_a_cell_may_have_very_many_lines(path: Path) -> None:
+    cell = "x\n" * 300_000
+    path.write_text(f'image,question\na.png,"{cell}"\nb.png,q\n')
+    assert [row.values["question"] for row in read(path, columns=("question",))] == [cell, "q"]
+
+
+def test_records_that_are_too_long_cost_their_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv, "MAX_ROW_BYTES", 8)
+    lines = [b'"a', b"b", b'c"', b'"d', b"e", b"f", b'g"', b"h", None, b"i", b'"j', None, b"k"]
+    found = [
+        (number, fields.message if isinstance(fields, RowError) else fields)
+        for number, fields in read_delimited(iter(lines), Dialect(","))
+    ]
+    assert found[0] == (1, ["a\nb\nc"])
+    assert [number for number, _ in found] == [1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    assert [number for number, fields in found if "longer than 64 MB" in fields] == [4, 9, 11, 12]
