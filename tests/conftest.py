@@ -124,6 +124,15 @@ class FakeCaptioner:
         self.looks.append(len(images))
         return torch.tensor([list(image[:3]) for image in images], dtype=torch.float32)
 
+    def embed_stream(self, source: Any) -> Iterator[tuple[int, Tensor]]:
+        """(1, 3) for each image: its vector."""
+        number = 0
+        while images := source.take(self.batch_size, True):
+            time.sleep(self.delay)
+            for vector in self.image_vectors(images):
+                yield number, vector.unsqueeze(0)
+                number += 1
+
     def stream(self, source: Any, **decoding: Any) -> Iterator[tuple[int, FakeResult]]:
         number = 0
         self.decoding = decoding

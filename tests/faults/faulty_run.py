@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import io
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import FakeCaptioner
+from power_cuts import Recorder
 from tqdm import tqdm
 
 import idefics_cli
@@ -35,6 +37,7 @@ from idefics_cli.tasks import caption_vqa  # noqa: F401
 from idefics_cli.writers import formats, writers
 
 COMMIT_ROWS = 20
+PIPE_BYTES = 1 << 20
 SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "hang up": signal.SIGHUP}
 CALLS = ("write", "fsync", "ftruncate", "rename", "unlink")
 
@@ -57,7 +60,8 @@ class Fault:
 @dataclass(frozen=True)
 class Settings:
     """`delay`: seconds for each batch; `file_limit`: bytes that a file may have; `weights`: the digest of the model's;
-    `log`: a file of all texts that the captioner has given; `version`: the program's."""
+    `log`: a file of all texts that the captioner has given; `version`: the program's; `changes`: a file, and the
+    folders whose changes are recorded in it."""
 
     delay: float = 0.0
     batch_size: int = 4
@@ -68,6 +72,7 @@ class Settings:
     log: str | None = None
     version: str = "0.1.0"
     fault: Fault | None = None
+    changes: tuple[str, tuple[str, ...]] | None = None
     temporary: str | None = None  # in place of what is random in the names of new files
 
 
@@ -81,7 +86,6 @@ class Shim:
     def install(self) -> None:
         for name in self._fault.calls:
             setattr(os, name, self._stand_in(name))
-        formats.open = self._open  # type: ignore[attr-defined]
 
     def _stand_in(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -90,18 +94,6 @@ class Shim:
             return self._real[name](*arguments, **options)
 
         return call
-
-    def _open(self, path: Any, mode: str = "r", **options: Any) -> Any:
-        """Python's own buffered files write past `os.write`."""
-        if mode != "wb":
-            return builtins.open(path, mode, **options)
-        shim = self
-
-        class File(io.FileIO):
-            def write(self, data: Any) -> int:
-                return os.write(self.fileno(), data) if "write" in shim._fault.calls else super().write(data)
-
-        return io.BufferedWriter(File(path, "wb"))
 
     def _is_due(self) -> bool:
         with self._counting:
@@ -123,14 +115,29 @@ class Shim:
         raise OSError(code, os.strerror(code))
 
 
+def unbuffered(path: Any, mode: str = "r", **options: Any) -> Any:
+    """As `open`: Python's own buffered files write past `os.write`, these do not."""
+    if mode != "wb":
+        return builtins.open(path, mode, **options)
+
+    class File(io.FileIO):
+        def write(self, data: Any) -> int:
+            return os.write(self.fileno(), data)
+
+    return io.BufferedWriter(File(path, "wb"))
+
+
 def main(arguments: list[str], settings: Settings) -> NoReturn:
     writers.COMMIT_ROWS, writers.COMMIT_SECONDS = settings.commit_rows, settings.commit_seconds
     if settings.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (settings.file_limit, settings.file_limit))
     if settings.temporary is not None:
         formats.secrets.token_hex = lambda number: settings.temporary
+    formats.open = unbuffered  # type: ignore[attr-defined]
     if settings.fault is not None:
         Shim(settings.fault).install()
+    if settings.changes is not None:
+        Recorder(*settings.changes).install()
     cli.check_model = lambda request: settings.weights
     idefics_cli.__version__ = cli.__version__ = settings.version
 
@@ -149,8 +156,10 @@ def main(arguments: list[str], settings: Settings) -> NoReturn:
     raise AssertionError("the command line came back")
 
 
-def main_in_session(arguments: list[str], settings: Settings, stdout: str, stderr: str) -> NoReturn:
-    """The same in a process group of its own, with these files for its streams."""
+def main_in_session(
+    arguments: list[str], settings: Settings, stdout: str, stderr: str, stdin: bytes | None = None
+) -> NoReturn:
+    """The same in a process group of its own, with these files for its streams, and so much in a pipe as its input."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the command line does so too, a moment later
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in a process that nothing has forked
@@ -159,6 +168,14 @@ def main_in_session(arguments: list[str], settings: Settings, stdout: str, stder
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
+    if stdin is not None:
+        reading, writing = os.pipe()
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        assert os.write(writing, stdin) == len(stdin) <= PIPE_BYTES
+        os.close(writing)
+        os.dup2(reading, 0)
+        os.close(reading)
+        sys.stdin = os.fdopen(0)
     main(arguments, settings)
 
 

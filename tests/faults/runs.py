@@ -5,6 +5,7 @@ A run is a process forked from one that has imported everything, so that fifty o
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
@@ -91,6 +92,7 @@ class Bench:
     output: Path
     spelling: str | None = None  # of the folder of images
     command: tuple[str, ...] = ()  # what is run in place of `caption IMAGES`
+    stdin: bytes | None = None
 
     @property
     def images(self) -> Path:
@@ -105,9 +107,8 @@ class Bench:
         arguments = [*command, "-o", str(self.output), "--workers", "2", *options]
         streams = self.folder / f"streams-{time.monotonic_ns()}"
         streams.mkdir()
-        process = forks().Process(
-            target=main_in_session, args=(arguments, settings, str(streams / "stdout"), str(streams / "stderr"))
-        )
+        files = str(streams / "stdout"), str(streams / "stderr")
+        process = forks().Process(target=main_in_session, args=(arguments, settings, *files, self.stdin))
         process.start()
         return Started(process, streams)
 
@@ -151,6 +152,9 @@ class Bench:
     def rows(self) -> list[dict[str, Any]]:
         if self.output.suffix == ".jsonl":
             return [json.loads(line) for line in self.output.read_bytes().splitlines()]
+        if self.output.suffix == ".csv":
+            with open(self.output, newline="") as file:
+                return [{name: cell or None for name, cell in row.items()} for row in csv.DictReader(file)]
         import pyarrow.parquet as pq
 
         return pq.read_table(self.output).to_pylist()

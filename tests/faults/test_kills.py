@@ -200,25 +200,57 @@ def test_kills_of_runs_that_stop_at_many_errors(tmp_path: Path, suffix: str) -> 
 
 
 COMMANDS = {
-    "vqa": ("vqa", "images", "-q", "What is it?", "-q", "What color?"),
-    "generate": ("generate", "prompts.jsonl"),
-    "shard": ("caption", "images", "--shard", "2/3"),
+    "vqa": ("vqa", "IMAGES", "-q", "What is it?", "-q", "What color?"),
+    "generate": ("generate", "PROMPTS"),
+    "embed": ("embed", "IMAGES"),
+    "shard": ("caption", "IMAGES", "--shard", "2/3"),
+    "paths": ("caption", "-"),
+    "lines": ("generate", "-"),
 }
+of_each_command = pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [(kind, suffix) for kind in COMMANDS for suffix in (".jsonl", ".parquet") if (kind, suffix) != ("embed", ".jsonl")],
+)
 
 
-@both_formats
+def bench_of(kind: str, folder: Path, suffix: str) -> Bench:
+    """For the command of this kind, "paths" and "lines" coming through a pipe."""
+    bench = make_bench(folder, ROWS // 2, suffix)
+    paths = sorted(map(str, bench.images.iterdir()))
+    lines = "".join(json.dumps({"prompt": ["Look:", {"image": path}]}) + "\n" for path in paths)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text(lines)
+    places = {"IMAGES": str(bench.images), "PROMPTS": str(prompts)}
+    stdin = {"paths": "\n".join(paths), "lines": lines}.get(kind)
+    command = tuple(places.get(word, word) for word in COMMANDS[kind])
+    return replace(bench, command=command, stdin=stdin and stdin.encode())
+
+
+@of_each_command
 @sampled(9)
-@pytest.mark.parametrize("kind", COMMANDS)
 def test_kills_of_other_commands(tmp_path: Path, suffix: str, kind: str, step: int) -> None:
     """All rows are those of a run that was left alone."""
-    bench = make_bench(tmp_path, ROWS // 2, suffix)
-    prompts = ({"prompt": ["Look:", {"image": f"images/{path.name}"}]} for path in sorted(bench.images.iterdir()))
-    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prompts))
-    name, given, *options = COMMANDS[kind]
-    bench = replace(bench, command=(name, str(tmp_path / given), *options))
+    bench = bench_of(kind, tmp_path, suffix)
     assert bench.run().code == 3
     expected = bench.rows()
+    assert len({row["id"] for row in expected}) == len(expected) >= ROWS // 6
     bench.clear()
     for killed in bench.faults(step, 2, "kill"):
         assert killed.code == KILLED
         assert bench.run().code == 3 and bench.rows() == expected
+
+
+@of_each_command
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
+def test_kills_of_other_commands_at_random_moments(tmp_path: Path, suffix: str, kind: str, kills: int) -> None:
+    bench = bench_of(kind, tmp_path, suffix)
+    assert bench.run().code == 3
+    expected = bench.rows()
+    bench.clear()
+    moments = random.Random(kills)
+    for _ in range(kills):
+        run = bench.start(settings=SLOW_ROWS)
+        time.sleep(moments.uniform(0, LONGEST_WAIT))
+        run.send(signal.SIGKILL)
+        assert run.wait().code in (KILLED, 3, 0)
+    assert bench.run().code in (3, 0) and bench.rows() == expected
