@@ -129,12 +129,17 @@ class Journal:
 
     def _require_own(self) -> None:
         """A file that does not begin as a journal does is the user's own: nothing of it is touched."""
-        is_file = stat.S_ISREG(os.fstat(self._file).st_mode)
-        if not is_file or not HEADER_START.startswith(os.pread(self._file, len(HEADER_START), 0)):
+        about = os.fstat(self._file)
+        if not stat.S_ISREG(about.st_mode) or not self._begins_as_own(about.st_size):
             raise OutputError(
                 f"{shown_path(self.path)} is not a file of this program, and would be written to: move it away, or name"
                 " another output"
             )
+
+    def _begins_as_own(self, size: int) -> bool:
+        """A power cut may leave zeros where the first line was being written."""
+        head = os.pread(self._file, BLOCK_BYTES, 0).rstrip(b"\0")[: len(HEADER_START)]
+        return HEADER_START.startswith(head) and (head == HEADER_START or size <= BLOCK_BYTES)
 
     def _cut_torn_tail(self) -> None:
         """What stands after the last whole line was torn by a kill; it has to go before anything is appended."""

@@ -227,7 +227,7 @@ def bench_of(kind: str, folder: Path, suffix: str) -> Bench:
 
 
 @of_each_command
-@sampled(9)
+@sampled(15)
 def test_kills_of_other_commands(tmp_path: Path, suffix: str, kind: str, step: int) -> None:
     """All rows are those of a run that was left alone."""
     bench = bench_of(kind, tmp_path, suffix)
@@ -235,13 +235,13 @@ def test_kills_of_other_commands(tmp_path: Path, suffix: str, kind: str, step: i
     expected = bench.rows()
     assert len({row["id"] for row in expected}) == len(expected) >= ROWS // 6
     bench.clear()
-    for killed in bench.faults(step, 2, "kill"):
+    for killed in bench.faults(step, 1, "kill"):
         assert killed.code == KILLED
         assert bench.run().code == 3 and bench.rows() == expected
 
 
 @of_each_command
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=slow)])
 def test_kills_of_other_commands_at_random_moments(tmp_path: Path, suffix: str, kind: str, kills: int) -> None:
     bench = bench_of(kind, tmp_path, suffix)
     assert bench.run().code == 3

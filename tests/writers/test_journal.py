@@ -142,7 +142,16 @@ def test_a_torn_tail_is_cut_at_every_byte(path: Path) -> None:
                 assert list(journal.rows()) == [*known, {"id": "c", "error": None}]
 
 
-@pytest.mark.parametrize("content", [b"notes of mine", b"{}\n", b'{"id": "a"}\n', b"\n", b"\0" * 9])
+@pytest.mark.parametrize("content", [b"\0" * 100, b'{"idefics' + b"\0" * 100])
+def test_zeros_that_a_power_cut_has_left_for_the_first_line_are_as_no_line(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    written(path, [{"id": "a", "error": None}])
+    assert rows_in(path) == [{"id": "a", "error": None}]
+
+
+@pytest.mark.parametrize(
+    "content", [b"notes of mine", b"{}\n", b'{"id": "a"}\n', b"\n", b"\0" * 9 + b"mine", b"\0" * 70_000]
+)
 def test_a_file_of_others_is_refused_even_with_discard(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     for discard in False, True:
