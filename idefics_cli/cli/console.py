@@ -265,7 +265,7 @@ def say_summary(stats: RunStats, output: str, made: str) -> None:
         say_failures(stats)
     if stats.stopped_early:
         say(f"Stopped early by --max-errors. {rows_so_far(stats, output)}")
-    earlier = f", {stats.resumed} of them by an earlier run" if stats.resumed else ""
+    earlier = f", {stats.resumed} of them done before" if stats.resumed else ""
     say(
         f"{counted(stats.rows, 'row')}{earlier}: {stats.rows - stats.num_failed} with {made},"
         f" {stats.num_failed} failed,"

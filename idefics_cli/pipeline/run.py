@@ -174,7 +174,8 @@ class Run:
         if not self.options.update and not is_retried:
             raise OutputError(
                 f"the input has changed since the rows of {output.path} were done: {changes}. Add --update to do what"
-                " is new or changed and keep the other rows, or start over with --overwrite"
+                f" is new or changed{', drop what is gone' if gone else ''} and keep the other rows, or start over with"
+                " --overwrite"
             )
         if self.options.update:
             self.observer.say(f"The input has changed since the rows of {output.path} were done: {changes}.")

@@ -55,10 +55,9 @@ class FileListing:
         kind = "folder" if self._place.is_folder else "file"
         return {"kind": kind, "name": self._place.name, "files": self.size, "digest": digest.hexdigest()}
 
-    def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
+    def rows(self, start: int, step: int) -> Iterator[InputRow]:
         for number in range(start, self.size, step):
-            name = self.names[number]
-            yield InputRow(number, escape_name(name), None, (), NO_VALUES) if ids_only else self._row(number, name)
+            yield self._row(number, self.names[number])
 
     def resolve(self, value: object) -> ImageSource | RowError:
         return read_image(value, any_place)

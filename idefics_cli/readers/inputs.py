@@ -14,7 +14,7 @@ from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 from idefics_cli.columns import json_text
@@ -149,16 +149,14 @@ class Inputs:
         self._begin()
 
     def _begin(self) -> None:
-        self._current = 0  # the source that is read
-        self._next = 0  # the number of its first unread row
         self._starts = [0]  # the index of the first row of each source that has been reached
         self._ids = self._ids_to_remember()
         self._remaining = self._limit
-        self.rows = self._walk(ids_only=False)
+        self.rows = self._walk()
 
     def restarted(self) -> Iterator[InputRow]:
         """`rows` from the first on, again where some have been read."""
-        if self._next or self._current:
+        if self._remaining < self._limit or len(self._starts) > 1:
             for source in self._sources:
                 if isinstance(source, PathList):
                     source.restart()
@@ -173,33 +171,27 @@ class Inputs:
         """Whether the row of this index, which has been read, stands in a manifest."""
         return isinstance(self._sources[bisect(self._starts, index) - 1], Manifest)
 
-    def skip(self, count: int) -> Iterator[InputRow]:
-        """The next `count` rows, or as many as there are, without images and values; before `rows` is read."""
-        return islice(self._walk(ids_only=True), count)
-
     def resolve(self, value: object, index: int = 0) -> ImageSource | RowError:
         """An image value that stands in the row of this `index` -> what opens it."""
         return self._sources[bisect(self._starts, index) - 1].resolve(value)
 
-    def _walk(self, ids_only: bool) -> Iterator[InputRow]:
-        """The rows of the shard up to the limit, from where the walk before has stopped."""
-        while self._remaining and self._current < len(self._sources):
-            source, offset = self._sources[self._current], self._starts[-1]
-            source.rows_before = offset - self._starts[self._firsts[self._current]]
-            for row in source.rows(self._first(offset, self._next), self._shard[1], ids_only):
-                self._next = row.index + 1
+    def _walk(self) -> Iterator[InputRow]:
+        """The rows of the shard up to the limit."""
+        for source, first in zip(self._sources, self._firsts, strict=True) if self._remaining else ():
+            offset = self._starts[-1]
+            source.rows_before = offset - self._starts[first]
+            for row in source.rows(self._first(offset), self._shard[1]):
                 self._remaining -= 1
                 yield self._placed(row, source, offset)
                 if not self._remaining:
                     return
             assert source.size is not None, "a source knows its size at its end"
-            self._current, self._next = self._current + 1, 0
             self._starts.append(offset + source.size)
 
-    def _first(self, offset: int, number: int = 0) -> int:
-        """The first number from `number` on that is in the shard, in the source whose rows begin at `offset`."""
+    def _first(self, offset: int) -> int:
+        """The first number that is in the shard, in the source whose rows begin at `offset`."""
         place, step = self._shard
-        return number + (place - 1 - offset - number) % step
+        return (place - 1 - offset) % step
 
     def _count(self) -> int | None:
         sizes = [source.size for source in self._sources]

@@ -175,11 +175,11 @@ class Manifest:
         except InputError:
             return True
 
-    def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
-        columns = [self._id] if ids_only else [*self._images.names, self._id, *self._values]
+    def rows(self, start: int, step: int) -> Iterator[InputRow]:
+        columns = *self._images.names, self._id, *self._values
         wanted = list(dict.fromkeys(name for name in columns if name is not None))
         for number, record in self._table.records(start, step, wanted):
-            yield self._row(number, record, ids_only)
+            yield self._row(number, record)
 
     def chunks(self, start: int, step: int) -> Iterator[Chunk]:
         return self._table.chunks(start, step, list(self.passthrough))
@@ -187,13 +187,11 @@ class Manifest:
     def resolve(self, value: object) -> ImageSource | RowError:
         return read_image(value, self._resolve)
 
-    def _row(self, number: int, record: Record | RowError, ids_only: bool) -> InputRow:
+    def _row(self, number: int, record: Record | RowError) -> InputRow:
         row_id = f"{self.prefix}{self.rows_before + number}" if self._id is None else ""
         if isinstance(record, RowError):
             return InputRow(number, row_id, None, (), NO_VALUES, record)
         row_id = row_id or id_text(record.get(self._id))
-        if ids_only:
-            return InputRow(number, row_id, None, (), NO_VALUES)
         record = with_lists(record, self._lists, self._table.is_text)
         value = self._images.value(record)
         sources = self._sources(value)

@@ -45,7 +45,7 @@ class PathList:
         self._stdin.seek(0)
         self._records, self._taken = _records(self._stdin, self._null), 0
 
-    def rows(self, start: int, step: int, ids_only: bool) -> Iterator[InputRow]:
+    def rows(self, start: int, step: int) -> Iterator[InputRow]:
         for record in islice(self._remaining(), start - self._taken, None, step):
             yield self._row(self._taken - 1, record)
 

@@ -58,7 +58,7 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(tmp_path: Path, suffix:
         assert not bench.output.exists()
     num_whole = bench.part.read_bytes().count(b"\n") - 1  # but for the first line, which tells the settings
     last = bench.run()
-    assert last.code == 3 and f" {num_whole} of them by an earlier run" in last.stderr
+    assert last.code == 3 and f" {num_whole} of them done before" in last.stderr
     bench.verify()
 
 

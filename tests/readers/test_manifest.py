@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,31 +92,30 @@ def test_any_archive_comes_out_as_it_went_in(samples: list[tuple[str, bytes, str
         assert row.values == {"question": text.removeprefix("\ufeff"), "n": number}
 
 
-# Passing over, shards, limits
+# Beginning again, shards, limits
 
 
 @pytest.mark.parametrize("shard", [None, (1, 2), (2, 2)])
 @pytest.mark.parametrize("limit", [None, 2])
-def test_passing_over_is_reading_and_dropping(manifest: Path, shard: tuple[int, int] | None, limit: int | None) -> None:
-    """It ends where the inputs do or the limit is."""
+def test_rows_begin_again_wherever_they_are(manifest: Path, shard: tuple[int, int] | None, limit: int | None) -> None:
+    """They end where the inputs do or the limit is."""
     more = write_manifest(manifest.parent / "more.csv", [{"id": "w", "image": "w.png"}])
     for inputs in [manifest], [manifest, more]:
         everything = read(*inputs, shard=shard, limit=limit)
         for passed in range(len(everything) + 2):
             found = opened(*inputs, shard=shard, limit=limit)
-            skipped = list(found.skip(passed))
-            assert [(row.index, row.id) for row in skipped] == [(row.index, row.id) for row in everything[:passed]]
-            assert list(found.rows) == everything[passed:]
+            assert list(islice(found.rows, passed)) == everything[:passed]
+            assert list(found.restarted()) == everything
 
 
-def test_rows_that_were_passed_over_keep_their_ids(lines: Callable[..., Path]) -> None:
+def test_rows_that_begin_again_have_their_ids_again(lines: Callable[..., Path]) -> None:
     found = opened(lines(*({"id": i, "image": "a.png"} for i in "abca")))
-    assert [row.id for row in found.skip(2)] == ["a", "b"]
-    assert next(found.rows).id == "c"
+    assert [row.id for row in islice(found.rows, 2)] == ["a", "b"]
+    assert [row.id for row in islice(found.restarted(), 3)] == ["a", "b", "c"]
     assert str(next(found.rows).error) == "duplicate_id: row 4 has the id of row 1, 'a'"
 
 
-def test_bad_rows_are_passed_over_by_the_ids_they_were_given(tmp_path: Path) -> None:
+def test_bad_rows_begin_again_with_the_ids_they_were_given(tmp_path: Path) -> None:
     good = '{"id": "a", "image": "a.png"}'
     bad = ["{", '{"id": null, "image": "a.png"}', '{"id": "b"}', '{"id": "c", "image": 7}']
     (tmp_path / "rows.jsonl").write_text("\n".join([good, *bad]))
@@ -124,8 +124,8 @@ def test_bad_rows_are_passed_over_by_the_ids_they_were_given(tmp_path: Path) -> 
     assert [row.error and row.error.code for row in everything] == [None, *["row_invalid"] * 4]
     for passed in range(6):
         found = opened(tmp_path / "rows.jsonl")
-        assert [row.id for row in found.skip(passed)] == [row.id for row in everything[:passed]]
-        assert list(found.rows) == everything[passed:]
+        assert list(islice(found.rows, passed)) == everything[:passed]
+        assert list(found.restarted()) == everything
 
 
 def test_totals_are_told_where_they_are_known(tmp_path: Path) -> None:

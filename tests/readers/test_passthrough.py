@@ -38,11 +38,11 @@ def as_table(found: Inputs) -> pa.Table:
 @pytest.mark.parametrize("name", ALL_FORMATS)
 @pytest.mark.parametrize("options", [{}, {"shard": (2, 3)}, {"limit": 4}, {"shard": (1, 2), "limit": 2}])
 def test_columns_are_those_of_the_rows(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    """Of those that have been read, those that were skipped, and those that have not been reached."""
+    """Of those that have been read, and those that have not been reached."""
     rows = [{"id": str(i), "image": f"{i}.png", "question": f"What is {i}?"} for i in range(8)]
     path = write_manifest(tmp_path / name, rows)
     found = opened(path, **options)
-    assert len(list(found.skip(1))) == 1 and next(found.rows).index > 0
+    assert next(found.rows).index < next(found.rows).index
     expected = [{"question": f"What is {row.id}?"} for row in opened(path, **options).rows]
     assert list(found.passthrough_rows()) == expected
     assert as_table(found).to_pylist() == expected
