@@ -36,7 +36,9 @@ EXIT_FAILED_ROWS = 3
 LONGEST_LINE = 2_000  # characters
 EXIT_SIGNAL = 128  # and the signal's number
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-REMEDIES = {"duplicate_id": "name a column of unique ids with --id-column"}  # by the code of failed rows
+REMEDIES = {  # by the code of failed rows
+    "duplicate_id": "leave such rows out, or name a manifest's column of unique ids with --id-column"
+}
 
 # ---- endings
 

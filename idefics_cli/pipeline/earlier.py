@@ -131,4 +131,4 @@ class Changes:
         for kind, number in (+self.numbers).items():
             first = ", ".join(self.ids[kind]) + (", ..." if number > FIRST_IDS else "")
             told.append(f"{number} {'row' if number == 1 else 'rows'} {kind} ({first})")
-        return ", ".join(told) or "its rows come in another order"
+        return ", ".join(told) or "its rows come in another order, or other ids come twice"

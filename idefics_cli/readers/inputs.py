@@ -99,6 +99,7 @@ def _open_folder(folder: File, prefix: str, options: ReadOptions, say: Say) -> S
         hint = "" if options.recursive else " (--no-recursive leaves its sub-folders out)"
         raise InputError(f"no images in {folder.name}{hint}, and no manifests: name a folder of images")
     beside = [name for name in names if is_manifest(name) and not is_hidden(name) and manifest_kind(name) != "json"]
+    beside = [name for name in beside if f"{name}.run" not in names]  # results of a run
     if beside:
         say(f"{folder.name}: its images are read, and not {listed(beside[:3])}, which can be named as an INPUT.")
     return [images]

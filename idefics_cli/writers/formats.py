@@ -181,26 +181,35 @@ class VqaV2(JsonLines):
             yield {name: known.get(name) for name in columns}
 
 
-class SealedFile:
-    """A Parquet file that is written: its footer holds the CRC-32 of all of it, with zeros in that place."""
+class Counted:
+    """A file that is written from its start; `check` is the CRC-32 of what has been written."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._check, self._place = file, 0, -1
+    def __init__(self, file: Any) -> None:
+        self._file, self.check = file, 0
 
-    def write(self, data: bytes) -> int:
-        found = bytes(data).rfind(SEAL + ZEROS)
-        if found >= 0:
-            self._place = self._file.tell() + found + len(SEAL)
-        self._check = zlib.crc32(data, self._check)
+    def write(self, data: Any) -> int:
+        self.check = zlib.crc32(data, self.check)
         return self._file.write(data)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
+
+class SealedFile(Counted):
+    """A Parquet file that is written: its footer holds the CRC-32 of all of it, with zeros in that place."""
+
+    _place = -1
+
+    def write(self, data: Any) -> int:
+        found = bytes(data).rfind(SEAL + ZEROS)
+        if found >= 0:
+            self._place = self.tell() + found + len(SEAL)
+        return super().write(data)
+
     def seal(self) -> None:
         assert self._place >= 0, "the footer has a place for the checksum"
         self._file.seek(self._place)
-        self._file.write(b"%08x" % self._check)
+        self._file.write(b"%08x" % self.check)
 
 
 def is_sealed(path: Path) -> bool:
@@ -346,20 +355,6 @@ def _read_record(path: Path) -> tuple[dict[str, Any], list[int]]:
     if not is_record(record) or not isinstance(last, dict) or not isinstance(last.get(CONTENT), list):
         raise ValueError(f"{record_name(path)} is not a record")
     return record, last[CONTENT]
-
-
-class Counted:
-    """A file that is written from its start; `check` is the CRC-32 of what has been written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.check = file, 0
-
-    def write(self, data: Any) -> int:
-        self.check = zlib.crc32(data, self.check)
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def mark_of(path: Path) -> str:

@@ -221,13 +221,11 @@ class FileOutput:
         assert self.journal.summary is not None and self.journal.header is not None, self.journal.path
         self.journal.require_unchanged()
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
-        try:
+        with _finishing(self.path):
             remove_leftovers(self.path.parent, *map(mark_of, (self.path, record_name(self.path))))
             self.format.write(self.path, self.texts, columns, passthrough, run)
             sync_folder(self.path.parent)
             self.journal.remove()
-        except OSError as error:
-            raise OutputError(f"cannot finish {shown_path(self.path)}: {reason(error)}; {remedy(error)}") from error
 
     def salvage(self, target: Path) -> dict[str, Any]:
         """What a stopped run has done, as a finished file of fewer rows: those of its last attempt, then others of
@@ -251,12 +249,10 @@ class FileOutput:
         failed = Counter(error.partition(":")[0] for error in errors if error)
         counts = {NUM_ROWS: len(errors), FAILED: dict(failed)}
         settings = {**header[SETTINGS], "--keep": []}
-        try:
+        with _finishing(target):
             form = format_of(target, VQAV2 if target.suffix == ".json" else None)
             form.write(target, texts, columns, Passthrough(), {SETTINGS: settings, **counts})
             sync_folder(target.parent)
-        except OSError as error:
-            raise OutputError(f"cannot write {shown_path(target)}: {reason(error)}; {remedy(error)}") from error
         if target == self.path:
             self.journal.remove()
         return counts
@@ -264,6 +260,15 @@ class FileOutput:
     def close(self) -> None:
         """Let go; what has been written stays."""
         self.journal.close()
+
+
+@contextmanager
+def _finishing(path: Path) -> Iterator[None]:
+    """Raise OutputError where the final file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot finish {shown_path(path)}: {reason(error)}; {remedy(error)}") from error
 
 
 def _tag_of(text: bytes) -> bytes:

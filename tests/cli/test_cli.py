@@ -200,7 +200,7 @@ def test_one_path_twice_on_stdin_is_a_bad_row(run: Callable[..., Result], photos
     first, second, third = rows_of((tmp_path / "f.jsonl").read_text())
     assert result.exit_code == 3 and first["caption"] and third["caption"] and second["id"] == first["id"]
     assert second["error"] == f"duplicate_id: row 2 has the id of row 1, {paths[0]!r}"
-    assert "duplicate_id: name a column of unique ids with --id-column." in result.stderr
+    assert "duplicate_id: leave such rows out, or name a manifest's column of unique ids" in result.stderr
 
 
 def test_terminal_commands_in_names_are_shown_not_obeyed(refused: Callable[..., str], tmp_path: Path) -> None:

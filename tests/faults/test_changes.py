@@ -34,7 +34,7 @@ def test_a_change_is_named_and_nothing_touched(tmp_path: Path, suffix: str, is_f
         refuse(bench, said, *options)
     refuse(bench, "rows gone (0005.png, 0006.png, 0007.png, ...). Add --update ", "--limit", "5")
     added = save_image(bench.images / "0000-added.png")
-    refuse(bench, ": 1 row new (0000-added.png)." if is_finished else ": its rows come in another order.")
+    refuse(bench, ": 1 row new (0000-added.png)." if is_finished else ": its rows come in another order, ")
     added.unlink()
     for name, said in ("0001.png", "1 row changed (0001.png)"), ("0002.png", "1 row gone (0002.png)"):
         path = bench.images / name

@@ -293,6 +293,8 @@ def test_folders_say_what_was_taken_or_what_to_name(
     result = run("caption", images)
     assert [row["id"] for row in rows_of(result.stdout)] == ["a.png", "b.png", "c.png"]
     assert "its images are read, and not 'metadata.csv'" in " ".join(result.stderr.split())
+    for _ in range(2):  # what a run has written is no input of the next one
+        assert "not 'metadata.csv'," in run("caption", images, "-o", images / "found.jsonl").stderr
     (images / "set").mkdir()
     for name in "rows.csv", "rows.parquet":
         (images / "set" / name).touch()

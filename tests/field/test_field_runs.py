@@ -37,7 +37,7 @@ def test_one_id_twice_in_a_manifest_costs_that_row_alone(run: Callable[..., Resu
         assert rows[110]["error"] == "duplicate_id: row 111 has the id of row 8, 'r7'"
         assert [row["id"] for row in rows if row["error"]] == ["r7"]
         assert rows[129]["caption"] == expected_text(images[129])
-        assert "duplicate_id: name a column of unique ids with --id-column." in result.stderr
+        assert "duplicate_id: leave such rows out, or name a manifest's column of unique ids" in result.stderr
     assert run("caption", tmp_path / "m.csv", "--id-column", "key", "-o", tmp_path / "g.jsonl").exit_code == 0
 
 
@@ -356,6 +356,16 @@ def test_a_manifest_that_changes_while_it_is_read(
     if change == "remove":
         manifest.write_bytes(old)
         assert "is finished" in run(*command).stderr
+
+
+def test_a_path_twice_that_is_left_out_is_told_and_fixed(run: Callable[..., Result], tmp_path: Path) -> None:
+    paths, output = [str(save_image(tmp_path / f"{seed}.png", seed)) for seed in (1, 2)], tmp_path / "out.jsonl"
+    command = "caption", "-", "-o", output
+    said = run(*command, input="\n".join([*paths, paths[0]]).encode()).stderr
+    assert "duplicate_id: leave such rows out, or " in said
+    assert "other ids come twice. Add --update" in run(*command, input="\n".join(paths).encode()).stderr
+    assert run(*command, "--update", input="\n".join(paths).encode()).exit_code == 0
+    assert ids_of(output) == paths
 
 
 # ---- where the input is gone

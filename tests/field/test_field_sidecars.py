@@ -58,7 +58,7 @@ def test_skipped_images_are_rows_with_their_texts_and_are_not_looked_at(
     captioner, output = FakeCaptioner(), tmp_path / "f.jsonl"
     options = ["--sidecar", "--sidecar-existing", "skip", *(["-o", str(output)] if where else [])]
     ended = run("caption", images, *options, captioner=captioner)
-    assert ended.exit_code == 0 and sum(captioner.calls) == 3
+    assert ended.exit_code == 0 and sum(captioner.calls) == 3 and "2 of them done before" in ended.stderr
     rows = rows_of(output.read_bytes() if where else ended.stdout)
     new = [expected_text(images / f"{number:02}.png") for number in (0, 2, 4)]
     assert [row["caption"] for row in rows] == [new[0], "mine", new[1], "also mine", new[2]]
