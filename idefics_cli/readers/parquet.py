@@ -21,7 +21,7 @@ from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Chunk, NoRows, Record, Table, image_columns
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import BUFFER_BYTES, File, refusing
-from idefics_cli.storage.parquet_process import require_sound
+from idefics_cli.storage.parquet_process import SMALL_BYTES, Pages, require_sound
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ColumnChunkMetaData, ParquetFile
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 BATCH_ROWS = 1024
 BATCH_BYTES = 4 << 20
 WORST_BATCH_BYTES = 64 << 20  # if each value were as long as the dictionary that it is in
-LARGE_ROW_BYTES = 4096
 BOMB_BYTES = 256 << 20
+LOOKED_AT_BYTES = 64 << 20  # of row groups at once, before they are read
 BOMB_RATIO = 100
 LIST_VALUE_BYTES = 16  # the least that each value of a list takes in memory
 
@@ -79,6 +79,7 @@ class ParquetTable(TypedTable):
     def __init__(self, file: File) -> None:
         self._file = file
         require_sound(file)
+        self._is_small = file.info()["size"] <= SMALL_BYTES  # all of its pages have been looked at
         with self._open() as parquet:
             self._schema = parquet.schema_arrow
             self.size: int = parquet.metadata.num_rows
@@ -89,10 +90,12 @@ class ParquetTable(TypedTable):
     def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Raises InputError after a row group of fewer rows than it declares: Arrow skips what it does not find."""
         with self._open() as parquet:
-            offset = 0
+            offset = looked_at = 0
             for group in range(parquet.num_row_groups):
                 declared = parquet.metadata.row_group(group).num_rows
                 if offset + declared > start:
+                    if group >= looked_at:
+                        looked_at = self._look_ahead(parquet, group, columns)
                     for number, batch in self._group_batches(parquet, group, offset, columns):
                         first = max(start, number + (start - number) % step)
                         if first < number + batch.num_rows:
@@ -101,11 +104,29 @@ class ParquetTable(TypedTable):
                 offset += declared
             self._require_rows(self.size, offset)
 
+    def _look_ahead(self, parquet: ParquetFile, first: int, columns: Sequence[str]) -> int:
+        """Has the pages of row groups from the `first` on looked at, and tells which group is the next one.
+
+        Elsewhere than on this machine they would be fetched twice.
+        """
+        if not self._file.is_local or self._is_small:
+            return parquet.num_row_groups
+        num_bytes, rows, group = 0, BATCH_ROWS, first
+        while group < parquet.num_row_groups and num_bytes < LOOKED_AT_BYTES:
+            rows = min(rows, self._batch_rows(parquet, group, columns))
+            num_bytes += parquet.metadata.row_group(group).total_byte_size
+            group += 1
+        require_sound(self._file, pages=Pages(range(first, group), columns, rows, num_bytes))
+        return group
+
+    def _batch_rows(self, parquet: ParquetFile, group: int, columns: Sequence[str]) -> int:
+        row_bytes, worst_bytes = self._row_bytes(parquet, group, columns)
+        return max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes, WORST_BATCH_BYTES // worst_bytes))
+
     def _group_batches(
         self, parquet: ParquetFile, group: int, offset: int, columns: Sequence[str]
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        row_bytes, worst_bytes = self._row_bytes(parquet, group, columns)
-        batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes, WORST_BATCH_BYTES // worst_bytes))
+        batch_rows = self._batch_rows(parquet, group, columns)
         declared, held = parquet.metadata.row_group(group).num_rows, 0
         batches = parquet.iter_batches(batch_rows, row_groups=[group], columns=list(columns), use_threads=False)
         while True:
@@ -116,7 +137,7 @@ class ParquetTable(TypedTable):
             yield offset + held, batch.select(list(columns))
             held += batch.num_rows
             del batch
-            if row_bytes > LARGE_ROW_BYTES:
+            if batch_rows < BATCH_ROWS:
                 pa.default_memory_pool().release_unused()  # which would keep pages of megabytes
         self._require_rows(declared, held)
 

@@ -15,6 +15,7 @@ from written_manifests import read, refusal
 from idefics_cli.errors import InputError
 from idefics_cli.readers import parquet
 from idefics_cli.readers.parquet import ParquetTable
+from idefics_cli.storage import parquet_process
 from idefics_cli.storage.files import local_file
 
 NUM_ROWS = 40
@@ -162,6 +163,23 @@ def test_a_byte_changed_anywhere_loses_no_row(path: Path, whole: bytes) -> None:
         found = outcome(path)
         if not isinstance(found, str):
             assert len(found) == pq.read_metadata(path).num_rows, place
+
+
+def test_pages_of_a_large_file_are_looked_at_before_they_are_read(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    aborting = "import os; import idefics_cli.storage.parquet_process as process; process._read_pages = (" + (
+        "lambda file, pages: os.abort() if 2 in pages.groups and 'n' in pages.columns else None); process.main()"
+    )
+    monkeypatch.setattr(parquet_process, "BOOTSTRAP", f"import sys; sys.path[:] = sys.argv[1:]; {aborting}")
+    monkeypatch.setattr(parquet_process, "_processes", [])
+    monkeypatch.setattr(parquet, "SMALL_BYTES", 0)
+    monkeypatch.setattr(parquet, "LOOKED_AT_BYTES", 1)
+    pq.write_table(pa.table({"image": ["a.png"] * 8, "n": list(range(8))}), path, row_group_size=2)
+    table, found = ParquetTable(local_file(str(path))), []
+    with pytest.raises(InputError, match="Arrow ends its process on it"):
+        found.extend(table.records(0, 1, ["n"]))
+    assert found == [(number, {"n": number}) for number in range(4)]
+    assert len(list(table.records(0, 1, ["image"]))) == 8
+    assert [number for number, _ in table.records(6, 1, ["n"])] == [6, 7]
 
 
 def test_a_page_with_another_checksum_is_refused(path: Path) -> None:
