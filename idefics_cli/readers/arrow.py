@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import BinaryIO, TypeAlias
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow as pa
 from idefics_cli.errors import InputError
 from idefics_cli.readers.parquet import BATCH_BYTES, BATCH_ROWS, WORST_BATCH_BYTES, TypedTable, strided
 from idefics_cli.readers.table import NoRows
-from idefics_cli.storage.files import File, refusing
+from idefics_cli.storage.files import File
 
 MAGIC = b"ARROW1"
 CONTINUES = b"\xff" * 4  # before the length of a message
@@ -28,6 +28,8 @@ Reader: TypeAlias = pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReade
 
 
 class ArrowTable(TypedTable):
+    _remedy = "fetch or make it again, as Arrow IPC or Feather 2"
+
     def __init__(self, file: File) -> None:
         self._file = file
         with self._open() as reader:
@@ -72,10 +74,6 @@ class ArrowTable(TypedTable):
                 options = pa.ipc.IpcReadOptions(use_threads=False)
                 reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source, options=options)
             yield reader
-
-    def _refusing(self) -> AbstractContextManager[None]:
-        kinds = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
-        return refusing(self._file.name, *kinds, remedy="fetch or make it again, as Arrow IPC or Feather 2")
 
 
 def _batches_of(reader: Reader) -> Iterator[pa.RecordBatch]:

@@ -39,10 +39,17 @@ class TypedTable(Table):
     """A manifest whose columns have Arrow types. `_batches` gives every `step`-th row from `start` on in pieces that
     fit into memory, with the number of each one's first row."""
 
+    _file: File
     _schema: pa.Schema
+    _remedy = "fetch or make it again"
 
     def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         raise NotImplementedError
+
+    def _refusing(self) -> AbstractContextManager[None]:
+        """Whatever Arrow finds wrong with the file is the user's to fix."""
+        kinds = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+        return refusing(self._file.name, *kinds, remedy=self._remedy)
 
     @cached_property
     def images(self) -> Sequence[str]:
@@ -154,11 +161,6 @@ class ParquetTable(TypedTable):
                     file, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
                 )
             yield parquet
-
-    def _refusing(self) -> AbstractContextManager[None]:
-        """Whatever Arrow finds wrong with the file is the user's to fix."""
-        kinds = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
-        return refusing(self._file.name, *kinds, remedy="fetch or make it again")
 
     # ---- bombs
 

@@ -15,6 +15,7 @@ from fsspec import AbstractFileSystem
 
 from idefics_cli.errors import InputError
 from idefics_cli.readers.folder import IMAGE_SIGNATURE
+from idefics_cli.readers.jsonl import BYTE_ORDER_MARK
 from idefics_cli.storage.files import File, LocalFiles
 
 KEPT_BYTES = 32 << 20
@@ -86,7 +87,7 @@ def json_lines_on(stdin: BinaryIO, kind: str | None, null: bool) -> tuple[StdinF
     if IMAGE_SIGNATURE.match(beginning) or CONTROL.search(beginning):
         what = "an image" if IMAGE_SIGNATURE.match(beginning) else "binary data"
         raise InputError(f"stdin holds {what}, not paths or JSON lines: save it as a file, and name that")
-    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = beginning.removeprefix(BYTE_ORDER_MARK).lstrip()
     if kind is None and re.match(rb"\[\s*(\{|$)", text):
         raise InputError("stdin holds a JSON array: make lines of it, `jq -c '.[]'`")
     is_lines = kind == "jsonl" or (kind is None and text.startswith(b"{"))
