@@ -16,8 +16,10 @@ from benchmarks.rows import measure
 
 
 def test_runs_go_to_their_end_and_halves_are_continued(tmp_path: Path) -> None:
-    report = measure(tmp_path, ["csv", "folder"], Namespace(rows=40, files=30))
-    assert {name: found["rows"] for name, found in report.items()} == {"csv": 40, "csv, half done": 20, "folder": 30}
+    report = measure(tmp_path, ["csv", "folder"], Namespace(rows=400, files=30))
+    rows = {name: found["rows"] for name, found in report.items()}
+    assert 200 <= rows.pop("csv, half done") <= 300, "rows that were ready after others were not written yet"
+    assert rows == {"csv": 400, "folder": 30}
     assert all(found["peak_bytes"] > 0 and found["first_row_seconds"] > 0 for found in report.values())
 
 
