@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,11 +23,12 @@ NOTHING = (None, "", b"", [], ())
 @dataclass(frozen=True)
 class ImageColumns:
     """`names` are the columns that are read. With `parts` (a plain text, the column after it, and its format) they are
-    put into a path. `are_optional`: no row needs an image."""
+    put into a path. `are_optional`: no row needs an image. `are_either`: the first that is not empty has them all."""
 
     names: tuple[str, ...] = ()
     parts: tuple[tuple[str, str | None, str | None], ...] = ()
     are_optional: bool = False
+    are_either: bool = False
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -40,7 +41,9 @@ class ImageColumns:
             return self._path(record)
         if len(self.names) < 2:
             return record.get(self.names[0]) if self.names else None
-        values = (record.get(name) for name in self.names)
+        values = [record.get(name) for name in self.names]
+        if self.are_either:
+            return next((value for value in values if not is_empty(value)), None)
         lists = (value if isinstance(value, list | tuple) else [value] for value in values)
         return [value for one in lists for value in one if not is_empty(value)]
 
@@ -85,9 +88,11 @@ def image_columns_of(manifest: str, table: Table, options: ReadOptions) -> Image
             require_column(manifest, table, name)
     else:
         usual = (_columns(table, each) for each in options.usual_image_columns)
-        columns = next((each for each in usual if set(each.names) <= set(table.columns)), ImageColumns())
+        there = [each for each in usual if set(each.names) <= set(table.columns)]
         if needs_image is None:
-            return replace(columns, are_optional=True) if _without_images(table, columns) is None else ImageColumns()
+            names = (each.names[0] for each in there if _without_images(table, each) is None)
+            return ImageColumns(tuple(names), are_optional=True, are_either=True)
+        columns = next(iter(there), ImageColumns())
         if not columns.names and not (options.allow_no_image and not table.images):
             columns = ImageColumns((_only_image_column(manifest, table),))
     wrong = _without_images(table, columns)

@@ -150,6 +150,11 @@ def test_the_row_shows_its_image(run: Callable[..., Result], generated: Generate
     assert rows_of(run("generate", manifest).stdout)[0]["image"] == "1.png"
 
 
+def test_rows_fill_one_of_two_columns(generated: Generated) -> None:
+    rows = [{"prompt": "<image> A", "image": "1.png"}, {"prompt": "<image><image> B", "images": ["2.png", "1.png"]}]
+    assert generated(rows) == (["[1] A", "[2][1] B"], "")
+
+
 def test_images_of_parquet(generated: Generated, tmp_path: Path) -> None:
     """The datasets library's rows: a struct of bytes beside the prompt."""
     data = (tmp_path / "1.png").read_bytes()
