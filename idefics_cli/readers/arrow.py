@@ -37,7 +37,7 @@ class ArrowTable(TypedTable):
         with self._refusing():
             str(self._schema.remove_metadata())  # in which all names are decoded
             self.columns = self._schema.names
-        if not self.columns or next(self.records(0, 1, self.columns[:1]), None) is None:
+        if not self.columns or next(self._batches(0, 1, ()), None) is None:
             raise NoRows(f"{file.name} holds no rows: name a manifest with rows")
 
     def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:

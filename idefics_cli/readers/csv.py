@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -113,11 +112,14 @@ def _as_utf8(stream: BinaryIO, name: str, encoding: str) -> Any:
     """What `read` gives of it in UTF-8; bytes that the encoding lacks stay, and are not valid."""
     if encoding == UTF8:
         return stream
-    text = io.TextIOWrapper(stream, encoding, "surrogateescape", newline="")
+    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
 
     def read(size: int) -> bytes:
         with refusing(name, UnicodeError, remedy="name its encoding with --encoding"):
-            return text.read(size).encode(errors="surrogateescape")
+            text = ""
+            while not text and (data := stream.read(size)):
+                text = decoder.decode(data)
+            return (text or decoder.decode(b"", final=True)).encode(errors="surrogateescape")
 
     return SimpleNamespace(read=read)
 

@@ -6,13 +6,13 @@ import io
 import random
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+from mistakes import damaged, peak
 from PIL import Image
 
 from idefics_cli.errors import RowError
@@ -22,7 +22,6 @@ from idefics_cli.rows import ImageOptions
 
 MOST_MEMORY, MOST_SECONDS = 2e9, 30.0
 WAYS = {"as usual": ImageOptions(workers=1), "all": ImageOptions(workers=1, allow_truncated=True, frame="middle")}
-EXTREMES = (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\x01\0\0\0")
 
 
 def small_files() -> dict[str, bytes]:
@@ -85,26 +84,6 @@ def small_files() -> dict[str, bytes]:
     }
 
 
-def damaged(data: bytes, chance: random.Random) -> bytes:
-    """One to four faults, as disks, networks and those who look for crashes make them."""
-    for _ in range(chance.randint(1, 4)):
-        place, kind = chance.randrange(len(data) + 1), chance.randrange(6)
-        length = chance.randint(1, 16)
-        if kind == 0:
-            data = data[:place] + chance.randbytes(1) + data[place + 1 :]
-        elif kind == 1:
-            data = data[:place] + chance.choice(EXTREMES)[: chance.choice((2, 4))] + data[place + 4 :]
-        elif kind == 2:
-            data = data[:place] + data[place + length :]
-        elif kind == 3:
-            data = data[:place] + data[place : place + length] * chance.randint(2, 9) + data[place + length :]
-        elif kind == 4:
-            data = data[:place] + chance.randbytes(length) + data[place:]
-        elif chance.random() < 0.3:
-            data = data[:place]
-    return data
-
-
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -122,12 +101,3 @@ def test_damage_of_any_kind_is_pixels_or_an_error_row(count: int, way: str) -> N
         assert isinstance(workers.prepare(dict(files)["PNG"]), torch.Tensor), "the image after all these"
     assert codes.keys() <= {"pixels", "image_unreadable", "image_too_large", "image_not_allowed"}
     assert min(codes["pixels"], codes["image_unreadable"]) > count / 10, codes
-
-
-def peak(process: int) -> int:
-    """Bytes that it has held at once, 0 where the kernel does not tell."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import random
 import re
 import resource
 import zipfile
@@ -22,7 +21,6 @@ from conftest import rows_of, save_image
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pyarrow.fs import S3FileSystem
-from test_field_tars import mutated, rows_or_refusal
 from typer.testing import Result
 from written_manifests import opened, read, refusal
 
@@ -338,32 +336,3 @@ def test_parts_and_patterns_on_s3(tmp_path: Path) -> None:
         ]
     finally:
         server.stop()
-
-
-# Mutated
-
-
-def mutate_json(folder: Path, number: int, seed: int) -> int:
-    random_ = random.Random(seed)
-    known = [json.dumps(value, indent=indent).encode() for value in (ROWS, VQA_V2) for indent in (None, 1)]
-    known.append("".join(json.dumps(row) + "\n" for row in ROWS).encode())
-    num_rows = 0
-    for _ in range(number):
-        data = mutated(random_.choice(known), random_)
-        packed = random_.random() < 0.3
-        if packed:
-            data = gzip.compress(data, 1)
-            data = mutated(data, random_) if random_.random() < 0.5 else data
-        path = folder / random_.choice(("m.json.gz", "m.jsonl.gz") if packed else ("m.json", "m.jsonl"))
-        path.write_bytes(data)
-        num_rows += rows_or_refusal(path, image_column="image")
-    return num_rows
-
-
-def test_mutated_json_is_rows_or_one_line(tmp_path: Path) -> None:
-    assert mutate_json(tmp_path, 300, seed=0) > 100
-
-
-@pytest.mark.slow
-def test_all_mutated_json_is_rows_or_one_line(tmp_path: Path) -> None:
-    assert mutate_json(tmp_path, 20_000, seed=1) > 10_000
