@@ -13,13 +13,15 @@ from runs import Bench, expected_rows, make_bench, repair_images, slow
 
 ROWS = 20
 FEW_AT_ONCE = Settings(commit_rows=4, batch_size=2, delay=0.005)
-KINDS = {  # what is written, the options, and the exit code
+KINDS = {  # what is written, the options, and the exit code: 0 where an earlier run's failed rows have become good ones
     "jsonl": (".jsonl", (), 3),
     "csv": (".csv", (), 3),
     "parquet": (".parquet", (), 3),
     "sidecar": (".jsonl", ("--sidecar",), 3),
     "retry-jsonl": (".jsonl", ("--retry-errors",), 0),
     "retry-parquet": (".parquet", ("--retry-errors",), 0),
+    "update-jsonl": (".jsonl", ("--update",), 0),
+    "overwrite-parquet": (".parquet", ("--overwrite",), 0),
 }
 
 
@@ -28,7 +30,7 @@ KINDS = {  # what is written, the options, and the exit code
 def test_the_same_command_completes_what_a_power_cut_has_left(tmp_path: Path, kind: str, number: int | None) -> None:
     suffix, options, code = KINDS[kind]
     bench = make_bench(tmp_path, ROWS, suffix)
-    if kind.startswith("retry"):
+    if code == 0:
         assert bench.run(settings=FEW_AT_ONCE).code == 3
         repair_images(bench)
     folders = bench.output.parent, bench.images
@@ -39,7 +41,7 @@ def test_the_same_command_completes_what_a_power_cut_has_left(tmp_path: Path, ki
     changes = changes_in(log)
     assert disk_of(changes) == disk_on(folders), "some call that changes files is not recorded"
     disks = disks_after_power_cuts(changes)
-    assert len(disks) >= 50, len(disks)
+    assert len(disks) >= 30, len(disks)
     for disk in disks if number is None else random.Random(kind).sample(disks, number):
         restore(disk, folders)
         shown = {Path(name).name: data for name, data in disk.items() if not name.endswith(".png")}
