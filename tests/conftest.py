@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -208,6 +209,21 @@ def photos(tmp_path: Path) -> Path:
 def real_llama(tmp_path_factory: pytest.TempPathFactory) -> RealLlama:
     """LLaMA's own vocabulary; tests that ask for it are skipped where it cannot be had."""
     return fetch_real_llama(tmp_path_factory.mktemp("npm"))
+
+
+@pytest.fixture
+def put_into_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts a checkpoint into a hub cache of the test's own as some/model, without the files that `ignore` matches."""
+
+    def put(folder: Path, ignore: str = "") -> Path:
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        cache = tmp_path / "hub" / "models--some--model"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text(commit)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        return shutil.copytree(folder, cache / "snapshots" / commit, ignore=shutil.ignore_patterns(ignore))
+
+    return put
 
 
 def rows_of(text: str | bytes) -> list[dict[str, Any]]:

@@ -312,14 +312,8 @@ def test_a_line_that_breaks_while_a_model_is_fetched(monkeypatch: pytest.MonkeyP
     assert "cannot be fetched (connection reset)" in refusal("some/model")
 
 
-def test_a_cached_hub_model_loads_offline(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's cache layout: refs name a commit, snapshots hold its files."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "hub" / "models--some--model"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text(commit)
-    shutil.copytree(folder, cache / "snapshots" / commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+def test_a_cached_hub_model_loads_offline(folder: Path, put_into_hub: Callable[..., Path]) -> None:
+    put_into_hub(folder)
     model = Idefics.from_pretrained("some/model")
     assert model.generate([["hello"]], max_new_tokens=2)[0].error is None
 

@@ -135,16 +135,10 @@ def test_what_is_shown_is_what_the_model_gets(tmp_path: Path) -> None:
 
 
 def test_a_hub_model_of_which_only_the_prompts_were_shown_is_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, put_into_hub: Callable[..., Path]
 ) -> None:
     """Its tokenizer is in the hub's cache and its weights are not: as if it had not been fetched."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "hub/models--some--model"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs/main").write_text(commit)
-    ignored = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(DEMO_FOLDER, cache / "snapshots" / commit, ignore=ignored)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    put_into_hub(DEMO_FOLDER, ignore="*.safetensors")
     arguments = ["caption", str(save_image(tmp_path / "1.png")), "-m", "some/model"]
     (row,) = rows_of(CliRunner().invoke(app, [*arguments, "--show-prompt", "1"]).stdout)
     assert row["prompt"].endswith("Caption:")

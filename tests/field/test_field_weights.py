@@ -438,15 +438,9 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(folder: Path, put_into_hub: Callable[..., Path]) -> Path:
     """The cache's snapshot of some/model."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "hub" / "models--some--model"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text(commit)
-    shutil.copytree(folder, cache / "snapshots" / commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return cache / "snapshots" / commit
+    return put_into_hub(folder)
 
 
 def test_info_of_a_hub_model(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
