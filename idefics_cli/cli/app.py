@@ -178,9 +178,9 @@ def salvage(
 
         from idefics_cli.writers.output_file import FileOutput
 
-        if not part.endswith(".part") or not Path(part).is_file():
-            raise IdeficsError(f"{part} is not the .part file of a stopped run: name one")
         final = part.removesuffix(".part")
+        if not Path(f"{final}.part").is_file():
+            raise IdeficsError(f"no file {final}.part: name what a stopped run has left beside its output")
         target = Path(output or final)
         with contextlib.closing(FileOutput(final, format_name="vqav2" if final.endswith(".json") else None)) as stopped:
             counts = stopped.salvage(target)
