@@ -109,6 +109,7 @@ def test_a_run_whose_storage_goes_away_stops_and_resumes(
         is_there = is_there and len(captioner.calls) < 3
 
     monkeypatch.setattr(RemoteFile, "read", read)
+    monkeypatch.setattr(RemoteFile, "identity", lambda file: file.key.encode())  # asked for over the network, slowly
     monkeypatch.setattr(worker_pool, "_answers", lambda file: is_there)
     root = "s3://bucket?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
     command = "caption", rows, "--image-root", root, "-o", tmp_path / "out.jsonl", "--workers", "2"
