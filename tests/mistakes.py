@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def forget_peak() -> None:
     """`peak` of this process counts from here."""
     with suppress(OSError):  # it then counts from the process's start, which is more
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_with_children() -> int:
+    """`peak`, or that of its largest child that has ended.
+
+    A process is said to have held what its parent held when it was started (`ru_maxrss`), so only one that was itself
+    started for the purpose can tell.
+    """
+    return max(peak(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 
 
 def peak(process: int | str = "self") -> int:

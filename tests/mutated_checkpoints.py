@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import json
 import random
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from mistakes import peak_with_children
 
 FILES = {
     "header": "model.safetensors",
@@ -151,5 +152,4 @@ def main(folder: Path, kind: str, first: int, count: int) -> None:
 if __name__ == "__main__":
     for kind in sys.argv[2].split(","):  # the tokenizer last: it is then tried out
         main(Path(sys.argv[1]), kind, int(sys.argv[3]), int(sys.argv[4]))
-    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps(most * 1024))
+    print(json.dumps(peak_with_children()))
