@@ -40,7 +40,6 @@ from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
-    from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.task import Task
 
 app = typer.Typer(
@@ -247,18 +246,22 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
 
-    stats = RunStats()
-    if options.show_prompt is not None:
-        _show_prompts(options, task, stats, debug)
-        return
+    stats, model, form, shows = RunStats(), (check_model, load_model), None, options.show_prompt is not None
+    if shows:
+        from idefics_cli.tasks.shown_prompts import FORM, PromptViewer, prompts_alone
+
+        options, model, form, scoring = prompts_alone(options), (lambda request: None, PromptViewer), FORM, None
     with exit_codes(
         debug, lambda condition: rows_so_far(stats, options.output, options.overwrite, condition)
     ) as signals:
         with Progress(stats, signals) as progress:
             stdin = getattr(sys.stdin, "buffer", None)
-            run = Run(options, task, check_model, load_model, stats, progress, stdin)
+            run = Run(options, task, *model, stats, progress, stdin)
+            run.form = form or run.form
             had_work = run.run(progress.stdout())
-        if had_work:
+        if shows:
+            say_failures(stats)
+        elif had_work:
             say_summary(stats, options.output, made="latents" if run.form.text_column is None else "a text")
         else:
             say_finished(stats, options.output)
@@ -267,27 +270,6 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
             names = run.passthrough.names
             answers, choices = names[scoring.answers_column], names.get(scoring.choices_column)
             _print_scores(options.output, replace(scoring, answers_column=answers, choices_column=choices))
-    if stats.num_failed:
-        raise typer.Exit(EXIT_FAILED_ROWS)
-
-
-def _show_prompts(options: RunOptions, task: Task, stats: RunStats, debug: bool) -> None:
-    """On stdout, whatever becomes of the rows' texts in the run itself."""
-    with exit_codes(debug) as signals:
-        from idefics_cli.pipeline.run import Run
-        from idefics_cli.tasks.shown_prompts import PromptForm, PromptViewer
-
-        most = min(options.show_prompt, options.reading.limit or options.show_prompt)
-        reading = replace(options.reading, limit=most, keep=())
-        only_shown = RunOptions(options.inputs, request=options.request, reading=reading, images=options.images)
-        with Progress(stats, signals) as progress:
-            stdin = getattr(sys.stdin, "buffer", None)
-            load = lambda request, batch_size: PromptViewer(request)  # noqa: E731
-            run = Run(only_shown, task, lambda request: None, load, stats, progress, stdin)
-            run.form = PromptForm()
-            run.run(progress.stdout())
-        if stats.num_failed:
-            say_failures(stats)
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
 

@@ -263,8 +263,7 @@ def counted(number: int, noun: str) -> str:
 
 def say_summary(stats: RunStats, output: str, made: str) -> None:
     """What went wrong, then the closing line with the counts; `made` is what good rows have."""
-    if stats.num_failed:
-        say_failures(stats)
+    say_failures(stats)
     if stats.stopped_early:
         say(f"Stopped early by --max-errors. {rows_so_far(stats, output)}")
     earlier = f", {stats.resumed} of them done before" if stats.resumed else ""

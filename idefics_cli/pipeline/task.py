@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from idefics_cli.errors import RowError
@@ -37,15 +38,13 @@ class Observer:
     def on_row(self) -> None: ...
 
 
-class Form(Protocol):
-    """A row of the result: its own columns, and which of them is the text (None: it has none)."""
+@dataclass(frozen=True)
+class Form:
+    """Rows of a result: their own columns, which of these is the text (None: none), and a row's from its outcome."""
 
     text_column: str | None
-
-    @property
-    def columns(self) -> Sequence[Column]: ...
-
-    def row(self, row: InputRow, outcome: Any) -> dict[str, Any]: ...
+    columns: Sequence[Column]
+    row: Callable[[InputRow, Any], dict[str, Any]]
 
 
 class Task(Protocol):

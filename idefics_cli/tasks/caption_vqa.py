@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline.prefetch import Steps
-from idefics_cli.pipeline.task import Decode, ImageWatch, Observer, Task, open_images, say_once
+from idefics_cli.pipeline.task import Decode, Form, ImageWatch, Observer, Task, open_images, say_once
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import (
     TASKS,
@@ -29,7 +29,7 @@ from idefics_cli.tasks.embed import StoredLatents, without_names
 from idefics_cli.tasks.few_shot import chosen_for_all, open_shots, opened, read_shots
 from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
 from idefics_cli.tasks.questions import input_id, with_questions
-from idefics_cli.tasks.result_rows import ResultForm
+from idefics_cli.tasks.result_rows import text_form
 from idefics_cli.tasks.similar_shots import SimilarShots
 from idefics_cli.validation import by_option
 
@@ -77,13 +77,13 @@ class CaptionVqa(Task):
         assert len(self._pool) >= self.options.prompts.num_shots, self.options
 
     @property
-    def form(self) -> ResultForm:
+    def form(self) -> Form:
         options = self.options
-        return ResultForm(
+        return text_form(
             "answer" if options.asks else "caption",
             self._postprocess,
             question_of=self._shown_question if options.asks else None,
-            candidates=options.decoding.num_return_sequences > 1 or options.choices.are_given,
+            has_candidates=options.decoding.num_return_sequences > 1 or options.choices.are_given,
         )
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from idefics_cli.columns import Column
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline.prefetch import Steps
-from idefics_cli.pipeline.task import Observer, Task, open_images
+from idefics_cli.pipeline.task import Form, Observer, Task, open_images
 from idefics_cli.rows import InputRow
 from idefics_cli.writers.embeddings_file import ERROR, ID, LATENTS, VISION, EmbeddingFile, latents_value
 
@@ -24,16 +24,13 @@ if TYPE_CHECKING:
     from idefics_cli.images.worker_pool import WorkerPool
 
 
-class EmbeddingForm:
-    """The columns of an embedded row: not a text, but the image's latents."""
+COLUMNS = (Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text"))
 
-    text_column = None
-    columns = (Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text"))
 
-    def row(self, row: InputRow, outcome: Tensor | RowError) -> dict[str, Any]:
-        """A failed row has no latents."""
-        latents, error = (None, str(outcome)) if isinstance(outcome, RowError) else (latents_value(outcome), None)
-        return {ID: row.id, "image": row.image, LATENTS: latents, ERROR: error}
+def embedded_row(row: InputRow, outcome: Tensor | RowError) -> dict[str, Any]:
+    """A failed row has no latents."""
+    latents, error = (None, str(outcome)) if isinstance(outcome, RowError) else (latents_value(outcome), None)
+    return {ID: row.id, "image": row.image, LATENTS: latents, ERROR: error}
 
 
 class Embed(Task):
@@ -43,7 +40,7 @@ class Embed(Task):
     columns = ()
     needs_manifest = None
     needs_image = True
-    form = EmbeddingForm()
+    form = Form(None, COLUMNS, embedded_row)
 
     def __init__(self, request: ModelRequest) -> None:
         self._request = request

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from idefics_cli.columns import MAX_IMAGES
 from idefics_cli.errors import RowError, first_error
 from idefics_cli.pipeline.prefetch import Steps
-from idefics_cli.pipeline.task import ImageWatch, Observer, Task
+from idefics_cli.pipeline.task import Form, ImageWatch, Observer, Task
 from idefics_cli.prompts.interleaved import NEXT_IMAGE, PLACE, ImageItem, interleaved_prompt
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt
 from idefics_cli.rows import ImageSource, InputRow, RemoteFile
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, shown
 from idefics_cli.tasks.embed import StoredLatents, without_names
 from idefics_cli.tasks.options import GenerateOptions
-from idefics_cli.tasks.result_rows import ResultForm
+from idefics_cli.tasks.result_rows import text_form
 from idefics_cli.validation import by_option
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ class Generate(Task):
             self.embeddings.check(request)
 
     @property
-    def form(self) -> ResultForm:
+    def form(self) -> Form:
         options = self.options
-        return ResultForm("text", options.postprocess, candidates=options.decoding.num_return_sequences > 1)
+        return text_form("text", options.postprocess, has_candidates=options.decoding.num_return_sequences > 1)
 
     def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         if self.embeddings is not None:

@@ -3,55 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from idefics_cli.columns import Column, finite
 from idefics_cli.errors import RowError
-from idefics_cli.result import Outcome, Result, error_of
+from idefics_cli.pipeline.task import Form
+from idefics_cli.result import Candidate, Outcome, Result, error_of
 from idefics_cli.rows import InputRow
 
 if TYPE_CHECKING:
     from idefics_cli.prompts.postprocess import PostProcess
 
 
-@dataclass(frozen=True)
-class ResultForm:
-    """The columns of a command's rows.
+def text_form(
+    text_column: Literal["caption", "answer", "text"],
+    postprocess: PostProcess,
+    question_of: Callable[[InputRow], Any] | None = None,
+    has_candidates: bool = False,
+) -> Form:
+    """`text_column` is where the text is, as `postprocess` leaves it; `question_of` finds the question to show.
 
-    `text_column` is where the text is, as `postprocess` leaves it; `question_of` finds the question to show.
+    A failed row has no text, and a score of NaN or infinity is null.
     """
 
-    text_column: Literal["caption", "answer", "text"]
-    postprocess: PostProcess
-    question_of: Callable[[InputRow], Any] | None = None
-    candidates: bool = False
+    def told(found: Result | Candidate) -> dict[str, Any]:
+        return {"text": postprocess(found.text), "score": finite(found.score), "tokens": found.tokens}
 
-    @property
-    def columns(self) -> list[Column]:
-        question = [Column("question", "text")] if self.question_of else []
-        candidates = [Column("candidates", "candidates")] if self.candidates else []
-        text = [Column(self.text_column, "text"), Column("score", "real"), Column("tokens", "count")]
-        return [Column("id", "text"), Column("image", "text"), *question, *text, Column("error", "text"), *candidates]
-
-    def row(self, row: InputRow, outcome: Outcome) -> dict[str, Any]:
-        """A failed row has no text, and a score of NaN or infinity is null."""
+    def row(row: InputRow, outcome: Outcome) -> dict[str, Any]:
         error = error_of(outcome)
         result = None if isinstance(outcome, RowError) or error else outcome
+        text, score, tokens = told(result).values() if result else (None, None, None)
         columns: dict[str, Any] = {"id": row.id, "image": row.image}
-        if self.question_of:
-            columns["question"] = self.question_of(row)
-        columns[self.text_column] = self.postprocess(result.text) if result else None
-        columns["score"] = finite(result.score) if result else None
-        columns["tokens"] = result.tokens if result else None
-        columns["error"] = str(error) if error else None
-        if self.candidates:
-            columns["candidates"] = self._candidates(result) if result else None
+        if question_of:
+            columns["question"] = question_of(row)
+        columns |= {text_column: text, "score": score, "tokens": tokens, "error": str(error) if error else None}
+        if has_candidates:
+            columns["candidates"] = list(map(told, result.candidates)) if result else None  # best first
         return columns
 
-    def _candidates(self, result: Result) -> list[dict[str, Any]]:
-        """Best first."""
-        return [
-            {"text": self.postprocess(each.text), "score": finite(each.score), "tokens": each.tokens}
-            for each in result.candidates
-        ]
+    question = [Column("question", "text")] if question_of else []
+    text = [Column(text_column, "text"), Column("score", "real"), Column("tokens", "count"), Column("error", "text")]
+    candidates = [Column("candidates", "candidates")] if has_candidates else []
+    return Form(text_column, [Column("id", "text"), Column("image", "text"), *question, *text, *candidates], row)

@@ -1,14 +1,20 @@
-"""`--show-prompt`: what the model would be asked about the first rows, as text and token ids, not its answers."""
+"""`--show-prompt`: what the model would be asked about the first rows, as text and token ids, not its answers.
+
+On stdout, whatever becomes of the rows' texts in the run itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import RowError
 from idefics_cli.idefics import Idefics
+from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.pipeline.task import Form
 from idefics_cli.rows import InputRow
 
 if TYPE_CHECKING:
@@ -20,10 +26,17 @@ if TYPE_CHECKING:
 Viewed = tuple[str, list[int]]
 
 
+def prompts_alone(options: RunOptions) -> RunOptions:
+    """Those of a run over the first rows that has no output of its own."""
+    most = min(options.show_prompt, options.reading.limit or options.show_prompt)
+    reading = replace(options.reading, limit=most, keep=())
+    return RunOptions(options.inputs, request=options.request, reading=reading, images=options.images)
+
+
 class PromptViewer:
     """A model whose results are the prompts. Its weights are read only where shots are chosen by what it sees."""
 
-    def __init__(self, request: ModelRequest) -> None:
+    def __init__(self, request: ModelRequest, batch_size: int | None = None) -> None:
         self._request, self._model = request, Idefics.without_network(request)
 
     def __getattr__(self, name: str) -> Any:
@@ -56,13 +69,11 @@ class PromptViewer:
         return self.stream(source)
 
 
-class PromptForm:
+def shown_row(row: InputRow, outcome: Viewed | RowError) -> dict[str, Any]:
     """A row with its prompt."""
+    text, token_ids = (None, None) if isinstance(outcome, RowError) else outcome
+    error = str(outcome) if isinstance(outcome, RowError) else None
+    return {"id": row.id, "image": row.image, "prompt": text, "token_ids": token_ids, "error": error}
 
-    text_column = "prompt"
-    columns = ()
 
-    def row(self, row: InputRow, outcome: Viewed | RowError) -> dict[str, Any]:
-        text, token_ids = (None, None) if isinstance(outcome, RowError) else outcome
-        error = str(outcome) if isinstance(outcome, RowError) else None
-        return {"id": row.id, "image": row.image, "prompt": text, "token_ids": token_ids, "error": error}
+FORM = Form("prompt", (), shown_row)

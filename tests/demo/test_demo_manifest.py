@@ -45,6 +45,13 @@ def test_every_kind_of_question_comes_up(manifests: tuple[Path, Path]) -> None:
     assert set(kinds) == {"how many", "is there", "left or right", "what color", "what shape", "what size"}
 
 
+def test_all_questions_are_rows_of_their_own(tmp_path: Path) -> None:
+    rows = pq.read_table(write_manifests(tmp_path, scenes=3, all_questions=True)[0]).to_pylist()
+    drawn = [scene(EVALUATION_SEEDS + number) for number in range(3)]
+    assert [(row["question"], row["answers"][0]) for row in rows] == [pair for each in drawn for pair in each.questions]
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
 def test_the_package_reads_them(manifests: tuple[Path, Path]) -> None:
     inputs = open_inputs((str(manifests[0]),), ReadOptions(keep="all"))
     rows = list(inputs.rows)
