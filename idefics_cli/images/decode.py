@@ -22,7 +22,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
@@ -46,6 +46,7 @@ JXL = re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n.*?(?:jxlc|jxlp.{4})\xff\x0
 JXL_LENGTHS, JXL_RATIOS = (9, 13, 18, 30), ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 # A file's first box lists what the file is compatible with.
 HEIF = re.compile(rb".{4}ftyp(?:.{4}){,12}?he[iv][cxms]", re.DOTALL)
+EXTRAS = {"HEIF": HEIF, "JXL": JXL}  # by the head of a file
 GREY_LIMITS = {"L": (255.0,), "I": (255.0, 65535.0), "F": (1.0, 255.0), "I;12": (4095.0,), "I;16S": (255.0, 32767.0)}
 DRAFT_SIDES = 4  # docs/benchmarks.md says what other numbers save and cost
 WHITE = (255, 255, 255, 255)
@@ -162,9 +163,9 @@ def _decode(data: bytes, options: ImageOptions, side: int | None, name: str) -> 
 
 def _formats(data: bytes, name: str, options: ImageOptions) -> tuple[str, ...] | RowError:
     """What these bytes may be: nothing else is tried."""
-    for kind, (head, has_reader) in EXTRAS.items():
+    for kind, head in EXTRAS.items():
         if head.match(data):
-            if not has_reader():
+            if not _has_reader(kind):
                 extra = f"pip install 'idefics-cli[{kind.lower()}]'"
                 return RowError("image_unreadable", f"{kind} images need an extra: {extra}")
             return (kind,) if kind != "JXL" else _refuse_size(_jxl_size(data), options) or (kind,)
@@ -172,28 +173,20 @@ def _formats(data: bytes, name: str, options: ImageOptions) -> tuple[str, ...] |
 
 
 @cache
-def _has_heif() -> bool:
-    """Whether the `heif` extra is installed, whose reader is added to Pillow's."""
+def _has_reader(kind: str) -> bool:
+    """Whether the extra of this kind is installed, whose reader is added to Pillow's."""
     try:
-        from pillow_heif import register_heif_opener
+        if kind == "HEIF":
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener(decode_threads=1)
+        else:
+            from pillow_jxl import JpegXLImagePlugin
+
+            JpegXLImagePlugin.DECODE_THREADS = 0
     except ImportError:
         return False
-    register_heif_opener(decode_threads=1)
     return True
-
-
-@cache
-def _has_jxl() -> bool:
-    """The same of the extra `jxl`."""
-    try:
-        from pillow_jxl import JpegXLImagePlugin
-    except ImportError:
-        return False
-    JpegXLImagePlugin.DECODE_THREADS = 0
-    return True
-
-
-EXTRAS: dict[str, tuple[re.Pattern[bytes], Callable[[], bool]]] = {"HEIF": (HEIF, _has_heif), "JXL": (JXL, _has_jxl)}
 
 
 def _jxl_size(data: bytes) -> tuple[int, int]:

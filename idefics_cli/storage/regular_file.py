@@ -17,22 +17,22 @@ POINTERS = {
     b"/annex/objects/": "a git-annex pointer: run `git annex get`",
 }
 MAX_JSON_BYTES = 16 << 20
-KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFLNK: "link"}
 
 
 class IrregularFile(OSError):
     """A folder, FIFO, socket or device, which is not opened; or a file outside the folder where it has to be."""
 
 
-def open_regular(path: str, below: str | None = None) -> io.FileIO:
-    """A local file, unbuffered; `below` is the real path of a folder that it has to be in.
+def open_regular(path: str, below: str | None = None, *, follow: bool = True) -> io.FileIO:
+    """A local file, unbuffered; `below` is the real path of a folder that it has to be in. Without `follow`, no link.
 
     Raises IrregularFile or another OSError, and ValueError for an impossible name.
     """
     # Checked before opening, since opening a FIFO or a device already has effects; and after, since the name may by
     # then belong to another file.
-    _require_regular(os.stat(path).st_mode)
-    return open(path, "rb", buffering=0, opener=partial(_open_checked, below))
+    _require_regular(os.stat(path, follow_symlinks=follow).st_mode)
+    return open(path, "rb", buffering=0, opener=partial(_open_checked, below, 0 if follow else os.O_NOFOLLOW))
 
 
 def real_path(descriptor: int) -> str:
@@ -73,8 +73,8 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def _open_checked(below: str | None, path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+def _open_checked(below: str | None, more: int, path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | more | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         _require_regular(os.fstat(descriptor).st_mode)
         # Of what is open now: a folder on the way may have been replaced by a link since the path was looked at.

@@ -5,7 +5,7 @@ Rows in, prompts out. This module knows no output and no network: it is handed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from idefics_cli.rows import InputRow
 from idefics_cli.tasks.embed import StoredLatents, without_names
 from idefics_cli.tasks.few_shot import chosen_for_all, open_shots, opened, read_shots
 from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
-from idefics_cli.tasks.questions import input_id, with_questions
 from idefics_cli.tasks.result_rows import text_form
 from idefics_cli.tasks.similar_shots import SimilarShots
 from idefics_cli.validation import by_option
@@ -126,6 +125,18 @@ class CaptionVqa(Task):
         """As it stands in the result."""
         question = question_of(row, self.options.question_column)
         return None if isinstance(question, RowError) else question
+
+
+def with_questions(rows: Iterable[InputRow], questions: Sequence[str]) -> Iterator[InputRow]:
+    """Each row once for every question. Of several, the k-th makes the id `ID#k`, so that no two ids are equal."""
+    for row in rows:
+        for number, question in enumerate(questions, start=1):
+            yield replace(row, id=f"{row.id}#{number}" if len(questions) > 1 else row.id, asked=question)
+
+
+def input_id(name: str, num_questions: int) -> str:
+    """The id that the row had before it was asked so many questions."""
+    return name.rpartition("#")[0] if num_questions > 1 else name
 
 
 def question_of(row: InputRow, column: str) -> str | RowError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import islice
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import InputError
+from idefics_cli.pipeline.earlier import image_identity
 from idefics_cli.prompts.templates import Shot
 from idefics_cli.rows import RemoteFile
 from idefics_cli.storage.filenames import shown_place
 from idefics_cli.tasks.options import ShotOptions
+from idefics_cli.writers.formats import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,24 +134,12 @@ def _kept_vectors(pool: Sequence[Shot], fingerprint: str) -> Path:
     digest = hashlib.sha256(fingerprint.encode())
     for shot in pool:
         digest.update(b"\0shot")
-        for part in (part for source in shot.images for part in _content(source)):
-            digest.update(b"\0" + part)
+        for source in shot.images:
+            name = "" if isinstance(source, bytes) else getattr(source, "path", source)
+            is_remote = isinstance(source, RemoteFile)  # to ask for more than its address takes a round trip for each
+            digest.update(b"\0%s\0%s" % (os.fsencode(name), b"" if is_remote else image_identity(source)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "idefics" / "shots" / f"{digest.hexdigest()}.npy"
-
-
-def _content(source: object) -> Iterator[bytes]:
-    """What tells whether an image is the same: its bytes, or its file's name, length and time of change.
-
-    Of one that is elsewhere the address has to do: to ask for more takes a round trip for each.
-    """
-    if isinstance(source, bytes):
-        yield hashlib.sha256(source).digest()
-        return
-    yield os.fsencode(source.path if isinstance(source, RemoteFile) else str(source))
-    if isinstance(source, Path) and source.exists():
-        status = source.stat()
-        yield f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 def _read_vectors(path: Path, number: int) -> Tensor | None:
@@ -168,12 +158,7 @@ def _write_vectors(path: Path, vectors: Tensor) -> None:
     """A place that cannot be written only costs the next run the same work."""
     import numpy as np
 
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             np.save(file, vectors.numpy())
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

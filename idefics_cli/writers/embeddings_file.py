@@ -1,20 +1,19 @@
 """Embeddings in Parquet: what `idefics embed` has written, read back by id within bounded memory.
 
 A row holds an `id`, its image's `latents`, all of one shape, and an `error` where there are none. The model that made
-them is in the file's record of its run. A file may hold any number of rows: kept in memory are a few bytes for each id
-and two row groups. Knows no images and no network.
+them is in the file's record of its run. A file may hold any number of rows: kept in memory are two row groups and a
+bounded number of ids. Knows no images and no network.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, InputError, RowErr
 from idefics_cli.storage.filenames import escape_name
 from idefics_cli.storage.files import cannot_read, file_digest, local_file
 from idefics_cli.storage.parquet_process import require_sound
+from idefics_cli.storage.unique_ids import UniqueIds
 from idefics_cli.writers.formats import ROW_GROUP_BYTES, SETTINGS, Parquet
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class EmbeddingFile:
             self.fingerprint = self._recorded_fingerprint()
             self.shape = self._stored_shape(self._parquet.schema_arrow)
             self._starts = self._group_starts()
-            self._hashes, self._rows = self._index()
+            self._rows = self._rows_by_id()
         self._group = lru_cache(KEPT_GROUPS)(self._read)
         self._reading = threading.Lock()
 
@@ -84,14 +84,14 @@ class EmbeddingFile:
         import torch
 
         with self._reading, self._refusing():
-            for row in self._rows_of(row_id):
-                number = bisect_right(self._starts, row) - 1
-                ids, latents, errors = self._group(number)
-                place = row - self._starts[number]
-                if ids[place] == row_id:
-                    error = errors[place]
-                    return _row_error(error) if error else torch.from_numpy(latents[place].copy())
-        return RowError("image_missing", f"{self.name} has no row {row_id}")
+            row = self._rows.row_of(row_id)
+            if row is None:
+                return RowError("image_missing", f"{self.name} has no row {row_id}")
+            number = bisect_right(self._starts, row) - 1
+            latents, errors = self._group(number)
+            place = row - self._starts[number]
+            error = errors[place]
+            return _row_error(error) if error else torch.from_numpy(latents[place].copy())
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -134,40 +134,22 @@ class EmbeddingFile:
             raise InputError(f"{self.name} has row groups too large for memory: embed the images again")
         return list(accumulate((group.num_rows for group in groups), initial=0))
 
-    def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """The ids' hashes in ascending order, and the number of the row that each belongs to."""
-        import numpy as np
-
+    def _rows_by_id(self) -> UniqueIds:
         batches = self._parquet.iter_batches(columns=[ID], use_threads=False)
-        chunks = [np.array([_hash(row_id) for row_id in batch[0].to_pylist()], dtype=np.uint64) for batch in batches]
-        hashes = np.concatenate(chunks) if chunks else np.empty(0, np.uint64)
-        order = np.argsort(hashes, kind="stable")  # of rows with one id, the first is the good one
-        return hashes[order], order
+        return UniqueIds(chain.from_iterable(batch[0].to_pylist() for batch in batches))
 
     # ---- reading
 
-    def _rows_of(self, row_id: str) -> list[int]:
-        """The rows that may have this id: one, but for hashes that collide."""
-        import numpy as np
-
-        wanted = np.uint64(_hash(row_id))
-        first, last = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
-        return self._rows[first:last].tolist()
-
-    def _read(self, index: int) -> tuple[list[str], np.ndarray, list[str | None]]:
-        """A row group: its ids, latents (rows, seq, dim) and errors."""
-        columns = [ID, LATENTS, *([ERROR] if ERROR in self._parquet.schema_arrow.names else [])]
+    def _read(self, index: int) -> tuple[np.ndarray, list[str | None]]:
+        """A row group: its latents (rows, seq, dim) and errors."""
+        columns = [LATENTS, *([ERROR] if ERROR in self._parquet.schema_arrow.names else [])]
         table = self._parquet.read_row_group(index, columns=columns, use_threads=False).combine_chunks()
         errors = table[ERROR].to_pylist() if ERROR in columns else [None] * table.num_rows
         storage = table[LATENTS].chunk(0).storage
         latents = list_numbers(storage).reshape(-1, *self.shape)
         pairs = zip(errors, storage.is_null().to_pylist(), strict=True)
         errors = [error or ("image_missing: it has no latents" if is_null else None) for error, is_null in pairs]
-        return table[ID].to_pylist(), latents, errors
-
-
-def _hash(row_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+        return latents, errors
 
 
 def _row_error(error: str) -> RowError:

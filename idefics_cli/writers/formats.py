@@ -129,14 +129,6 @@ class JsonLines:
                 row = json.loads(line)
                 yield {name: row[name] for name in columns}
 
-    def in_the_way(self, path: Path) -> Iterator[Path]:
-        """Files of others that would be written over, where no run is under way."""
-        for there in _existing(record_name(path)):
-            with suppress(ValueError, RecursionError), _open_record(there) as file:
-                if is_record(json.loads(file.readline())):
-                    continue
-            yield there
-
 
 class Csv(JsonLines):
     """`F.csv`: where there is no value, a cell is empty; lists and structs are JSON."""
@@ -391,8 +383,11 @@ def _open_record(path: Path) -> BinaryIO:
     return io.BufferedReader(open_regular(str(path)))
 
 
-def _existing(*paths: Path) -> Iterator[Path]:
-    return (path for path in paths if os.path.lexists(path))
+def is_of_others(path: Path) -> bool:
+    """Whether there is a file that is not a record."""
+    with suppress(ValueError, RecursionError, FileNotFoundError), _open_record(path) as file:
+        return not is_record(json.loads(file.readline()))
+    return os.path.lexists(path)
 
 
 def is_record(record: Any) -> bool:

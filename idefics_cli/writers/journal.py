@@ -68,7 +68,7 @@ class Journal:
         self.summary: dict[str, Any] | None = None
         self.last_text: bytes | None = None
         try:
-            with _refusing(path, "read"):
+            with refusing("read", path):
                 self._require_own()
                 if not discard:
                     self._cut_torn_tail()
@@ -93,7 +93,7 @@ class Journal:
         Raises OutputError where any of what was written is not there, or not under this name.
         """
         number = check = 0
-        with _refusing(self.path, "read"):
+        with refusing("read", self.path):
             for line in self._lines():
                 number, text, check = line
                 if number > 1 and not text.startswith(END_START):
@@ -227,7 +227,7 @@ class Journal:
         self._size += len(data)
 
     def _writing(self) -> AbstractContextManager[None]:
-        return _refusing(self.path, "write")
+        return refusing("write", self.path)
 
     # ---- the end
 
@@ -253,12 +253,12 @@ class Journal:
 
 
 @contextmanager
-def _refusing(path: Path, act: str) -> Iterator[None]:
-    """Raise OutputError for what the system does not do."""
+def refusing(act: str, path: Path, also: str = "") -> Iterator[None]:
+    """Raise OutputError for what the system does not do; `also` is said after the remedy."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot {act} {shown_path(path)}: {reason(error)}; {remedy(error)}") from error
+        raise OutputError(f"cannot {act} {shown_path(path)}: {reason(error)}; {remedy(error)}{also}") from error
 
 
 def remedy(error: OSError) -> str:
@@ -286,10 +286,10 @@ def _end_of_last_line(file: int, size: int) -> int:
 
 def _open_locked(path: Path) -> tuple[int, Owner]:
     """The file, and what locks it where the kernel does not."""
-    with _refusing(path, "write"):
+    with refusing("write", path):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        with _refusing(path, "lock"):
+        with refusing("lock", path):
             return file, _lock(file, path)
     except BaseException:
         os.close(file)

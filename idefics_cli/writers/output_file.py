@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
@@ -33,12 +33,13 @@ from idefics_cli.writers.formats import (
     Passthrough,
     content_of,
     format_of,
+    is_of_others,
     is_record,
     mark_of,
     record_name,
     remove_leftovers,
 )
-from idefics_cli.writers.journal import Journal, reason, remedy, shown_path, sync_folder
+from idefics_cli.writers.journal import Journal, refusing, shown_path, sync_folder
 
 REPLACES, MODE, COLUMNS = "replaces", "mode", "columns"
 GOOD, SAME = 1, 2  # modes: only rows without an error are taken over; only those whose digest is the same
@@ -77,10 +78,10 @@ class FileOutput:
     def _require_free_names(self) -> None:
         """What is written beside the final file may be left over from a run, and from nothing else."""
         with self._reading():
-            for path in self.format.in_the_way(self.path):
+            if is_of_others(record_name(self.path)):
                 raise OutputError(
-                    f"{shown_path(path)} is not a file of this program, and would be overwritten: move it away, or name"
-                    " another output"
+                    f"{shown_path(record_name(self.path))} is not a file of this program, and would be overwritten:"
+                    " move it away, or name another output"
                 )
 
     def _require_form(self) -> None:
@@ -122,15 +123,9 @@ class FileOutput:
             )
         return record
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self) -> AbstractContextManager[None]:
         """Raise OutputError where the final file cannot be read."""
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"cannot read {shown_path(self.path)}: {reason(error)}; fix that, or start over with --overwrite"
-            ) from error
+        return refusing("read", self.path, ", or start over with --overwrite")
 
     # ---- what is there
 
@@ -221,7 +216,7 @@ class FileOutput:
         assert self.journal.summary is not None and self.journal.header is not None, self.journal.path
         self.journal.require_unchanged()
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
-        with _finishing(self.path):
+        with refusing("finish", self.path):
             remove_leftovers(self.path.parent, *map(mark_of, (self.path, record_name(self.path))))
             self.format.write(self.path, self.texts, columns, passthrough, run)
             sync_folder(self.path.parent)
@@ -249,7 +244,7 @@ class FileOutput:
         failed = Counter(error.partition(":")[0] for error in errors if error)
         counts = {NUM_ROWS: len(errors), FAILED: dict(failed)}
         settings = {**header[SETTINGS], "--keep": []}
-        with _finishing(target):
+        with refusing("finish", target):
             form = format_of(target, VQAV2 if target.suffix == ".json" else None)
             form.write(target, texts, columns, Passthrough(), {SETTINGS: settings, **counts})
             sync_folder(target.parent)
@@ -260,15 +255,6 @@ class FileOutput:
     def close(self) -> None:
         """Let go; what has been written stays."""
         self.journal.close()
-
-
-@contextmanager
-def _finishing(path: Path) -> Iterator[None]:
-    """Raise OutputError where the final file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot finish {shown_path(path)}: {reason(error)}; {remedy(error)}") from error
 
 
 def _tag_of(text: bytes) -> bytes:

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from idefics_cli.errors import OutputError, RowError
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name, shown
+from idefics_cli.storage.regular_file import IrregularFile, open_regular
 from idefics_cli.storage.unique_ids import UniqueIds
 from idefics_cli.writers.formats import remove_leftovers, replacing
-from idefics_cli.writers.journal import reason, remedy, shown_path, sync_folder
+from idefics_cli.writers.journal import refusing, shown_path, sync_folder
 
 FOLDERS_KEPT = 64  # whose listings the names are made from, and which are made durable together
 LONGEST_TEXT = 1 << 20  # bytes
@@ -122,31 +121,20 @@ class SidecarWriter:
         self._unsynced.add(target.parent)
 
 
-@contextmanager
-def _refusing(image: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write a text beside {shown_path(image)}: {reason(error)}; {remedy(error)}, or leave --sidecar out"
-        ) from error
+def _refusing(image: Path) -> AbstractContextManager[None]:
+    return refusing("write a text beside", image, ", or leave --sidecar out")
 
 
 def read_text(path: Path) -> bytes | None:
     """What a text file holds; None where there is none. Raises OutputError for what is not one."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open_regular(str(path), follow=False) as file:
+            data = file.read(LONGEST_TEXT + 1)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        if not os.path.islink(path):
-            raise
+    except IrregularFile as error:
         raise _not_a_text(path) from error
-    try:
-        is_text = stat.S_ISREG(os.fstat(file).st_mode) and len(data := os.read(file, LONGEST_TEXT + 1)) <= LONGEST_TEXT
-    finally:
-        os.close(file)
-    if not is_text:
+    if len(data) > LONGEST_TEXT:
         raise _not_a_text(path)
     return data
 

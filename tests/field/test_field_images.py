@@ -256,10 +256,10 @@ def test_a_jpeg_xl_is_turned_once(tmp_path: Path) -> None:
 
 def test_a_jpeg_xl_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_jxl", None)
-    decode._has_jxl.cache_clear()
+    decode._has_reader.cache_clear()
     expected = "image_unreadable: JXL images need an extra: pip install 'idefics-cli[jxl]'"
     assert str(load_image(b"\xff\x0a" + bytes(60))) == expected
-    decode._has_jxl.cache_clear()
+    decode._has_reader.cache_clear()
 
 
 # Frames

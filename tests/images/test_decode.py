@@ -127,9 +127,9 @@ def no_heif(monkeypatch):
     """As if the extra were not installed."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
-    images._has_heif.cache_clear()
+    images._has_reader.cache_clear()
     yield
-    images._has_heif.cache_clear()
+    images._has_reader.cache_clear()
 
 
 # Major brand, version, and what the file is compatible with: as iPhones, cameras and libheif write them.

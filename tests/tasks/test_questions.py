@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idefics_cli.rows import InputRow
-from idefics_cli.tasks.questions import input_id, with_questions
+from idefics_cli.tasks.caption_vqa import input_id, with_questions
 
 names = st.text("ab#1", min_size=1)
 

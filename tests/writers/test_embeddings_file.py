@@ -96,13 +96,6 @@ def test_threads_may_ask_at_once_and_in_any_order(many: EmbeddingFile) -> None:
         assert all(torch.equal(row, latents_of(number)) for row, number in zip(found, numbers, strict=True))
 
 
-def test_hashes_may_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "_hash", lambda row_id: len(row_id))
-    file = EmbeddingFile(write(tmp_path / "e.parquet", [embedded(number) for number in range(9)]))
-    assert all(torch.equal(file.latents(f"row {number}"), latents_of(number)) for number in range(9))
-    assert file.latents("row x").code == "image_missing"
-
-
 def test_another_models_file_is_refused(tmp_path: Path) -> None:
     file = EmbeddingFile(write(tmp_path / "e.parquet", [embedded(1)], "abc"))
     file.require_model("abc", SHAPE)
