@@ -15,15 +15,20 @@ import traceback
 import warnings
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import TypeAlias
 
 import numpy as np
 from PIL import AvifImagePlugin, Image, PngImagePlugin
 
 from idefics_cli.errors import RowError
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.images.thumbnail import Thumbnails
 from idefics_cli.rows import ImageOptions
 
-PIXELS = b""  # the answer that pixels follow; every other one is `code: message`
+Processor: TypeAlias = ImageProcessor | Thumbnails
+
+PIXELS = b""  # the answer that pixels follow
+ENCODED = b"encoded: "  # begins one that an encoded image follows; every other one is `code: message`
 BUG = "bug"
 LONGEST_MESSAGE = 10_000  # characters
 BYTES_PER_PIXEL = 32  # of the costliest form of an image on its way
@@ -31,7 +36,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(descriptor: int) -> None:
-    """The first message says what to do, as (ImageProcessor, ImageOptions); each other one is an image."""
+    """The first message says what to do, as (Processor, ImageOptions); each other one is an image."""
     if sys.platform == "linux":  # even inside a decoder that hangs; elsewhere it ends when it next looks for work
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
@@ -61,7 +66,7 @@ def _set_up_pillow(options: ImageOptions) -> None:
     warnings.simplefilter("ignore")
 
 
-def _prepared(processor: ImageProcessor, source: object, options: ImageOptions) -> np.ndarray | str:
+def _prepared(processor: Processor, source: object, options: ImageOptions) -> np.ndarray | bytes | str:
     try:
         result = processor.prepare_array(source, options)
     except MemoryError:
@@ -71,9 +76,14 @@ def _prepared(processor: ImageProcessor, source: object, options: ImageOptions) 
     return f"{result.code}: {result.message[:LONGEST_MESSAGE]}" if isinstance(result, RowError) else result
 
 
-def _answer(connection: Connection, result: np.ndarray | str) -> None:
-    is_text = isinstance(result, str)
-    connection.send_bytes(result.encode("utf-8", "backslashreplace") if is_text else PIXELS)
-    pixels = memoryview(b"" if is_text else result).cast("B")
+def _answer(connection: Connection, result: np.ndarray | bytes | str) -> None:
+    if isinstance(result, str):
+        connection.send_bytes(result.encode("utf-8", "backslashreplace"))
+        return
+    if isinstance(result, bytes):
+        connection.send_bytes(ENCODED + result)
+        return
+    connection.send_bytes(PIXELS)
+    pixels = memoryview(result).cast("B")
     while pixels:
         pixels = pixels[os.write(connection.fileno(), pixels) :]

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, InputError, RowError
-from idefics_cli.images.preprocess import ImageProcessor
-from idefics_cli.images.worker import BUG, PIXELS
+from idefics_cli.images.thumbnail import Thumbnails
+from idefics_cli.images.worker import BUG, ENCODED, PIXELS, Processor
 from idefics_cli.rows import BoundPath, ImageOptions, RemoteFile
 from idefics_cli.storage.filenames import shown
 
@@ -48,14 +48,15 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 
 class WorkerPool(AbstractContextManager["WorkerPool"]):
-    """`ImageProcessor.prepare` in up to `options.num_workers` processes, which start when they are needed.
+    """`processor.prepare_array` in up to `options.num_workers` processes, which start when they are needed.
 
     Leaving the context ends them. Safe to call from many threads.
     """
 
-    def __init__(self, processor: ImageProcessor, options: ImageOptions) -> None:
+    def __init__(self, processor: Processor, options: ImageOptions) -> None:
         assert options.num_workers > 0 and options.decode_timeout > 0, options
         self._processor, self._options = processor, options
+        self._side = None if isinstance(processor, Thumbnails) else processor.image_size
         self._slots: LifoQueue[_Worker | None] = LifoQueue()  # None: a worker may be started
         for _ in range(options.num_workers):
             self._slots.put(None)
@@ -68,13 +69,18 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self.close()
 
     def prepare(self, source: Any) -> torch.Tensor | RowError:
-        """A path, the bytes of a file, a Pillow image or a RemoteFile -> (3, S, S) float32, or why there are none.
+        """`made` as a tensor: (3, S, S) float32, or why there are none."""
+        import torch
+
+        made = self.made(source)
+        return made if isinstance(made, RowError) else torch.from_numpy(made)
+
+    def made(self, source: Any) -> np.ndarray | bytes | RowError:
+        """What the processor makes of a path, the bytes of a file, a Pillow image or a RemoteFile.
 
         Waits for a free worker; a remote file is read in the calling thread. Raises IdeficsError where no process can
         be started, InputError where a storage stays away, and CancelledError after `close`.
         """
-        import torch
-
         if isinstance(source, RemoteFile):
             source = read_remote(source, self._options.max_bytes)
         if isinstance(source, RowError):
@@ -85,9 +91,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             source = bytes(source)
         is_large = isinstance(source, bytes) and len(source) > self._options.max_bytes
         if is_large or not isinstance(source, Path | str | bytes):  # refused, or a Pillow image, which is decoded
-            return self._processor.prepare(source, self._options)
-        answer = self._ask(source)
-        return answer if isinstance(answer, RowError) else torch.from_numpy(answer)
+            return self._processor.prepare_array(source, self._options)
+        return self._ask(source)
 
     def close(self) -> None:
         """End all workers, also those that are decoding."""
@@ -101,11 +106,11 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
                     worker.end()
         self._slots.put(None)
 
-    def _ask(self, request: Path | str | bytes) -> np.ndarray | RowError:
+    def _ask(self, request: Path | str | bytes) -> np.ndarray | bytes | RowError:
         for _attempt in range(2):  # a worker may die of what the image before did to its memory: a fresh one tells
             worker = self._take()
             try:
-                answer = worker.ask(request, self._processor.image_size, self._options.decode_timeout)
+                answer = worker.ask(request, self._side, self._options.decode_timeout)
             except BaseException as error:
                 how = self._end(worker)
                 if isinstance(error, TimeoutError):
@@ -184,21 +189,23 @@ class _Worker:
             self.connection = Connection(ours.detach())
         running.add(self)
 
-    def begin(self, processor: ImageProcessor, options: ImageOptions) -> None:
+    def begin(self, processor: Processor, options: ImageOptions) -> None:
         """Say what it is to do with images. Raises OSError or EOFError where it does not come up."""
         self.connection.send((processor, options))
         self._wait(START_TIMEOUT)
         self.connection.recv_bytes(LONGEST_TEXT)
         self.process.stderr.close()  # what libraries print about images is not for the terminal
 
-    def ask(self, request: Path | str | bytes, image_size: int, timeout: float) -> np.ndarray | RowError:
-        """Raises TimeoutError for an image that takes too long, EOFError or OSError for a worker that is lost, and
-        RuntimeError for a bug in it."""
+    def ask(self, request: Path | str | bytes, side: int | None, timeout: float) -> np.ndarray | bytes | RowError:
+        """Pixels of this side, without one a file. Raises TimeoutError for an image that takes too long, EOFError or
+        OSError for a worker that is lost, and RuntimeError for a bug in it."""
         self.connection.send(request)
         self._wait(timeout)
         text = self.connection.recv_bytes(LONGEST_TEXT)
-        if text == PIXELS:
-            return self._receive((3, image_size, image_size))
+        if text == PIXELS and side is not None:
+            return self._receive((3, side, side))
+        if text.startswith(ENCODED) and side is None:
+            return text[len(ENCODED) :]
         code, _, message = text.decode("utf-8", "replace").partition(": ")
         if code == BUG:
             raise RuntimeError(f"in an image worker: {message}")

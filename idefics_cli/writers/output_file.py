@@ -60,9 +60,7 @@ class FileOutput:
     def __init__(
         self, path: str | os.PathLike[str], *, overwrite: bool = False, format_name: str | None = None
     ) -> None:
-        _refuse_address(os.fspath(path))
-        self.path = Path(path)
-        _check_place(self.path)
+        self.path = output_place(path, "captions.jsonl")
         self.format = format_of(self.path, format_name)
         journal = self.path.with_name(self.path.name + ".part")
         if not os.path.lexists(journal):
@@ -301,18 +299,19 @@ def _brief(value: Any) -> str:
 # ---- places
 
 
-def _refuse_address(name: str) -> None:
-    if ADDRESS.match(name):
+def output_place(name: str | os.PathLike[str], example: str) -> Path:
+    """The path of a file that can be written. Raises OutputError for what cannot, with an `example` of a name."""
+    if ADDRESS.match(os.fspath(name)):
         raise OutputError(
-            f"{shown_address(name)} is an address: name a file on this machine, and copy it when it is finished"
+            f"{shown_address(os.fspath(name))} is an address: name a file on this machine, and copy it when it is"
+            " finished"
         )
-
-
-def _check_place(path: Path) -> None:
+    path = Path(name)
     shown = shown_path(path)
     if os.path.isdir(path):
-        raise OutputError(f"{shown} is a folder: name a file in it, such as {shown_path(path / 'captions.jsonl')}")
+        raise OutputError(f"{shown} is a folder: name a file in it, such as {shown_path(path / example)}")
     if not os.path.isdir(path.parent):
         raise OutputError(f"cannot write {shown}: the folder {shown_path(path.parent)} does not exist: make it first")
     if os.path.islink(path) and not os.path.exists(path):
         raise OutputError(f"{shown} is a broken link: name the file that it should point to")
+    return path

@@ -26,6 +26,7 @@ from PIL import Image, features
 
 from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.images.thumbnail import Thumbnails
 from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.rows import ImageOptions, RemoteFile
 
@@ -90,6 +91,15 @@ def test_pixels_are_those_of_the_processor(workers, image_format, tmp_path):
     assert expected.shape == (3, 16, 16)
     for source in (data, bytearray(data), memoryview(data), path, str(path), stored(data), Image.open(path)):
         assert same(workers.prepare(source), expected), source
+
+
+def test_thumbnails(tmp_path):
+    with WorkerPool(Thumbnails(image_size=20), LIMITS) as workers:
+        for source in (saved(image()), Image.open(io.BytesIO(saved(image()))), stored(saved(image()))):
+            made = Image.open(io.BytesIO(workers.made(source)))
+            assert (made.format, made.mode, made.size) == ("WEBP", "RGB", (20, 15))
+        assert Image.open(io.BytesIO(workers.made(saved(Image.new("L", (3, 2)))))).size == (3, 2)
+        assert workers.made(b"text").code == "image_unreadable"
 
 
 def test_nothing_but_what_was_asked_for(workers, tmp_path):
