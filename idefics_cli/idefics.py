@@ -117,9 +117,9 @@ class Idefics:
         folder = file_name("adapter", adapter, "a folder")
         request = ModelRequest(name, revision, dtype, str(device), allow_pickle, folder)
         place = resolve_device(request.device)
-        number_format = resolve_dtype(request.dtype, place)
         checkpoint = find_checkpoint(request)
         config, encoder, images = side_files(checkpoint)
+        number_format = resolve_dtype(request.dtype, place, config)
         network = load_network(checkpoint, config, place, number_format)
         if place.type == "cpu":
             pack_linears(network)

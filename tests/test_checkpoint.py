@@ -19,6 +19,7 @@ from idefics_cli.checkpoint.load import load_config, load_network
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
 from idefics_cli.idefics import Idefics
+from idefics_cli.model import packed_linear
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 SAFETENSORS = "model.safetensors"
@@ -297,6 +298,22 @@ def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_bf16=has_bf16: has_bf16)
         assert resolve_dtype("auto", torch.device("cuda")) is expected
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "bf16_seconds", "expected"), [(False, 0.1, "32"), (True, 0.9, "32"), (True, 0.5, "b")]
+)
+def test_bf16_on_a_cpu_that_is_measured_to_be_faster_in_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, has_amx: bool, bf16_seconds: float, expected: str
+) -> None:
+    """The capability and the times of AMX are made up."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
+    monkeypatch.setattr(packed_linear, "seconds_of_layer", lambda hidden, wide, rows, dtype: seconds[dtype])
+    model = Idefics.from_pretrained(folder, device="cpu")
+    assert model.model.dtype is {"32": torch.float32, "b": torch.bfloat16}[expected]
+    assert Idefics.from_pretrained(folder, device="cpu", dtype="fp32").model.dtype is torch.float32
 
 
 def test_a_hub_model_that_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,9 @@ class ModelRequest:
     revision: Annotated[str | None, Help("Branch, tag or commit of the hub model", metavar="NAME")] = None
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
-        Help("Number format of the weights; auto: bf16 or fp16 on CUDA, fp16 on MPS, fp32 on the CPU"),
+        Help(
+            "Number format of the weights; auto: bf16 or fp16 on CUDA, fp16 on MPS, fp32 on the CPU, or bf16 if faster"
+        ),
     ] = "auto"
     device: Annotated[str, Help("Where the model runs", metavar="auto|cuda|cuda:N|cpu|mps")] = "auto"
     allow_pickle: Annotated[bool, Help("Load pickled weights (weights only) if the model has no safetensors")] = False

@@ -1,14 +1,17 @@
 """Linear layers: the head's two-part one, several layers over the same inputs, and weights packed for CPU inference.
 
-A packed weight lies in oneDNN's blocked layout and replaces the plain one: only a layer being packed is in memory
-twice. `state_dict` still gives plain weights under the checkpoints' names. A packed network cannot be trained, moved
-or converted. This module knows no layers but linear ones, and no decoding.
+A packed weight lies in oneDNN's blocked layout and replaces the plain one, unless the plain product is measured to be
+faster: in memory twice are only one layer of each shape, while they are measured, and one that is being packed.
+`state_dict` still gives plain weights under the checkpoints' names. A packed network cannot be trained, moved or
+converted. This module knows no layers but linear ones, and no decoding.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +22,16 @@ SHORTEST_SIDE = 128
 # oneDNN is told for how many rows to lay a weight out. Measured from 8 to 2,056, all hints serve all sizes alike.
 ROWS_HINT = 64
 LARGEST_KERNEL = 512  # rows; larger inputs are multiplied in pieces
+
+# What is measured: rows of a decode step, of a prefill, of an image; and how many steps a prefill is followed by.
+DECODE_ROWS, PREFILL_ROWS, IMAGE_ROWS, STEPS = 32, 256, 257, 16
+# Plain weights have to be as much faster: the choice rounds differently, so noise must not make it.
+CLEARLY_FASTER = 0.85
+MEASURED_BYTES = 1 << 20  # for smaller matrices a call counts, not the product
+ROUNDS, MEASURING_SECONDS = 5, 0.25
+
+Way = Callable[[], object]
+Group = tuple[nn.Module, list[str], bool]  # the parent, names of linear layers in it, and whether their sizes recur
 
 
 class IdeficsDecoupledLinear(nn.Linear):
@@ -173,19 +186,24 @@ def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers below `model`, one by one, by packed ones, and freeze what they keep plain.
 
     Those that a module names in `joint_linears` read the same inputs and become one matrix; below a module that says
-    `sizes_recur` each number of rows has its own kernel. Left alone: layers on another device than the CPU or of a type
-    that oneDNN does not multiply on this machine, small ones, those that share a weight with another module (a tied
-    head would need a second copy), and other subclasses of `nn.Linear`. Without oneDNN on an AVX2 or AVX-512 processor
-    nothing changes.
+    `sizes_recur` each number of rows has its own kernel. Left alone: layers of shapes whose plain product is measured
+    to be clearly faster, layers on another device than the CPU or of a type that oneDNN does not multiply on this
+    machine, small ones, those that share a weight with another module (a tied head would need a second copy), and
+    other subclasses of `nn.Linear`. Without oneDNN on an AVX2 or AVX-512 processor nothing changes.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     dtypes = packable_dtypes()
     packable = {
         id(module.weight) for module in model.modules() if _is_packable(module, dtypes) and uses[id(module.weight)] == 1
     }
-    if packable:
-        _leave_mapped_files(parameter for parameter in model.parameters() if id(parameter) not in packable)
-        _pack_below(model, packable, sizes_recur=False)
+    groups = list(_groups(model, packable))
+    plain = _faster_plain({_shapes(group): group for group in groups})
+    packed = [group for group in groups if _shapes(group) not in plain]
+    if packed:
+        taken = {id(parent.get_submodule(name).weight) for parent, names, _ in packed for name in names}
+        _leave_mapped_files(parameter for parameter in model.parameters() if id(parameter) not in taken)
+    for group in packed:
+        _pack(*group)
 
 
 def packable_dtypes() -> frozenset[torch.dtype]:
@@ -220,18 +238,27 @@ def _leave_mapped_files(parameters: Iterable[nn.Parameter]) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _pack_below(module: nn.Module, packable: Collection[int], sizes_recur: bool) -> None:
-    """Layers are found by name when their turn comes: a reference to a replaced one would keep its weight in memory."""
+def _groups(module: nn.Module, packable: Collection[int], sizes_recur: bool = False) -> Iterator[Group]:
+    """By name: a reference to a replaced layer would keep its weight in memory."""
     sizes_recur = getattr(module, "sizes_recur", sizes_recur)
     names = [
         name for name, child in module.named_children() if isinstance(child, nn.Linear) and id(child.weight) in packable
     ]
     joint = [name for name in getattr(module, "joint_linears", ()) if name in names]
     for group in filter(None, [joint, *([name] for name in names if name not in joint)]):
-        _pack(module, group, sizes_recur)
+        yield module, group, sizes_recur
     for child in module.children():
-        if not isinstance(child, PackedLinear):
-            _pack_below(child, packable, sizes_recur)
+        yield from _groups(child, packable, sizes_recur)
+
+
+def _linears(group: Group) -> list[nn.Linear]:
+    parent, names, _ = group
+    return [parent.get_submodule(name) for name in names]
+
+
+def _shapes(group: Group) -> Hashable:
+    """What decides how fast a group is."""
+    return group[2], *((linear.weight.shape, linear.weight.dtype) for linear in _linears(group))
 
 
 def _pack(parent: nn.Module, names: Sequence[str], sizes_recur: bool) -> None:
@@ -242,3 +269,61 @@ def _pack(parent: nn.Module, names: Sequence[str], sizes_recur: bool) -> None:
         packed = PackedLinear(linear, joint, start)
         setattr(parent, name, packed)
         start += packed.joint_features
+
+
+# ---- which is faster
+
+
+def _faster_plain(groups: Mapping[Hashable, Group]) -> set[Hashable]:
+    """The keys of groups whose plain products take clearly less time than the packed one, in a run's proportions."""
+    matrices = {
+        key: PackedMatrix(_linears(group), group[2])
+        for key, group in groups.items()
+        if sum(linear.weight.nbytes for linear in _linears(group)) >= MEASURED_BYTES
+    }
+    found = set(matrices)
+    for passes in ({DECODE_ROWS: 1}, {DECODE_ROWS: STEPS, PREFILL_ROWS: 1}):  # noise alone is not found twice
+        times = {key: {IMAGE_ROWS: 1} if groups[key][2] else passes for key in found}
+        ways = {
+            (key, rows): both_ways(_linears(groups[key]), matrices[key], rows) for key in found for rows in times[key]
+        }
+        seconds = least_seconds(ways)
+        for key in times:
+            plain, packed = (sum(n * seconds[key, rows][way] for rows, n in times[key].items()) for way in (0, 1))
+            if plain >= CLEARLY_FASTER * packed:
+                found.remove(key)
+    return found
+
+
+def both_ways(linears: Sequence[nn.Linear], matrix: PackedMatrix, rows: int) -> tuple[Way, Way]:
+    """Plain and packed."""
+    inputs = torch.ones(rows, matrix.in_features, dtype=matrix.dtype)
+    return lambda: [linear(inputs) for linear in linears], lambda: matrix(inputs)
+
+
+@torch.inference_mode()
+def least_seconds(ways: Mapping[Hashable, Sequence[Way]]) -> dict[Hashable, list[float]]:
+    """Of each of the ways the least time it took. All take turns, so that the caches hold what they would in a run."""
+    seconds = {key: [float("inf")] * len(calls) for key, calls in ways.items()}
+    until = time.perf_counter() + MEASURING_SECONDS
+    for done in range(1 + ROUNDS):  # the first compiles kernels
+        if done > 2 and time.perf_counter() > until:
+            break
+        for key, calls in ways.items():
+            for place, call in enumerate(calls):
+                started = time.perf_counter()
+                call()
+                if done:
+                    seconds[key][place] = min(seconds[key][place], time.perf_counter() - started)
+    return seconds
+
+
+def seconds_of_layer(hidden: int, intermediate: int, rows: int, dtype: torch.dtype) -> float:
+    """What the products of a layer of this width take, each in the faster of the ways there are."""
+    shapes = (3 * hidden, hidden), (hidden, hidden), (2 * intermediate, hidden), (hidden, intermediate)
+    linears = [nn.Linear(columns, out, bias=False, dtype=dtype).requires_grad_(False) for out, columns in shapes]
+    if dtype in packable_dtypes():
+        ways = [both_ways([linear], PackedMatrix([linear]), rows) for linear in linears]
+    else:
+        ways = [(partial(linear, torch.ones(rows, linear.in_features, dtype=dtype)),) for linear in linears]
+    return sum(map(min, least_seconds(dict(enumerate(ways))).values()))

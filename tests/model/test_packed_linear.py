@@ -11,6 +11,7 @@ from tiny_models import Shape, random_inputs, randomize, relative_error, tiny_co
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
+from idefics_cli.model import packed_linear
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.model.packed_linear import (
     IdeficsDecoupledLinear,
@@ -237,3 +238,54 @@ def test_what_onednn_does_not_pack_is_left_alone(
     model = nn.Sequential(nn.Linear(128, 128, device=device, dtype=dtype))
     pack_linears(model)
     assert type(model[0]) is nn.Linear
+
+
+class Sizes(nn.Sequential):
+    """Three layers of shapes of their own, the last too small to be measured."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(512, 600), nn.Linear(600, 640), nn.Linear(640, 128))
+
+
+def faked_seconds(monkeypatch: pytest.MonkeyPatch, plain: dict[tuple[int, int], float]) -> list[int]:
+    """Plain products take so long for so many rows and columns, packed ones 1 second; the number of ways timed."""
+    timed: list[int] = []
+
+    def least_seconds(ways: dict) -> dict:
+        timed.append(len(ways))
+        return {key: [plain[key[1], key[0][1][0][1]], 1.0] for key in ways}
+
+    monkeypatch.setattr(packed_linear, "least_seconds", least_seconds)
+    return timed
+
+
+@pytest.mark.parametrize(
+    ("plain", "stay_plain", "timed"),
+    [
+        ({(32, 512): 0.9, (32, 600): 2.0}, set(), [2, 0]),  # 0.9 may be noise
+        ({(32, 512): 0.5, (32, 600): 2.0, (256, 512): 1.0}, {"0"}, [2, 2]),
+        ({(32, 512): 2.0, (32, 600): 0.8, (256, 600): 9.0}, set(), [2, 2]),  # lost again in a prefill
+    ],
+)
+@torch.inference_mode()
+def test_the_faster_product_of_each_shape_is_taken(
+    plain: dict, stay_plain: set[str], timed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = Sizes(), torch.randn(3, 512)
+    state, expected = copied_state(model), model(inputs)
+    counted = faked_seconds(monkeypatch, plain)
+    pack_linears(model)
+    assert layers(model, nn.Linear) == stay_plain and counted == timed
+    assert layers(model, PackedLinear) == {"0", "1", "2"} - stay_plain
+    assert relative_error(model(inputs), expected) <= TOLERANCE[torch.float32]
+    assert_same_state(model, state)
+
+
+@torch.inference_mode()
+def test_of_each_way_the_least_time_is_taken_and_measuring_ends() -> None:
+    calls: list[str] = []
+    ways = {"a": [lambda: calls.append("a plain"), lambda: calls.append("a packed")], "b": [lambda: calls.append("b")]}
+    seconds = packed_linear.least_seconds(ways)
+    assert {key: len(found) for key, found in seconds.items()} == {"a": 2, "b": 1}
+    assert calls == ["a plain", "a packed", "b"] * (1 + packed_linear.ROUNDS)
+    assert 0 < packed_linear.seconds_of_layer(128, 256, 32, torch.float32) < 10
