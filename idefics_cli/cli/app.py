@@ -22,8 +22,7 @@ from idefics_cli.cli.console import (
     EXIT_FAILED_ROWS,
     EXIT_MISTAKE,
     Progress,
-    counted,
-    exit_codes,
+    Signals,
     print_data,
     rows_so_far,
     say,
@@ -32,10 +31,11 @@ from idefics_cli.cli.console import (
     say_summary,
     show,
 )
-from idefics_cli.cli.options import DebugFlag, flattened
+from idefics_cli.cli.options import flattened
 from idefics_cli.errors import IdeficsError
 from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.storage.filenames import counted
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 
 if TYPE_CHECKING:
@@ -89,59 +89,55 @@ def idefics(
 
 @app.command()
 @flattened("questions", "question_column", "format", task="caption", max_new_tokens=30)
-def caption(run: RunOptions, options: CaptionVqaOptions, debug: DebugFlag = False) -> None:
+def caption(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     """Describe images: one row for each, in input order.
 
     A folder stands for every image below it, sorted by path, without hidden and system files and linked folders. An
     image that cannot be read gives a row with an error and never stops the run. The same command again continues a run
     that was stopped.
     """
-    _ask(run, options, debug)
+    _ask(run, options, signals)
 
 
 @app.command()
 @flattened(task="vqa", max_new_tokens=15)
-def vqa(run: RunOptions, options: CaptionVqaOptions, debug: DebugFlag = False) -> None:
+def vqa(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     """Answer questions about images: those of a manifest's column `question`, or the same with -q about every image.
 
     One row for each question, in input order. An image that cannot be read, or a row without a question, gives a row
     with an error and never stops the run. The same command again continues a run that was stopped.
     """
-    _ask(run, options, debug)
+    _ask(run, options, signals)
 
 
 @app.command()
 @flattened("answers_column", "format", max_new_tokens=100)
-def generate(run: RunOptions, options: GenerateOptions, debug: DebugFlag = False) -> None:
+def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and images, or a conversation.
 
     An image is bytes, a struct (`{"image": "a.jpg"}`, `{bytes, path}`), a string that names one, or `<image>` in a text
     beside a column `image` or `images`. A conversation is a list of `{"role", "content"}` messages, as transformers'
     chat templates and OpenAI's API take them, or LLaVA's `{"from", "value"}`.
     """
-    with exit_codes(debug):
-        from idefics_cli.tasks.generate import Generate
+    from idefics_cli.tasks.generate import Generate
 
-        task = Generate(options)
-    _run(run, task, debug)
+    _run(run, Generate(options), signals)
 
 
 @app.command()
 @flattened(
     *("answers_column", "sidecar", "sidecar_existing", "sidecar_ext", "allow_no_image", "show_prompt", "format"),
 )
-def embed(run: RunOptions, debug: DebugFlag = False) -> None:
+def embed(run: RunOptions, signals: Signals) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
 
     `caption`, `vqa` and `generate` take it with --embeddings instead of the images.
     """
-    with exit_codes(debug):
-        from idefics_cli.tasks.embed import Embed
+    from idefics_cli.tasks.embed import Embed
 
-        if not run.output.endswith(".parquet"):
-            raise IdeficsError("embed writes Parquet: add -o E.parquet")
-        task = Embed(run.request)
-    _run(run, task, debug)
+    if not run.output.endswith(".parquet"):
+        raise IdeficsError("embed writes Parquet: add -o E.parquet")
+    _run(run, Embed(run.request), signals)
 
 
 @app.command()
@@ -151,14 +147,12 @@ def score(
         str, typer.Argument(metavar="RESULTS", help="Result file of caption or vqa (.jsonl, .parquet, .csv).")
     ],
     options: ScoreOptions,
-    debug: DebugFlag = False,
 ) -> None:
     """Score a result file: VQA accuracy, exact match, CIDEr, against a column kept with --keep.
 
     A row with an error counts as wrong. A table goes to stderr, one JSON line to stdout.
     """
-    with exit_codes(debug):
-        _print_scores(results, options)
+    _print_scores(results, options)
 
 
 @app.command()
@@ -169,24 +163,22 @@ def salvage(
         str | None,
         typer.Option("-o", "--output", metavar="F", help="Where the rows go; by default the name before .part."),
     ] = None,
-    debug: DebugFlag = False,
 ) -> None:
     """Make a file of the rows that a stopped run has finished, where it cannot be resumed: its input is gone, for one.
 
     Columns of --keep are not among them. Of a file under its own name, --update does the other rows later.
     """
-    with exit_codes(debug):
-        from pathlib import Path
+    from pathlib import Path
 
-        from idefics_cli.writers.output_file import FileOutput
+    from idefics_cli.writers.output_file import FileOutput
 
-        final = part.removesuffix(".part")
-        if not Path(f"{final}.part").is_file():
-            raise IdeficsError(f"no file {final}.part: name what a stopped run has left beside its output")
-        target = Path(output or final)
-        with contextlib.closing(FileOutput(final, format_name="vqav2" if final.endswith(".json") else None)) as stopped:
-            counts = stopped.salvage(target)
-        say(f"{counted(counts['rows'], 'row')} in {target}, {sum(counts['failed'].values())} failed.")
+    final = part.removesuffix(".part")
+    if not Path(f"{final}.part").is_file():
+        raise IdeficsError(f"no file {final}.part: name what a stopped run has left beside its output")
+    target = Path(output or final)
+    with contextlib.closing(FileOutput(final, format_name="vqav2" if final.endswith(".json") else None)) as stopped:
+        counts = stopped.salvage(target)
+    say(f"{counted(counts['rows'], 'row')} in {target}, {sum(counts['failed'].values())} failed.")
 
 
 @app.command()
@@ -194,24 +186,23 @@ def salvage(
     *("min_new_tokens", "length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences"),
     *("repetition_penalty", "do_sample", "temperature", "top_k", "top_p"),
 )
-def bench(context: typer.Context, options: BenchOptions, debug: DebugFlag = False) -> None:
+def bench(context: typer.Context, options: BenchOptions) -> None:
     """Measure speed on this machine, beside transformers, with the distance to the hardware's floor.
 
     Both sides get the same prompts and share the weights. The first call of ours (nothing cached yet) is reported
     separately; timed runs have new images and the same shots. Tables go to stderr, one JSON line to stdout.
     """
-    with exit_codes(debug):
-        from idefics_cli.bench.report import comparison_table, phase_table, run
-        from idefics_cli.checkpoint.find import check_model_request
+    from idefics_cli.bench.report import comparison_table, phase_table, run
+    from idefics_cli.checkpoint.find import check_model_request
 
-        if options.random is None:
-            check_model_request(options.request)
-        elif context.get_parameter_source("model").name == "COMMANDLINE":
-            raise IdeficsError(f"-m has no effect on --random {options.random}: leave it out")
-        found = run(options, say)
-        for table in (comparison_table(found), phase_table(found["phases"])):
-            show(table, soft_wrap=False)
-        print_data(json.dumps(found))
+    if options.random is None:
+        check_model_request(options.request)
+    elif context.get_parameter_source("model").name == "COMMANDLINE":
+        raise IdeficsError(f"-m has no effect on --random {options.random}: leave it out")
+    found = run(options, say)
+    for table in (comparison_table(found), phase_table(found["phases"])):
+        show(table, soft_wrap=False)
+    print_data(json.dumps(found))
 
 
 @app.command()
@@ -221,31 +212,28 @@ def info(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Hub id, local folder or `demo`.", show_default=False)
     ] = None,
-    debug: DebugFlag = False,
 ) -> None:
     """Show versions, devices and, for a model, whether and how it would run here."""
-    with exit_codes(debug):
-        facts = _machine_facts(request)
-        if model is not None or request.adapter is not None:
-            facts["model"] = _model_fact(replace(request, model=model or request.model))
-        print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
+    facts = _machine_facts(request)
+    if model is not None or request.adapter is not None:
+        facts["model"] = _model_fact(replace(request, model=model or request.model))
+    print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
 
 
 # Runs
 
 
-def _ask(run: RunOptions, options: CaptionVqaOptions, debug: bool) -> None:
-    with exit_codes(debug):
-        from idefics_cli.tasks.caption_vqa import CaptionVqa
+def _ask(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
+    from idefics_cli.tasks.caption_vqa import CaptionVqa
 
-        names = "image_column", "allow_no_image", "delimited", "follow_links"
-        shots = replace(options.shots, **{name: getattr(run.reading, name) for name in names})
-        task = CaptionVqa(replace(options, shots=shots))
-        scoring = None if run.answers_column is None else _closing_scores(run.answers_column, options)
-    _run(run, task, debug, scoring)
+    names = "image_column", "allow_no_image", "delimited", "follow_links"
+    shots = replace(options.shots, **{name: getattr(run.reading, name) for name in names})
+    task = CaptionVqa(replace(options, shots=shots))
+    scoring = None if run.answers_column is None else _closing_scores(run.answers_column, options)
+    _run(run, task, signals, scoring)
 
 
-def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | None = None) -> None:
+def _run(options: RunOptions, task: Task, signals: Signals, scoring: ScoreOptions | None = None) -> None:
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
 
@@ -254,25 +242,22 @@ def _run(options: RunOptions, task: Task, debug: bool, scoring: ScoreOptions | N
         from idefics_cli.tasks.shown_prompts import FORM, PromptViewer, prompts_alone
 
         options, model, form, scoring = prompts_alone(options), (lambda request: None, PromptViewer), FORM, None
-    with exit_codes(
-        debug, lambda condition: rows_so_far(stats, options.output, options.overwrite, condition)
-    ) as signals:
-        with Progress(stats, signals) as progress:
-            stdin = getattr(sys.stdin, "buffer", None)
-            run = Run(options, task, *model, stats, progress, stdin)
-            run.form = form or run.form
-            had_work = run.run(progress.stdout())
-        if shows:
-            say_failures(stats)
-        elif had_work:
-            say_summary(stats, options.output, made="latents" if run.form.text_column is None else "a text")
-        else:
-            say_finished(stats, options.output)
+    signals.safe_rows = lambda condition: rows_so_far(stats, options.output, options.overwrite, condition)
+    with Progress(stats, signals) as progress:
+        run = Run(options, task, *model, stats, progress, getattr(sys.stdin, "buffer", None))
+        run.form = form or run.form
+        had_work = run.run(progress.stdout())
+    if shows:
+        say_failures(stats)
+    elif had_work:
+        say_summary(stats, options.output, made="latents" if run.form.text_column is None else "a text")
+    else:
+        say_finished(stats, options.output)
     if scoring is not None and not stats.stopped_early:
-        with exit_codes(debug):
-            names = run.passthrough.names
-            answers, choices = names[scoring.answers_column], names.get(scoring.choices_column)
-            _print_scores(options.output, replace(scoring, answers_column=answers, choices_column=choices))
+        signals.safe_rows = lambda condition: ""
+        names = run.passthrough.names
+        answers, choices = names[scoring.answers_column], names.get(scoring.choices_column)
+        _print_scores(options.output, replace(scoring, answers_column=answers, choices_column=choices))
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
 

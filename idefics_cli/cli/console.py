@@ -20,7 +20,7 @@ import typer
 
 from idefics_cli.errors import IdeficsError, StreamClosed, one_line
 from idefics_cli.pipeline.task import Observer
-from idefics_cli.storage.filenames import json_for_terminal, printable, shortened
+from idefics_cli.storage.filenames import counted, json_for_terminal, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,11 +54,13 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """While a command runs, the first signal that stops it raises Interrupted and the second ends the process at once.
 
-    A signal that the process was started to ignore stays ignored.
+    A signal that the process was started to ignore stays ignored. `safe_rows` says to whoever stops the command where
+    the finished rows are and, with a condition, how the run continues.
     """
 
     def __init__(self) -> None:
         self._caught: int | None = None
+        self.safe_rows: Callable[[str], str] = lambda condition: ""
 
     def __enter__(self) -> Signals:
         self._before = {number: signal.getsignal(number) for number in STOPPING}
@@ -86,28 +88,27 @@ class Signals:
 
 
 @contextlib.contextmanager
-def exit_codes(debug: bool, safe_rows: Callable[[str], str] = lambda condition: "") -> Iterator[Signals]:
-    """Turn whatever ends a command into one line on stderr and an exit code; `debug` adds the traceback.
-
-    `safe_rows` says where the finished rows are and, with a condition, how the run continues.
-    """
+def exit_codes(debug: bool) -> Iterator[Signals]:
+    """Turn whatever ends a command into one line on stderr and an exit code; `debug` adds the traceback."""
     _quiet_libraries(debug)
     with Signals() as signals:
         try:
             yield signals
+        except typer.Exit:
+            raise
         except StreamClosed:
             _leave_stdout()
             code = 0
         except Interrupted as stop:
             _leave_stdout()
-            say(f"Stopped by {signal.Signals(stop.number).name}. {safe_rows('')}")
+            say(f"Stopped by {signal.Signals(stop.number).name}. {signals.safe_rows('')}")
             code = EXIT_SIGNAL + stop.number
         except IdeficsError as error:
-            say_error(f"{error}. {safe_rows(' once that is fixed')}", debug)
+            say_error(f"{error}. {signals.safe_rows(' once that is fixed')}", debug)
             code = EXIT_MISTAKE
         except Exception as error:
             report = "" if debug else " Please report it with the traceback that --debug shows."
-            say_error(f"a bug: {type(error).__name__}: {error}.{report} {safe_rows('')}", debug)
+            say_error(f"a bug: {type(error).__name__}: {error}.{report} {signals.safe_rows('')}", debug)
             code = EXIT_BUG
         else:
             return
@@ -202,7 +203,7 @@ class StdoutOnTerminal:
         self._bar.refresh()
 
 
-class Progress(Observer):
+class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
     """A bar that follows a run, on a terminal only."""
 
     def __init__(self, stats: RunStats, signals: Signals) -> None:
@@ -211,9 +212,6 @@ class Progress(Observer):
         self._stats, self._signals = stats, signals
         hidden = not is_terminal(sys.stderr)
         self._bar = tqdm(unit="row", file=sys.stderr, disable=hidden, dynamic_ncols=True, leave=False)
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
@@ -255,10 +253,6 @@ def say_failures(stats: RunStats) -> None:
         show(table, soft_wrap=False)
     for code in stats.failed.keys() & REMEDIES.keys():
         say(f"{code}: {REMEDIES[code]}.")
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def say_summary(stats: RunStats, output: str, made: str) -> None:

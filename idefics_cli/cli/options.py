@@ -14,17 +14,19 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from idefics_cli.cli.console import exit_codes
+from idefics_cli.cli.console import Signals, exit_codes
 from idefics_cli.errors import IdeficsError
 from idefics_cli.validation import Help, help_of, option_name
 
-DebugFlag = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
 METAVARS = {int: "N", float: "X"}
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
+DEBUG_FLAG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+DEBUG = inspect.Parameter("debug", KEYWORD, default=False, annotation=DEBUG_FLAG)
 
 
 def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator: the command, which takes `debug`, with the options of its dataclass parameters for Typer to read.
+    """A decorator: the command, its end as `exit_codes` has it, with the options of its dataclass parameters and
+    `--debug` for Typer to read.
 
     Fields named in `left_out` are not shown. `own` holds the command's own defaults of fields, shown or not.
     """
@@ -32,16 +34,17 @@ def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Cal
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         parameters, hints = inspect.signature(command).parameters, _hints(command)
 
-        def flat(**typed: Any) -> None:
-            with exit_codes(typed["debug"]):
-                values = {
-                    name: _made(hints[name], typed, own) if is_dataclass(hints[name]) else typed[name]
-                    for name in parameters
-                }
-            command(**values)
+        def flat(debug: bool, **typed: Any) -> None:
+            with exit_codes(debug) as typed["signals"]:
+                command(
+                    **{
+                        name: _made(hints[name], typed, own) if is_dataclass(hints[name]) else typed[name]
+                        for name in parameters
+                    }
+                )
 
         shown = [each for name in parameters for each in _shown(parameters[name], hints[name], left_out, own)]
-        shown = list({each.name: each for each in shown}.values())  # what two dataclasses have is one option
+        shown = list({each.name: each for each in (*shown, DEBUG)}.values())  # what two dataclasses have is one option
         flat.__name__, flat.__doc__ = command.__name__, command.__doc__
         flat.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         flat.__annotations__ = {each.name: each.annotation for each in shown}
@@ -53,6 +56,8 @@ def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Cal
 def _shown(
     parameter: inspect.Parameter, hint: Any, left_out: tuple[str, ...], own: Mapping[str, Any]
 ) -> Iterator[inspect.Parameter]:
+    if hint is Signals:
+        return
     if not is_dataclass(hint):
         yield parameter.replace(annotation=hint, kind=KEYWORD)
         return

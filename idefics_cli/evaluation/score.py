@@ -24,7 +24,7 @@ from idefics_cli.readers.manifest import is_manifest, open_table
 from idefics_cli.readers.references import references_of
 from idefics_cli.readers.table import OWN_ERROR, with_lists
 from idefics_cli.rows import ReadOptions
-from idefics_cli.storage.filenames import listed, printable, shortened
+from idefics_cli.storage.filenames import counted, listed, printable, shortened
 from idefics_cli.storage.files import find
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def score_table(scores: Scores) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{_rows(scores.total.rows)} against {scores.options.answers_column!r}")
+    title = Text(f"{counted(scores.total.rows, 'row')} against {scores.options.answers_column!r}")
     table = Table(title=title, caption=_notes(scores))
     table.add_column(Text(printable(scores.options.by or "")))  # a Text: brackets in a name are not markup
     for name in ("rows", "errors", *(TITLES[metric] for metric in scores.metrics)):
@@ -205,15 +205,11 @@ def score_table(scores: Scores) -> Table:
 def _notes(scores: Scores) -> str | None:
     notes = []
     if scores.unscored:
-        notes.append(f"left out: {_rows(scores.unscored)} without references")
+        notes.append(f"left out: {counted(scores.unscored, 'row')} without references")
     if scores.not_among_choices:
-        notes.append(f"warning: in {_rows(scores.not_among_choices)} no reference is among the choices")
+        notes.append(f"warning: in {counted(scores.not_among_choices, 'row')} no reference is among the choices")
     if scores.single_reference and "vqa_accuracy" in scores.metrics:
-        notes.append(f"{_rows(scores.single_reference)} with one reference: right if equal when normalised")
+        notes.append(f"{counted(scores.single_reference, 'row')} with one reference: right if equal when normalised")
     if "cider" in scores.metrics:
         notes.append(f"words by the {scores.options.tokenization} tokenizer")
     return "\n".join(notes) or None
-
-
-def _rows(number: int) -> str:
-    return f"{number} row{'s' * (number != 1)}"

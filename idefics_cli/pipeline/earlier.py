@@ -18,6 +18,7 @@ from typing import Any
 from idefics_cli.columns import json_text
 from idefics_cli.errors import RowError
 from idefics_cli.rows import ImageSource, RemoteFile
+from idefics_cli.storage.filenames import counted
 from idefics_cli.storage.unique_ids import scratch_database
 from idefics_cli.writers.output_file import GOOD, SAME, Earlier
 
@@ -130,5 +131,5 @@ class Changes:
         told = []
         for kind, number in (+self.numbers).items():
             first = ", ".join(self.ids[kind]) + (", ..." if number > FIRST_IDS else "")
-            told.append(f"{number} {'row' if number == 1 else 'rows'} {kind} ({first})")
+            told.append(f"{counted(number, 'row')} {kind} ({first})")
         return ", ".join(told) or "its rows come in another order, or other ids come twice"

@@ -82,6 +82,10 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(map(shown, names)) or "none at all"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def shown_address(address: str) -> str:
     """A remote address without what may be secret in it: its user and password, and its query."""
     return escape_name(SECRET_PARTS.sub(lambda match: match["scheme"] or "", address))

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 from idefics_cli.columns import Column, arrow_array, arrow_type, encodable, json_text, strict_json, tensor_values
 from idefics_cli.errors import InputError, OutputError
@@ -44,6 +44,7 @@ CHUNK_ROWS, CHUNK_BYTES = 1_000, 16 << 20
 READ_ROWS = 64  # latents are large
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 100_000, 64 << 20
 
+Item = TypeVar("Item")
 Texts: TypeAlias = Callable[[], Iterator[bytes]]  # the rows as JSON objects, from the first at each call
 
 
@@ -240,7 +241,8 @@ class Parquet(JsonLines):
             sealed = SealedFile(file)
             with pq.ParquetWriter(sealed, schema, **writing) as writer:
                 joined = _joined(_own_tables(without_digests(texts()), columns, own), first, tables, schema)
-                for table in _row_groups(joined):
+                for group in gathered(joined, ROW_GROUP_ROWS, ROW_GROUP_BYTES, len, lambda table: table.nbytes):
+                    table = pa.concat_tables(group)
                     writer.write_table(table, row_group_size=max(1, table.num_rows))
             sealed.seal()
 
@@ -274,11 +276,10 @@ class Parquet(JsonLines):
                 yield from (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
 
 
-Format: TypeAlias = JsonLines
 FORMATS = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet, ".csv": Csv}
 
 
-def format_of(path: Path, name: str | None = None) -> Format:
+def format_of(path: Path, name: str | None = None) -> JsonLines:
     """The format of this `name`, else the one that the path's suffix says."""
     found = {".json": VqaV2} if name == VQAV2 else FORMATS
     if path.suffix.lower() not in found:
@@ -404,16 +405,23 @@ def is_record(record: Any) -> bool:
 
 def row_chunks(texts: Iterator[bytes]) -> Iterator[list[dict[str, Any]]]:
     """As many rows at a time as take little memory."""
-    chunk: list[dict[str, Any]] = []
-    num_bytes = 0
-    for text in texts:
-        chunk.append(json.loads(text))
-        num_bytes += len(text)
-        if len(chunk) == CHUNK_ROWS or num_bytes >= CHUNK_BYTES:
-            yield chunk
-            chunk, num_bytes = [], 0
-    if chunk:
-        yield chunk
+    return (list(map(json.loads, chunk)) for chunk in gathered(texts, CHUNK_ROWS, CHUNK_BYTES, lambda text: 1, len))
+
+
+def gathered(
+    items: Iterable[Item], most_rows: int, most_bytes: int, rows: Callable[[Item], int], size: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """Items together until they have so many rows or bytes."""
+    group: list[Item] = []
+    num_rows = num_bytes = 0
+    for item in items:
+        group.append(item)
+        num_rows, num_bytes = num_rows + rows(item), num_bytes + size(item)
+        if num_rows >= most_rows or num_bytes >= most_bytes:
+            yield group
+            group, num_rows, num_bytes = [], 0, 0
+    if group:
+        yield group
 
 
 def _example(column: Column, texts: Texts) -> Any:
@@ -449,19 +457,3 @@ def _joined(
         held = held.slice(table.num_rows)
     if held.num_rows or any(further.num_rows for further in more):
         raise _other_rows()
-
-
-def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables gathered to row groups of sensible size."""
-    import pyarrow as pa
-
-    gathered: list[pa.Table] = []
-    num_rows = num_bytes = 0
-    for table in tables:
-        gathered.append(table)
-        num_rows, num_bytes = num_rows + table.num_rows, num_bytes + table.nbytes
-        if num_rows >= ROW_GROUP_ROWS or num_bytes >= ROW_GROUP_BYTES:
-            yield pa.concat_tables(gathered)
-            gathered, num_rows, num_bytes = [], 0, 0
-    if gathered:
-        yield pa.concat_tables(gathered)

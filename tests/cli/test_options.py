@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli.app import app
-from idefics_cli.cli.options import DebugFlag, flattened
+from idefics_cli.cli.options import flattened
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions, parse_batch_size
@@ -56,7 +56,7 @@ def outer(*left_out: str, **own: Any) -> tuple[Callable[..., None], list[Outer]]
     seen: list[Outer] = []
 
     @flattened(*left_out, **own)
-    def command(outer: Outer, debug: DebugFlag = False) -> None:
+    def command(outer: Outer) -> None:
         """What it does."""
         seen.append(outer)
 
