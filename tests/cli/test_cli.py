@@ -194,15 +194,6 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert not list(tmp_path.glob("f.*"))
 
 
-def test_one_path_twice_on_stdin_is_a_bad_row(run: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
-    paths = [str(photos / name) for name in ("a.jpg", "a.jpg", "b.png")]
-    result = run("caption", "-", "-o", tmp_path / "f.jsonl", input="\n".join(paths).encode())
-    first, second, third = rows_of((tmp_path / "f.jsonl").read_text())
-    assert result.exit_code == 3 and first["caption"] and third["caption"] and second["id"] == first["id"]
-    assert second["error"] == f"duplicate_id: row 2 has the id of row 1, {paths[0]!r}"
-    assert "duplicate_id: leave such rows out, or name a manifest's column of unique ids" in result.stderr
-
-
 def test_terminal_commands_in_names_are_shown_not_obeyed(refused: Callable[..., str], tmp_path: Path) -> None:
     assert r"\x1b[31mred" in refused("caption", tmp_path / "\x1b[31mred")
 
@@ -222,22 +213,6 @@ def test_a_bug_is_one_line_and_a_traceback_with_debug(run: Callable[..., Result]
 
 
 # Signals and pipes, in processes
-
-
-def test_a_signal_keeps_the_rows_that_are_finished(tmp_path: Path) -> None:
-    for i in range(200):
-        save_image(tmp_path / f"photos/{i:03}.png", i)
-    part = tmp_path / "f.jsonl.part"
-    fake = {"batch_size": 2, "delay": 0.1}
-    with started("caption", tmp_path / "photos", "-o", tmp_path / "f.jsonl", fake=fake) as process:
-        wait_for(lambda: part.exists() and part.read_bytes().count(b"\n") >= 3)
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=5)
-    rows = rows_of(part.read_bytes())[1:]
-    said = f"{len(rows)} rows finished so far: safe in {part}. The same command continues from there."
-    assert process.returncode == 143
-    assert [row["id"] for row in rows] == [f"{i:03}.png" for i in range(len(rows))]
-    assert stderr.decode().splitlines()[1:] == [f"Stopped by SIGTERM. {said}"]
 
 
 def test_a_signal_while_the_model_loads(photos: Path, tmp_path: Path) -> None:

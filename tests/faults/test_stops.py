@@ -32,7 +32,8 @@ def test_a_signal_at_each_call(tmp_path: Path, suffix: str, action: str, number:
     for stopped in bench.faults(step, 3, action):
         assert stopped.code == 128 + number, stopped
         assert stopped.said.startswith(f"Stopped by {number.name}.")
-        assert (str(bench.part) in stopped.said) == bench.part.exists(), stopped.said
+        where = f" finished so far: safe in {bench.part}. The same command continues from there."
+        assert stopped.said.endswith(where) == bench.part.exists(), stopped.said
         assert not list(bench.output.parent.glob("*.tmp"))
         assert bench.run().code == 3
         bench.verify()

@@ -106,16 +106,6 @@ def test_a_file_that_ends_early_names_the_option_that_takes_it(run: Callable[...
         assert distance(there.crop((0, 0, 64, rows)), load_image(whole).crop((0, 0, 64, rows))) == 0, length
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM", "TGA"])
-def test_formats_whose_first_part_can_be_taken(image_format: str) -> None:
-    whole = saved(photo(200, 150), image_format)
-    name = f"half.{image_format.lower()}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = decode._decode(whole[: len(whole) * 2 // 3], ImageOptions(allow_truncated=True), None, name)
-    assert isinstance(result, Image.Image) and np.asarray(result).std() > 0
-
-
 def test_half_a_jpeg_2000_is_refused_for_nothing_of_it_would_be_there() -> None:
     half = saved(photo(200, 150), "JPEG2000")[:-400]
     assert isinstance(load_image(half, ImageOptions(allow_truncated=True)), RowError)

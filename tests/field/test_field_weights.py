@@ -209,10 +209,20 @@ def test_layers_are_counted_before_they_are_made(folder: Path, part: str | None,
     assert re.search(rf"config.json says ({part}\.)?{name} 100000000 and the weights hold \d at most", refusal(folder))
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"num_beams": "x", "max_new_tokens": {}}', '{"a": ' * 5000, LFS])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1]",
+        '{"num_beams": 7, "do_sample": true}',
+        '{"num_beams": "x", "max_new_tokens": {}}',
+        '{"a": ' * 5000,
+        LFS,
+    ],
+)
 def test_no_generation_config_is_read(folder: Path, content: str) -> None:
     (folder / "generation_config.json").write_text(content)
-    Idefics.from_pretrained(folder)
+    assert Idefics.from_pretrained(folder).model.generation_config.num_beams is None
 
 
 @pytest.fixture

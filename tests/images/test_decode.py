@@ -390,9 +390,9 @@ def test_bytes_changed_anywhere(name, changes):
     assert isinstance(result, RowError) or result.mode == "RGB"
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM", "TGA"])
 def test_half_an_image_is_refused_again_and_again_unless_it_is_asked_for(image_format, tmp_path):
-    path = tmp_path / "half"
+    path = tmp_path / f"half.{image_format.lower()}"
     whole = saved(photo(200, 150), image_format)
     path.write_bytes(whole[: len(whole) * 2 // 3])
     assert [refusal(path).code for _ in range(3)] == ["image_unreadable"] * 3
