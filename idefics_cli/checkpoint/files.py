@@ -7,10 +7,10 @@ import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from idefics_cli.checkpoint.adapter import require_peft, settings_of
 from idefics_cli.errors import CheckpointError
 from idefics_cli.storage.regular_file import POINTER_BYTES, lfs_pointer, read_json_object
 
@@ -22,6 +22,19 @@ SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 ADAPTER, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 CAN_RUN_CODE = "which can run code: convert them to safetensors, or trust them with --allow-pickle"
+# Of an adapter's configuration only the fields count that say what its tensors mean: none that would initialise them,
+# import a module or name another file.
+LORA_FIELDS = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "lora_bias"),
+    *("modules_to_save", "trainable_token_indices", "fan_in_fan_out"),
+)
+WITHOUT_EFFECT = (  # on what the tensors mean; the tensors' names say which modules they belong to
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("inference_mode", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config", "runtime_config"),
+    *("megatron_core", "qalora_group_size"),
+)
+INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # others have changed the base model too
 NAMES_SHOWN = 8
 # What a damaged file or a wrong value in config.json raises in torch and transformers.
 LOADING_ERRORS = (
@@ -76,7 +89,7 @@ def inspect_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
 
 def inspect_adapter(folder: str, allow_pickle: bool) -> Checkpoint:
     """Check that it is a folder of LoRA weights, and that PEFT is installed."""
-    require_peft()
+    require(find_spec("peft"), "--adapter needs an extra: pip install 'idefics-cli[peft]'")
     path = Path(os.path.expanduser(folder))
     require_config(path, ADAPTER_CONFIG)
     file = path / ADAPTER
@@ -91,7 +104,16 @@ def inspect_adapter(folder: str, allow_pickle: bool) -> Checkpoint:
 
 
 def adapter_settings(adapter: Checkpoint) -> dict[str, Any]:
-    return settings_of(read_json(adapter.folder / ADAPTER_CONFIG))
+    """The fields that count of its configuration. Raises CheckpointError for what is not plain LoRA."""
+    config = read_json(adapter.folder / ADAPTER_CONFIG)
+    kind, start = config.get("peft_type"), config.get("init_lora_weights")
+    unknown = sorted(name for name, value in config.items() if value and name not in (*LORA_FIELDS, *WITHOUT_EFFECT))
+    if kind != "LORA" or unknown or start not in INITIAL:
+        what = f"peft_type {kind}" if kind != "LORA" else unknown[0] if unknown else f"init_lora_weights {start}"
+        raise CheckpointError(
+            f"an adapter with {what} cannot be merged here: merge it with PEFT's merge_and_unload, and save the model"
+        )
+    return {name: config[name] for name in LORA_FIELDS if config.get(name) is not None}
 
 
 def require_config(folder: Path, name: str) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from idefics_cli.checkpoint.adapter import merged
 from idefics_cli.checkpoint.devices import does_not_fit, require_fit
 from idefics_cli.checkpoint.files import (
     CONFIG,
@@ -28,6 +27,7 @@ from idefics_cli.prompts.tokenizer_probe import probe
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import IdeficsConfig
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # Fields of a configuration that name another file of weights (even a pickle), or classes to put in place of ours, or
 # make a dictionary of as many labels as they say.
 LEFT_OUT = ("transformers_weights", "fusion_config", "auto_map", "num_labels", "id2label", "label2id")
+WRAPPED = "base_model.model."  # what PEFT puts before the names of a network's tensors
+OF_ADAPTERS = (".lora_", ".modules_to_save.", "trainable_tokens_delta")
 HEAD, ADDITIONAL_HEAD = "lm_head.weight", "lm_head.additional_fc.weight"
 ADDITIONAL_EMBEDDING = "model.embed_tokens.additional_embedding.weight"
 
@@ -179,12 +181,32 @@ def _with_adapter(model: IdeficsForVisionText2Text, adapter: Checkpoint) -> Idef
         for name, tensor in tensors_of(adapter.weight_files[0], adapter.is_pickled, re.compile(".*"))
     }
     try:
-        return merged(model, adapter_settings(adapter), tensors)
+        return _merged(model, adapter_settings(adapter), tensors)
     except torch.OutOfMemoryError:
         raise
     except LOADING_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"the adapter in {adapter.folder} does not fit the model ({reason})") from error
+
+
+def _merged(network: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    """The network with what PEFT's `merge_and_unload` makes of its weights.
+
+    Raises CheckpointError for tensors that have no place in it, or are missing; for wrong settings what PEFT raises.
+    """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+    modules = {name.removeprefix(WRAPPED).partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    config = LoraConfig(**settings, target_modules=sorted(modules), inference_mode=True)
+    adapted = PeftModel(network, config, low_cpu_mem_usage=True)
+    result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
+    missing = [name for name in result.missing_keys if any(part in name for part in OF_ADAPTERS)]
+    for kind, names in (("lacks", missing), ("has no place for", result.unexpected_keys)):
+        require(
+            not names,
+            f"the adapter does not fit the model: it {kind} {len(names)} tensors, such as {first_few(names[:1])}",
+        )
+    return adapted.merge_and_unload()
 
 
 def require_loadable(checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype) -> int:
