@@ -1,33 +1,23 @@
-"""Parquet files are looked at in a process of their own first: there are bytes on which Arrow ends its process.
+"""Parquet files are looked at in a limited process first.
 
-The process opens each file that it is sent, reads all that its footer says and the first pages (all pages of a small
-file, and of a large one the pages that it is asked for), and answers with a line: what is wrong, or nothing. It has
-limited memory, and ends when the pipe to it closes.
+It opens each file, reads all that its footer says and the first pages (all pages of a small file, and of a large one
+the pages that it is asked for).
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import resource
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from idefics_cli.errors import InputError, one_line
+from idefics_cli.errors import InputError
 from idefics_cli.storage.files import BUFFER_BYTES, File, cannot_read, local_file
+from idefics_cli.storage.limited_process import complaint
 
 LOOK_SECONDS = 60.0
 SMALL_BYTES = 16 << 20
-MEMORY_BYTES = 3 << 30
 LEAST_BYTES_PER_SECOND = 2 << 20
-LONGEST_ANSWER = 500
-# The folders of modules are set before anything is imported: the working folder is not one of them.
-BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; from idefics_cli.storage.parquet_process import main; main()"
 
 
 class Pages(NamedTuple):
@@ -39,62 +29,17 @@ class Pages(NamedTuple):
     num_bytes: int
 
 
-_asking = threading.Lock()
-_processes: list[subprocess.Popen[bytes]] = []  # at most one
-
-
 def require_sound(file: File, remedy: str = "fetch or make it again", pages: Pages | None = None) -> None:
     """Raises InputError for a file that Arrow cannot open, or on which it ends its process; or on these `pages`."""
     seconds = LOOK_SECONDS + (pages.num_bytes if pages else 0) / LEAST_BYTES_PER_SECOND
-    with _asking:
-        process = _processes.pop() if _processes else _started()
-        watch = threading.Timer(seconds, process.kill)
-        watch.start()
-        try:
-            pickle.dump((_from_anywhere(file), pages), process.stdin)
-            process.stdin.flush()
-            answer = process.stdout.readline().decode()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            watch.cancel()
-        if answer:
-            _processes.append(process)
-    if not answer:
-        code = process.wait()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        answer = f"Arrow ends its process on it ({how})"
-    if answer.strip():
-        raise cannot_read(file.name, ValueError(answer.strip()), remedy)
+    found = complaint("Arrow", _look, _from_anywhere(file), pages, seconds=seconds)
+    if found:
+        raise cannot_read(file.name, ValueError(found), remedy)
 
 
 def _from_anywhere(file: File) -> File:
     """The process may have another working folder."""
     return local_file(os.path.abspath(file.path)) if file.is_local else file
-
-
-def _started() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable or "", "-c", BOOTSTRAP, *sys.path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"},  # others reserve more than they use
-        start_new_session=True,  # Ctrl-C reaches the whole process group, and only the parent reacts
-    )
-
-
-def main() -> None:
-    """What the process does until its stdin ends."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(EOFError):
-        while True:
-            answer = _look(*pickle.load(sys.stdin.buffer))
-            sys.stdout.buffer.write(one_line(answer)[:LONGEST_ANSWER].encode(errors="replace") + b"\n")
-            sys.stdout.buffer.flush()
 
 
 def _look(file: File, pages: Pages | None) -> str:

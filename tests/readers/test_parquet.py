@@ -15,7 +15,7 @@ from written_manifests import read, refusal
 from idefics_cli.errors import InputError
 from idefics_cli.readers import parquet
 from idefics_cli.readers.parquet import ParquetTable
-from idefics_cli.storage import parquet_process
+from idefics_cli.storage import limited_process
 from idefics_cli.storage.files import local_file
 
 NUM_ROWS = 40
@@ -166,11 +166,14 @@ def test_a_byte_changed_anywhere_loses_no_row(path: Path, whole: bytes) -> None:
 
 
 def test_pages_of_a_large_file_are_looked_at_before_they_are_read(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    aborting = "import os; import idefics_cli.storage.parquet_process as process; process._read_pages = (" + (
-        "lambda file, pages: os.abort() if 2 in pages.groups and 'n' in pages.columns else None); process.main()"
+    aborting = (
+        "import os, sys; sys.path[:] = sys.argv[1:]; from idefics_cli.storage import limited_process, parquet_process; "
     )
-    monkeypatch.setattr(parquet_process, "BOOTSTRAP", f"import sys; sys.path[:] = sys.argv[1:]; {aborting}")
-    monkeypatch.setattr(parquet_process, "_processes", [])
+    aborting += (
+        "parquet_process._read_pages = lambda file, pages: os.abort() if 2 in pages.groups and 'n' in pages.columns"
+    )
+    monkeypatch.setattr(limited_process, "BOOTSTRAP", f"{aborting} else None; limited_process.main()")
+    monkeypatch.setattr(limited_process, "_processes", [])
     monkeypatch.setattr(parquet, "SMALL_BYTES", 0)
     monkeypatch.setattr(parquet, "LOOKED_AT_BYTES", 1)
     pq.write_table(pa.table({"image": ["a.png"] * 8, "n": list(range(8))}), path, row_group_size=2)

@@ -1,0 +1,80 @@
+"""A process of its own for native code that reads files of others: there are bytes on which it ends its process, or
+takes all the time and memory there is.
+
+The process calls the functions that it is sent, and answers with a line. It has limited memory, and ends when the pipe
+to it closes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from idefics_cli.errors import one_line
+
+MEMORY_BYTES = 3 << 30
+LONGEST_ANSWER = 500
+# The folders of modules are set before anything is imported: the working folder is not one of them.
+BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; from idefics_cli.storage.limited_process import main; main()"
+
+_asking = threading.Lock()
+_processes: list[subprocess.Popen[bytes]] = []  # at most one
+
+
+def complaint(reader: str, function: Callable[..., str], *arguments: Any, seconds: float) -> str:
+    """What the function of a module says, or in what way the `reader` that it calls has ended the process."""
+    with _asking:
+        process = _processes.pop() if _processes else _started()
+        watch = threading.Timer(seconds, process.kill)
+        watch.start()
+        started = time.monotonic()
+        try:
+            pickle.dump((function, arguments), process.stdin)
+            process.stdin.flush()
+            answer = process.stdout.readline().decode()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            watch.cancel()
+        if answer:
+            _processes.append(process)
+            return answer.strip()
+    code = process.wait()
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    is_late = time.monotonic() - started >= seconds
+    return "it takes too long" if is_late else f"{reader} ends its process on it ({how})"
+
+
+def _started() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable or "", "-c", BOOTSTRAP, *sys.path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # Other pools of Arrow's reserve more than they use.
+        env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "TOKENIZERS_PARALLELISM": "false"},
+        start_new_session=True,  # Ctrl-C reaches the whole process group, and only the parent reacts
+    )
+
+
+def main() -> None:
+    """What the process does until its stdin ends."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(EOFError):
+        while True:
+            function, arguments = pickle.load(sys.stdin.buffer)
+            answer = one_line(function(*arguments))[:LONGEST_ANSWER]
+            sys.stdout.buffer.write(answer.encode(errors="replace") + b"\n")
+            sys.stdout.buffer.flush()
