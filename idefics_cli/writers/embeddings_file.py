@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from idefics_cli.columns import list_numbers
 from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, InputError, RowError
 from idefics_cli.storage.filenames import escape_name
-from idefics_cli.storage.files import cannot_read, file_digest, local_file
+from idefics_cli.storage.files import file_digest, local_file, refusing
 from idefics_cli.storage.parquet_process import require_sound
 from idefics_cli.storage.unique_ids import UniqueIds
 from idefics_cli.writers.formats import ROW_GROUP_BYTES, SETTINGS, Parquet
@@ -101,15 +100,11 @@ class EmbeddingFile:
 
     # ---- opening
 
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
+    def _refusing(self) -> AbstractContextManager[None]:
         """Raise InputError for whatever Arrow finds wrong with the file."""
         import pyarrow as pa
 
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:
-            raise cannot_read(self.name, error, "embed the images again") from error
+        return refusing(self.name, pa.ArrowException, OSError, remedy="embed the images again")
 
     def _recorded_fingerprint(self) -> str:
         run = Parquet().run_of(self.path, is_whole=True)

@@ -53,10 +53,7 @@ class SidecarWriter:
             first = self._first_row(target, row)
             there = None if is_done or first != row else read_text(target)
         if there and self.existing == "error":
-            raise OutputError(
-                f"{shown_path(target)} exists already: say what is to become of such files with --sidecar-existing"
-                " skip, overwrite, append or prepend"
-            )
+            raise _exists(target)
         return there.decode(errors="replace").removesuffix("\n") if there and self.existing == "skip" else None
 
     def write(self, image: Path, text: str, row: int) -> None:
@@ -105,10 +102,7 @@ class SidecarWriter:
         if not there or self.existing == "overwrite":
             return data
         if self.existing == "error":
-            raise OutputError(
-                f"{shown_path(target)} holds another text: move it away, or say what is to become of such files with"
-                " --sidecar-existing skip, overwrite, append or prepend"
-            )
+            raise _exists(target)
         if self.existing == "prepend":
             return data + there
         return there + (b"" if there.endswith(b"\n") else b"\n") + data
@@ -137,6 +131,13 @@ def read_text(path: Path) -> bytes | None:
     if len(data) > LONGEST_TEXT:
         raise _not_a_text(path)
     return data
+
+
+def _exists(path: Path) -> OutputError:
+    return OutputError(
+        f"{shown_path(path)} exists already: move it away, or say what is to become of such files with"
+        " --sidecar-existing skip, overwrite, append or prepend"
+    )
 
 
 def _not_a_text(path: Path) -> OutputError:

@@ -43,7 +43,7 @@ def test_a_stem_alone_is_the_name_and_else_the_whole_name_is(tmp_path: Path) -> 
 def test_a_text_of_the_user_goes_only_where_that_is_said(tmp_path: Path) -> None:
     image, text = tmp_path / "a.png", tmp_path / "a.txt"
     text.write_text("mine\n")
-    with pytest.raises(OutputError, match=r"a\.txt holds another text: .* --sidecar-existing skip, overwrite"):
+    with pytest.raises(OutputError, match=r"a\.txt exists already: .* --sidecar-existing skip, overwrite"):
         SidecarWriter().write(image, "a dog", 0)
     assert text.read_text() == "mine\n"
     SidecarWriter("overwrite").write(image, "a dog", 0)
