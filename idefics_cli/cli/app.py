@@ -23,6 +23,7 @@ from idefics_cli.cli.console import (
     EXIT_MISTAKE,
     Progress,
     Signals,
+    is_terminal,
     print_data,
     rows_so_far,
     say,
@@ -35,6 +36,7 @@ from idefics_cli.cli.options import flattened
 from idefics_cli.errors import IdeficsError
 from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.report.options import ReportOptions
 from idefics_cli.storage.filenames import counted
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 
@@ -156,6 +158,25 @@ def score(
 
 
 @app.command()
+@flattened("recursive", "null", "stdin", "allow_no_image", "shard", "draft", keep="all", draft=True)
+def report(
+    results: Annotated[
+        str,
+        typer.Argument(
+            metavar="RESULTS", help="Result file (.jsonl, .json, .csv, .parquet), folder of parts, or - for JSON lines."
+        ),
+    ],
+    options: ReportOptions,
+    signals: Signals,
+) -> None:
+    """Make one page to look through a result file: images, texts, scores; search, filters, marks, corrections.
+
+    The page is a single file that any browser opens, with small copies of the images inside. It fetches nothing.
+    """
+    _write_report(results, options, signals)
+
+
+@app.command()
 @flattened()
 def salvage(
     part: Annotated[str, typer.Argument(metavar="F.part", help="What a stopped run has left beside its output.")],
@@ -260,6 +281,24 @@ def _run(options: RunOptions, task: Task, signals: Signals, scoring: ScoreOption
         _print_scores(options.output, replace(scoring, answers_column=answers, choices_column=choices))
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+def _write_report(results: str, options: ReportOptions, signals: Signals) -> None:
+    from idefics_cli.pipeline.prefetch import RunStats
+    from idefics_cli.report.page import write_report
+
+    if options.output == "-" and is_terminal(sys.stdout):
+        raise IdeficsError("a page is not for a terminal: name a file with -o R.html")
+    with Progress(RunStats(), signals) as progress:
+        progress.on_start(None)
+        stdin, stdout = (getattr(stream, "buffer", None) for stream in (sys.stdin, sys.stdout))
+        counts = write_report(results, options, stdin, stdout, progress.on_row)
+    place = "on stdout" if options.output == "-" else f"in {options.output}"
+    hidden = f", {counts.num_hidden} of them without an image to show" if counts.num_hidden else ""
+    say(f"{counted(counts.rows, 'row')} {place}{hidden}.")
+    for code, reason in counts.reasons.items():
+        if code:
+            say(f"{code}: {counted(counts.without_image[code], 'row')}, as {reason}")
 
 
 def _closing_scores(answers_column: str, options: CaptionVqaOptions) -> ScoreOptions:

@@ -174,15 +174,24 @@ def closing_tokenization() -> Literal["ptb", "treebank"]:
 
 
 def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
-    """The text that a run has written, else `answer`, `caption` or `text`. Raises InputError if a column is missing."""
-    for name in (options.answers_column, options.choices_column, options.by):
+    """The column to score. Raises InputError if a column is missing."""
+    require_columns(columns, options.answers_column, options.choices_column, options.by)
+    return text_column_of(columns, options.answers_column)
+
+
+def require_columns(columns: Sequence[str], *names: str | None) -> None:
+    for name in names:
         if name is not None and name not in columns:
             raise InputError(f"the results have no column {name!r}: use one of {listed(columns)}")
+
+
+def text_column_of(columns: Sequence[str], answers_column: str | None) -> str:
+    """The text that a run has written, else `answer`, `caption` or `text`. Raises InputError where there is none."""
     # A run writes its own text just before its score, and pass-through columns after both.
     own = [name for name, following in pairwise(columns) if following == "score" and name in TEXT_COLUMNS]
-    texts = [name for name in (*own, *TEXT_COLUMNS) if name in columns and name != options.answers_column]
+    texts = [name for name in (*own, *TEXT_COLUMNS) if name in columns and name != answers_column]
     if not texts:
-        raise InputError(f"the results have no column {' or '.join(TEXT_COLUMNS)} to score, but only {listed(columns)}")
+        raise InputError(f"the results have no column {' or '.join(TEXT_COLUMNS)}, but only {listed(columns)}")
     return texts[0]
 
 

@@ -1,0 +1,1 @@
+"""`idefics report`: one HTML page to look through a result file."""
