@@ -27,7 +27,6 @@ from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.engine.scheduler import stream
 from idefics_cli.errors import RowError
-from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.model.packed_linear import pack_linears
 from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Steps, run_rows
@@ -68,9 +67,8 @@ def measure(paths: Sequence[Path], options: WaitOptions) -> dict[str, Any]:
     subject = random_subject(asked, torch.device("cpu"), torch.float32)
     pack_linears(subject.model)
     (prompt, *_) = subject.prompts.draw(0)
-    engine = Engine(subject.model, subject.vocabulary, options.batch_size)
-    processor = ImageProcessor(image_size=subject.image_size)
-    with WorkerPool(processor, ImageOptions(draft=options.draft, workers=options.workers)) as images:
+    engine = subject.engine(options.batch_size)
+    with WorkerPool(subject.images, ImageOptions(draft=options.draft, workers=options.workers)) as images:
         run = partial(run_once, engine=engine, images=images, input_ids=prompt.input_ids, options=options)
         return {"options": asdict(options), "first": run(paths[::2]), "then": run(paths[1::2])}
 

@@ -19,7 +19,6 @@ import torch
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import Subject, random_subject
 from idefics_cli.engine.embed import embed
-from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 
@@ -35,7 +34,7 @@ def subject_on(device: torch.device, dtype: torch.dtype, size: str, rows: int, s
 
 def texts(subject: Subject, prompts: Sequence[EncodedPrompt], decoding: DecodingOptions, rows: int) -> list[Any]:
     """Token ids of each prompt's best text, or its error."""
-    engine = Engine(subject.model, subject.vocabulary, rows)
+    engine = subject.engine(rows)
     found = dict(engine.generate(prompts, decoding))
     return [found[i][0].token_ids if isinstance(found[i], list) else str(found[i]) for i in range(len(prompts))]
 
@@ -67,8 +66,7 @@ def latents_difference(device: torch.device, size: str) -> float:
     host, other = (subject_on(each, torch.float32, size, 8) for each in (CPU, device))
     images = [EncodedImage((prompt.pixels[-1],)) for prompt in host.prompts.draw(3)]
     first, second = (
-        torch.stack([found for _, found in embed(Engine(each.model, each.vocabulary, 4), IterableSource(images))])
-        for each in (host, other)
+        torch.stack([found for _, found in embed(each.engine(4), IterableSource(images))]) for each in (host, other)
     )
     return float((first - second).abs().max())
 

@@ -33,7 +33,6 @@ from idefics_cli.images.worker_pool import WorkerPool
 from idefics_cli.rows import ImageOptions
 
 PROCESSOR = ImageProcessor()
-LEVELS = ImageProcessor(image_mean=(0, 0, 0), image_std=(1, 1, 1), rescale_factor=1)
 LIMITS = ImageOptions()
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SIDES_KEPT = (1, 2, 4)
@@ -102,7 +101,7 @@ def measure_draft(paths: Sequence[Path], sides_kept: int) -> dict[str, Any]:
     that of the pixels. `ImageOptions.draft` keeps DRAFT_SIDES."""
     whole, seconds_whole = _resized(paths, ImageOptions(), sides_kept)
     draft, seconds_draft = _resized(paths, ImageOptions(draft=True), sides_kept)
-    differences = [np.abs(a - b) for a, b in zip(whole, draft, strict=True)]  # (3, S, S) each
+    differences = [np.abs(a.astype(int) - b) for a, b in zip(whole, draft, strict=True)]  # (3, S, S) each
     return {
         "images": len(paths),
         "differ": sum(bool(difference.any()) for difference in differences),
@@ -114,9 +113,9 @@ def measure_draft(paths: Sequence[Path], sides_kept: int) -> dict[str, Any]:
 
 
 def _resized(paths: Sequence[Path], limits: ImageOptions, sides_kept: int) -> tuple[list[np.ndarray], float]:
-    side = LEVELS.image_size * sides_kept // DRAFT_SIDES
+    side = PROCESSOR.image_size * sides_kept // DRAFT_SIDES
     started = time.perf_counter()
-    return [LEVELS.array(load_image(path, limits, side)) for path in paths], time.perf_counter() - started
+    return [PROCESSOR.array(load_image(path, limits, side)) for path in paths], time.perf_counter() - started
 
 
 # ---- the whole

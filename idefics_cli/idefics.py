@@ -35,6 +35,7 @@ from idefics_cli.engine.prompt_source import (
     PromptSource,
 )
 from idefics_cli.engine.scheduler import stream
+from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.errors import IdeficsError, RowError, first_error
 from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
@@ -134,7 +135,11 @@ class Idefics:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.model, vocabulary_of(self.encoder), self.batch_size, self._is_eager)
+        return Engine(self.model, vocabulary_of(self.encoder), self.batch_size, self._is_eager, self._pixel_of_byte)
+
+    @property
+    def _pixel_of_byte(self) -> torch.Tensor:
+        return torch.from_numpy(self.images.pixel_of_byte)
 
     @property
     def is_instruct(self) -> bool:
@@ -152,7 +157,8 @@ class Idefics:
 
     def prepare_image(self, source: ImageSource, options: ImageOptions = DEFAULT_OPTIONS) -> torch.Tensor | RowError:
         """Pixels (3, side, side) of a path, bytes or PIL image, or why there are none."""
-        return self.images.prepare(source, options)
+        found = self.images.prepare(source, options)
+        return found if isinstance(found, RowError) else pixel_values(found[None], self._pixel_of_byte)[0]
 
     def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
         """Describe each image with the published prompt of the base or the instruct model, and its cut of texts."""
@@ -340,14 +346,15 @@ class Idefics:
         if isinstance(image, (EncodedImage, RowError)):
             return image
         if not isinstance(image, torch.Tensor):
-            return self.encode_image(self.prepare_image(image))
+            return self.encode_image(self.images.prepare(image))
         wanted = (3, self.images.image_size, self.images.image_size)
         if image.shape not in (wanted, self.latents_shape):
             raise IdeficsError(
                 f"an image tensor cannot have shape {tuple(image.shape)}: use {wanted} as from prepare_image, or "
                 f"{self.latents_shape} as from embed"
             )
-        return EncodedImage((image.float(),))
+        is_bytes = image.dtype == torch.uint8 and image.shape == wanted
+        return EncodedImage((image if is_bytes else image.float(),))
 
     def _items(self, prompt: Prompt | Sequence) -> Prompt | RowError:
         """The prompt with its images prepared."""

@@ -21,10 +21,11 @@ from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import FIRST_CALL, Subject, transformers_model
 from idefics_cli.engine import reference
 from idefics_cli.engine.embed import embed
-from idefics_cli.engine.engine import Engine, PhaseTimes
+from idefics_cli.engine.engine import PhaseTimes
 from idefics_cli.engine.options import DecodingOptions, Hypothesis
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.scheduler import stream
+from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.errors import IdeficsError, first_error
 from idefics_cli.model.packed_linear import pack_linears
 
@@ -62,7 +63,7 @@ class Bench:
             pack_linears(subject.model)
             self.layout_seconds = self._now() - started
         self.layout_bytes = layout.kept
-        self.engine = Engine(subject.model, subject.vocabulary, options.batch_size, options.request.eager)
+        self.engine = subject.engine(options.batch_size, options.request.eager)
         # Elsewhere caches would decide.
         self.bandwidth = copy_bandwidth(self.device) if self.device.type == "cuda" else None
 
@@ -143,7 +144,9 @@ class Bench:
         return Run(prompts, [texts[index] for index in range(len(prompts))], seconds, memory)
 
     def _inputs(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
-        return reference.collate(prompts, self.subject.vocabulary, self.subject.image_size)
+        table = self.subject.pixel_of_byte
+        shown = [replace(each, pixels=tuple(pixel_values(torch.stack(each.pixels), table))) for each in prompts]
+        return reference.collate(shown, self.subject.vocabulary, self.subject.image_size)
 
     def _generate(self, inputs: dict[str, Tensor], options: DecodingOptions, with_scores: bool) -> Iterable[Text]:
         tensors = {name: value.to(self.device) for name, value in inputs.items()}

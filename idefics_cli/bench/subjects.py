@@ -19,6 +19,7 @@ from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint.find import find_checkpoint
 from idefics_cli.checkpoint.load import load_network, side_files
 from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
+from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.errors import IdeficsError
@@ -139,7 +140,7 @@ class RandomPrompts:
         return torch.randint(*self._words, (count,), generator=generator).tolist()
 
     def _image(self, generator: torch.Generator) -> Tensor:
-        return torch.randn(3, self._side, self._side, generator=generator)
+        return torch.randint(0, 256, (3, self._side, self._side), generator=generator, dtype=torch.uint8)
 
 
 class ScenePrompts:
@@ -177,11 +178,19 @@ class ScenePrompts:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, what its tokens mean, and prompts for it."""
+    """A model, what its tokens mean, prompts for it, and the pixels that the bytes of their images stand for."""
 
     model: IdeficsForVisionText2Text
     vocabulary: Vocabulary
     prompts: RandomPrompts | ScenePrompts
+    images: ImageProcessor
+
+    @property
+    def pixel_of_byte(self) -> Tensor:
+        return torch.from_numpy(self.images.pixel_of_byte)
+
+    def engine(self, batch_size: int, eager: bool = False) -> Engine:
+        return Engine(self.model, self.vocabulary, batch_size, eager, self.pixel_of_byte)
 
     @property
     def image_size(self) -> int:
@@ -192,7 +201,9 @@ def random_subject(options: BenchOptions, device: torch.device, dtype: torch.dty
     assert options.random is not None, options
     model = random_model(options.random, device, dtype, options.seed)
     fake, image = model.config.vocab_size, model.config.vocab_size + 1
-    return Subject(model, Vocabulary(RANDOM_ENDS, (image, fake), PAD, image), RandomPrompts(model.config, options))
+    vocabulary = Vocabulary(RANDOM_ENDS, (image, fake), PAD, image)
+    images = ImageProcessor(model.config.vision_config.image_size)
+    return Subject(model, vocabulary, RandomPrompts(model.config, options), images)
 
 
 def checkpoint_subject(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -200,7 +211,7 @@ def checkpoint_subject(options: BenchOptions, device: torch.device, dtype: torch
     config, encoder, images = side_files(checkpoint)
     prompts = ScenePrompts(encoder, images, options)
     model = load_network(checkpoint, config, device, dtype)
-    return Subject(model, vocabulary_of(encoder), prompts)
+    return Subject(model, vocabulary_of(encoder), prompts, images)
 
 
 def require_space(subject: Subject, options: BenchOptions) -> None:

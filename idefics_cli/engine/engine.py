@@ -18,7 +18,7 @@ from idefics_cli.engine.memory_budget import VISION_BATCH, AdaptiveBatchSize, at
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prefill import PrefillBatch, PrefixCache, QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt
-from idefics_cli.engine.transfer import send
+from idefics_cli.engine.transfer import pixel_values, send, send_beside
 from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -46,13 +46,18 @@ class Engine:
 
     Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. On CUDA a decode
     step is one graph, unless it is to be `eager`. `waits` makes `times` true on a device that works asynchronously, at
-    some cost: for benchmarks.
+    some cost: for benchmarks. Images are pixels, or bytes with the table `pixel_of_byte` (3, 256).
     """
 
     def __init__(
-        self, model: IdeficsForVisionText2Text, vocabulary: Vocabulary, batch_size: int = 8, eager: bool = False
+        self,
+        model: IdeficsForVisionText2Text,
+        vocabulary: Vocabulary,
+        batch_size: int = 8,
+        eager: bool = False,
+        pixel_of_byte: Tensor | None = None,
     ):
-        self.model, self.vocabulary = model, vocabulary
+        self.model, self.vocabulary, self.pixel_of_byte = model, vocabulary, pixel_of_byte
         self.is_eager = eager or model.device.type != "cuda"
         self.batch_size, self.image_batch_size = AdaptiveBatchSize(batch_size), AdaptiveBatchSize(VISION_BATCH)
         self.times = PhaseTimes()
@@ -172,10 +177,19 @@ class Engine:
     def _encode_batch(self, images: Sequence[Tensor]) -> Tensor:
         """(images, seq, dim)"""
         with self.timed("vision"):
-            stacked = send(torch.stack(list(images)), self.model.device)
-            encoded = self.model.model.encode_images(pixel_values=stacked[:, None]).squeeze(1)
+            encoded = self.model.model.encode_images(pixel_values=self._pixel_values(images)[:, None]).squeeze(1)
         self.times.images += len(images)
         return encoded
+
+    def _pixel_values(self, images: Sequence[Tensor]) -> Tensor:
+        """(images, 3, side, side). Bytes become pixels on the device: a quarter is sent."""
+        if len({each.dtype for each in images}) > 1:
+            return torch.cat([self._pixel_values([each]) for each in images])
+        sent = send_beside(torch.stack(list(images)), self.model.device)
+        if sent.dtype != torch.uint8:
+            return sent
+        assert self.pixel_of_byte is not None, "bytes of images without the table of their pixels"
+        return pixel_values(sent, send(self.pixel_of_byte, sent.device))
 
     def _no_image(self) -> Tensor:
         model = self.model

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One row: token ids, and the pixels (3, S, S) of each of its images in order, or its latents (seq, dim).
+    """One row: token ids, and the pixels or bytes (3, S, S) of each of its images in order, or its latents (seq, dim).
 
     `image_keys` are the images' `content_key`s, computed here unless the caller knows them. The first `shared_len`
     tokens are those that further prompts of the run begin with too (instruction, shots); 0: unknown.
@@ -53,7 +53,7 @@ class EncodedChoices(EncodedPrompt):
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One image without a prompt, to be embedded: its pixels (3, S, S), and its `content_key`."""
+    """One image without a prompt, to be embedded: its pixels or bytes (3, S, S), and its `content_key`."""
 
     pixels: tuple[Tensor]
     image_keys: tuple[bytes] = field(init=False)

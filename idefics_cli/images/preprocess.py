@@ -1,4 +1,5 @@
-"""Image -> pixels, as transformers' IDEFICS processor (its Pillow backend) makes them. Knows no text and no model.
+"""Image -> its bytes at the model's size, and the pixel that each byte stands for, as transformers' IDEFICS processor
+(its Pillow backend) makes them. Knows no text and no model.
 
 Worker processes import this module, so torch is imported only where a tensor is returned.
 """
@@ -29,7 +30,7 @@ WITHIN_JOINT = "image_processor"  # the key of the first file that has the conte
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Resize to `image_size` squared (bicubic, aspect not kept), scale, normalise by channel. Pixels are float32."""
+    """Resize to `image_size` squared (bicubic, aspect not kept); scale and normalise by channel, which a table does."""
 
     image_size: int = 224
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
@@ -51,7 +52,7 @@ class ImageProcessor:
             ) from error
 
     @cached_property
-    def _pixel_of_byte(self) -> np.ndarray:
+    def pixel_of_byte(self) -> np.ndarray:
         """(3, 256) float32: the pixel that each of the 256 bytes becomes, per channel.
 
         The same roundings as transformers' arithmetic, in its order: double for the scale, single for the rest.
@@ -61,13 +62,13 @@ class ImageProcessor:
         return (scaled - mean) / std
 
     def array(self, image: Image.Image) -> np.ndarray:
-        """RGB image -> (3, image_size, image_size) float32."""
+        """RGB image -> (3, image_size, image_size), the bytes that `pixel_of_byte` is for."""
         assert image.mode == "RGB", f"pixels are made from RGB images, not {image.mode}: load_image() gives them"
         resized = np.asarray(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))  # (S, S, 3)
-        return np.stack([self._pixel_of_byte[c][resized[..., c]] for c in range(3)])  # (3, S, S)
+        return np.ascontiguousarray(resized.transpose(2, 0, 1))
 
     def prepare_array(self, source: Any, options: ImageOptions = DEFAULT_OPTIONS) -> np.ndarray | RowError:
-        """Anything `load_image` takes -> pixels, or why there are none. Safe to call from many threads."""
+        """Anything `load_image` takes -> its bytes, or why there are none. Safe to call from many threads."""
         image = load_image(source, options, self.image_size)
         return image if isinstance(image, RowError) else self.array(image)
 

@@ -69,7 +69,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self.close()
 
     def prepare(self, source: Any) -> torch.Tensor | RowError:
-        """`made` as a tensor: (3, S, S) float32, or why there are none."""
+        """`made` as a tensor: bytes (3, S, S), or why there are none."""
         import torch
 
         made = self.made(source)
@@ -214,7 +214,7 @@ class _Worker:
         return RowError(code, message)
 
     def _receive(self, shape: tuple[int, ...]) -> np.ndarray:
-        pixels = np.empty(shape, np.float32)
+        pixels = np.empty(shape, np.uint8)
         view = memoryview(pixels).cast("B")  # filled in place: these bytes are not copied twice
         while received := os.readv(self.connection.fileno(), [view]):
             view = view[received:]

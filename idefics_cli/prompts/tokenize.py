@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ class PromptEncoder:
         self.end_token_ids: tuple[int, ...] = (self.eos_token_id, end_of_utterance)[: 1 + self.is_instruct]
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.banned_token_ids: tuple[int, ...] = (self.image_token_id, self.fake_token_id)
+        self._encoding = threading.Lock()
         self._build_twin(tokenizer)
 
     def _required(self, name: str | None) -> int:
@@ -86,10 +88,13 @@ class PromptEncoder:
         """Token ids of the prompt after one `<s>`: `<image>` once for every image, no special token for any text.
 
         Neighbouring images share the `<fake_token_around_image>` between them; an empty text between them does not
-        count. Raises IdeficsError for a special token that this tokenizer lacks.
+        count. Raises IdeficsError for a special token that this tokenizer lacks. Threads take turns: the work is the
+        interpreter's and the tokenizer's, which several do no faster, and the thread that runs the model needs the
+        interpreter's lock hundreds of times a step.
         """
-        marked = "".join(self._marked(item) for item in (self._bos, *_with_image_tokens(merge_texts(prompt))))
-        return [self._own_ids.get(token_id, token_id) for token_id in self._twin_ids(marked)]
+        with self._encoding:
+            marked = "".join(self._marked(item) for item in (self._bos, *_with_image_tokens(merge_texts(prompt))))
+            return [self._own_ids.get(token_id, token_id) for token_id in self._twin_ids(marked)]
 
     def spelled(self, prompt: Prompt) -> str:
         """The same for people to read: special tokens by their names."""
@@ -104,7 +109,8 @@ class PromptEncoder:
         return self._markers[item.name]
 
     def _twin_ids(self, text: str) -> list[int]:
-        return self._twin.encode(text, add_special_tokens=False).ids
+        """A batch, of one: it lets other threads run meanwhile, and one text alone does not."""
+        return self._twin.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def banned_sequences(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Each word's token ids as a text of its own: what transformers takes as `bad_words_ids`.

@@ -71,7 +71,7 @@ class Breaking(ImageProcessor):
         if source not in FAULTS:
             return super().prepare_array(source, options)
         FAULTS[source]()
-        return np.zeros((3, self.image_size, self.image_size), np.float32)
+        return np.zeros((3, self.image_size, self.image_size), np.uint8)
 
 
 class Sleeping(ImageProcessor):

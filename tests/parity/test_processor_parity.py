@@ -28,6 +28,7 @@ from transformers.models.idefics.processing_idefics import (
 
 from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.engine.reference import collate
+from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.decode import load_image
 from idefics_cli.images.preprocess import ImageProcessor
@@ -89,7 +90,7 @@ def generated_prompt(rng: random.Random) -> list:
 def ours(prompts: list[list], encoder: PromptEncoder, processor: ImageProcessor):
     def encode(prompt: list) -> EncodedPrompt:
         images = [item for item in prompt if isinstance(item, Image.Image)]
-        return EncodedPrompt(encoder.encode(tuple(prompt)), tuple(processor.prepare(image) for image in images))
+        return EncodedPrompt(encoder.encode(tuple(prompt)), tuple(pixels(processor, image) for image in images))
 
     return collate([encode(prompt) for prompt in prompts], vocabulary_of(encoder), processor.image_size)
 
@@ -213,6 +214,11 @@ def test_each_token_sees_the_last_image_until_a_text_ends(row, num_images):
 # ---- pixels
 
 
+def pixels(processor: ImageProcessor, image: object) -> torch.Tensor:
+    """As the engine makes them of an image's bytes."""
+    return pixel_values(processor.prepare(image)[None], torch.from_numpy(processor.pixel_of_byte))[0]
+
+
 def photographs() -> list[Path]:
     """What scikit-image and scikit-learn ship in their wheels."""
     data = Path(pytest.importorskip("skimage").__file__).parent / "data"
@@ -229,7 +235,7 @@ def test_pixels_of_photographs_bit_for_bit(image_size):
         with Image.open(path) as image:
             image.load()
             expected = reference(image, return_tensors="pt")
-        assert torch.equal(processor.prepare(path), expected[0]), path.name
+        assert torch.equal(pixels(processor, path), expected[0]), path.name
 
 
 def test_a_checkpoint_with_other_statistics(tmp_path):
@@ -237,7 +243,7 @@ def test_a_checkpoint_with_other_statistics(tmp_path):
     theirs = IdeficsImageProcessorPil(**config)
     theirs.save_pretrained(tmp_path)
     image = images()[2]
-    assert torch.equal(ImageProcessor.from_pretrained(tmp_path).prepare(image), theirs(image, return_tensors="pt")[0])
+    assert torch.equal(pixels(ImageProcessor.from_pretrained(tmp_path), image), theirs(image, return_tensors="pt")[0])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK"])
@@ -248,7 +254,7 @@ def test_every_colour_mode_alike(mode):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = IdeficsImageProcessorPil(image_size=48)(image, return_tensors="pt")[0]
-    assert torch.equal(ImageProcessor(image_size=48).prepare(image), expected)
+    assert torch.equal(pixels(ImageProcessor(image_size=48), image), expected)
 
 
 def test_orientation_is_applied_before_the_pixels_are_made():
@@ -260,4 +266,4 @@ def test_orientation_is_applied_before_the_pixels_are_made():
     upright = load_image(turned)
     assert upright.size == image.size[::-1]
     expected = IdeficsImageProcessorPil(image_size=48)(upright, return_tensors="pt")[0]
-    assert torch.equal(ImageProcessor(image_size=48).prepare(turned), expected)
+    assert torch.equal(pixels(ImageProcessor(image_size=48), turned), expected)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from idefics_cli.demo.scene import COLORS, MAX_OBJECTS, SHAPES, SIZES, Scene, scene
+from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.model.kv_interface import image_attention_mask
 from idefics_cli.prompts.templates import (
@@ -97,9 +98,10 @@ class LessonPlan(torch.utils.data.Dataset):
         first = self.first_seed + step * self.scenes
         max_objects = min(MAX_OBJECTS, 1 + MAX_OBJECTS * step // self.easy_steps) if self.easy_steps else MAX_OBJECTS
         drawn = [scene(seed, max_objects) for seed in range(first, first + self.scenes)]
-        pixel_values = torch.stack([self.images.prepare(each.image) for each in drawn])
+        as_bytes = torch.stack([self.images.prepare(each.image) for each in drawn])
+        pixels = pixel_values(as_bytes, torch.from_numpy(self.images.pixel_of_byte))
         texts = tuple(self._texts(drawn, np.random.default_rng([first, 7]))) if self.questions else ()
-        return Lesson(pixel_values, object_table(drawn), texts)
+        return Lesson(pixels, object_table(drawn), texts)
 
     def _texts(self, scenes: list[Scene], generator: np.random.Generator):
         """Captions without shots, questions without shots, and both with shots; then both after the default's."""
