@@ -25,7 +25,6 @@ from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import Scoring
-from idefics_cli.engine.memory_budget import rows_that_fit
 from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
 from idefics_cli.engine.prompt_source import (
     EncodedChoices,
@@ -83,12 +82,12 @@ class Idefics:
         model: IdeficsForVisionText2Text,
         encoder: PromptEncoder,
         images: ImageProcessor,
-        batch_size: int,
+        batch_size: int | None,
         checkpoint: Checkpoint,
         eager: bool = False,
     ):
         self.checkpoint = checkpoint
-        self.model, self.encoder, self.images, self.batch_size = model, encoder, images, batch_size
+        self.model, self.encoder, self.images, self._batch_size = model, encoder, images, batch_size
         self._is_eager = eager
         self._encode_start = lru_cache(maxsize=16)(encoder.encode)
 
@@ -124,7 +123,7 @@ class Idefics:
         network = load_network(checkpoint, config, place, number_format)
         if place.type == "cpu":
             pack_linears(network)
-        return cls(network, encoder, images, batch_size or rows_that_fit(network), checkpoint, eager)
+        return cls(network, encoder, images, batch_size, checkpoint, eager)
 
     @classmethod
     def without_network(cls, request: ModelRequest) -> Idefics:
@@ -135,7 +134,12 @@ class Idefics:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.model, vocabulary_of(self.encoder), self.batch_size, self._is_eager, self._pixel_of_byte)
+        return Engine(self.model, vocabulary_of(self.encoder), self._batch_size, self._is_eager, self._pixel_of_byte)
+
+    @property
+    def batch_size(self) -> int:
+        """How many rows are decoded together at most."""
+        return self._batch_size or self.engine.batch_size.wanted
 
     @property
     def _pixel_of_byte(self) -> torch.Tensor:

@@ -41,6 +41,9 @@ from idefics_cli.storage.filenames import counted
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 
 if TYPE_CHECKING:
+    import torch
+
+    from idefics_cli.engine.memory_budget import MemoryPlan
     from idefics_cli.idefics import Idefics
     from idefics_cli.pipeline.task import Task
 
@@ -237,7 +240,7 @@ def info(
     """Show versions, devices and, for a model, whether and how it would run here."""
     facts = _machine_facts(request)
     if model is not None or request.adapter is not None:
-        facts["model"] = _model_fact(replace(request, model=model or request.model))
+        facts |= _model_facts(replace(request, model=model or request.model))
     print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
 
 
@@ -343,16 +346,18 @@ def _machine_facts(request: ModelRequest) -> dict[str, str]:
     }
 
 
-def _model_fact(request: ModelRequest) -> str:
+def _model_facts(request: ModelRequest) -> dict[str, str]:
     """Raises what a run with the model would."""
-    from idefics_cli.checkpoint.devices import dtype_name, resolve_device, resolve_dtype
+    import torch
+
+    from idefics_cli.checkpoint.devices import DTYPES, dtype_name, resolve_device, resolve_dtype
     from idefics_cli.checkpoint.find import bytes_to_fetch, check_model_request, find_checkpoint
     from idefics_cli.checkpoint.load import require_loadable, side_files
-    from idefics_cli.engine.memory_budget import free_bytes
+    from idefics_cli.engine.memory_budget import MemoryPlan, free_bytes
 
     check_model_request(request)
     if (size := bytes_to_fetch(request)) is not None:
-        return f"{request.model}, not cached: {size / 1e6:,.1f} MB of weights are fetched when it is used"
+        return {"model": f"{request.model}, not cached: {size / 1e6:,.1f} MB of weights are fetched when it is used"}
     device = resolve_device(request.device)
     checkpoint = find_checkpoint(request)
     config, *_ = side_files(checkpoint)
@@ -360,11 +365,32 @@ def _model_fact(request: ModelRequest) -> str:
     dtype = resolve_dtype(request.dtype, device, config)
     needed = require_loadable(checkpoint, config, device, dtype)
     adapter = "" if request.adapter is None else f", with the adapter {request.adapter}"
-    return (
+    free = free_bytes(device)
+    fact = (
         f"{checkpoint.folder}, {stored / 1e6:,.1f} MB of weights{adapter}; takes {needed / 1e6:,.1f} MB in "
-        f"{dtype_name(dtype)} of the "
-        f"{free_bytes(device) / 1e6:,.1f} MB free on {device}"
+        f"{dtype_name(dtype)} of the {free / 1e6:,.1f} MB free on {device}"
     )
+    plans = {
+        f"memory plan in {name}": MemoryPlan.of(config, needed // dtype.itemsize, getattr(torch, full).itemsize)
+        for name, full in DTYPES.items()
+    }
+    return {"model": fact, **{name: _shown_plan(plan, free, device) for name, plan in plans.items()}}
+
+
+def _shown_plan(plan: MemoryPlan, free: int, device: torch.device) -> str:
+    rows = [plan.rows(free - plan.weights, device.type == "cuda", beams) for beams in (1, 3)]
+    parts = {
+        "of weights": plan.weights,
+        "for a token of a row": plan.slot,
+        "while that is read": plan.token,
+        "for a row's image": plan.image,
+        "for a beam": plan.query,
+        "in the vision tower": plan.vision,
+        "in caches at most": plan.caches,
+    }
+    shown = ", ".join(f"{size / 1e6:,.2f} MB {name}" for name, size in parts.items())
+    fits = f"{rows[0]} rows at a time, {rows[1]} with 3 beams" if free > plan.weights else f"does not fit on {device}"
+    return f"{shown}; {fits}"
 
 
 def main() -> None:

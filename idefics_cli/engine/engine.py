@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, Prefix, project_images
-from idefics_cli.engine.memory_budget import VISION_BATCH, AdaptiveBatchSize, attempt
+from idefics_cli.engine.memory_budget import (
+    CACHE_BYTES,
+    VISION_BATCH,
+    AdaptiveBatchSize,
+    attempt,
+    most_rows,
+    rows_that_fit,
+)
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prefill import PrefillBatch, PrefixCache, QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt
@@ -22,7 +29,6 @@ from idefics_cli.engine.transfer import pixel_values, send, send_beside
 from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
-LATENTS_BYTES, IMAGE_KEYS_BYTES, PREFIX_BYTES = 512 << 20, 512 << 20, 512 << 20
 EncodedImages = Sequence[EncodedPrompt] | Sequence[EncodedImage]
 
 
@@ -42,7 +48,8 @@ class PhaseTimes:
 
 
 class Engine:
-    """One model with its caches. `batch_size` rows are run at a time, fewer where memory ends.
+    """One model with its caches. `batch_size` rows are run at a time, fewer where memory ends; None: as many as memory
+    holds and as make a step worth more.
 
     Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. On CUDA a decode
     step is one graph, unless it is to be `eager`. `waits` makes `times` true on a device that works asynchronously, at
@@ -53,18 +60,24 @@ class Engine:
         self,
         model: IdeficsForVisionText2Text,
         vocabulary: Vocabulary,
-        batch_size: int = 8,
+        batch_size: int | None = 8,
         eager: bool = False,
         pixel_of_byte: Tensor | None = None,
     ):
         self.model, self.vocabulary, self.pixel_of_byte = model, vocabulary, pixel_of_byte
         self.is_eager = eager or model.device.type != "cuda"
-        self.batch_size, self.image_batch_size = AdaptiveBatchSize(batch_size), AdaptiveBatchSize(VISION_BATCH)
+        self._is_bounded = batch_size is None and model.device.type == "cuda"
+        self.batch_size = AdaptiveBatchSize(batch_size or rows_that_fit(model))
+        self.image_batch_size = AdaptiveBatchSize(VISION_BATCH)
         self.times = PhaseTimes()
         self.waits = False
-        self.latents: BoundedCache[Tensor] = BoundedCache(LATENTS_BYTES)
-        self.image_key_values: BoundedCache[Tensor] = BoundedCache(IMAGE_KEYS_BYTES)
-        self.prefixes = PrefixCache(PREFIX_BYTES, self._prefill_prefix)
+        self.latents: BoundedCache[Tensor] = BoundedCache(CACHE_BYTES)
+        self.image_key_values: BoundedCache[Tensor] = BoundedCache(CACHE_BYTES)
+        self.prefixes = PrefixCache(CACHE_BYTES, self._prefill_prefix)
+
+    def rows_at_once(self, num_paths: int) -> int:
+        """Of so many beams each."""
+        return min(self.batch_size.now, most_rows(num_paths)) if self._is_bounded else self.batch_size.now
 
     def clear_caches(self) -> None:
         for cache in (self.latents, self.image_key_values, self.prefixes):

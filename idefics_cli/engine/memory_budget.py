@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -13,11 +14,18 @@ from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.memory_errors import naming_memory_errors
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
+if TYPE_CHECKING:
+    from transformers import IdeficsConfig
+
 Found = TypeVar("Found")
 
 VISION_BATCH = 16  # images; more at a time make no product faster
-SLOTS_ASSUMED = 512
-MOST_ROWS = (16, 64)  # elsewhere, on CUDA: more make no row faster
+SLOTS_ASSUMED, TREE_ASSUMED = 480, 32  # of a prompt, and of each beam's own tokens
+MOST_ROWS = 16  # not on CUDA: more make no row faster
+QUERIES = 240  # of a step on CUDA, rows times beams: with more, products take as long as the weights do to be read
+SHARE_ON_CUDA = 0.9  # of the free memory: the rest is for libraries, graphs and what the allocator cannot use
+CACHE_BYTES = 512 << 20  # each for latents, for images' keys and values, for shared starts
+LOGITS_AT_ONCE = 4  # tensors of a step over the whole vocabulary, in fp32
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 PATIENCE = 16  # times as many as are wanted at a time succeed before more are tried again
 
@@ -62,13 +70,55 @@ class AdaptiveBatchSize:
             self._num_succeeded, self._is_trial = 0, True
 
 
-def rows_that_fit(model: IdeficsForVisionText2Text) -> int:
-    """How many rows to decode at a time: what half of the free memory holds, at a length that prompts seldom exceed."""
-    config, itemsize = model.config, model.dtype.itemsize
-    slot_bytes = 2 * config.num_hidden_layers * config.hidden_size * itemsize  # a key and a value
-    image_vectors = len(model.model.gated_cross_attn_layers) * image_seq_len(config)
-    row_bytes = SLOTS_ASSUMED * slot_bytes + 2 * image_vectors * config.hidden_size * itemsize
-    return max(1, min(free_bytes(model.device) // 2 // row_bytes, MOST_ROWS[model.device.type == "cuda"]))
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run takes by arithmetic, in bytes. A row takes `slot` for each token of its prompt and its beams' tree,
+    `token` while its prompt is read for each of these, `image` for what it sees, and `query` for each of its beams.
+    There are once: `weights`, `vision`'s activations, and `caches` at most.
+    """
+
+    weights: int
+    slot: int
+    token: int
+    image: int
+    query: int
+    vision: int
+    caches: int = 3 * CACHE_BYTES
+
+    @classmethod
+    def of(cls, config: IdeficsConfig, num_parameters: int, itemsize: int) -> MemoryPlan:
+        hidden, vision = config.hidden_size, config.vision_config
+        gated_layers = -(-config.num_hidden_layers // config.cross_layer_interval)
+        patches = VISION_BATCH * (1 + (vision.image_size // vision.patch_size) ** 2)
+        return cls(
+            weights=num_parameters * itemsize,
+            slot=2 * config.num_hidden_layers * hidden * itemsize,  # a key and a value
+            token=(3 * config.intermediate_size + 3 * hidden) * itemsize,  # the widest moment is in the MLP
+            # Its own, and in the row's place; in prefill one layer's twice more, as they are joined.
+            image=(2 * gated_layers + 2) * 2 * image_seq_len(config) * hidden * itemsize,
+            query=LOGITS_AT_ONCE * (config.vocab_size + config.additional_vocab_size) * 4,
+            vision=patches * (2 * vision.intermediate_size + 4 * vision.embed_dim) * itemsize,
+        )
+
+    def row(self, prompt_slots: int, tree_slots: int, num_paths: int) -> int:
+        slots = (prompt_slots + tree_slots) * self.slot + prompt_slots * self.token
+        return slots + self.image + num_paths * self.query
+
+    def rows(self, free: int, is_cuda: bool, num_paths: int = 1) -> int:
+        """How many to decode at a time, at a length that prompts seldom exceed, once the weights are there."""
+        row = self.row(SLOTS_ASSUMED, TREE_ASSUMED * num_paths, num_paths)
+        space = int(SHARE_ON_CUDA * free) - self.vision - self.caches if is_cuda else free // 2
+        return max(1, min(space // row, most_rows(num_paths) if is_cuda else MOST_ROWS))
+
+
+def most_rows(num_paths: int) -> int:
+    return max(1, QUERIES // num_paths)
+
+
+def rows_that_fit(model: IdeficsForVisionText2Text, num_paths: int = 1) -> int:
+    """How many rows to decode at a time in what is free on the model's device."""
+    plan = MemoryPlan.of(model.config, model.num_parameters(), model.dtype.itemsize)
+    return plan.rows(free_bytes(model.device), model.device.type == "cuda", num_paths)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -91,7 +91,7 @@ class Scheduler:
         The first in the queue decides which prefix is shared; where it is another than the running rows have, these
         finish first. So no prompt waits for ever.
         """
-        batch_size = self.engine.batch_size.now
+        batch_size = self.engine.rows_at_once(self.options.num_paths)
         free = batch_size - len(self.rows)
         if self.rows and free < max(1, batch_size // 4):
             return []
@@ -110,7 +110,7 @@ class Scheduler:
         batch = PrefillBatch(group, self.prefix, engine.vocabulary)
         # Before the store grows: it then lies where the vision tower's activations have been.
         images = batch.arrange(engine.images(group, batch.wanted, ahead=self.queue.prompts))
-        expected = min(engine.batch_size.now, rows.stop + len(self.queue))
+        expected = min(engine.rows_at_once(self.options.num_paths), rows.stop + len(self.queue))
         self.store.reserve(rows.stop, max(batch.lengths), expected)
         logits = engine.prefill(batch, images, self.store.prompts(rows, max(batch.lengths)))
         self.store.admit(rows, batch.lengths, batch.last_images(images), send(batch.sees_image(), logits.device))

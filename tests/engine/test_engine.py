@@ -486,7 +486,10 @@ def test_ten_thousand_prompts_of_mixed_lengths_take_constant_memory() -> None:
 
 def test_memory_decides_how_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     network = MODELS[0]
-    row_bytes = 2 * (4 * memory_budget.SLOTS_ASSUMED + 2 * 5) * 32 * 4
-    for free, rows in ((0, 1), (6 * row_bytes, 3), (10_000 * row_bytes, 16)):
+    plan = memory_budget.MemoryPlan.of(network.config, network.num_parameters(), 4)
+    row = plan.row(memory_budget.SLOTS_ASSUMED, memory_budget.TREE_ASSUMED, 1)
+    for free, rows in ((0, 1), (6 * row, 3), (10_000 * row, 16)):
         monkeypatch.setattr(memory_budget, "free_bytes", lambda device, free=free: free)
         assert memory_budget.rows_that_fit(network) == rows
+    assert plan.rows(1 << 40, is_cuda=True) == 240
+    assert plan.rows(1 << 40, is_cuda=True, num_paths=3) == 80

@@ -1,0 +1,34 @@
+"""What a run takes by arithmetic, beside what the device in software counts as allocated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from software_cuda import SoftwareCuda
+
+from idefics_cli.bench.options import BenchOptions
+from idefics_cli.bench.subjects import random_subject
+from idefics_cli.engine.memory_budget import MemoryPlan
+from idefics_cli.engine.options import DecodingOptions
+from idefics_cli.engine.prompt_source import IterableSource
+from idefics_cli.engine.scheduler import Scheduler
+
+WITHIN = (0.6, 1.1)  # counted, of what was planned over the weights
+
+
+@pytest.mark.parametrize(("dtype", "rows", "beams"), [(torch.bfloat16, 24, 1), (torch.float32, 8, 3)])
+def test_memory_is_as_planned(dtype: torch.dtype, rows: int, beams: int) -> None:
+    with SoftwareCuda(shapes_only=True) as gpu:
+        subject = random_subject(BenchOptions(random="mid", rows=rows), gpu.device, dtype)
+        weights = gpu.allocated
+        plan = MemoryPlan.of(subject.model.config, subject.model.num_parameters(), dtype.itemsize)
+        assert weights == pytest.approx(plan.weights, rel=0.01)
+        prompts, decoding = IterableSource(subject.prompts.draw(0)), DecodingOptions(num_beams=beams, max_new_tokens=20)
+        scheduler = Scheduler(subject.engine(rows), prompts, decoding, subject.vocabulary)
+        gpu.peak = gpu.allocated
+        for _ in range(3):
+            scheduler.advance(scheduler.admit())
+    store = scheduler.store
+    kept = scheduler.engine.latents.num_bytes
+    planned = rows * plan.row(store.prompt_slots, store.tree_slots, beams) + max(plan.vision, kept)
+    assert WITHIN[0] <= (gpu.peak - weights) / planned <= WITHIN[1], (gpu.peak - weights, planned)
