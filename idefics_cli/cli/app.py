@@ -374,7 +374,7 @@ def _model_facts(request: ModelRequest) -> dict[str, str]:
         f"memory plan in {name}": MemoryPlan.of(config, needed // dtype.itemsize, getattr(torch, full).itemsize)
         for name, full in DTYPES.items()
     }
-    return {"model": fact, **{name: _shown_plan(plan, free, device) for name, plan in plans.items()}}
+    return {**{name: _shown_plan(plan, free, device) for name, plan in plans.items()}, "model": fact}
 
 
 def _shown_plan(plan: MemoryPlan, free: int, device: torch.device) -> str:
