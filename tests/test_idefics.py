@@ -17,6 +17,7 @@ from tiny_models import save_checkpoint
 from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
+from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, TASKS, PromptOptions, choose_template, shared_start
 
@@ -52,6 +53,8 @@ def prompts() -> list[list]:
 
 def log_probability(model: Idefics, encoded: EncodedPrompt, length: int) -> float:
     """The sum over the last `length` tokens, in one forward pass without a cache."""
+    pixels = [pixel_values(each[None], model.engine.pixel_of_byte)[0] for each in encoded.pixels]
+    encoded = EncodedPrompt(encoded.input_ids, tuple(pixels))
     with torch.no_grad():
         logits = model.model(**collate([encoded], model.engine.vocabulary, model.images.image_size)).logits[0]
     chosen = torch.tensor(encoded.input_ids[-length:])[:, None]
