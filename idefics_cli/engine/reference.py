@@ -37,6 +37,7 @@ def collate(encoded: Sequence[EncodedPrompt], vocabulary: Vocabulary, image_size
     pixel_values = torch.zeros(len(encoded), num_images, 3, image_size, image_size)
     for images, row in zip(pixel_values, encoded, strict=True):
         for image, pixels in zip(images, row.pixels, strict=False):
+            assert pixels.is_floating_point(), "bytes of an image are not its pixels"
             image.copy_(pixels)
     return {
         "input_ids": input_ids,
