@@ -76,7 +76,7 @@ def test_a_png_with_megabytes_of_profile_or_text_has_the_pixels_of_one_without(
 
 
 def test_a_png_of_more_text_than_a_file_may_have_is_an_error_row(workers: WorkerPool) -> None:
-    bomb = zlib.compress(bytes(300_000_000), 9)
+    bomb = zlib.compress(bytes(300_000_000), 1)
     body = b"zTXtbomb\0\0" + bomb
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     png = saved(photo(), "PNG")
