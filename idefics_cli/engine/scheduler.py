@@ -57,6 +57,7 @@ class Scheduler:
         if options.no_repeat_ngram_size or options.repetition_penalty != 1.0:
             self.context_length = None
         self.overflows = Overflows(self.model.dtype)
+        self.works_meanwhile = device.type == "cuda"
         self._start_over()
 
     def _start_over(self) -> None:
@@ -72,18 +73,29 @@ class Scheduler:
     # ---- the loop
 
     def run(self) -> Iterator[tuple[int, Outcome]]:
-        while (group := self.admit()) or self.rows:
-            finished = attempt(partial(self.advance, group))
-            yield from self.back_off(group) if finished is None else finished
+        finished: list[tuple[int, Outcome]] = []
+        while True:
+            if not (self.works_meanwhile and self.rows):
+                yield from finished
+                finished = []
+            group = self.admit()
+            if not group and not self.rows:
+                return
+            is_known = attempt(partial(self.advance, group))
+            yield from finished  # while the device computes
+            ended = [] if is_known is False else is_known and attempt(self.evict)
+            finished = self.back_off(group) if ended is None else ended
 
     @torch.inference_mode()
-    def advance(self, group: list[QueuedPrompt]) -> list[tuple[int, Outcome]]:
-        """One token for the new rows, or else for all."""
-        if group:
-            self.prefill(group)
-        else:
+    def advance(self, group: list[QueuedPrompt]) -> bool:
+        """One token for the new rows, or else for all. Whether it is worth asking who has ended: hardly a text ends
+        with its first token, and the host does not wait for it. One that does is over, whatever is written after it.
+        """
+        if not group:
             self.decode_step()
-        return self.evict()
+            return True
+        self.prefill(group)
+        return self.options.max_new_tokens == 1
 
     def admit(self) -> list[QueuedPrompt]:
         """Prompts of similar length to run, where there is space for a good number of them.
@@ -122,6 +134,7 @@ class Scheduler:
         self.state = BeamState.join(self.state, state)
         self.context = join_contexts(self.context, context)
         self.rows = self.rows + group
+        self.store.used = max(self.store.used, self.options.num_paths)
 
     def decode_step(self) -> None:
         """One token for every beam of every running row."""
@@ -144,6 +157,7 @@ class Scheduler:
         """The same whatever slots are in use: for all steps alike."""
         return self._next_state(state, context, self.store.prompt_slots, self.store.tree_slots)
 
+    @torch.inference_mode()
     def evict(self) -> list[tuple[int, Outcome]]:
         """Take out the rows whose search is over, and compact the rest."""
         known = torch.stack([self.state.done.long(), self.store.slots_in_use(len(self.rows))])

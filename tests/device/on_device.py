@@ -131,7 +131,7 @@ def advances(some: Sequence[EncodedPrompt], rows: int, chosen: DecodingOptions, 
         scheduler = Scheduler(engine, IterableSource(some), chosen, VOCABULARY)
         gpu.clear()
         while (group := scheduler.admit()) or scheduler.rows:
-            ended = scheduler.advance(group)
+            ended = scheduler.evict() if scheduler.advance(group) else []
             counted.append(Counted(len(group), len(ended), list(gpu.waits), sum(gpu.launches.values())))
             gpu.clear()
     return counted
