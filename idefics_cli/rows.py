@@ -143,7 +143,7 @@ class ReadOptions:
 
     Every manifest must have `columns` (of a tuple's names the first that is there is read) and `keep`, the columns to
     pass through ("all": every one but those of id and image). Texts in `list_columns` and in columns of images may be
-    lists. `shard` is (I, N), 1 <= I <= N: the rows whose index is I - 1 modulo N. `limit` counts the rows of the shard.
+    lists. `shard` is (I, N), 1 <= I <= N: the I-th of N contiguous ranges. `limit` counts the rows of the shard.
     Without an `image_column`, images are in the first of `usual_image_columns` that a manifest has, else in the only
     column that looks like images. With `allow_no_image` a row may be without. `needs_image` False: rows have images
     only where `image_column` names them; None: also where one of the usual columns is there, and the reason why one
@@ -192,7 +192,7 @@ class ReadOptions:
     ] = ()
     limit: Annotated[int | None, Help("Only the first N rows", min=1, max=sys.maxsize)] = None
     shard: Annotated[
-        tuple[int, int] | None, Help("Every N-th row, starting with the I-th", metavar="I/N", parse=parse_shard)
+        tuple[int, int] | None, Help("The I-th of N contiguous ranges of rows", metavar="I/N", parse=parse_shard)
     ] = None
     needs_image: bool | None = True
     needs_id: bool = True

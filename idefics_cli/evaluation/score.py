@@ -22,6 +22,7 @@ from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.manifest import is_manifest, open_table
 from idefics_cli.readers.references import references_of
+from idefics_cli.readers.source import ALL
 from idefics_cli.readers.table import OWN_ERROR, with_lists
 from idefics_cli.rows import ReadOptions
 from idefics_cli.storage.filenames import counted, listed, printable, shortened
@@ -157,7 +158,7 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
     scores = Scores(options, find_text_column(table.columns, options))
     lists = (options.answers_column, options.choices_column or CHOICES)
     wanted = dict.fromkeys((scores.text_column, "error", options.by, *lists))
-    for _, row in table.records(0, 1, [name for name in wanted if name in table.columns]):
+    for _, row in table.records(ALL, [name for name in wanted if name in table.columns]):
         row = row if isinstance(row, RowError) else with_lists(row, lists, table.is_text and not row.get("error"))
         error = row if isinstance(row, RowError) else row.get(OWN_ERROR)
         if error is not None:

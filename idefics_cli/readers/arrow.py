@@ -14,7 +14,8 @@ from typing import BinaryIO, TypeAlias
 import pyarrow as pa
 
 from idefics_cli.errors import InputError
-from idefics_cli.readers.parquet import BATCH_BYTES, BATCH_ROWS, WORST_BATCH_BYTES, TypedTable, strided
+from idefics_cli.readers.parquet import BATCH_BYTES, BATCH_ROWS, WORST_BATCH_BYTES, TypedTable, within
+from idefics_cli.readers.source import ALL, Place, Span
 from idefics_cli.readers.table import NoRows
 from idefics_cli.storage.files import File
 
@@ -37,23 +38,35 @@ class ArrowTable(TypedTable):
         with self._refusing():
             str(self._schema.remove_metadata())  # in which all names are decoded
             self.columns = self._schema.names
-        if not self.columns or next(self._batches(0, 1, ()), None) is None:
+        if not self.columns or next(self._batches(ALL, ()), None) is None:
             raise NoRows(f"{file.name} holds no rows: name a manifest with rows")
 
-    def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        number, most = 0, 8 * max(self._file.info()["size"], 1024)
+    def places(self, first: int, step: int) -> Iterator[Place]:
+        """A file can be entered at each batch; a stream is read from its beginning."""
         with self._open() as reader:
-            batches = _batches_of(reader)
+            can_enter = isinstance(reader, pa.ipc.RecordBatchFileReader)
+            number = 0
+            for place, batch in enumerate(_batches_of(reader, 0)):
+                entry = (place, number) if can_enter and place else (0, 1)
+                start = max(first, number + (first - number) % step)
+                yield from (Place(row, *entry) for row in range(start, number + batch.num_rows, step))
+                number += batch.num_rows
+        self.size = number
+
+    def _batches(self, span: Span, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        begin, claimed = span.begin, 8 * max(self._file.info()["size"], 1024)
+        number = begin.line if begin.entry else 0
+        with self._open() as reader:
+            batches = _batches_of(reader, begin.entry)
             while (batch := self._next(batches, columns)) is not None:
-                if number + batch.num_rows > most:
+                if number + batch.num_rows > claimed:
                     raise InputError(f"{self._file.name} claims more rows than it has bits: fetch or make it again")
                 rows_each = _rows_each(batch)
                 for offset in range(0, batch.num_rows, rows_each):
-                    piece, before = batch.slice(offset, rows_each), number + offset
-                    first = max(start, before + (start - before) % step)
-                    if first < before + piece.num_rows:
-                        yield first, strided(piece, first - before, step)
+                    yield from within(span, number + offset, batch.slice(offset, rows_each))
                 number += batch.num_rows
+                if span.most is not None and number >= span.most:
+                    return
         self.size = number
 
     def _next(self, batches: Iterator[pa.RecordBatch], columns: Sequence[str]) -> pa.RecordBatch | None:
@@ -76,9 +89,9 @@ class ArrowTable(TypedTable):
             yield reader
 
 
-def _batches_of(reader: Reader) -> Iterator[pa.RecordBatch]:
+def _batches_of(reader: Reader, first: int) -> Iterator[pa.RecordBatch]:
     if isinstance(reader, pa.ipc.RecordBatchFileReader):
-        return map(reader.get_batch, range(reader.num_record_batches))
+        return map(reader.get_batch, range(first, reader.num_record_batches))
     return iter(reader)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import csv
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -20,10 +21,11 @@ from typing import Any, BinaryIO, NamedTuple
 from idefics_cli.columns import MAX_ROW_BYTES
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.jsonl import BYTE_ORDER_MARK
+from idefics_cli.readers.source import Span
 from idefics_cli.readers.table import NoRows, Record, StreamTable
 from idefics_cli.rows import DelimitedOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_utf8, shown
-from idefics_cli.storage.files import File, open_stream, refusing, split_stream
+from idefics_cli.storage.files import File, open_stream, placed_pieces, refusing, split_stream
 
 SNIFFED_BYTES, SNIFFED_RECORDS = 256 << 10, 100
 REREAD_BYTES = 1 << 30  # in all; from then on a bad record costs all of its lines
@@ -48,19 +50,45 @@ class Dialect(NamedTuple):
 def open_delimited(file: File, compressed: bool, delimiter: str, options: DelimitedOptions) -> StreamTable:
     with open_stream(file, compressed) as stream:
         dialect = _sniffed(file.name, stream.read(SNIFFED_BYTES), delimiter, options)
-
-    def records(stream: BinaryIO) -> Iterator[tuple[int, list[str] | RowError]]:
-        lines = split_stream(_as_utf8(stream, file.name, dialect.encoding), b"\n")
-        return islice(read_delimited(lines, dialect), dialect.first_record, None)
-
+    form = _Delimited(file.name, dialect)
     with open_stream(file, compressed) as stream:
-        _, header = next(records(stream), (0, None))
-    columns = _checked_header(file.name, header, dialect.delimiter)
+        _, header = next(form.records(stream, dialect.first_record), (0, None))
+    form = form._replace(columns=_checked_header(file.name, header, dialect.delimiter))
+    enter = form.enter if dialect.encoding == UTF8 else None
+    return StreamTable(file, compressed, form.read, form.columns, enter=enter)
 
-    def read(stream: BinaryIO, wanted: Sequence[str] | None) -> Iterator[Callable[[], Record | RowError]]:
-        return (partial(_record, columns, *record) for record in islice(records(stream), 1, None))
 
-    return StreamTable(file, compressed, read, columns)
+class _Delimited(NamedTuple):
+    name: str
+    dialect: Dialect
+    columns: Sequence[str] = ()
+
+    def read(
+        self, stream: BinaryIO, wanted: Sequence[str] | None, span: Span
+    ) -> Iterator[Callable[[], Record | RowError]]:
+        skipped = 0 if span.begin.entry else self.dialect.first_record + 1
+        records = self.records(stream, skipped, span.begin.line)
+        return (partial(_record, self.columns, *record) for record in records)
+
+    def records(self, stream: BinaryIO, skipped: int, line: int = 1) -> Iterator[tuple[int, list[str] | RowError]]:
+        lines = split_stream(_as_utf8(stream, self.name, self.dialect.encoding), b"\n")
+        return islice(read_delimited(lines, self.dialect, line), skipped, None)
+
+    def enter(self, stream: BinaryIO) -> Iterator[tuple[int, int]]:
+        """Lines are read ahead of records, as far as a quote stays open."""
+        places: deque[int] = deque()
+
+        def lines() -> Iterator[bytes | None]:
+            for place, line in placed_pieces(stream, b"\n"):
+                places.append(place)
+                yield line
+
+        first = 1  # the number of the line at the first of the places
+        for number, _ in islice(read_delimited(lines(), self.dialect), self.dialect.first_record + 1, None):
+            for _ in range(number - first):
+                places.popleft()
+            first = number
+            yield places[0], number
 
 
 # ---- what kind of CSV it is
@@ -145,10 +173,12 @@ def _record(columns: Sequence[str], line_number: int, fields: list[str] | RowErr
     return dict(zip(columns, fields, strict=True))
 
 
-def read_delimited(lines: Iterator[bytes | None], dialect: Dialect) -> Iterator[tuple[int, list[str] | RowError]]:
-    """The number of each record's first line, and its fields or why it is bad."""
+def read_delimited(
+    lines: Iterator[bytes | None], dialect: Dialect, number: int = 1
+) -> Iterator[tuple[int, list[str] | RowError]]:
+    """The number of each record's first line, from this `number` on, and its fields or why it is bad."""
     held, end = bytearray(), 0  # the lines from the record's first one on, and how far they have been read
-    number, num_lines = 1, 0  # of its first line, and how many it has so far
+    num_lines = 0  # how many the record has so far; `number` is its first one's
     is_next_too_long, budget = False, REREAD_BYTES
 
     def texts() -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.image_paths import LocalRoot, any_place, read_image, remote_image
+from idefics_cli.readers.source import Source, Span
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name
 from idefics_cli.storage.files import File, walk
@@ -29,11 +30,8 @@ SIGNATURE_BYTES = 16
 LINK_OUT = RowError("image_not_allowed", "a link that leads out of the folder: --follow-links reads it")
 
 
-class FileListing:
+class FileListing(Source):
     """Images whose names are known: the names are the ids, and each comes once. `closed` are folders among them."""
-
-    prefix, rows_before, is_streaming = "", 0, False
-    passthrough: Mapping[str, Any] = NO_VALUES
 
     def __init__(
         self,
@@ -55,8 +53,8 @@ class FileListing:
         kind = "folder" if self._place.is_folder else "file"
         return {"kind": kind, "name": self._place.name, "files": self.size, "digest": digest.hexdigest()}
 
-    def rows(self, start: int, step: int) -> Iterator[InputRow]:
-        for number in range(start, self.size, step):
+    def rows(self, span: Span) -> Iterator[InputRow]:
+        for number in range(self.size)[span.begin.row : span.most]:
             yield self._row(number, self.names[number])
 
     def resolve(self, value: object) -> ImageSource | RowError:

@@ -11,11 +11,13 @@ import json
 import posixpath
 import sys
 from bisect import bisect
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from idefics_cli.columns import json_text
 from idefics_cli.errors import InputError, RowError
@@ -24,10 +26,11 @@ from idefics_cli.readers.image_paths import Say, said_once
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.manifest import Manifest, is_manifest, manifest_kind, open_manifest, require_image
 from idefics_cli.readers.parts import folder_parts, parts_of_one_kind, saved_dataset
+from idefics_cli.readers.source import Place, Source, Span
 from idefics_cli.readers.stdin_paths import PathList
 from idefics_cli.readers.stdin_rows import json_lines_on
 from idefics_cli.readers.table import Chunk, NoRows, Record
-from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
+from idefics_cli.rows import ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import is_hidden, listed, shown
 from idefics_cli.storage.files import File, find_all, place
 from idefics_cli.storage.unique_ids import UniqueIds
@@ -37,11 +40,15 @@ if TYPE_CHECKING:
 
 PARTS_AT_ONCE = 8  # opened before the first row is read: each is a few requests on a remote file system
 
-# What one INPUT, or one part of it, holds. `size` is None while it is not known: at the end of `rows` it is. `prefix`
-# makes a row's number unique among inputs, `rows_before` counts the rows of the input's parts before it. `identity` is
-# equal while the input is unchanged. `rows` gives every `step`-th row from number `start` on, with its number as index,
-# and "" as id where it has none.
-Source: TypeAlias = FileListing | PathList | Manifest
+
+class Cut(NamedTuple):
+    """Where the rows of all inputs may be cut: the `index` of the row that comes then, the number of its source, how
+    many rows of the same input lie in sources before that, and its place there."""
+
+    index: int = 0
+    source: int = 0
+    before: int = 0
+    place: Place = Place()
 
 
 def open_inputs(
@@ -59,7 +66,8 @@ def open_inputs(
     """
     if list(inputs).count("-") > 1:
         raise InputError("`-` is named twice, but stdin can be read only once: name it once")
-    return Inputs([_open(name, len(inputs) > 1, options, stdin, say) for name in inputs], options)
+    opened = Inputs([_open(name, len(inputs) > 1, options, stdin, say) for name in inputs], options)
+    return opened if options.shard is None else opened.part(*opened.shard(*options.shard))
 
 
 def _open(name: str, among_others: bool, options: ReadOptions, stdin: BinaryIO | None, say: Say) -> Sequence[Source]:
@@ -133,35 +141,34 @@ class Inputs:
     """
 
     def __init__(self, inputs: Sequence[Sequence[Source]], options: ReadOptions) -> None:
-        sources = [source for one in inputs for source in one]
-        self._sources = sources
-        self._files = [source for source in sources if isinstance(source, Manifest) and not source.is_streaming]
+        self._sources = [source for one in inputs for source in one]
         self._firsts = [
             number for number, one in zip(accumulate(map(len, inputs), initial=0), inputs, strict=False) for _ in one
         ]
         self.are_manifests = [isinstance(one[0], Manifest) for one in inputs]
-        self._shard = options.shard or (1, 1)
         self._limit = sys.maxsize if options.limit is None else options.limit
         self._kept = self._limit
-        self.is_streaming = any(source.is_streaming for source in sources)
-        self.total = self._count()
-        self.identity = [dict(source.identity) for source in sources]
-        self.passthrough = _merged([source.passthrough for source in sources])
-        self._begin()
+        self.is_streaming = any(source.is_streaming for source in self._sources)
+        self.identity = [dict(source.identity) for source in self._sources]
+        self.passthrough = _merged([source.passthrough for source in self._sources])
+        self._begin, self._end, self._num_rows = Cut(), None, None
+        self.may_repeat_ids = self._compare_ids()
+        self._restart()
 
-    def _begin(self) -> None:
-        self._starts = [0]  # the index of the first row of each source that has been reached
-        self._ids = self._ids_to_remember()
-        self._remaining = self._limit
+    def _restart(self) -> None:
+        self._starts = [
+            self._begin.index - self._begin.place.row
+        ]  # the index of each source's first row, as far as known
+        self._ids = UniqueIds() if self.may_repeat_ids else None
+        self._has_begun = False
         self.rows = self._walk()
 
     def restarted(self) -> Iterator[InputRow]:
         """`rows` from the first on, again where some have been read."""
-        if self._remaining < self._limit or len(self._starts) > 1:
+        if self._has_begun:
             for source in self._sources:
-                if isinstance(source, PathList):
-                    source.restart()
-            self._begin()
+                source.restart()
+            self._restart()
         return self.rows
 
     def keep_to(self, number: int) -> None:
@@ -170,37 +177,87 @@ class Inputs:
 
     def is_manifest(self, index: int) -> bool:
         """Whether the row of this index, which has been read, stands in a manifest."""
-        return isinstance(self._sources[bisect(self._starts, index) - 1], Manifest)
+        return isinstance(self._source_of(index), Manifest)
 
     def resolve(self, value: object, index: int = 0) -> ImageSource | RowError:
         """An image value that stands in the row of this `index` -> what opens it."""
-        return self._sources[bisect(self._starts, index) - 1].resolve(value)
+        return self._source_of(index).resolve(value)
+
+    def _source_of(self, index: int) -> Source:
+        return self._sources[bisect(self._starts, index) - 1]
 
     def _walk(self) -> Iterator[InputRow]:
-        """The rows of the shard up to the limit."""
-        for source, first in zip(self._sources, self._firsts, strict=True) if self._remaining else ():
-            offset = self._starts[-1]
-            source.rows_before = offset - self._starts[first]
-            for row in source.rows(self._first(offset), self._shard[1]):
-                self._remaining -= 1
-                yield self._placed(row, source, offset)
-                if not self._remaining:
+        """The rows up to the limit."""
+        self._has_begun, remaining = True, self._limit
+        for number, source, span in self._spans():
+            for row in source.rows(span):
+                yield self._placed(row, number)
+                remaining -= 1
+                if not remaining:
                     return
-            assert source.size is not None, "a source knows its size at its end"
-            self._starts.append(offset + source.size)
 
-    def _first(self, offset: int) -> int:
-        """The first number that is in the shard, in the source whose rows begin at `offset`."""
-        place, step = self._shard
-        return (place - 1 - offset) % step
+    def _spans(self) -> Iterator[tuple[int, Source, Span]]:
+        """Each source with its number and what is read of it. When the next one is asked for, its size is known."""
+        for number, source in enumerate(self._sources):
+            if number == len(self._starts):
+                assert self._sources[number - 1].size is not None, "a source knows its size at its end"
+                self._starts.append(self._starts[-1] + self._sources[number - 1].size)
+            is_last = number == len(self._sources) - 1
+            end = self._end.place if self._end and is_last else None
+            yield number, source, Span(Place() if number else self._begin.place, end)
 
-    def _count(self) -> int | None:
+    @property
+    def total(self) -> int | None:
+        if self._num_rows is not None:
+            return min(self._limit, self._num_rows)
         sizes = [source.size for source in self._sources]
-        if None in sizes:
-            return None
-        place, step = self._shard
-        total = len(range(place - 1, sum(sizes), step))
-        return min(total, self._limit)
+        return None if None in sizes else min(self._limit, sum(sizes))
+
+    # ---- ranges
+
+    def part(self, begin: Cut, end: Cut) -> Inputs:
+        """The rows between two cuts; nothing else is read for them."""
+        part = copy(self)
+        beyond = end.source > begin.source and end.place.row == 0  # it begins a source of which nothing is wanted
+        last = end.source - beyond
+        part._sources = self._sources[begin.source : last + 1]
+        part._firsts = [max(0, first - begin.source) for first in self._firsts[begin.source : last + 1]]
+        part._begin, part._end, part._num_rows = begin, None if beyond else end, end.index - begin.index
+        part._restart()
+        return part
+
+    def cuts(self, rows_each: int) -> Iterator[Cut]:
+        """Where the rows begin, where they may be cut into ranges of about so many rows, and where they end."""
+        yield (last := Cut())
+        for number, source, _ in self._spans():
+            start = self._starts[number]
+            before = start - self._input_start(number)
+            for found in source.places(max(0, rows_each - (start - last.index)), rows_each):
+                cut = Cut(start + found.row, number, before, found)
+                if cut.index >= self._limit:
+                    yield cut._replace(index=self._limit, place=found._replace(row=self._limit - start))
+                    return
+                if cut.index > last.index:
+                    yield (last := cut)
+        end = min(self._limit, start + source.size)
+        yield Cut(end, number, before, Place(end - start))
+
+    def shard(self, place: int, number: int) -> tuple[Cut, Cut]:
+        """The bounds of the `place`-th of so many ranges of nearly equal length."""
+        if self.is_streaming:
+            raise InputError("--shard needs to know how many rows there are: save stdin as a file, and name that")
+        for _, source, _ in self._spans():
+            if source.size is None:
+                deque(source.places(sys.maxsize, 1), maxlen=0)
+        size = sum(source.size for source in self._sources)
+        return self._cut_at(size * (place - 1) // number), self._cut_at(size * place // number)
+
+    def _cut_at(self, index: int) -> Cut:
+        numbers = [number for number, _, _ in self._spans()]
+        number = max(0, bisect(self._starts, index, hi=len(numbers)) - 1)
+        start = self._starts[number]
+        found = next(self._sources[number].places(index - start, 1), Place(index - start))
+        return Cut(index, number, start - self._input_start(number), found)
 
     # ---- pass-through columns, in a second pass
 
@@ -231,22 +288,18 @@ class Inputs:
 
     def _chunks(self) -> Iterator[Chunk]:
         self._require_unchanged()
-        remaining, offset = min(self._limit, self._kept), 0
-        for source in self._sources:
-            for chunk in self._source_chunks(source, self._first(offset), remaining):
+        remaining = min(self._limit, self._kept)
+        for _, source, span in self._spans():
+            for chunk in source.chunks(span, remaining):
                 yield chunk[:remaining]
                 remaining = max(0, remaining - len(chunk))
                 if not remaining:
                     return
-            offset += source.size or 0
         self._require_unchanged()
 
-    def _source_chunks(self, source: Source, start: int, most: int) -> Iterator[Chunk]:
-        """A source other than a manifest has no columns; one of unknown size was left at the limit, `most` rows on."""
-        if isinstance(source, Manifest):
-            yield from source.chunks(start, self._shard[1])
-        else:
-            yield [NO_VALUES] * (most if source.size is None else len(range(start, source.size, self._shard[1])))
+    @property
+    def _files(self) -> list[Manifest]:
+        return [source for source in self._sources if isinstance(source, Manifest) and not source.is_streaming]
 
     def _require_unchanged(self) -> None:
         """Rows that have been added do no harm."""
@@ -259,31 +312,37 @@ class Inputs:
 
     def changed_names(self) -> list[str]:
         """Of the manifests that are not, under their names, what has been read."""
-        return [manifest.identity["name"] for manifest in self._files if manifest.has_changed]
+        return [manifest.identity["name"] for manifest in self._files if not manifest.is_unchanged()]
 
     # ---- ids
 
-    def _ids_to_remember(self) -> UniqueIds | None:
-        """None where no two rows can have one id. Of files and folders all ids are compared here and now."""
+    def _compare_ids(self) -> bool:
+        """Whether two rows can have one id. Of files and folders all ids are compared here and now."""
         if all(isinstance(source, FileListing) for source in self._sources):
             if len(self._sources) > 1:
                 refuse_equal_ids(self._sources)
-            return None
-        is_numbered = all(isinstance(source, Manifest) and source.is_numbered for source in self._sources)
-        return None if is_numbered and not self._firsts[-1] else UniqueIds()
+            return False
+        return self._firsts[-1] > 0 or not all(source.is_numbered for source in self._sources)
 
-    def _placed(self, row: InputRow, source: Source, offset: int) -> InputRow:
+    def _placed(self, row: InputRow, number: int) -> InputRow:
         """The row with its index and id among all rows."""
-        index = offset + row.index
-        row_id = row.id or f"{source.prefix}#{source.rows_before + row.index}"
+        source, index = self._sources[number], self._starts[number] + row.index
+        row_id, is_made = row.id, not (row.id or source.is_numbered)
+        if not row_id:
+            row_id = f"{source.prefix}{'#' * is_made}{index - self._input_start(number)}"
         if self._ids is not None:
-            while not row.id and row_id in self._ids:
+            while is_made and row_id in self._ids:
                 row_id = f"#{row_id}"
             first = self._ids.add(row_id, index)
             if first is not None:
                 error = RowError("duplicate_id", f"row {index + 1} has the id of row {first + 1}, {shown(row_id)}")
                 row = replace(row, sources=(), error=error)
         return row if (index, row_id) == (row.index, row.id) else replace(row, index=index, id=row_id)
+
+    def _input_start(self, number: int) -> int:
+        """The index of the first row of the input that this source is of."""
+        first = self._firsts[number]
+        return self._starts[first] - (0 if first else self._begin.before)
 
 
 def _merged(columns: Sequence[Mapping[str, pa.DataType | None]]) -> dict[str, pa.DataType | None]:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.jsonl import DECODER, checked_object, open_json_lines
+from idefics_cli.readers.source import Span
 from idefics_cli.readers.table import Record, StreamTable
 from idefics_cli.storage.filenames import listed, shown
 from idefics_cli.storage.files import MAX_PIECE_BYTES, READ_BYTES, File, open_stream
@@ -35,7 +36,7 @@ def open_json(file: File, compressed: bool, key: str | None) -> StreamTable:
         return open_json_lines(file, compressed)
     chosen = None if is_array else _chosen_list(file.name, kinds, key)
 
-    def read(stream: BinaryIO, columns: Sequence[str] | None) -> Iterator[Callable[[], Record | RowError]]:
+    def read(stream: BinaryIO, columns: Sequence[str] | None, span: Span) -> Iterator[Callable[[], Record | RowError]]:
         for number, (value, text) in enumerate(_Values(stream, file.name).rows(chosen), 1):
             yield partial(checked_object, value, text, f"row {number}")
 

@@ -9,24 +9,34 @@ from typing import Any, BinaryIO
 
 from idefics_cli.columns import MAX_DEPTH, MAX_VALUES, is_deeper
 from idefics_cli.errors import RowError
+from idefics_cli.readers.source import Span
 from idefics_cli.readers.table import Record, StreamTable
 from idefics_cli.storage.filenames import is_utf8
-from idefics_cli.storage.files import File, split_stream
+from idefics_cli.storage.files import File, placed_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
 
 def open_json_lines(file: File, compressed: bool) -> StreamTable:
-    return StreamTable(file, compressed, _read)
+    return StreamTable(file, compressed, _read, enter=_enter)
 
 
-def _read(stream: BinaryIO, columns: Sequence[str] | None) -> Iterator[Callable[[], Record | RowError]]:
-    for number, line in enumerate(split_stream(stream, b"\n"), 1):
+def _read(stream: BinaryIO, columns: Sequence[str] | None, span: Span) -> Iterator[Callable[[], Record | RowError]]:
+    return (partial(parse_object, line, f"line {number}") for _, number, line in _lines(stream, span.begin.line))
+
+
+def _enter(stream: BinaryIO) -> Iterator[tuple[int, int]]:
+    return ((place, number) for place, number, _ in _lines(stream, 1))
+
+
+def _lines(stream: BinaryIO, first: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """The place, number and text of each line that is not blank."""
+    for number, (place, line) in enumerate(placed_pieces(stream, b"\n"), first):
         if number == 1 and line is not None:
             line = line.removeprefix(BYTE_ORDER_MARK)
         if line is None or (not line.isspace() and line):
-            yield partial(parse_object, line, f"line {number}")
+            yield place, number, line
 
 
 def parse_object(text: bytes | None, place: str) -> Record | RowError:

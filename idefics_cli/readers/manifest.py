@@ -17,6 +17,7 @@ from idefics_cli.readers.image_columns import image_columns_of, is_empty, requir
 from idefics_cli.readers.image_paths import Say, open_root, read_image, read_images, shown_images
 from idefics_cli.readers.json_array import open_json
 from idefics_cli.readers.jsonl import open_json_lines
+from idefics_cli.readers.source import Place, Source, Span
 from idefics_cli.readers.stdin_rows import StdinFile
 from idefics_cli.readers.table import OWN_ERROR, Chunk, NoRows, Record, Table, with_lists
 from idefics_cli.readers.webdataset import Archive
@@ -132,18 +133,15 @@ def _table(file: File, kind: str, compressed: bool, options: ReadOptions) -> Tab
     return open_json_lines(file, compressed)
 
 
-class Manifest:
-    """The rows of one manifest; those without an id column have their number as id, after `rows_before` in other parts
-    of the same input."""
-
-    rows_before = 0
+class Manifest(Source):
+    """The rows of one manifest; those without an id column have their number as id."""
 
     def __init__(self, file: File, table: Table, prefix: str, options: ReadOptions, say: Say) -> None:
         self.prefix, self.is_streaming = prefix, isinstance(file, StdinFile)
         self._file, self._table = file, table
         self.identity: dict[str, Any] = {"kind": "stdin"}
         if not self.is_streaming:
-            self.identity, self._state = _identity(file), _state(file)
+            self.identity = _identity(file)
         self._images = image_columns_of(file.name, table, options)
         self._id = _id_column(file.name, table, options)
         self.is_numbered = self._id is None  # no two rows can have one id
@@ -164,34 +162,37 @@ class Manifest:
 
     def still_holds(self) -> bool:
         """Whether what it held is there, whatever has been added since; of a file."""
-        size = self.identity["bytes"]
-        return self._file.info()["size"] >= size and _identity(self._file, size) == self.identity
+        return self._holds(self._file, self.identity["bytes"])
 
-    @property
-    def has_changed(self) -> bool:
-        """Whether another file has its name by now, or none, or it is not as it was when it was opened; of a file."""
+    def is_unchanged(self) -> bool:
+        """Whether the file of its name is still the same."""
+        return self._holds(local_file(self._file.path) if self._file.is_local else self._file, None)
+
+    def _holds(self, file: File, size: int | None) -> bool:
         try:
-            return _state(local_file(self._file.path) if self._file.is_local else self._file) != self._state
+            return file.info()["size"] >= self.identity["bytes"] and _identity(file, size) == self.identity
         except InputError:
-            return True
+            return False
 
-    def rows(self, start: int, step: int) -> Iterator[InputRow]:
+    def rows(self, span: Span) -> Iterator[InputRow]:
         columns = *self._images.names, self._id, *self._values
         wanted = list(dict.fromkeys(name for name in columns if name is not None))
-        for number, record in self._table.records(start, step, wanted):
+        for number, record in self._table.records(span, wanted):
             yield self._row(number, record)
 
-    def chunks(self, start: int, step: int) -> Iterator[Chunk]:
-        return self._table.chunks(start, step, list(self.passthrough))
+    def chunks(self, span: Span, most: int) -> Iterator[Chunk]:
+        return self._table.chunks(span, list(self.passthrough))
+
+    def places(self, first: int, step: int) -> Iterator[Place]:
+        return self._table.places(first, step)
 
     def resolve(self, value: object) -> ImageSource | RowError:
         return read_image(value, self._resolve)
 
     def _row(self, number: int, record: Record | RowError) -> InputRow:
-        row_id = f"{self.prefix}{self.rows_before + number}" if self._id is None else ""
         if isinstance(record, RowError):
-            return InputRow(number, row_id, None, (), NO_VALUES, record)
-        row_id = row_id or id_text(record.get(self._id))
+            return InputRow(number, "", None, (), NO_VALUES, record)
+        row_id = "" if self._id is None else id_text(record.get(self._id))
         record = with_lists(record, self._lists, self._table.is_text)
         value = self._images.value(record)
         sources = self._sources(value)
@@ -210,18 +211,14 @@ class Manifest:
         failure = record.get(OWN_ERROR)
         if isinstance(failure, RowError):
             return failure
-        return None if row_id else RowError("row_invalid", f"no id: column {shown(self._id)} holds no usable text here")
+        has_id = row_id or self.is_numbered
+        return None if has_id else RowError("row_invalid", f"no id: column {shown(self._id)} holds no usable text here")
 
 
 def _identity(file: File, size: int | None = None) -> dict[str, Any]:
     """Of its first `size` bytes."""
     size = file.info()["size"] if size is None else size
     return {"kind": "manifest", "name": file.name, "bytes": size, "digest": file_digest(file, size)}
-
-
-def _state(file: File) -> list[Any]:
-    info = file.info()
-    return [info.get(name) for name in ("size", "ino", "mtime")]
 
 
 # ---- columns

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import datetime
 import decimal
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from idefics_cli.errors import InputError, RowError
+from idefics_cli.readers.source import ALL, Place, Span
 from idefics_cli.readers.table import OWN_ERROR, SAMPLE_ROWS, Chunk, NoRows, Record, Table, image_columns
 from idefics_cli.storage.filenames import shown
 from idefics_cli.storage.files import BUFFER_BYTES, File, refusing
@@ -36,14 +38,14 @@ LIST_VALUE_BYTES = 16  # the least that each value of a list takes in memory
 
 
 class TypedTable(Table):
-    """A manifest whose columns have Arrow types. `_batches` gives every `step`-th row from `start` on in pieces that
-    fit into memory, with the number of each one's first row."""
+    """A manifest whose columns have Arrow types. `_batches` gives the rows of a span in pieces that fit into memory,
+    with the number of each one's first row."""
 
     _file: File
     _schema: pa.Schema
     _remedy = "fetch or make it again"
 
-    def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def _batches(self, span: Span, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         raise NotImplementedError
 
     def _refusing(self) -> AbstractContextManager[None]:
@@ -58,7 +60,7 @@ class TypedTable(Table):
         if typed:
             return typed
         texts = [name for name in self.columns if self.may_hold_images(name)]
-        return image_columns(texts, [record for _, record in islice(self.records(0, 1, texts), SAMPLE_ROWS)])
+        return image_columns(texts, [record for _, record in islice(self.records(ALL, texts), SAMPLE_ROWS)])
 
     def type_of(self, column: str) -> pa.DataType:
         return self._schema.field(column).type
@@ -68,18 +70,27 @@ class TypedTable(Table):
         is_text = kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
         return is_text or _is_bytes(kind) or pa.types.is_fixed_size_binary(kind)
 
-    def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
+    def records(self, span: Span, columns: Sequence[str]) -> Iterator[tuple[int, Record]]:
         if not columns and self.size is not None:
-            yield from ((number, {}) for number in range(start, self.size, step))
+            yield from ((number, {}) for number in range(self.size)[span.begin.row : span.most])
             return
-        for first, batch in self._batches(start, step, columns or self.columns[:1]):
-            numbers = range(first, first + step * batch.num_rows, step)
+        for first, batch in self._batches(span, columns or self.columns[:1]):
+            numbers = range(first, first + batch.num_rows)
             yield from zip(numbers, python_rows(batch, numbers), strict=True)
 
-    def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[Chunk]:
+    def chunks(self, span: Span, columns: Sequence[str]) -> Iterator[Chunk]:
         if not columns:
-            return super().chunks(start, step, columns)
-        return (batch for _, batch in self._batches(start, step, columns))
+            return super().chunks(span, columns)
+        return (batch for _, batch in self._batches(span, columns))
+
+
+def within(span: Span, first: int, batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The rows of a batch that are in the span, if there are any; `first` is the number of its first row."""
+    rows = range(first, first + batch.num_rows)
+    begin = max(span.begin.row, first)
+    end = rows.stop if span.most is None else min(span.most, rows.stop)
+    if begin < end:
+        yield begin, batch.slice(begin - first, end - begin)
 
 
 class ParquetTable(TypedTable):
@@ -94,19 +105,32 @@ class ParquetTable(TypedTable):
         if self.size == 0:
             raise NoRows(f"{file.name} holds no rows: name a manifest with rows")
 
-    def _batches(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def places(self, first: int, step: int) -> Iterator[Place]:
+        """At the begin of a row group where one is near: what is in the middle of a group is read from its begin on."""
+        with self._open() as parquet:
+            groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        bounds = list(accumulate(groups, initial=0))
+        while first < self.size:
+            near = min(bounds[max(0, bisect(bounds, first) - 1) :][:2], key=lambda bound: abs(bound - first))
+            first = near if abs(near - first) <= step // 2 else first
+            if first < self.size:
+                yield Place(first)
+            first += step
+
+    def _batches(self, span: Span, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Raises InputError after a row group of fewer rows than it declares: Arrow skips what it does not find."""
+        most = self.size if span.most is None else span.most
         with self._open() as parquet:
             offset = looked_at = 0
             for group in range(parquet.num_row_groups):
                 declared = parquet.metadata.row_group(group).num_rows
-                if offset + declared > start:
+                if span.begin.row < offset + declared and offset < most:
                     if group >= looked_at:
                         looked_at = self._look_ahead(parquet, group, columns)
                     for number, batch in self._group_batches(parquet, group, offset, columns):
-                        first = max(start, number + (start - number) % step)
-                        if first < number + batch.num_rows:
-                            yield first, strided(batch, first - number, step)
+                        yield from within(span, number, batch)
+                        if span.most is not None and number + batch.num_rows >= most:
+                            return
                         del batch
                 offset += declared
             self._require_rows(self.size, offset)
@@ -204,15 +228,6 @@ def _dictionary_bytes(chunk: ColumnChunkMetaData) -> int:
 
 
 # ---- values
-
-
-def strided(batch: pa.RecordBatch, first: int, step: int) -> pa.RecordBatch:
-    """Joined from slices, since `take` knows no views."""
-    if step == 1:
-        return batch.slice(first)
-    rows = [batch.slice(place, 1) for place in range(first, batch.num_rows, step)]
-    (joined,) = pa.Table.from_batches(rows).combine_chunks().to_batches()
-    return joined
 
 
 def python_rows(batch: pa.RecordBatch, numbers: range) -> Iterator[Record]:

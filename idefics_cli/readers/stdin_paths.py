@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, BinaryIO
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.image_paths import Say, open_root, read_image
+from idefics_cli.readers.source import ALL, Source, Span
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow, ReadOptions
 from idefics_cli.storage.filenames import escape_name
 from idefics_cli.storage.files import split_stream
 
 
-class PathList:
+class PathList(Source):
     """The paths on `stdin`, which come once.
 
     Reads up to the first path when it is made, so that an empty stdin is known before a model is loaded.
     """
 
-    size: int | None = None
-    prefix, rows_before, is_streaming = "-:", 0, True
+    prefix, is_streaming = "-:", True
     identity: Mapping[str, Any] = {"kind": "stdin"}
-    passthrough: Mapping[str, Any] = NO_VALUES
 
     def __init__(self, stdin: BinaryIO | None, options: ReadOptions, say: Say) -> None:
         if stdin is None:
@@ -45,8 +44,9 @@ class PathList:
         self._stdin.seek(0)
         self._records, self._taken = _records(self._stdin, self._null), 0
 
-    def rows(self, start: int, step: int) -> Iterator[InputRow]:
-        for record in islice(self._remaining(), start - self._taken, None, step):
+    def rows(self, span: Span) -> Iterator[InputRow]:
+        assert span == ALL, span
+        for record in self._remaining():
             yield self._row(self._taken - 1, record)
 
     def resolve(self, value: object) -> ImageSource | RowError:

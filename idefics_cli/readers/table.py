@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 from idefics_cli.columns import list_in
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.image_paths import holds_image
+from idefics_cli.readers.source import ALL, Place, Span
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, WEB_ADDRESS, shown
 from idefics_cli.storage.files import File, open_stream
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Record: TypeAlias = Mapping[str, Any]
-Read: TypeAlias = "Callable[[BinaryIO, Sequence[str] | None], Iterator[Callable[[], Record | RowError]]]"
+Read: TypeAlias = "Callable[[BinaryIO, Sequence[str] | None, Span], Iterator[Callable[[], Record | RowError]]]"
+Enter: TypeAlias = Callable[[BinaryIO], Iterator[tuple[int, int]]]
 Chunk: TypeAlias = "pa.RecordBatch | Sequence[Record]"  # rows as Arrow, or one by one
 
 SAMPLE_ROWS = 100
@@ -60,18 +62,23 @@ class Table:
     def may_hold_images(self, column: str) -> bool:
         return True
 
-    def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
-        """Every `step`-th record from number `start` on, with its number and at least these of its columns."""
+    def places(self, first: int, step: int) -> Iterator[Place]:
+        """As those of a `Source`."""
+        assert self.size is not None, "its size is known by its metadata"
+        return map(Place, range(first, self.size, step))
+
+    def records(self, span: Span, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
+        """The records of the span, each with its number and at least these of its columns."""
         raise NotImplementedError
 
-    def chunks(self, start: int, step: int, columns: Sequence[str]) -> Iterator[Chunk]:
+    def chunks(self, span: Span, columns: Sequence[str]) -> Iterator[Chunk]:
         """The same records in bounded chunks of just these columns, as Arrow where the format has it.
 
         A bad record has no values.
         """
         chunk: list[Record] = []
         size = 0
-        for _, record in self.records(start, step, columns):
+        for _, record in self.records(span, columns):
             chunk.append({} if isinstance(record, RowError) else {name: record.get(name) for name in columns})
             size += sum(len(value if isinstance(value, str) else str(value)) for value in chunk[-1].values())
             if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
@@ -82,13 +89,24 @@ class Table:
 
 class StreamTable(Table):
     """A manifest that is read forwards, whose format is `read`: its bytes -> a function for each record that makes it,
-    given the columns that are wanted. `columns` None: they are those of the first records."""
+    given the columns that are wanted. `columns` None: they are those of the first records.
+
+    `enter`, if the format can be entered in its middle: its bytes -> where each record begins, as byte and line. Then
+    `read` may be given the bytes of a span.
+    """
 
     def __init__(
-        self, file: File, compressed: bool, read: Read, columns: Sequence[str] | None = None, own: tuple[str, ...] = ()
+        self,
+        file: File,
+        compressed: bool,
+        read: Read,
+        columns: Sequence[str] | None = None,
+        own: tuple[str, ...] = (),
+        enter: Enter | None = None,
     ) -> None:
         self.image_column, self.id_column = own or (None, None)
         self._file, self._compressed, self._read = file, compressed, read
+        self._enter = None if compressed else enter
         self.is_text = columns is not None
         sample = self._sample()
         found = dict.fromkeys(name for record in sample for name in record)
@@ -102,20 +120,34 @@ class StreamTable(Table):
 
         return pa.string()
 
-    def records(self, start: int, step: int, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
+    def places(self, first: int, step: int) -> Iterator[Place]:
         number = -1
         with open_stream(self._file, self._compressed) as stream:
-            for number, make in enumerate(self._read(stream, columns)):
-                if number >= start and (number - start) % step == 0:
-                    yield number, make()
+            entries = self._enter(stream) if self._enter else ((0, 1) for _ in self._read(stream, (), ALL))
+            for number, entry in enumerate(entries):
+                if number >= first and (number - first) % step == 0:
+                    yield Place(number, *entry)
         self.size = number + 1
+
+    def records(self, span: Span, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
+        begin, most = span.begin, span.most
+        first, bounds = (begin.row, (begin.entry, span.end_entry)) if begin.entry else (0, (0, span.end_entry))
+        number = first - 1
+        with open_stream(self._file, self._compressed, *bounds) as stream:
+            for number, make in enumerate(self._read(stream, columns, span), first):
+                if most is not None and number >= most:
+                    return
+                if number >= begin.row:
+                    yield number, make()
+        if most is None:
+            self.size = number + 1
 
     def _sample(self) -> list[Record]:
         """The first records without bad ones and images. Raises InputError where they tell no columns."""
         records: list[Record | RowError] = []
         most = 1 if self._file.comes_slowly else SAMPLE_ROWS
         with open_stream(self._file, self._compressed) as stream:
-            for make in islice(self._read(stream, None), most):
+            for make in islice(self._read(stream, None, ALL), most):
                 records.append(make())
                 if stream.tell() > SAMPLE_BYTES:
                     break

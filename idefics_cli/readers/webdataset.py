@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from idefics_cli.errors import InputError, RowError
 from idefics_cli.readers.jsonl import parse_object
+from idefics_cli.readers.source import Span
 from idefics_cli.readers.table import OWN_ERROR, OWN_ID, OWN_IMAGES, Record, StreamTable
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, escape_name, is_hidden, shown
 from idefics_cli.storage.files import MAX_PIECE_BYTES, READ_BYTES, File, open_stream
@@ -39,8 +40,10 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Member:
-    """A file or link of an archive. `read` gives its bytes until the next member is asked for."""
+    """A file or link of an archive, which begins at `place`. `read` gives its bytes until the next member is asked
+    for."""
 
+    place: int
     name: str
     size: int
     link: str | None
@@ -51,7 +54,7 @@ class Archive(StreamTable):
     """Of stems that come back, the first ones are found when it is made, and by `check` all that are found quickly."""
 
     def __init__(self, file: File, compressed: bool) -> None:
-        super().__init__(file, compressed, self._records, own=(OWN_IMAGES, OWN_ID))
+        super().__init__(file, compressed, self._records, own=(OWN_IMAGES, OWN_ID), enter=self._entries)
 
     def check(self) -> None:
         if self._file.is_local and not self._compressed:
@@ -60,15 +63,19 @@ class Archive(StreamTable):
                     if stream.tell() > CHECKED_BYTES:
                         break
 
-    def _records(self, stream: BinaryIO, columns: Sequence[str] | None) -> Iterator[Callable[[], Record]]:
+    def _entries(self, stream: BinaryIO) -> Iterator[tuple[int, int]]:
+        return ((next(members).place, 1) for _, members in self._stems(stream))
+
+    def _records(self, stream: BinaryIO, columns: Sequence[str] | None, span: Span) -> Iterator[Callable[[], Record]]:
         images = columns is not None and OWN_IMAGES in columns
         fields = columns is None or not {OWN_ID, OWN_IMAGES}.issuperset(columns)
-        for stem, members in self._stems(stream):
+        for stem, members in self._stems(stream, has_end=span.end_entry is None):
             yield partial(_read_record, stem, members, images=images, fields=fields)
 
-    def _stems(self, stream: BinaryIO) -> Iterator[tuple[str, Iterator[Member]]]:
+    def _stems(self, stream: BinaryIO, has_end: bool = True) -> Iterator[tuple[str, Iterator[Member]]]:
+        """Of a span that ends before the archive, the end is not looked for."""
         known = UniqueIds()
-        members = (member for member in read_members(stream, self._file.name) if _parts_of(member.name)[1])
+        members = (member for member in read_members(stream, self._file.name, has_end) if _parts_of(member.name)[1])
         for stem, group in groupby(members, lambda member: _parts_of(member.name)[0]):
             if known.add(escape_name(stem), 0) is not None:
                 raise InputError(
@@ -130,11 +137,12 @@ def _parts_of(name: str) -> tuple[str, str]:
 # ---- tar
 
 
-def read_members(stream: BinaryIO, name: str) -> Iterator[Member]:
+def read_members(stream: BinaryIO, name: str, has_end: bool = True) -> Iterator[Member]:
     """All files and links that are not hidden. Raises InputError where the archive is damaged or has no end."""
     try:
         extended: dict[str, bytes] = {}
-        while (header := _header(stream)) is not None:
+        place = stream.tell()
+        while (has_end or stream.peek(1)) and (header := _header(stream)) is not None:
             if header.type in LONG_NAMES or header.type in EXTENDED or header.type == tarfile.XGLTYPE:
                 data = _padded(stream, header.size, MAX_HEADER_BYTES)
                 if header.type in EXTENDED:
@@ -142,8 +150,8 @@ def read_members(stream: BinaryIO, name: str) -> Iterator[Member]:
                 elif header.type in LONG_NAMES:
                     extended[LONG_NAMES[header.type]] = data.partition(b"\0")[0]
                 continue
-            yield from _member(stream, header, extended, name)
-            extended = {}
+            yield from _member(stream, place, header, extended, name)
+            extended, place = {}, stream.tell()
         while rest := stream.read(READ_BYTES):
             if rest.strip(b"\0"):
                 raise tarfile.ReadError("there is more after its end, as in joined archives: name each by itself")
@@ -155,7 +163,9 @@ def _damaged(name: str, error: tarfile.TarError) -> InputError:
     return InputError(f"{name} is not a whole tar archive: {error}; fetch or make it again")
 
 
-def _member(stream: BinaryIO, header: tarfile.TarInfo, extended: Mapping[str, bytes], origin: str) -> Iterator[Member]:
+def _member(
+    stream: BinaryIO, place: int, header: tarfile.TarInfo, extended: Mapping[str, bytes], origin: str
+) -> Iterator[Member]:
     def read() -> bytes:
         try:
             return _exactly(stream, size)
@@ -173,7 +183,7 @@ def _member(stream: BinaryIO, header: tarfile.TarInfo, extended: Mapping[str, by
     has_data = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
     end = stream.tell() + (size + -size % tarfile.BLOCKSIZE if has_data else 0)
     if (header.isreg() or header.type in LINKS) and not any(map(is_hidden, name.split("/"))):
-        yield Member(name, size, LINKS.get(header.type), read)
+        yield Member(place, name, size, LINKS.get(header.type), read)
     stream.seek(end)
 
 

@@ -97,6 +97,34 @@ class Positioned(io.RawIOBase):
         return number
 
 
+class Range(io.RawIOBase):
+    """The bytes of a stream from `begin` up to `end`, as if there were no others."""
+
+    def __init__(self, stream: Any, begin: int, end: int | None) -> None:
+        self._stream, self._begin = stream, begin
+        self._end = stream.seek(0, os.SEEK_END) if end is None else end
+        stream.seek(begin)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: self._begin, os.SEEK_CUR: self._stream.tell(), os.SEEK_END: self._end}[whence]
+        return self._stream.seek(max(self._begin, start + place)) - self._begin
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(max(0, min(len(buffer), self._end - self._stream.tell())))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
 @dataclass(frozen=True)
 class File:
     """A file or folder. `name` is its path or address for people and ids, without anything secret; `path` is its path
@@ -157,6 +185,11 @@ class File:
         if pointer:
             raise InputError(f"{self.name} is {pointer}")
         return stream
+
+    def open_range(self, begin: int, end: int | None) -> BinaryIO:
+        """The bytes from `begin` up to `end`, seekable within these; no others are read."""
+        with refusing(self.name, OSError):
+            return io.BufferedReader(Range(self.filesystem.open(self.path, "rb"), begin, end), BUFFER_BYTES)
 
 
 def local_file(path: str) -> File:
@@ -266,11 +299,12 @@ def refusing(
 
 
 @contextmanager
-def open_stream(file: File, compressed: bool) -> Iterator[BinaryIO]:
-    """The bytes of `file`, unpacked where it is `compressed` with gzip; an InputError where it is damaged."""
+def open_stream(file: File, compressed: bool, begin: int = 0, end: int | None = None) -> Iterator[BinaryIO]:
+    """The bytes of `file`, unpacked where it is `compressed` with gzip; an InputError where it is damaged. Else those
+    from `begin` up to `end`."""
     with (
         refusing(file.name, EOFError, OSError, zlib.error, remedy="fetch or make it again"),
-        file.open() as raw,
+        file.open() if begin == 0 and end is None else file.open_range(begin, end) as raw,
         gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw as stream,
     ):
         yield stream
@@ -281,18 +315,24 @@ def split_stream(stream: BinaryIO, separator: bytes) -> Iterator[bytes | None]:
 
     None stands for a piece of more than 64 MB, which is never held.
     """
+    return (piece for _, piece in placed_pieces(stream, separator))
+
+
+def placed_pieces(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes | None]]:
+    """The same, each with the place of its first byte."""
     parts: list[bytes] = []
-    size = 0
+    place = size = 0
     while chunk := stream.read(READ_BYTES):
         *pieces, rest = chunk.split(separator)
         for piece in pieces:
-            yield _joined(parts, size, piece) if size else piece
+            yield place, _joined(parts, size, piece) if size else piece
+            place += size + len(piece) + 1
             parts, size = [], 0
         size += len(rest)
         if rest and size <= MAX_PIECE_BYTES:
             parts.append(rest)
     if size:
-        yield _joined(parts, size, b"")
+        yield place, _joined(parts, size, b"")
 
 
 def _joined(parts: list[bytes], size: int, last: bytes) -> bytes | None:

@@ -15,6 +15,7 @@ from written_manifests import read, refusal
 from idefics_cli.errors import InputError
 from idefics_cli.readers import parquet
 from idefics_cli.readers.parquet import ParquetTable
+from idefics_cli.readers.source import ALL, Place, Span
 from idefics_cli.storage import limited_process
 from idefics_cli.storage.files import local_file
 
@@ -46,15 +47,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    start=st.integers(0, NUM_ROWS + 3), step=st.integers(1, 9), group=st.integers(1, NUM_ROWS), page=st.integers(1, 200)
+    start=st.integers(0, NUM_ROWS + 3), more=st.integers(0, 9), group=st.integers(1, NUM_ROWS), page=st.integers(1, 200)
 )
-def test_any_stride_is_that_of_the_plain_rows(
-    tmp_path_factory: pytest.TempPathFactory, start: int, step: int, group: int, page: int
+def test_any_range_is_that_of_the_plain_rows(
+    tmp_path_factory: pytest.TempPathFactory, start: int, more: int, group: int, page: int
 ) -> None:
-    path = tmp_path_factory.getbasetemp() / "stride.parquet"
+    path = tmp_path_factory.getbasetemp() / "range.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=group, data_page_size=page, write_batch_size=1)
-    found = list(table_at(path).records(start, step, ["bytes", "id"]))
-    expected = [(i, {"bytes": ROWS[i]["bytes"], "id": ROWS[i]["id"]}) for i in range(start, NUM_ROWS, step)]
+    found = list(table_at(path).records(Span(Place(start), Place(start + more)), ["bytes", "id"]))
+    expected = [(i, {"bytes": ROWS[i]["bytes"], "id": ROWS[i]["id"]}) for i in range(NUM_ROWS)[start : start + more]]
     assert found == expected
 
 
@@ -103,7 +104,7 @@ def test_a_row_group_of_images_is_never_held(path: Path) -> None:
     pq.write_table(pa.table({"image": images}), path, row_group_size=2000, **options)
     del images
     before, most, count = pa.total_allocated_bytes(), 0, 0
-    for _ in table_at(path).records(0, 1, ["image"]):
+    for _ in table_at(path).records(ALL, ["image"]):
         most, count = max(most, pa.total_allocated_bytes() - before), count + 1
     assert count == 2000 and most < 24 * MEGABYTE, most
 
@@ -115,7 +116,7 @@ def test_a_dictionary_that_each_row_repeats_is_not_unpacked_at_once(path: Path) 
     pq.write_table(pa.table({"image": images}), path, compression="none", store_schema=False)
     del images
     before, most = pa.total_allocated_bytes(), 0
-    for _ in table_at(path).records(0, 1, ["image"]):
+    for _ in table_at(path).records(ALL, ["image"]):
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < 160 * MEGABYTE, most
 
@@ -179,10 +180,10 @@ def test_pages_of_a_large_file_are_looked_at_before_they_are_read(monkeypatch: p
     pq.write_table(pa.table({"image": ["a.png"] * 8, "n": list(range(8))}), path, row_group_size=2)
     table, found = ParquetTable(local_file(str(path))), []
     with pytest.raises(InputError, match="Arrow ends its process on it"):
-        found.extend(table.records(0, 1, ["n"]))
+        found.extend(table.records(ALL, ["n"]))
     assert found == [(number, {"n": number}) for number in range(4)]
-    assert len(list(table.records(0, 1, ["image"]))) == 8
-    assert [number for number, _ in table.records(6, 1, ["n"])] == [6, 7]
+    assert len(list(table.records(ALL, ["image"]))) == 8
+    assert [number for number, _ in table.records(Span(Place(6)), ["n"])] == [6, 7]
 
 
 def test_a_page_with_another_checksum_is_refused(path: Path) -> None:
