@@ -23,6 +23,7 @@ ROW_ERROR_CODES = (
     "prompt_too_long",
     "out_of_memory",
     "overflow",
+    "process_died",
 )
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cached_property, partial
@@ -27,10 +27,10 @@ from idefics_cli.pipeline.earlier import DECIDING, Changes, EarlierRows, is_dupl
 from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions
 from idefics_cli.pipeline.prefetch import Finished, FirstRowsFailed, FlowOptions, RunStats, Steps, run_rows
 from idefics_cli.pipeline.task import Observer, Task
-from idefics_cli.readers.inputs import open_inputs
+from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
-from idefics_cli.rows import InputRow, ReadOptions, RemoteFile
+from idefics_cli.rows import ImageSource, InputRow, ReadOptions, RemoteFile
 from idefics_cli.storage.filenames import shown_place
 from idefics_cli.validation import by_option
 from idefics_cli.writers.formats import DIGEST, VQAV2, Passthrough, mark_of
@@ -66,6 +66,7 @@ class Run:
         stats: RunStats,
         observer: Observer,
         stdin: BinaryIO | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         if options.format == VQAV2 and (task.command != "vqa" or task.rows_each > 1):
             raise OutputError("--format vqav2 is for vqa, with one question in each row of a manifest")
@@ -73,7 +74,7 @@ class Run:
         self.options, self.task, self.form, self.stats, self.observer = options, task, task.form, stats, observer
         self._check_model, self._load_model = check_model, load_model
         _require_output_of_its_own(options, task)
-        self.inputs = open_inputs(options.inputs, options.reading, _spooled(stdin, options), observer.say)
+        self.inputs = inputs or open_inputs(options.inputs, options.reading, _spooled(stdin, options), observer.say)
         _require_manifests(options, task, self.inputs.are_manifests)
         _require_output_outside_parts(options, self.inputs.are_manifests)
         names = shown_names(self.inputs.passthrough, [column.name for column in self.form.columns])
@@ -96,7 +97,7 @@ class Run:
         while True:
             output = FileOutput(options.output, overwrite=options.overwrite, format_name=options.format)
             with closing(output):
-                output.require_same(self._settings(weights=None))
+                output.require_same(self.settings(weights=None))
                 if output.journal.summary is None or not self._is_publishable(output):
                     return self._run_to_file(output)
                 self._publish(output)
@@ -108,7 +109,7 @@ class Run:
         under way or, where the input is not what it was, in a further one."""
         options, is_finished = self.options, output.is_finished
         if not is_finished:
-            output.require_same(self._settings(self._check_model(options.request)))
+            output.require_same(self.settings(self._check_model(options.request)))
         is_retry = is_finished and options.retry_errors and bool(output.record["failed"])
         rows = self._rows()
         if not is_retry and self._stand_first(output, rows):
@@ -216,7 +217,7 @@ class Run:
                 )
 
     def _begin(self, output: FileOutput) -> JournalWriter:
-        settings = self._settings(self._check_model(self.options.request))  # a hub's weights are known only now
+        settings = self.settings(self._check_model(self.options.request))  # a hub's weights are known only now
         output.require_same(settings)
         output.begin(settings, self.form.columns)
         self._tag = output.tag
@@ -226,7 +227,7 @@ class Run:
         self.inputs.keep_to(output.journal.summary["rows"] // self.task.rows_each)
         output.publish(self.form.columns, self.passthrough)
 
-    def _settings(self, weights: str | None) -> dict[str, Any]:
+    def settings(self, weights: str | None) -> dict[str, Any]:
         """What decides all rows: a run resumes only where it is the same. `weights` None: not known yet."""
         options = by_option(self.options)
         return {
@@ -304,13 +305,11 @@ class Run:
         rows = self._checked(rows)
         if self.sidecars is not None:
             rows = map(self._with_text_beside, rows)
-        model = self._load_model(options.request, options.batch_size) if needs_model else None
-        rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
-        batch_size = ROWS_AT_ONCE if model is None else model.batch_size
-        flow = FlowOptions(batch_size, options.images.num_workers, options.max_errors, rows_at_once, first_may_fail)
-        self.observer.on_start(None if total is None else total * self.task.rows_each)
-        with nullcontext() if model is None else model.image_workers(options.images) as images:
-            steps = NO_STEPS if model is None else self.task.begin(model, images, self.inputs.resolve, self.observer)
+        with self.steps(self.inputs.resolve) if needs_model else nullcontext((NO_STEPS, ROWS_AT_ONCE)) as ready:
+            steps, batch_size = ready
+            rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
+            flow = FlowOptions(batch_size, options.images.num_workers, options.max_errors, rows_at_once, first_may_fail)
+            self.observer.on_start(None if total is None else total * self.task.rows_each)
             writer, resumed = open_writer(), self.stats.safe
             if isinstance(writer, JournalWriter):
                 steps = self._recording(steps)
@@ -320,6 +319,22 @@ class Run:
                 self._close_beside()
             finally:
                 self.stats.safe = resumed + writer.num_safe
+
+    @contextmanager
+    def steps(self, resolve: Callable[[object, int], ImageSource | RowError]) -> Iterator[tuple[Steps, int]]:
+        """What becomes of rows, with the model and the processes of images, and how many the model works on at once."""
+        model = self._load_model(self.options.request, self.options.batch_size)
+        with model.image_workers(self.options.images) as images:
+            yield self.task.begin(model, images, resolve, self.observer), model.batch_size
+
+    def write_rows(
+        self, stream: BinaryIO, rows: Iterator[InputRow], ready: tuple[Steps, int], first_may_fail: bool
+    ) -> None:
+        """These rows of the inputs as JSON lines, for a run of many parts."""
+        steps, batch_size = ready
+        flow = FlowOptions(batch_size, self.options.images.num_workers, None, ROWS_AT_ONCE, first_may_fail)
+        write = self._writing(StreamWriter(stream))
+        run_rows(self.task.expand(rows), steps, write, flow, self.stats, self.observer.on_row)
 
     def _writing(self, writer: RowWriter) -> Callable[[InputRow, Finished], None]:
         """Rows on stdout have the columns that are passed through; a file gets them in the end, and digests."""

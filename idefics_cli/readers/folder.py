@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class FileListing(Source):
         follow_links: bool = False,
         closed: Mapping[str, RowError] = NO_VALUES,
     ) -> None:
-        self.size = len(names)
+        self.size, self._first = len(names), 0
         self._place, self._closed = place, closed
         self.names = names
         self._root = LocalRoot(place.path, follow_links) if place.is_local and place.is_folder else None
@@ -55,7 +56,14 @@ class FileListing(Source):
 
     def rows(self, span: Span) -> Iterator[InputRow]:
         for number in range(self.size)[span.begin.row : span.most]:
-            yield self._row(number, self.names[number])
+            yield self._row(number, self.names[number - self._first])
+
+    def narrowed(self, span: Span) -> FileListing:
+        names = range(self.size)[span.begin.row : span.most]
+        narrow = copy(self)
+        narrow.names, narrow._first = self.names[names.start : names.stop], names.start
+        narrow._closed = {name: self._closed[name] for name in narrow.names if name in self._closed}
+        return narrow
 
     def resolve(self, value: object) -> ImageSource | RowError:
         return read_image(value, any_place)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from idefics_cli.columns import MAX_IMAGES
@@ -85,6 +85,9 @@ class LocalRoot:
         self._real_folder = lru_cache(FOLDERS_REMEMBERED)(os.path.realpath)
         with suppress(OSError):
             self._when_opened = real_folder(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to another process, which says nothing
+        return LocalRoot, (self._folder, self._follow_links)
 
     def resolve(self, path: str) -> ImageSource | RowError:
         refusal = _refuse_path(path)

@@ -14,10 +14,9 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from idefics_cli.columns import json_text
 from idefics_cli.errors import InputError, RowError
@@ -152,6 +151,7 @@ class Inputs:
         self.identity = [dict(source.identity) for source in self._sources]
         self.passthrough = _merged([source.passthrough for source in self._sources])
         self._begin, self._end, self._num_rows = Cut(), None, None
+        self._is_watched = True
         self.may_repeat_ids = self._compare_ids()
         self._restart()
 
@@ -202,9 +202,11 @@ class Inputs:
             if number == len(self._starts):
                 assert self._sources[number - 1].size is not None, "a source knows its size at its end"
                 self._starts.append(self._starts[-1] + self._sources[number - 1].size)
-            is_last = number == len(self._sources) - 1
-            end = self._end.place if self._end and is_last else None
-            yield number, source, Span(Place() if number else self._begin.place, end)
+            yield number, source, self._span_of(number)
+
+    def _span_of(self, number: int) -> Span:
+        is_last = number == len(self._sources) - 1
+        return Span(Place() if number else self._begin.place, self._end.place if self._end and is_last else None)
 
     @property
     def total(self) -> int | None:
@@ -217,7 +219,8 @@ class Inputs:
 
     def part(self, begin: Cut, end: Cut) -> Inputs:
         """The rows between two cuts; nothing else is read for them."""
-        part = copy(self)
+        part = Inputs.__new__(Inputs)
+        vars(part).update(vars(self))
         beyond = end.source > begin.source and end.place.row == 0  # it begins a source of which nothing is wanted
         last = end.source - beyond
         part._sources = self._sources[begin.source : last + 1]
@@ -225,6 +228,17 @@ class Inputs:
         part._begin, part._end, part._num_rows = begin, None if beyond else end, end.index - begin.index
         part._restart()
         return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which reads these rows and nothing else."""
+        assert self._num_rows is not None, "a part"
+        sources = [source.narrowed(self._span_of(number)) for number, source in enumerate(self._sources)]
+        state = {name: value for name, value in vars(self).items() if name not in ("rows", "identity", "_ids")}
+        return state | {"_sources": sources, "_is_watched": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._restart()
 
     def cuts(self, rows_each: int) -> Iterator[Cut]:
         """Where the rows begin, where they may be cut into ranges of about so many rows, and where they end."""
@@ -303,7 +317,7 @@ class Inputs:
 
     def _require_unchanged(self) -> None:
         """Rows that have been added do no harm."""
-        for manifest in self._files:
+        for manifest in self._files if self._is_watched else ():
             if not manifest.still_holds():
                 raise InputError(
                     f"{manifest.identity['name']} changed while the run was under way: restore it and run the same"

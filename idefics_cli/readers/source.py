@@ -66,7 +66,7 @@ class Source:
     def chunks(self, span: Span, most: int) -> Iterator[Chunk]:
         """The pass-through columns of the same rows, of up to `most`; none where the input has no columns."""
         stops = [stop for stop in (span.most, self.size) if stop is not None]
-        yield [NO_VALUES] * min(most, *(stop - span.begin.row for stop in stops))
+        yield [NO_VALUES] * min([most, *(stop - span.begin.row for stop in stops)])
 
     def places(self, first: int, step: int) -> Iterator[Place]:
         """Where the input may be cut: at row `first` and from there on after each `step` rows, or about so where the
@@ -77,6 +77,10 @@ class Source:
     def resolve(self, value: object) -> ImageSource | RowError:
         """An image value that stands in one of its rows -> what opens it."""
         raise NotImplementedError
+
+    def narrowed(self, span: Span) -> Source:
+        """The same for another process, of which only the span is wanted."""
+        return self
 
     def restart(self) -> None:
         """Make `rows` begin again."""

@@ -102,8 +102,20 @@ class JsonLines:
     ) -> None:
         """A whole file, durably, in place of what is there."""
         with _recorded(path, run) as (file, without_digests):
-            for piece in self._pieces(without_digests(texts()), columns, passthrough):
-                file.write(piece)
+            self.write_to(file, texts, without_digests(texts()), columns, passthrough, run)
+
+    def write_to(
+        self,
+        file: Any,
+        texts: Texts,
+        rows: Iterator[bytes],
+        columns: Sequence[Column],
+        passthrough: Passthrough,
+        run: Mapping[str, Any],
+    ) -> None:
+        """`rows` are the texts without digests."""
+        for piece in self._pieces(rows, columns, passthrough):
+            file.write(piece)
 
     def _pieces(self, texts: Iterator[bytes], columns: Sequence[Column], passthrough: Passthrough) -> Iterator[bytes]:
         """What the file holds, about a row at a time."""
@@ -224,8 +236,14 @@ def is_sealed(path: Path) -> bool:
 class Parquet(JsonLines):
     """`F.parquet`: typed columns, zstd, row groups of up to 64 MB."""
 
-    def write(
-        self, path: Path, texts: Texts, columns: Sequence[Column], passthrough: Passthrough, run: Mapping[str, Any]
+    def write_to(
+        self,
+        file: Any,
+        texts: Texts,
+        rows: Iterator[bytes],
+        columns: Sequence[Column],
+        passthrough: Passthrough,
+        run: Mapping[str, Any],
     ) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -237,14 +255,13 @@ class Parquet(JsonLines):
             [*own, *(() if first is None else first.schema)], {METADATA_KEY: json_text(run), SEAL_KEY: ZEROS}
         )
         writing = {"compression": "zstd", "write_page_checksum": True}
-        with _recorded(path, run) as (file, without_digests):
-            sealed = SealedFile(file)
-            with pq.ParquetWriter(sealed, schema, **writing) as writer:
-                joined = _joined(_own_tables(without_digests(texts()), columns, own), first, tables, schema)
-                for group in gathered(joined, ROW_GROUP_ROWS, ROW_GROUP_BYTES, len, lambda table: table.nbytes):
-                    table = pa.concat_tables(group)
-                    writer.write_table(table, row_group_size=max(1, table.num_rows))
-            sealed.seal()
+        sealed = SealedFile(file)
+        with pq.ParquetWriter(sealed, schema, **writing) as writer:
+            joined = _joined(_own_tables(rows, columns, own), first, tables, schema)
+            for group in gathered(joined, ROW_GROUP_ROWS, ROW_GROUP_BYTES, len, lambda table: table.nbytes):
+                table = pa.concat_tables(group)
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
+        sealed.seal()
 
     def run_of(self, path: Path, is_whole: bool = False) -> dict[str, Any] | None:
         """`is_whole`: the file is taken for unchanged, without reading all of it."""

@@ -1,0 +1,1 @@
+"""Runs of many processes, on one machine or many: their input is cut into numbered units."""

@@ -1,0 +1,203 @@
+"""A folder of numbered parts, local or remote: `part-NNNNN.jsonl` or `.parquet`, and `_run.json`, which says of what.
+
+A part is there whole or not at all: on this machine it is named when it is on the disk, elsewhere it is sent whole from
+a local file, and an object is complete or does not exist. What begins with `_` is not a part. Knows no rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from idefics_cli.errors import OutputError
+from idefics_cli.storage.files import File, place
+
+RUN, SUMMARY = "_run.json", "_summary.json"
+PART = re.compile(r"part-(\d{5,})\.(jsonl|parquet)")
+TEMPORARY = re.compile(r"\.idefics-(.+)-[0-9a-f]{16}\.tmp")
+BOUNDS_BYTES = 120  # of each line of bounds, so that any is found without those before it
+MAX_HEADER_BYTES = 16 << 20
+
+
+def is_unit_folder(name: str) -> bool:
+    """Whether an output of this name is a folder: it ends in a slash, or there is one."""
+    return name.endswith("/") or os.path.isdir(name)
+
+
+class UnitFolder:
+    """`header` is what `begin` was told, None before that."""
+
+    def __init__(self, folder: File | str) -> None:
+        self.place = place(folder.rstrip("/") or "/") if isinstance(folder, str) else folder
+        self.name = self.place.name
+        self.header: dict[str, Any] | None = None
+        self._bounds_at = 0
+        self.look()
+
+    def make(self) -> None:
+        with self._writing():
+            if self.place.is_local:
+                os.makedirs(self.place.path, exist_ok=True)
+            else:
+                self.place.filesystem.makedirs(self.place.path, exist_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OutputError(
+                f"cannot write to {self.name}: {reason}; fix that and run the same command again"
+            ) from error
+
+    # ---- the run
+
+    def look(self) -> bool:
+        """Whether a run has begun here, now that its header has been read."""
+        if self.header is None and self._exists(RUN):
+            with self.place.child(RUN).open() as file:
+                line = file.readline(MAX_HEADER_BYTES)
+                self._bounds_at = len(line)
+            try:
+                self.header = json.loads(line + b"]}")["idefics_units"]
+            except (ValueError, KeyError, TypeError):
+                raise OutputError(
+                    f"{self.name}/{RUN} is not as this program leaves it: restore it, or name another folder"
+                ) from None
+        return self.header is not None
+
+    def begin(self, header: Mapping[str, Any], bounds: Iterator[tuple[int, ...]]) -> None:
+        """Say what run this is, and where its units begin and the last one ends."""
+        with tempfile.TemporaryFile() as spool:
+            number = -1
+            for number, each in enumerate(bounds):
+                spool.write(b",\n" * (number > 0) + json.dumps(each).encode().ljust(BOUNDS_BYTES - 2))
+            assert number > 0, "there is a unit"
+            spool.seek(0)
+            with self.written(RUN) as file:
+                file.write(
+                    json.dumps({"idefics_units": {**header, "units": number}, "bounds": [0]}).encode()[:-3] + b"\n"
+                )
+                while data := spool.read(1 << 20):
+                    file.write(data)
+                file.write(b"\n]}\n")
+        self.look()
+
+    @property
+    def num_units(self) -> int:
+        assert self.header is not None
+        return self.header["units"]
+
+    def bounds(self, first: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Of each of these units, where it begins and ends."""
+        begin = None
+        with self.place.child(RUN).open() as file:
+            file.seek(self._bounds_at + BOUNDS_BYTES * first)
+            for _ in range(first, stop + 1):
+                end = tuple(json.loads(file.read(BOUNDS_BYTES).rstrip(b",\n ]}") + b"]"))
+                if begin is not None:
+                    yield begin, end
+                begin = end
+
+    # ---- parts
+
+    def part_name(self, number: int) -> str:
+        """In the order of their names, they are in the order of their numbers."""
+        width = max(5, len(str(self.num_units - 1)))
+        return f"part-{number:0{width}d}.{self.header['format']}"
+
+    def done(self) -> bytearray:
+        """1 for each unit whose part is there."""
+        done = bytearray(self.num_units)
+        for name in self.names():
+            if (found := PART.fullmatch(name)) and int(found[1]) < len(done) and name == self.part_name(int(found[1])):
+                done[int(found[1])] = 1
+        return done
+
+    def part(self, number: int) -> File:
+        return self.place.child(self.part_name(number))
+
+    # ---- files
+
+    def names(self) -> Iterator[str]:
+        if self.place.is_local:
+            with suppress(FileNotFoundError), os.scandir(self.place.path) as entries:
+                yield from (entry.name for entry in entries)
+            return
+        with suppress(FileNotFoundError):
+            yield from (
+                posixpath.basename(each["name"]) for each in self.place.filesystem.ls(self.place.path, detail=True)
+            )
+
+    def _exists(self, name: str) -> bool:
+        return self.place.filesystem.exists(self.place.child(name).path)
+
+    @contextmanager
+    def written(self, name: str) -> Iterator[Any]:
+        """A new local file, which is there under this name, on the disk, when all has been written to it."""
+        folder = self.place.path if self.place.is_local else tempfile.gettempdir()
+        temporary = os.path.join(folder, f".idefics-{name}-{secrets.token_hex(8)}.tmp")
+        with self._writing():
+            try:
+                with open(temporary, "xb+") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._put(temporary, self.place.child(name).path)
+            finally:
+                with suppress(OSError):
+                    os.unlink(temporary)
+
+    def _put(self, temporary: str, path: str) -> None:
+        if self.place.is_local:
+            os.rename(temporary, path)
+            folder = os.open(self.place.path, os.O_RDONLY | os.O_DIRECTORY)
+            with suppress(OSError):  # some file systems of a network have names durable without it
+                os.fsync(folder)
+            os.close(folder)
+            return
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        # All in one call: what is raised by a signal comes after it, and cannot complete half an object.
+        copy_files(temporary, path, LocalFileSystem(), self.place.filesystem.fs)
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            if self.place.is_local:
+                os.unlink(self.place.child(name).path)
+            else:
+                self.place.filesystem.rm_file(self.place.child(name).path)
+
+    def remove_leftovers(self, first: int, stop: int) -> None:
+        """What killed processes have left of these units. None of them may be at work."""
+        for name in self.names():
+            found = TEMPORARY.fullmatch(name)
+            part = found and PART.fullmatch(found[1])
+            if part and first <= int(part[1]) < stop:
+                self.remove(name)
+
+    def age(self, name: str) -> float:
+        """When the file was written, by the clock of its file system."""
+        found = self.place.child(name).info().get("mtime") or 0
+        return found.timestamp() if hasattr(found, "timestamp") else float(found)
+
+
+def unfinished_units(folder: File, names: list[str]) -> str | None:
+    """What is missing where this is a folder of units that are not all there; `names` are what lies in it."""
+    if RUN not in names:
+        return None
+    units = UnitFolder(folder)
+    missing = units.done().count(0)
+    return (
+        f"{missing} of its {units.num_units} units are not done: run the command that made it again"
+        if missing
+        else None
+    )
