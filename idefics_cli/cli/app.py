@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
     from idefics_cli.engine.memory_budget import MemoryPlan
     from idefics_cli.idefics import Idefics
+    from idefics_cli.pipeline.prefetch import RunStats
+    from idefics_cli.pipeline.run import Run
     from idefics_cli.pipeline.task import Task
 
 app = typer.Typer(
@@ -93,7 +97,7 @@ def idefics(
 
 
 @app.command()
-@flattened("questions", "question_column", "format", task="caption", max_new_tokens=30)
+@flattened("questions", "question_column", task="caption", max_new_tokens=30)
 def caption(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     """Describe images: one row for each, in input order.
 
@@ -116,7 +120,7 @@ def vqa(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
 
 
 @app.command()
-@flattened("answers_column", "format", max_new_tokens=100)
+@flattened("answers_column", max_new_tokens=100)
 def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and images, or a conversation.
 
@@ -126,7 +130,7 @@ def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> Non
     """
     from idefics_cli.tasks.generate import Generate
 
-    _run(run, Generate(options), signals)
+    _run(run, partial(Generate, options), signals)
 
 
 @app.command()
@@ -140,9 +144,9 @@ def embed(run: RunOptions, signals: Signals) -> None:
     """
     from idefics_cli.tasks.embed import Embed
 
-    if not run.output.endswith(".parquet"):
+    if not (run.output.endswith(".parquet") or run.has_parts):
         raise IdeficsError("embed writes Parquet: add -o E.parquet")
-    _run(run, Embed(run.request), signals)
+    _run(run, partial(Embed, run.request), signals)
 
 
 @app.command()
@@ -252,12 +256,14 @@ def _ask(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
 
     names = "image_column", "allow_no_image", "delimited", "follow_links"
     shots = replace(options.shots, **{name: getattr(run.reading, name) for name in names})
-    task = CaptionVqa(replace(options, shots=shots))
+    make_task = partial(CaptionVqa, replace(options, shots=shots))
     scoring = None if run.answers_column is None else _closing_scores(run.answers_column, options)
-    _run(run, task, signals, scoring)
+    _run(run, make_task, signals, scoring)
 
 
-def _run(options: RunOptions, task: Task, signals: Signals, scoring: ScoreOptions | None = None) -> None:
+def _run(
+    options: RunOptions, make_task: Callable[[], Task], signals: Signals, scoring: ScoreOptions | None = None
+) -> None:
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
 
@@ -268,9 +274,12 @@ def _run(options: RunOptions, task: Task, signals: Signals, scoring: ScoreOption
         options, model, form, scoring = prompts_alone(options), (lambda request: None, PromptViewer), FORM, None
     signals.safe_rows = lambda condition: rows_so_far(stats, options.output, options.overwrite, condition)
     with Progress(stats, signals) as progress:
-        run = Run(options, task, *model, stats, progress, getattr(sys.stdin, "buffer", None))
-        run.form = form or run.form
-        had_work = run.run(progress.stdout())
+        if options.has_parts and not shows:
+            run, had_work = _run_units(options, make_task, stats, progress)
+        else:
+            run = Run(options, make_task(), *model, stats, progress, getattr(sys.stdin, "buffer", None))
+            run.form = form or run.form
+            had_work = run.run(progress.stdout())
     if shows:
         say_failures(stats)
     elif had_work:
@@ -302,6 +311,33 @@ def _write_report(results: str, options: ReportOptions, signals: Signals) -> Non
     for code, reason in counts.reasons.items():
         if code:
             say(f"{code}: {counted(counts.without_image[code], 'row')}, as {reason}")
+
+
+def _run_units(
+    options: RunOptions, make_task: Callable[[], Task], stats: RunStats, progress: Progress
+) -> tuple[Run, bool]:
+    """The parts of a folder, and whether there was anything to do."""
+    from idefics_cli.pipeline.run import Run
+    from idefics_cli.scale.processes import Crew, processes_for
+    from idefics_cli.scale.units import Done, Job, Units, drive, require_units
+
+    require_units(options)
+    shard = options.reading.shard or (1, 1)
+    options = replace(options, reading=replace(options.reading, shard=None))
+    job = Job(options, make_task, check_model, load_model)
+
+    def do(units: Units) -> Iterator[Done]:
+        with Crew(job, processes_for(options), progress) as crew:
+            yield from crew.do(units.missing(), units.part)
+
+    run = Run(options, make_task(), check_model, load_model, stats, progress)
+    summary = drive(run, shard, do)
+    if summary is None and not stats.stopped_early:
+        progress.say(f"Other parts of {options.output} are not done yet: those of other shards.")
+    if summary is not None and summary.repeated:
+        ids = ", ".join(summary.repeated_ids)
+        progress.say(f"{counted(summary.repeated, 'row')} with the id of a row in another part: {ids}.")
+    return run, stats.rows > stats.resumed
 
 
 def _closing_scores(answers_column: str, options: CaptionVqaOptions) -> ScoreOptions:

@@ -231,10 +231,10 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
         say(message)
         self._bar.refresh()
 
-    def on_row(self) -> None:
+    def on_row(self, number: int = 1) -> None:
         if not self._bar.disable:
             self._bar.set_postfix(failed=self._stats.num_failed, refresh=False)
-            self._bar.update()
+            self._bar.update(number)
         self._signals.check()
 
 
@@ -281,8 +281,9 @@ def rows_so_far(stats: RunStats, output: str, overwrite: bool = False, condition
         return ""
     if output == "-":
         return f"{counted(stats.safe, 'row')} written so far."
-    part = f"{output}.part"
-    if not os.path.exists(part):
+    if is_unit_folder(output):
+        part = output
+    elif not os.path.exists(part := f"{output}.part"):
         return f"{output} is finished." if os.path.exists(output) else ""
     again = "The same command without --overwrite" if overwrite else "The same command"
     return f"{counted(stats.safe, 'row')} finished so far: safe in {part}. {again} continues from there{condition}."

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import IdeficsError
 from idefics_cli.rows import ImageOptions, ReadOptions
-from idefics_cli.storage.filenames import IMAGE_SUFFIX
+from idefics_cli.storage.filenames import IMAGE_SUFFIX, is_unit_folder
 from idefics_cli.validation import Help
 
 STDIN = STDOUT = "-"
+UNIT_ROWS = 4096
 
 
 def parse_batch_size(text: str) -> int | None:
@@ -46,12 +47,23 @@ class RunOptions:
             metavar="INPUT",
         ),
     ]
-    output: Annotated[str, Help("Where rows go", metavar="F.jsonl|F.parquet|F.csv|-", flags=("-o", "--output"))] = (
-        STDOUT
-    )
+    output: Annotated[
+        str,
+        Help(
+            "Where rows go; a folder gets numbered parts",
+            metavar="F.jsonl|F.parquet|F.csv|DIR/|-",
+            flags=("-o", "--output"),
+        ),
+    ] = STDOUT
     format: Annotated[
-        Literal["auto", "vqav2"], Help("auto: by the output's name; vqav2: the array that VQAv2's evaluation takes")
+        Literal["auto", "jsonl", "parquet", "vqav2"],
+        Help("auto: by the output's name, Parquet in a folder; vqav2: the array that VQAv2's evaluation takes"),
     ] = "auto"
+    unit_rows: Annotated[int, Help("Rows of each part of a folder, about", min=1, max=10**9)] = UNIT_ROWS
+    processes: Annotated[
+        int | None,
+        Help("Processes with a model each that work on a folder's parts", min=1, max=1024, default="one for each GPU"),
+    ] = None
     request: ModelRequest = field(default_factory=ModelRequest)
     reading: ReadOptions = field(default_factory=ReadOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
@@ -87,6 +99,8 @@ class RunOptions:
             )
         if self.reading.null and self.reading.stdin == "jsonl":
             raise IdeficsError("--null separates paths: leave it out with --stdin jsonl")
+        if not self.has_parts:
+            self._refuse_without_parts()
         if self.overwrite and (self.retry_errors or self.update):
             kept = "--retry-errors would redo" if self.retry_errors else "--update would keep"
             raise IdeficsError(f"--overwrite discards what {kept}: use one of them")
@@ -111,3 +125,17 @@ class RunOptions:
             raise IdeficsError(f"{flag} needs the finished output: add -o F.jsonl")
         if self.answers_column is not None:
             raise IdeficsError("--answers-column scores the finished output: add -o F.jsonl")
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the output is a folder of numbered parts."""
+        return is_unit_folder(self.output)
+
+    def _refuse_without_parts(self) -> None:
+        given = {
+            f"--format {self.format}": self.format in ("jsonl", "parquet"),
+            "--unit-rows": self.unit_rows != UNIT_ROWS,
+            "--processes": self.processes is not None,
+        }
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            raise IdeficsError(f"{flag} has no effect on a single output: name a folder for parts with -o DIR/")

@@ -72,7 +72,7 @@ class Run:
             raise OutputError("--format vqav2 is for vqa, with one question in each row of a manifest")
         options = replace(options, reading=_reading(options, task))
         self.options, self.task, self.form, self.stats, self.observer = options, task, task.form, stats, observer
-        self._check_model, self._load_model = check_model, load_model
+        self.check_model, self._load_model = check_model, load_model
         _require_output_of_its_own(options, task)
         self.inputs = inputs or open_inputs(options.inputs, options.reading, _spooled(stdin, options), observer.say)
         _require_manifests(options, task, self.inputs.are_manifests)
@@ -109,7 +109,7 @@ class Run:
         under way or, where the input is not what it was, in a further one."""
         options, is_finished = self.options, output.is_finished
         if not is_finished:
-            output.require_same(self.settings(self._check_model(options.request)))
+            output.require_same(self.settings(self.check_model(options.request)))
         is_retry = is_finished and options.retry_errors and bool(output.record["failed"])
         rows = self._rows()
         if not is_retry and self._stand_first(output, rows):
@@ -217,7 +217,7 @@ class Run:
                 )
 
     def _begin(self, output: FileOutput) -> JournalWriter:
-        settings = self.settings(self._check_model(self.options.request))  # a hub's weights are known only now
+        settings = self.settings(self.check_model(self.options.request))  # a hub's weights are known only now
         output.require_same(settings)
         output.begin(settings, self.form.columns)
         self._tag = output.tag
@@ -301,7 +301,7 @@ class Run:
         """A mistake that shows as the task begins leaves no output."""
         options, total = self.options, self.inputs.total
         self.task.check(options.request)
-        self._check_model(options.request)
+        self.check_model(options.request)
         rows = self._checked(rows)
         if self.sidecars is not None:
             rows = map(self._with_text_beside, rows)

@@ -26,7 +26,8 @@ Decode: TypeAlias = "Callable[[PromptSource], Iterator[tuple[int, Outcome]]]"
 
 
 class Observer:
-    """Follows a run: told how many rows will come (None: not known), what users should know, and each row's end.
+    """Follows a run: told how many rows will come (None: not known), what users should know, and of rows that have
+    ended.
 
     `say` may be called from several threads. This one does nothing.
     """
@@ -35,7 +36,7 @@ class Observer:
 
     def say(self, message: str) -> None: ...
 
-    def on_row(self) -> None: ...
+    def on_row(self, number: int = 1) -> None: ...
 
 
 @dataclass(frozen=True)

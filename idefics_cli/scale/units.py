@@ -1,21 +1,25 @@
 """Numbered units: contiguous ranges of the input's rows, each of which becomes one part of the output's folder.
 
-`open_units` cuts the input, or finds it cut; a `Worker` makes a unit's rows into its part, by itself; `attempts` says
-what is to be tried where a worker's process ends, down to the row that ends it; `close_units` looks whether all is
-there. Whoever drives workers, in local processes or on a cluster, has units of this module and gets a `Done` for each.
+`drive` cuts the input, or finds it cut, has the missing units done, and looks whether all is there. How they are done,
+in local processes or on a cluster, is left to `do`: a `Worker` makes a unit's rows into its part, by itself, and
+`attempts` says what is to be tried where a worker's process ends, down to the row that ends it.
 Parts joined in order are, byte for byte, what one process writes.
 """
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import IdeficsError, InputError, OutputError, RowError
@@ -27,15 +31,16 @@ from idefics_cli.readers.inputs import Cut, Inputs
 from idefics_cli.readers.manifest import open_table
 from idefics_cli.readers.source import ALL, Place
 from idefics_cli.rows import ImageSource, InputRow, ReadOptions
+from idefics_cli.scale.claims import Claim, InUse
+from idefics_cli.storage.files import File
 from idefics_cli.storage.unique_ids import UniqueIds
-from idefics_cli.storage.unit_folder import UnitFolder
+from idefics_cli.storage.unit_folder import PART, SUMMARY, UnitFolder
 from idefics_cli.writers.formats import FAILED, NUM_ROWS, SETTINGS, format_of
 from idefics_cli.writers.output_file import differences
 
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
 
-FORMAT_NAMES = ("jsonl", "parquet")
 MOST_FATAL = 8  # rows of one unit that each end their process
 FIRST_IDS = 3
 
@@ -103,6 +108,7 @@ class Worker:
         if self._ready is None:
             self._task.check(run.options.request)
             self._ready = self._open.enter_context(run.steps(self._resolve))
+            self._observer.on_start(inputs.total)
         with tempfile.TemporaryFile() as spool:
             run.write_rows(spool, _without_fatal(inputs.rows, unit), self._ready, first_may_fail=unit.number > 0)
             if unit.only is None:
@@ -184,74 +190,81 @@ class Units:
     def part(self, unit: Unit) -> Inputs:
         return self.inputs.part(unit.begin, unit.end)
 
-    @property
     def num_rows(self) -> int:
-        if self.first == self.stop:
-            return 0
-        (begin, _), (_, end) = (next(self.folder.bounds(each, each + 1)) for each in (self.first, self.stop - 1))
-        return end[0] - begin[0]
+        bounds = list(chain(*(self.folder.bounds(each, each + 1) for each in {self.first, self.stop - 1})))
+        return max(end[0] for _, end in bounds) - min(begin[0] for begin, _ in bounds) if self.first < self.stop else 0
 
 
 def _cut(numbers: tuple[int, ...]) -> Cut:
     return Cut(*numbers[:3], Place(*numbers[3:]))
 
 
-def require_units(options: RunOptions) -> None:
-    """Raise where options do not go with a folder of parts."""
-    if STDIN in options.inputs:
-        raise InputError(f"stdin cannot be cut into the parts of {options.output}: save it as a file, and name that")
-    for flag, given in {
-        "--sidecar": options.sidecar,
-        "--update": options.update,
-        "--retry-errors": options.retry_errors,
-        "--format vqav2": options.format == "vqav2",
-    }.items():
-        if given:
-            raise OutputError(
-                f"{flag} needs one output file: leave it out, and join {options.output} with idefics merge"
+Do: TypeAlias = Callable[[Units], Iterator[Done]]
+
+
+def drive(run: Run, shard: tuple[int, int], do: Do) -> Summary | None:
+    """Have the missing units of this shard done, and keep the run's `stats`. What all parts of the folder hold, where
+    all are there now."""
+    options, stats, folder = run.options, run.stats, UnitFolder(run.options.output)
+    folder.make()
+    if options.overwrite:
+        with Claim(folder):
+            folder.clear()
+    _open_units(run, folder)
+    units = Units(folder, run.inputs, *(folder.num_units * place // shard[1] for place in (shard[0] - 1, shard[0])))
+    with Claim(folder, units.first, units.stop):
+        folder.remove_leftovers(units.first, units.stop)
+        try:
+            _do_missing(run, units, do)
+        finally:
+            folder.remove_leftovers(units.first, units.stop)
+    if stats.stopped_early or 0 in folder.done():
+        return None
+    summary = _close_units(folder, run.inputs.may_repeat_ids)
+    done_here = stats.rows - stats.resumed
+    stats.rows, stats.failed, stats.failed_ids = summary.rows, Counter(summary.failed), summary.failed_ids
+    stats.resumed = summary.rows - done_here
+    return summary
+
+
+def _do_missing(run: Run, units: Units, do: Do) -> None:
+    stats, started = run.stats, time.perf_counter()
+    rows_each = run.task.rows_each
+    left = sum(unit.num_rows for unit in units.missing()) * rows_each
+    total = units.num_rows() * rows_each
+    stats.rows = stats.resumed = stats.safe = total - left
+    run.observer.on_start(total)
+    with closing(do(units)) as all_done:
+        for done in all_done:
+            stats.rows, stats.safe = stats.rows + done.rows, stats.safe + done.rows
+            stats.failed.update(done.failed)
+            stats.seconds, stats.seconds_waited = (
+                time.perf_counter() - started,
+                stats.seconds_waited + done.seconds_waited,
             )
-    if options.overwrite and options.reading.shard is not None:
-        raise OutputError("--overwrite would remove what other shards are writing: remove the folder instead")
+            if run.options.max_errors is not None and stats.num_failed >= run.options.max_errors:
+                stats.stopped_early = True
+                return
 
 
-def open_units(run: Run, folder: UnitFolder) -> None:
-    """Cut the input, unless that is done. Raises OutputError where the folder is of a run with other settings.
+def _open_units(run: Run, folder: UnitFolder) -> None:
+    """Cut the input, unless that is done: by one driver, for which the others wait.
 
-    No other driver may be at this in the meantime.
+    Raises OutputError where the folder is of a run with other settings or another input.
     """
-    options = run.options
-    settings = settings_of(run, None)
-    if folder.look():
-        require_same(folder, settings)
-        return
-    settings = settings_of(run, run.check_model(options.request))
-    name = "parquet" if options.format == "auto" else options.format
-    cuts = ((cut.index, cut.source, cut.before, *cut.place) for cut in run.inputs.cuts(options.unit_rows))
-    columns = {column.name: column.kind for column in run.form.columns}
-    about = {"format": name, "columns": columns, "rows_each": run.task.rows_each}
-    folder.begin({SETTINGS: settings, "inputs": _identity(run.inputs), **about}, cuts)
-
-
-def settings_of(run: Run, weights: str | None) -> dict[str, Any]:
-    """As those of a single file, without what each shard has for itself, and with what decides the bounds."""
-    options = run.options
-    settings = {name: value for name, value in run.settings(weights).items() if name != "--shard"}
-    bounds = {"--unit-rows": options.unit_rows, "--limit": options.reading.limit, "--format": options.format}
-    return {**settings, **bounds}
-
-
-def require_same(folder: UnitFolder, settings: Mapping[str, Any]) -> None:
-    import json
-
-    found = sorted(differences(folder.header[SETTINGS], json.loads(json.dumps(settings))))
+    while not folder.look():
+        try:
+            with Claim(folder):
+                if not folder.look():
+                    _cut_units(run, folder)
+        except InUse:
+            time.sleep(random.uniform(0.1, 0.5))
+    found = list(differences(folder.header[SETTINGS], json.loads(json.dumps(settings_of(run, None)))))
     if found:
         raise OutputError(
-            f"{folder.name} belongs to a run with other settings ({'; '.join(found[:4])}): name another folder, or start"
-            " over with --overwrite"
+            f"{folder.name} belongs to a run with other settings ({'; '.join(sorted(found)[:4])}): name another folder,"
+            " or start over with --overwrite"
         )
-
-
-def require_same_inputs(run: Run, folder: UnitFolder) -> None:
     if folder.header["inputs"] != _identity(run.inputs):
         raise OutputError(
             f"the input is not what it was when {folder.name} was begun: restore it, name another folder, or start over"
@@ -259,8 +272,47 @@ def require_same_inputs(run: Run, folder: UnitFolder) -> None:
         )
 
 
+def _cut_units(run: Run, folder: UnitFolder) -> None:
+    options = run.options
+    if any(PART.fullmatch(name) for name in folder.names()):
+        raise OutputError(f"{folder.name} holds parts and not what they are of: name another folder")
+    about = {
+        SETTINGS: settings_of(run, run.check_model(options.request)),
+        "inputs": _identity(run.inputs),
+        "format": "parquet" if options.format == "auto" else options.format,
+        "columns": {column.name: column.kind for column in run.form.columns},
+        "rows_each": run.task.rows_each,
+        "may_repeat_ids": run.inputs.may_repeat_ids,
+    }
+    cuts = run.inputs.cuts(options.unit_rows)
+    folder.begin(about, ((cut.index, cut.source, cut.before, *cut.place) for cut in cuts))
+
+
+def settings_of(run: Run, weights: str | None) -> dict[str, Any]:
+    """As those of a single file, and what decides the bounds."""
+    options = run.options
+    bounds = {"--unit-rows": options.unit_rows, "--limit": options.reading.limit, "--format": options.format}
+    return {**run.settings(weights), **bounds}
+
+
 def _identity(inputs: Inputs) -> list[dict[str, Any]]:
     return [{name: value for name, value in each.items() if name != "name"} for each in inputs.identity]
+
+
+def require_units(options: RunOptions) -> None:
+    """Raise where options do not go with a folder of parts."""
+    if STDIN in options.inputs:
+        raise InputError(f"stdin cannot be cut into the parts of {options.output}: save it as a file, and name that")
+    refused = {
+        "--sidecar": options.sidecar,
+        "--update": options.update,
+        "--retry-errors": options.retry_errors,
+        "--format vqav2": options.format == "vqav2",
+    }
+    for flag in (flag for flag, given in refused.items() if given):
+        raise OutputError(f"{flag} needs a single file: leave it out, and join {options.output} with `idefics merge`")
+    if options.overwrite and options.reading.shard is not None:
+        raise OutputError("--overwrite would remove what other shards are writing: remove the folder instead")
 
 
 # ---- the end
@@ -271,37 +323,51 @@ class Summary:
     """What all parts of a folder hold: rows, those that failed by code with the first ids, and ids that come twice."""
 
     rows: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
+    failed: dict[str, int] = field(default_factory=dict)
     failed_ids: dict[str, list[str]] = field(default_factory=dict)
     repeated: int = 0
     repeated_ids: list[str] = field(default_factory=list)
 
+    def add(self, row_id: str, code: str | None, is_repeated: bool) -> None:
+        self.rows += 1
+        if code is not None:
+            self.failed[code] = self.failed.get(code, 0) + 1
+            ids = self.failed_ids.setdefault(code, [])
+            ids += [row_id] * (len(ids) < FIRST_IDS)
+        if is_repeated:
+            self.repeated += 1
+            self.repeated_ids += [row_id] * (len(self.repeated_ids) < FIRST_IDS)
 
-def close_units(folder: UnitFolder, may_repeat_ids: bool) -> Summary:
-    """Look through all parts: each must hold its rows. Memory does not grow with them."""
+
+def _close_units(folder: UnitFolder, may_repeat_ids: bool) -> Summary:
+    """Look through all parts: each must hold its rows. Once that is done, it is known."""
+    if SUMMARY in folder.names():
+        with folder.place.child(SUMMARY).open() as file:
+            return Summary(**json.loads(file.read()))
+    summary = read_parts(folder, may_repeat_ids)
+    with folder.written(SUMMARY) as file:
+        file.write(json.dumps(vars(summary)).encode())
+    return summary
+
+
+def read_parts(folder: UnitFolder, may_repeat_ids: bool) -> Summary:
+    """Memory does not grow with the rows. Raises OutputError for a part without its rows."""
     summary, ids = Summary(), UniqueIds() if may_repeat_ids else None
-    rows_each = folder.header["rows_each"]
     for number, (begin, end) in enumerate(folder.bounds(0, folder.num_units)):
-        part, expected, before = folder.part(number), (end[0] - begin[0]) * rows_each, summary.rows
-        for row in _rows_of(part, ["id", "error"]):
-            summary.rows += 1
+        part, before = folder.part(number), summary.rows
+        for row in rows_of(part, ["id", "error"]):
             code = row["error"].partition(":")[0] if row["error"] else None
-            if code is not None:
-                summary.failed[code] += 1
-                summary.failed_ids.setdefault(code, []).append(row["id"])
-                del summary.failed_ids[code][FIRST_IDS:]
-            if ids is not None and code != "duplicate_id" and ids.add(row["id"], summary.rows) is not None:
-                summary.repeated += 1
-                summary.repeated_ids = [*summary.repeated_ids, row["id"]][:FIRST_IDS]
-        if summary.rows - before != expected:
+            is_new = ids is None or code == "duplicate_id" or ids.add(row["id"], summary.rows) is None
+            summary.add(row["id"], code, not is_new)
+        num_rows, expected = summary.rows - before, (end[0] - begin[0]) * folder.header["rows_each"]
+        if num_rows != expected:
             raise OutputError(
-                f"{part.name} holds {summary.rows - before} rows, not {expected}: remove it and run the same command"
-                " again, which makes it anew".replace("makes it anew", "does it over")
+                f"{part.name} holds {num_rows} rows, not {expected}: remove it and run the command that made it again"
             )
     return summary
 
 
-def _rows_of(part: Any, columns: list[str]) -> Iterator[Mapping[str, Any]]:
+def rows_of(part: File, columns: list[str]) -> Iterator[Mapping[str, Any]]:
     table = open_table(part.found(), ReadOptions())
     for _, row in table.records(ALL, columns):
         if isinstance(row, RowError):

@@ -6,6 +6,7 @@ Nothing here looks at the file system.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from urllib.parse import unquote
@@ -109,3 +110,8 @@ def address_refusal(address: str) -> str | None:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is left out: hidden ones, and those that operating systems make."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def is_unit_folder(name: str) -> bool:
+    """Whether an output of this name is a folder of numbered parts: it ends in a slash, or there is a folder."""
+    return name.endswith("/") or os.path.isdir(name)

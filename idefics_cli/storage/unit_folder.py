@@ -26,11 +26,6 @@ BOUNDS_BYTES = 120  # of each line of bounds, so that any is found without those
 MAX_HEADER_BYTES = 16 << 20
 
 
-def is_unit_folder(name: str) -> bool:
-    """Whether an output of this name is a folder: it ends in a slash, or there is one."""
-    return name.endswith("/") or os.path.isdir(name)
-
-
 class UnitFolder:
     """`header` is what `begin` was told, None before that."""
 
@@ -53,10 +48,8 @@ class UnitFolder:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise OutputError(
-                f"cannot write to {self.name}: {reason}; fix that and run the same command again"
-            ) from error
+            reason, remedy = error.strerror or str(error), "fix that and run the same command again"
+            raise OutputError(f"cannot write to {self.name}: {reason}; {remedy}") from error
 
     # ---- the run
 
@@ -83,9 +76,8 @@ class UnitFolder:
             assert number > 0, "there is a unit"
             spool.seek(0)
             with self.written(RUN) as file:
-                file.write(
-                    json.dumps({"idefics_units": {**header, "units": number}, "bounds": [0]}).encode()[:-3] + b"\n"
-                )
+                about = {"idefics_units": {**header, "units": number}, "bounds": []}
+                file.write(json.dumps(about).encode().removesuffix(b"]}") + b"\n")
                 while data := spool.read(1 << 20):
                     file.write(data)
                 file.write(b"\n]}\n")
@@ -133,9 +125,8 @@ class UnitFolder:
                 yield from (entry.name for entry in entries)
             return
         with suppress(FileNotFoundError):
-            yield from (
-                posixpath.basename(each["name"]) for each in self.place.filesystem.ls(self.place.path, detail=True)
-            )
+            found = self.place.filesystem.ls(self.place.path, detail=True)
+            yield from (posixpath.basename(each["name"]) for each in found)
 
     def _exists(self, name: str) -> bool:
         return self.place.filesystem.exists(self.place.child(name).path)
@@ -143,31 +134,43 @@ class UnitFolder:
     @contextmanager
     def written(self, name: str) -> Iterator[Any]:
         """A new local file, which is there under this name, on the disk, when all has been written to it."""
-        folder = self.place.path if self.place.is_local else tempfile.gettempdir()
-        temporary = os.path.join(folder, f".idefics-{name}-{secrets.token_hex(8)}.tmp")
-        with self._writing():
-            try:
-                with open(temporary, "xb+") as file:
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
-                self._put(temporary, self.place.child(name).path)
-            finally:
-                with suppress(OSError):
-                    os.unlink(temporary)
+        path = self.place.child(name).path
+        with self._writing(), self._new_here(name, path) if self.place.is_local else self._new_elsewhere(path) as file:
+            yield file
 
-    def _put(self, temporary: str, path: str) -> None:
-        if self.place.is_local:
+    @contextmanager
+    def _new_here(self, name: str, path: str) -> Iterator[Any]:
+        temporary = os.path.join(self.place.path, f".idefics-{name}-{secrets.token_hex(8)}.tmp")
+        try:
+            with open(temporary, "xb+") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.rename(temporary, path)
-            folder = os.open(self.place.path, os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(OSError):  # some file systems of a network have names durable without it
-                os.fsync(folder)
-            os.close(folder)
-            return
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+        folder = os.open(self.place.path, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):  # some file systems of a network have names durable without it
+            os.fsync(folder)
+        os.close(folder)
+
+    @contextmanager
+    def _new_elsewhere(self, path: str) -> Iterator[Any]:
+        """A nameless file is sent in one call: what a signal raises comes after it, and completes no half of one."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        # All in one call: what is raised by a signal comes after it, and cannot complete half an object.
-        copy_files(temporary, path, LocalFileSystem(), self.place.filesystem.fs)
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.flush()
+            copy_files(f"/dev/fd/{file.fileno()}", path, LocalFileSystem(), self.place.filesystem.fs)
+
+    def clear(self) -> None:
+        """Take away what an earlier run has left, what it was first."""
+        for name in sorted(self.names(), key=lambda name: name != RUN):
+            if name in (RUN, SUMMARY) or PART.fullmatch(name) or TEMPORARY.fullmatch(name):
+                self.remove(name)
+        self.header = None
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -184,7 +187,7 @@ class UnitFolder:
             if part and first <= int(part[1]) < stop:
                 self.remove(name)
 
-    def age(self, name: str) -> float:
+    def written_at(self, name: str) -> float:
         """When the file was written, by the clock of its file system."""
         found = self.place.child(name).info().get("mtime") or 0
         return found.timestamp() if hasattr(found, "timestamp") else float(found)
@@ -195,9 +198,5 @@ def unfinished_units(folder: File, names: list[str]) -> str | None:
     if RUN not in names:
         return None
     units = UnitFolder(folder)
-    missing = units.done().count(0)
-    return (
-        f"{missing} of its {units.num_units} units are not done: run the command that made it again"
-        if missing
-        else None
-    )
+    missing, remedy = units.done().count(0), "run the command that made it again"
+    return f"{missing} of its {units.num_units} units are not done: {remedy}" if missing else None

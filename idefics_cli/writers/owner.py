@@ -38,7 +38,7 @@ class Owner:
         self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # whatever name it will have
         self._name = self.path.name
         pid = os.getpid()
-        about = "idefics-run", platform.node(), pid, _began(pid), *_machine(), secrets.token_hex(4)
+        about = "idefics-run", platform.node(), pid, began_of(pid), *this_machine(), secrets.token_hex(4)
         self._target = ":".join(map(str, about))
         self._released = threading.Event()
         try:
@@ -97,19 +97,19 @@ class Owner:
                 os.unlink(self.path)
 
     def _has_ended(self, other: re.Match[str], silent: float) -> bool:
-        machine, processes = _machine()
+        machine, processes = this_machine()
         if other["machine"] != machine:
             return silent > GONE_SECONDS
         if other["processes"] != processes:  # another container: its processes are not seen, its locks are
             return self._is_locked or silent > GONE_SECONDS
-        return _began(int(other["pid"])) not in (other["began"], "")
+        return began_of(int(other["pid"])) not in (other["began"], "")
 
     def _seconds_silent(self) -> float:
         os.utime(self._file)
         return os.fstat(self._file).st_mtime - os.lstat(self.path).st_mtime
 
 
-def _machine() -> tuple[str, str]:
+def this_machine() -> tuple[str, str]:
     """What tells this machine, since it was started, and this set of processes on it from all others."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
@@ -118,7 +118,7 @@ def _machine() -> tuple[str, str]:
         return platform.node(), "0"
 
 
-def _began(pid: int) -> str | None:
+def began_of(pid: int) -> str | None:
     """When the process has begun, "" where the system does not say; None: it has ended."""
     try:
         with suppress(PermissionError):  # another user's

@@ -1,0 +1,246 @@
+"""The units of a folder by local processes, each with a model of its own: one bar and one summary, as of one process.
+
+A process that ends costs a try of its unit. Processes end with the driver, however that ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from idefics_cli.errors import IdeficsError
+from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.pipeline.task import Observer
+from idefics_cli.readers.inputs import Inputs
+from idefics_cli.scale.units import Done, Job, Unit, Worker, attempts
+
+START = "spawn"  # what the driver has open, as connections to a store, is not to be shared
+PR_SET_PDEATHSIG = 1
+SAY_SECONDS = 0.2  # between words about rows
+EARLY_ENDS = 3  # of processes that have not got their model
+END_SECONDS = 5.0
+
+
+def processes_for(options: RunOptions) -> int:
+    """As many as were asked for, else one for each of several GPUs."""
+    if options.processes is not None or options.request.device not in ("auto", "cuda"):
+        return options.processes or 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+class Crew:
+    """Up to `number` processes, which begin when there is a unit for them. A context, which ends them."""
+
+    def __init__(self, job: Job, number: int, observer: Observer) -> None:
+        self._observer, self._said = observer, set[str]()
+        self._members = [_Member(_own_job(job, place, number)) for place in range(number)]
+        self._waiting: deque[tuple[Generator[Unit, bool, None], Unit]] = deque()
+        self._early_ends = 0
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for member in self._members:
+            member.end(at_once=any(exception))
+
+    def do(self, units: Iterator[Unit], part: Callable[[Unit], Inputs]) -> Iterator[Done]:
+        """In the order of finishing. Raises what a worker raises."""
+        while True:
+            for member in self._members:
+                if member.unit is None and (found := self._next_try(units)) is not None:
+                    member.begin(*found, part)
+            busy = {member.pipe: member for member in self._members if member.unit is not None}
+            if not busy:
+                return
+            for pipe in wait(list(busy)):
+                done = self._hear(busy[pipe])
+                if done is not None:
+                    yield done
+
+    def _next_try(self, units: Iterator[Unit]) -> tuple[Generator[Unit, bool, None], Unit] | None:
+        if self._waiting:
+            return self._waiting.popleft()
+        unit = next(units, None)
+        if unit is None:
+            return None
+        tries = attempts(unit)
+        return tries, next(tries)
+
+    def _hear(self, member: _Member) -> Done | None:
+        try:
+            kind, value = member.pipe.recv()
+        except (EOFError, OSError):
+            self._has_ended(member)
+            return None
+        if kind == "ready":
+            member.is_ready = True
+        elif kind == "rows":
+            member.told += value
+            self._observer.on_row(value)
+        elif kind == "say" and value not in self._said:
+            self._said.add(value)
+            self._observer.say(value)
+        elif kind == "mistake":
+            raise value
+        elif kind == "bug":
+            raise RuntimeError(f"in the process of a unit: {value}")
+        elif kind == "done":
+            return self._has_done(member, value)
+        return None
+
+    def _has_done(self, member: _Member, done: Done) -> Done | None:
+        tries, unit = member.take_back()
+        if unit.only is not None:
+            self._observer.on_row(-member.told)
+            self._waiting.appendleft((tries, tries.send(True)))
+            return None
+        self._observer.on_row(done.rows - member.told)
+        return done
+
+    def _has_ended(self, member: _Member) -> None:
+        tries, unit = member.take_back()
+        self._observer.on_row(-member.told)
+        code = member.end(at_once=True)
+        if member.is_ready:
+            self._early_ends = 0
+            unit = tries.send(False)
+        else:
+            self._early_ends += 1
+        if self._early_ends >= EARLY_ENDS:
+            raise IdeficsError(
+                f"{EARLY_ENDS} processes in a row ended as they loaded the model (exit code {code}): look at the"
+                " memory, or use fewer --processes"
+            )
+        self._waiting.appendleft((tries, unit))
+
+
+def _own_job(job: Job, place: int, number: int) -> Job:
+    """Each process has a GPU of its own where there are several, and its share of the processors."""
+    options = job.options
+    if number > 1 and options.request.device in ("auto", "cuda"):
+        import torch
+
+        if (gpus := torch.cuda.device_count()) > 0:
+            options = replace(options, request=replace(options.request, device=f"cuda:{place % gpus}"))
+    images = replace(options.images, workers=options.images.workers or max(1, options.images.num_workers // number))
+    return replace(job, options=replace(options, images=images, processes=number))
+
+
+class _Member:
+    """A process, and what it is doing."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._process = job, None
+        self.pipe: Connection | None = None
+        self.unit: Unit | None = None
+        self._tries: Any = None
+        self.told = 0  # rows of its unit
+        self.is_ready = False
+
+    def begin(self, tries: Generator[Unit, bool, None], unit: Unit, part: Callable[[Unit], Inputs]) -> None:
+        if self._process is None:
+            self._start()
+        self._tries, self.unit, self.told = tries, unit, 0
+        with suppress(BrokenPipeError, ConnectionResetError):  # its end is heard of
+            self.pipe.send((unit, part(unit)))
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context(START)
+        self.pipe, theirs = context.Pipe()
+        self.is_ready = False
+        self._process = context.Process(target=_serve, args=(self._job, theirs, os.getpid()), name="idefics-units")
+        self._process.start()
+        theirs.close()
+
+    def take_back(self) -> tuple[Generator[Unit, bool, None], Unit]:
+        tries, unit, self._tries, self.unit = self._tries, self.unit, None, None
+        return tries, unit
+
+    def end(self, at_once: bool) -> int | None:
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        if at_once:
+            process.terminate()
+        self.pipe.close()
+        process.join(END_SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return process.exitcode
+
+
+# ---- in the process
+
+
+class _Reporter(Observer):
+    """Tells the driver of rows, now and then."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._rows, self._told_at = pipe, 0, 0.0
+        self._sending = threading.Lock()
+
+    def tell(self, kind: str, value: Any = None) -> None:
+        with self._sending:
+            self._pipe.send((kind, value))
+
+    def on_start(self, total: int | None) -> None:
+        self.tell("ready")
+
+    def say(self, message: str) -> None:
+        self.tell("say", message)
+
+    def on_row(self, number: int = 1) -> None:
+        self._rows += number
+        if time.monotonic() - self._told_at > SAY_SECONDS:
+            self.tell("rows", self._rows)
+            self._rows, self._told_at = 0, time.monotonic()
+
+    def done(self, done: Done) -> None:
+        self._rows = 0
+        self.tell("done", done)
+
+
+def _serve(job: Job, pipe: Connection, driver: int) -> None:
+    """Units, until the driver closes the pipe. Ctrl-C is the driver's to react to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != driver:
+        return
+    _share_threads(job.options.processes or 1)
+    reporter = _Reporter(pipe)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            with Worker(job, reporter) as worker:
+                while True:
+                    reporter.done(worker.do(*pipe.recv()))
+        except IdeficsError as error:
+            reporter.tell("mistake", error)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:
+            reporter.tell("bug", f"{type(error).__name__}: {error}")
+
+
+def _share_threads(number: int) -> None:
+    if number > 1:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // number))
