@@ -253,6 +253,8 @@ class Inputs:
                     return
                 if cut.index > last.index:
                     yield (last := cut)
+            if start + source.size >= self._limit:
+                break
         end = min(self._limit, start + source.size)
         yield Cut(end, number, before, Place(end - start))
 

@@ -28,6 +28,7 @@ from idefics_cli.storage.parquet_process import SMALL_BYTES, Pages, require_soun
 if TYPE_CHECKING:
     from pyarrow.parquet import ColumnChunkMetaData, ParquetFile
 
+OWN_BUFFER_BYTES = 8 << 10
 BATCH_ROWS = 1024
 BATCH_BYTES = 4 << 20
 WORST_BATCH_BYTES = 64 << 20  # if each value were as long as the dictionary that it is in
@@ -178,8 +179,9 @@ class ParquetTable(TypedTable):
 
     @contextmanager
     def _open(self) -> Iterator[ParquetFile]:
-        """`pre_buffer` and reading without a buffer would each hold whole row groups."""
-        with self._file.open() as file:
+        """`pre_buffer` and reading without a buffer would each hold whole row groups. The buffer is Arrow's, which ends
+        with the column's bytes."""
+        with self._file.open(OWN_BUFFER_BYTES) as file:
             with self._refusing():
                 parquet = pq.ParquetFile(
                     file, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True

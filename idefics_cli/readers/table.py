@@ -92,8 +92,11 @@ class StreamTable(Table):
     given the columns that are wanted. `columns` None: they are those of the first records.
 
     `enter`, if the format can be entered in its middle: its bytes -> where each record begins, as byte and line. Then
-    `read` may be given the bytes of a span.
+    `read` may be given the bytes of a span. `ends_sharply`: it is to find no bytes after these; else it reads on where
+    it must, as for what is wrong with a record whose quotes stay open.
     """
+
+    ends_sharply = False
 
     def __init__(
         self,
@@ -131,14 +134,16 @@ class StreamTable(Table):
 
     def records(self, span: Span, columns: Sequence[str]) -> Iterator[tuple[int, Record | RowError]]:
         begin, most = span.begin, span.most
-        first, bounds = (begin.row, (begin.entry, span.end_entry)) if begin.entry else (0, (0, span.end_entry))
+        if most is not None and most <= begin.row:
+            return
+        first = begin.row if begin.entry else 0
         number = first - 1
-        with open_stream(self._file, self._compressed, *bounds) as stream:
+        with open_stream(self._file, self._compressed, begin.entry, span.end_entry, not self.ends_sharply) as stream:
             for number, make in enumerate(self._read(stream, columns, span), first):
-                if most is not None and number >= most:
-                    return
                 if number >= begin.row:
                     yield number, make()
+                if number + 1 == most:
+                    return
         if most is None:
             self.size = number + 1
 

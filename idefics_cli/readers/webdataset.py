@@ -53,6 +53,8 @@ class Member:
 class Archive(StreamTable):
     """Of stems that come back, the first ones are found when it is made, and by `check` all that are found quickly."""
 
+    ends_sharply = True
+
     def __init__(self, file: File, compressed: bool) -> None:
         super().__init__(file, compressed, self._records, own=(OWN_IMAGES, OWN_ID), enter=self._entries)
 

@@ -174,6 +174,8 @@ class _Member:
         process, self._process = self._process, None
         if process is None:
             return None
+        with suppress(OSError):
+            self.pipe.send(None)
         if at_once:
             process.terminate()
         self.pipe.close()
@@ -229,8 +231,8 @@ def _serve(job: Job, pipe: Connection, driver: int) -> None:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             with Worker(job, reporter) as worker:
-                while True:
-                    reporter.done(worker.do(*pipe.recv()))
+                while (work := pipe.recv()) is not None:
+                    reporter.done(worker.do(*work))
         except IdeficsError as error:
             reporter.tell("mistake", error)
         except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -70,6 +70,7 @@ class Done:
     unit: int
     rows: int
     failed: Mapping[str, int] = field(default_factory=dict)
+    failed_ids: Mapping[str, list[str]] = field(default_factory=dict)  # the first of each code
     seconds_waited: float = 0.0
 
 
@@ -113,7 +114,7 @@ class Worker:
             run.write_rows(spool, _without_fatal(inputs.rows, unit), self._ready, first_may_fail=unit.number > 0)
             if unit.only is None:
                 self._publish(unit, run, spool)
-        return Done(unit.number, stats.rows, dict(stats.failed), stats.seconds_waited)
+        return Done(unit.number, stats.rows, dict(stats.failed), stats.failed_ids, stats.seconds_waited)
 
     def _resolve(self, value: object, index: int = 0) -> ImageSource | RowError:
         return self._run.inputs.resolve(value, index)
@@ -238,6 +239,9 @@ def _do_missing(run: Run, units: Units, do: Do) -> None:
         for done in all_done:
             stats.rows, stats.safe = stats.rows + done.rows, stats.safe + done.rows
             stats.failed.update(done.failed)
+            for code, ids in done.failed_ids.items():
+                known = stats.failed_ids.setdefault(code, [])
+                known += ids[: FIRST_IDS - len(known)]
             stats.seconds, stats.seconds_waited = (
                 time.perf_counter() - started,
                 stats.seconds_waited + done.seconds_waited,

@@ -98,11 +98,12 @@ class Positioned(io.RawIOBase):
 
 
 class Range(io.RawIOBase):
-    """The bytes of a stream from `begin` up to `end`, as if there were no others."""
+    """The bytes of a stream from `begin` on. No read goes beyond `end`; with `may_go_on` a further one may."""
 
-    def __init__(self, stream: Any, begin: int, end: int | None) -> None:
+    def __init__(self, stream: Any, begin: int, end: int | None, may_go_on: bool) -> None:
         self._stream, self._begin = stream, begin
-        self._end = stream.seek(0, os.SEEK_END) if end is None else end
+        self._size = stream.seek(0, os.SEEK_END)
+        self._end, self._may_go_on = self._size if end is None else end, may_go_on
         stream.seek(begin)
 
     def readable(self) -> bool:
@@ -112,11 +113,12 @@ class Range(io.RawIOBase):
         return True
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: self._begin, os.SEEK_CUR: self._stream.tell(), os.SEEK_END: self._end}[whence]
+        start = {os.SEEK_SET: self._begin, os.SEEK_CUR: self._stream.tell(), os.SEEK_END: self._size}[whence]
         return self._stream.seek(max(self._begin, start + place)) - self._begin
 
     def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(max(0, min(len(buffer), self._end - self._stream.tell())))
+        left = self._end - self._stream.tell()
+        data = self._stream.read(len(buffer) if left <= 0 and self._may_go_on else max(0, min(len(buffer), left)))
         buffer[: len(data)] = data
         return len(data)
 
@@ -177,19 +179,20 @@ class File:
         with refusing(self.name, OSError):
             return self.filesystem.ls(self.path, detail=True)
 
-    def open(self) -> BinaryIO:
+    def open(self, buffer_bytes: int = BUFFER_BYTES) -> BinaryIO:
         """Its bytes from the start, seekable."""
         with refusing(self.name, OSError):
-            stream = io.BufferedReader(self.filesystem.open(self.path, "rb"), BUFFER_BYTES)
+            stream = io.BufferedReader(self.filesystem.open(self.path, "rb"), buffer_bytes)
             pointer = lfs_pointer(stream.peek(1)) if (self.size or 0) <= POINTER_BYTES else None
         if pointer:
             raise InputError(f"{self.name} is {pointer}")
         return stream
 
-    def open_range(self, begin: int, end: int | None) -> BinaryIO:
-        """The bytes from `begin` up to `end`, seekable within these; no others are read."""
+    def open_range(self, begin: int, end: int | None, may_go_on: bool) -> BinaryIO:
+        """The bytes from `begin` up to `end`, seekable within these. No others are read unless they are asked for."""
         with refusing(self.name, OSError):
-            return io.BufferedReader(Range(self.filesystem.open(self.path, "rb"), begin, end), BUFFER_BYTES)
+            found = Range(self.filesystem.open(self.path, "rb"), begin, end, may_go_on)
+            return found if may_go_on else io.BufferedReader(found, BUFFER_BYTES)
 
 
 def local_file(path: str) -> File:
@@ -299,12 +302,14 @@ def refusing(
 
 
 @contextmanager
-def open_stream(file: File, compressed: bool, begin: int = 0, end: int | None = None) -> Iterator[BinaryIO]:
+def open_stream(
+    file: File, compressed: bool, begin: int = 0, end: int | None = None, may_go_on: bool = False
+) -> Iterator[BinaryIO]:
     """The bytes of `file`, unpacked where it is `compressed` with gzip; an InputError where it is damaged. Else those
-    from `begin` up to `end`."""
+    from `begin` up to `end`, and on where that is asked for."""
     with (
         refusing(file.name, EOFError, OSError, zlib.error, remedy="fetch or make it again"),
-        file.open() if begin == 0 and end is None else file.open_range(begin, end) as raw,
+        file.open() if begin == 0 and end is None else file.open_range(begin, end, may_go_on) as raw,
         gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw as stream,
     ):
         yield stream
