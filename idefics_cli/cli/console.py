@@ -20,7 +20,7 @@ import typer
 
 from idefics_cli.errors import IdeficsError, StreamClosed, one_line
 from idefics_cli.pipeline.task import Observer
-from idefics_cli.storage.filenames import counted, json_for_terminal, printable, shortened
+from idefics_cli.storage.filenames import counted, is_unit_folder, json_for_terminal, printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console

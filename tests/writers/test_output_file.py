@@ -175,7 +175,6 @@ def test_long_values_are_cut() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda path: path.mkdir(), "is a folder: name a file in it"),
         (lambda path: path.symlink_to("nowhere"), "is a broken link"),
         (lambda path: path.write_text('{"id": "mine"}\n'), "not as a run of this program left it"),
         (lambda path: path.parent.rmdir(), r"the folder .* does not exist: make it first"),
