@@ -7,13 +7,10 @@ reads nothing before it and nothing after it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from idefics_cli.errors import RowError
 from idefics_cli.rows import NO_VALUES, ImageSource, InputRow
-
-if TYPE_CHECKING:
-    from idefics_cli.readers.table import Chunk
 
 
 class Place(NamedTuple):
@@ -63,7 +60,7 @@ class Source:
         """With their numbers as index, and "" as id where they have none."""
         raise NotImplementedError
 
-    def chunks(self, span: Span, most: int) -> Iterator[Chunk]:
+    def chunks(self, span: Span, most: int) -> Iterator[Any]:
         """The pass-through columns of the same rows, of up to `most`; none where the input has no columns."""
         stops = [stop for stop in (span.most, self.size) if stop is not None]
         yield [NO_VALUES] * min([most, *(stop - span.begin.row for stop in stops)])
