@@ -31,11 +31,13 @@ def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | 
     while taken := source.take(batch_size.now, wait=True):
         while taken:
             batch = taken[: batch_size.now]
-            latents = attempt(partial(_latents, engine, batch))
+            with engine.turn:
+                latents = attempt(partial(_latents, engine, batch))
+                if latents is None:
+                    engine.free_memory()
             if latents is not None:
                 batch_size.record_success(len(batch))
             else:
-                engine.free_memory()
                 if batch_size.shrink(len(batch)):
                     continue
                 batch_size.reset()

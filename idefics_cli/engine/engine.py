@@ -5,6 +5,7 @@ Images are known by their content. Knows nothing of beams, text and files.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,8 +53,9 @@ class Engine:
     holds and as make a step worth more.
 
     Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. On CUDA a decode
-    step is one graph, unless it is to be `eager`. `waits` makes `times` true on a device that works asynchronously, at
-    some cost: for benchmarks. Images are pixels, or bytes with the table `pixel_of_byte` (3, 256).
+    step is one graph, unless it is to be `eager`. Streams may run side by side, in several threads too: each takes its
+    `turn` for one step. `waits` makes `times` true on a device that works asynchronously, at some cost: for benchmarks.
+    Images are pixels, or bytes with the table `pixel_of_byte` (3, 256).
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         self._is_bounded = batch_size is None and model.device.type == "cuda"
         self.batch_size = AdaptiveBatchSize(batch_size or rows_that_fit(model))
         self.image_batch_size = AdaptiveBatchSize(VISION_BATCH)
+        self.turn = threading.RLock()
         self.times = PhaseTimes()
         self.waits = False
         self.latents: BoundedCache[Tensor] = BoundedCache(CACHE_BYTES)

@@ -129,8 +129,10 @@ class Scoring:
             if not queue:
                 return
             group = queue.pop_group(self.batch_size.now)
-            found = attempt(partial(self._log_likelihoods, group, queue))
-            yield from self._back_off(group, queue) if found is None else self._finished(group, found)
+            with self.engine.turn:
+                found = attempt(partial(self._log_likelihoods, group, queue))
+                finished = self._back_off(group, queue) if found is None else list(self._finished(group, found))
+            yield from finished
 
     @torch.inference_mode()
     def _log_likelihoods(self, group: Sequence[QueuedPrompt], queue: PromptQueue) -> list[list[float]]:

@@ -81,10 +81,12 @@ class Scheduler:
             group = self.admit()
             if not group and not self.rows:
                 return
-            is_known = attempt(partial(self.advance, group))
+            with self.engine.turn:
+                is_known = attempt(partial(self.advance, group))
             yield from finished  # while the device computes
-            ended = [] if is_known is False else is_known and attempt(self.evict)
-            finished = self.back_off(group) if ended is None else ended
+            with self.engine.turn:
+                ended = [] if is_known is False else is_known and attempt(self.evict)
+                finished = self.back_off(group) if ended is None else ended
 
     @torch.inference_mode()
     def advance(self, group: list[QueuedPrompt]) -> bool:

@@ -188,6 +188,35 @@ def _settle_one_by_one(flow: RowFlow, decode: Callable[..., Iterator[tuple[int, 
     raise error
 
 
+def flowed(rows: Iterator[InputRow], steps: Steps, options: FlowOptions) -> Iterator[tuple[InputRow, Finished]]:
+    """Each of `rows` with its result, in order, for one who takes them as they come: the model works only meanwhile.
+
+    Where the model would wait while there are rows to hand out, its stream ends, and another begins after them.
+    """
+    left: deque[tuple[InputRow, Finished]] = deque()
+
+    def leave(row: InputRow, finished: Finished) -> bool:
+        left.append((row, finished))
+        return True
+
+    def handed_out() -> Iterator[tuple[InputRow, Finished]]:
+        while left:
+            yield left.popleft()
+
+    with RowFlow(rows, steps.prepare, leave, options) as flow:
+        while not flow.is_over:
+            taken_before, counts = flow.num_taken, flow.counts
+            try:
+                for number, result in steps.decode(flow):
+                    flow.settle(taken_before + number, result)
+                    yield from handed_out()
+            except Exception:
+                yield from handed_out()
+                raise
+            assert flow.counts != counts, f"the model forgets rows: {counts}"
+            yield from handed_out()
+
+
 class FirstRowsFailed(InputError):
     """All of the first rows have failed with one code, and so would all the others."""
 
@@ -207,15 +236,16 @@ class _EnoughErrors(Exception):
 class RowFlow:
     """Rows on their way: read and prepared by threads, taken and settled by the thread that runs the model.
 
-    `leave` gets every row with its result, in input order, in the model's thread, inside `take` and `settle`. A
-    context: on leaving it, whatever is still under way is dropped.
+    `leave` gets every row with its result, in input order, in the model's thread, inside `take` and `settle`. Where it
+    says True, the model does not wait for prompts before the row is handed on. A context: on leaving it, whatever is
+    still under way is dropped.
     """
 
     def __init__(
         self,
         rows: Iterator[InputRow],
         prepare: Callable[[InputRow], Prepared | RowError],
-        leave: Callable[[InputRow, Finished], None],
+        leave: Callable[[InputRow, Finished], bool | None],
         options: FlowOptions,
     ) -> None:
         self.seconds_waited = 0.0
@@ -228,7 +258,7 @@ class RowFlow:
         self._taken: dict[int, tuple[int, InputRow, Prepared]] = {}  # by the number of the prompt
         self.is_leaving = False  # what is raised then is not the model's
         self._finished: dict[int, tuple[InputRow, Finished] | BaseException] = {}  # by place; or what stands for a row
-        self._num_read = self._num_preparing = self._num_taken = self._num_left = self._num_bytes = 0
+        self._num_read = self._num_preparing = self.num_taken = self._num_left = self._num_bytes = 0
         self._wanted = 1  # so many ready prompts are worth waking the model's thread for
         self._has_ended = False
 
@@ -253,8 +283,8 @@ class RowFlow:
         with self._changed:
             while self._ready and len(taken) < most:
                 place, row, prompt = self._ready.popleft()
-                self._taken[self._num_taken] = place, row, prompt
-                self._num_taken += 1
+                self._taken[self.num_taken] = place, row, prompt
+                self.num_taken += 1
                 taken.append(prompt)
         return taken
 
@@ -277,13 +307,14 @@ class RowFlow:
         started = time.perf_counter()
         deadline: float | None = None
         while True:
-            self._let_leave()
+            is_handing_on = self._let_leave()
             with self._changed:
                 self._wanted = enough if self._ready else 1
                 if self._ready and deadline is None:
                     deadline = time.perf_counter() + PATIENCE
                 left = None if deadline is None else deadline - time.perf_counter()
-                if len(self._ready) >= enough or self._nothing_comes() or (left is not None and left <= 0):
+                has_waited = left is not None and left <= 0
+                if len(self._ready) >= enough or self._nothing_comes() or has_waited or is_handing_on:
                     break
                 if self._num_left not in self._finished:
                     self._changed.wait(left)
@@ -293,13 +324,26 @@ class RowFlow:
         """No row is being read or prepared any more, and none waits to leave."""
         return self._has_ended and not self._num_preparing and self._num_left not in self._finished
 
-    def _let_leave(self) -> None:
-        """All finished rows whose turn it is. Raises an exception when its turn has come."""
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Of rows that the model has taken, and that have left."""
+        return self.num_taken, self._num_left
+
+    @property
+    def is_over(self) -> bool:
+        """All rows have left."""
+        with self._changed:
+            return self._has_ended and self._num_left == self._num_read and self._num_left not in self._finished
+
+    def _let_leave(self) -> bool:
+        """All finished rows whose turn it is, and whether one of them is to be handed on. Raises an exception when its
+        turn has come."""
+        is_handing_on = False
         while True:
             with self._changed:
                 finished = self._finished.pop(self._num_left, None)
                 if finished is None:
-                    return
+                    return is_handing_on
                 self.is_leaving = True
                 if isinstance(finished, BaseException):
                     raise finished
@@ -307,7 +351,7 @@ class RowFlow:
                 self._num_bytes -= _num_bytes(finished[0])
                 if self._can_read():
                     self._has_space.notify()
-            self._leave(*finished)
+            is_handing_on |= bool(self._leave(*finished))
             self.is_leaving = False
 
     # ---- the threads' side

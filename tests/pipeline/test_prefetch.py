@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.pipeline.prefetch import PATIENCE, FlowOptions, Outcome, RunStats, Steps, error_of, run_rows
+from idefics_cli.pipeline.prefetch import PATIENCE, FlowOptions, Outcome, RunStats, Steps, error_of, flowed, run_rows
 from idefics_cli.rows import NO_VALUES, InputRow
 
 BAD = RowError("image_unreadable", "broken")
@@ -252,6 +252,65 @@ def test_the_model_is_not_made_to_wait_while_it_has_work() -> None:
     assert sink.texts == ["first", "second"]
 
 
+# Rows for one who takes them
+
+
+def taken(rows: Iterable[InputRow], model: Any, prepare: Callable[[InputRow], Any] = echo, **options: Any) -> Iterator:
+    return flowed(iter(rows), Steps(prepare, model.decode), FlowOptions(model.batch_size, 2, **options))
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 6), st.sampled_from([Model, Ahead]))
+@settings(max_examples=50, deadline=None)
+def test_rows_are_handed_out_as_a_run_writes_them(good: list[bool], batch_size: int, kind: type[Model]) -> None:
+    rows = [row(i, f"{'good' if is_good else 'bad'} {i}") for i, is_good in enumerate(good)]
+    handed = [(each.id, outcome) for each, outcome in taken(rows, kind(batch_size, shuffled=True))]
+    assert handed == run(rows, kind(batch_size, shuffled=True)).rows
+
+
+@pytest.mark.parametrize("is_bad", [True, False])
+def test_no_more_is_read_than_the_taker_has_room_for(is_bad: bool) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[InputRow]:
+        for index in count():
+            read.append(index)
+            yield row(index, f"bad {index}" if is_bad else None)
+
+    handed = taken(endless(), Model())
+    for number, _ in enumerate(handed):
+        assert len(read) - number <= 2 * FlowOptions(3, 2).window
+        if number == 200:
+            break
+    handed.close()
+    test_no_thread_outlives_a_run(1)
+
+
+def test_an_error_is_handed_out_before_the_next_row_comes() -> None:
+    asked = threading.Event()
+
+    def rows() -> Iterator[InputRow]:
+        yield row(0, "bad 0")
+        assert asked.wait(5), "the row was held back"
+        yield row(1)
+
+    handed = taken(rows(), Model())
+    assert next(handed)[0].id == "bad 0"
+    asked.set()
+    assert [each.id for each, _ in handed] == ["row 1"]
+
+
+def test_what_is_raised_comes_after_the_rows_before_it_are_handed_out() -> None:
+    def broken() -> Iterator[InputRow]:
+        yield from (row(i, f"bad {i}" if i == 3 else None) for i in range(5))
+        raise InputError("two rows with one id")
+
+    handed, ids = taken(broken(), Model()), []
+    with pytest.raises(InputError, match="one id"):
+        for each, _ in handed:
+            ids.append(each.id)
+    assert ids == ["row 0", "row 1", "row 2", "bad 3", "row 4"]
+
+
 # Endings
 
 
@@ -309,8 +368,11 @@ def test_a_model_that_forgets_a_row_is_found_out() -> None:
         while source.take(3, True):
             yield from ()
 
+    model = SimpleNamespace(batch_size=3, decode=forgetful)
     with pytest.raises(AssertionError, match="2 rows came in and 0 went out"):
-        run(map(row, range(2)), SimpleNamespace(batch_size=3, decode=forgetful))
+        run(map(row, range(2)), model)
+    with pytest.raises(AssertionError, match="the model forgets rows"):
+        list(taken(map(row, range(2)), model))
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 16])
