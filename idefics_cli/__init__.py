@@ -9,19 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.errors import IdeficsError, RowError
+from idefics_cli.prompts.templates import Shot
 from idefics_cli.result import Candidate, Result
 
 if TYPE_CHECKING:
-    from idefics_cli.idefics import Idefics
+    from idefics_cli.library import Idefics
 
 __version__ = "0.1.0"
-__all__ = ["Candidate", "Idefics", "IdeficsError", "Result", "RowError", "__version__"]
+__all__ = ["Candidate", "Idefics", "IdeficsError", "Result", "RowError", "Shot", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name != "Idefics":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from idefics_cli.idefics import Idefics
+    from idefics_cli.library import Idefics
 
     return Idefics
 

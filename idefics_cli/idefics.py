@@ -1,21 +1,21 @@
-"""`Idefics`: captions and texts from Python. A model, its tokenizer and its image processor behind a few methods.
+"""A loaded model with its tokenizer and image processor: images and prompts encoded, streams of these continued.
 
-An image that cannot be used, or a prompt that is too long, gives a `Result` with an `error`; the others are not
-affected. A caller's mistake (an unknown option, a model that does not exist) raises IdeficsError.
+An image that cannot be used, or a prompt that is too long, is a `RowError`; the others are not affected. A caller's
+mistake (a model that does not exist) raises IdeficsError. What users call is `Idefics` in `library.py`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from typing_extensions import Self
 
-from idefics_cli import validation
 from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
 from idefics_cli.checkpoint.files import Checkpoint
 from idefics_cli.checkpoint.find import find_checkpoint
@@ -50,16 +50,9 @@ from idefics_cli.prompts.choices import (
     split_answers,
     with_answer,
 )
-from idefics_cli.prompts.postprocess import PostProcess
 from idefics_cli.prompts.templates import (
-    TASKS,
     Prompt,
-    PromptOptions,
     SpecialToken,
-    build_prompt,
-    choose_template,
-    leading_shots,
-    shared_start,
 )
 from idefics_cli.prompts.tokenize import PromptEncoder
 from idefics_cli.result import Candidate, Result
@@ -70,12 +63,12 @@ if TYPE_CHECKING:
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 
-ImageSource = str | os.PathLike | bytes | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
 PreparedImage = torch.Tensor | EncodedImage | RowError
 
 
 class Idefics:
-    """A loaded model. Methods may be called from one thread at a time, `prepare_image` from any."""
+    """A loaded model. Streams may run side by side, in several threads too: they take turns, a step each."""
 
     def __init__(
         self,
@@ -85,8 +78,9 @@ class Idefics:
         batch_size: int | None,
         checkpoint: Checkpoint,
         eager: bool = False,
+        request: ModelRequest | None = None,
     ):
-        self.checkpoint = checkpoint
+        self.checkpoint, self.request = checkpoint, request
         self.model, self.encoder, self.images, self._batch_size = model, encoder, images, batch_size
         self._is_eager = eager
         self._encode_start = lru_cache(maxsize=16)(encoder.encode)
@@ -94,16 +88,16 @@ class Idefics:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike | None = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         revision: str | None = None,
         allow_pickle: bool = False,
-        adapter: str | os.PathLike | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         eager: bool = False,
         batch_size: int | None = None,
-    ) -> Idefics:
+    ) -> Self:
         """Load a hub id, a local folder or "demo", by default idefics-9b-instruct or the adapter's base.
 
         `dtype`: auto, bf16, fp16, fp32, or one of torch's or its name; `device`: auto, cpu, mps, cuda, cuda:N or one
@@ -123,7 +117,7 @@ class Idefics:
         network = load_network(checkpoint, config, place, number_format)
         if place.type == "cpu":
             pack_linears(network)
-        return cls(network, encoder, images, batch_size, checkpoint, eager)
+        return cls(network, encoder, images, batch_size, checkpoint, eager, request)
 
     @classmethod
     def without_network(cls, request: ModelRequest) -> Idefics:
@@ -164,74 +158,6 @@ class Idefics:
         found = self.images.prepare(source, options)
         return found if isinstance(found, RowError) else pixel_values(found[None], self._pixel_of_byte)[0]
 
-    def caption(self, images: Iterable[ImageSource | PreparedImage], **decoding: object) -> list[Result]:
-        """Describe each image with the published prompt of the base or the instruct model, and its cut of texts."""
-        return self._ask("caption", ((image, {}) for image in several("caption's images", images, "image")), decoding)
-
-    def answer(self, pairs: Iterable[tuple[ImageSource | PreparedImage, str]], **decoding: object) -> list[Result]:
-        """Answer (image, question) pairs with the published prompt, as `caption` does.
-
-        An image in several pairs is encoded once.
-        """
-        asked = validation.pairs("answer's pairs", pairs, of="image, question")
-        return self._ask("vqa", ((image, _asked(question)) for image, question in asked), decoding)
-
-    def _ask(
-        self,
-        task: str,
-        asked: Iterable[tuple[ImageSource | PreparedImage, dict[str, str] | RowError]],
-        decoding: dict[str, object],
-    ) -> list[Result]:
-        options, about, instruct = PromptOptions(task), TASKS[task], self.is_instruct
-        shots = leading_shots(options, (), instruct)
-        start = shared_start(choose_template(options, instruct), shots)
-        built = (
-            fields
-            if isinstance(fields, RowError)
-            else build_prompt(options, fields, [self.encode_image(image)], shots, instruct)
-            for image, fields in asked
-        )
-        decoding = {"max_new_tokens": about.max_new_tokens, **decoding}
-        postprocess = PostProcess(about.cut_words)
-        return [result.finished(postprocess) for result in self._results(built, about.banned_words, decoding, start)]
-
-    def generate(self, prompts: Iterable[Prompt | Sequence], **decoding: object) -> list[Result]:
-        """Continue each prompt, a sequence of texts and images that is put verbatim after `<s>`.
-
-        A `str` is text, never a path: give images as PIL, `pathlib.Path` or bytes. Keywords are the fields of
-        DecodingOptions. One Result for each prompt, in order; prompts are taken as they are decoded, a few batches
-        ahead.
-        """
-        return self._results(prompts, (), decoding)
-
-    def _results(
-        self,
-        prompts: Iterable[Prompt | Sequence | RowError],
-        banned_words: Sequence[str],
-        decoding: dict[str, object],
-        start: Prompt = (),
-    ) -> list[Result]:
-        options = self._decoding_options(decoding)
-        encoded = (
-            prompt if isinstance(prompt, RowError) else self.encode(prompt, options.max_new_tokens, start)
-            for prompt in prompts
-        )
-        return in_order(encoded, lambda source: self.stream(source, banned_words=banned_words, **decoding))
-
-    def score(
-        self, asked: Iterable[tuple[Prompt | Sequence, Sequence[str]]], choice_norm: ChoiceNorm = "none"
-    ) -> list[Result]:
-        """Which of the given answers fits best: (prompt, choices) pairs, prompts as `generate` takes them.
-
-        One Result for each pair, in order: all choices are its candidates, the likeliest first. A score is the sum of
-        the log-probabilities of the choice's tokens without an end token ("none"), or that divided by their number
-        ("tokens") or by the length of the choice in UTF-8 ("bytes").
-        """
-        require_norm(choice_norm)
-        pairs = validation.pairs("score's pairs", asked, of="prompt, choices")
-        encoded = (self.encode_choices(prompt, choices) for prompt, choices in pairs)
-        return in_order(encoded, lambda source: self.score_stream(source, choice_norm))
-
     def stream(
         self, source: PromptSource, *, banned_words: Sequence[str] = (), **decoding: object
     ) -> Iterator[tuple[int, Result]]:
@@ -246,33 +172,18 @@ class Idefics:
             yield number, Result(error=outcome) if isinstance(outcome, RowError) else self._result(outcome)
 
     def score_stream(self, source: PromptSource, choice_norm: ChoiceNorm = "none") -> Iterator[tuple[int, Result]]:
-        """`score` for the results of `encode_choices`, as they come; numbers and order as in `stream`."""
+        """The likelihoods of the results of `encode_choices`, as they come; numbers and order as in `stream`."""
         require_norm(choice_norm)
         for number, encoded, found in Scoring(self.engine).run(source):
             is_error = isinstance(found, RowError)
             yield number, Result(error=found) if is_error else _choice_result(encoded, found, choice_norm)
 
-    def embed(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
-        """What the model keeps of each image, (images, seq, dim) in its dtype, on the host.
-
-        That is the resampler's output or, without one, the vision tower's. Each may take the place of its image in a
-        prompt for a model of the same `fingerprint`. Raises IdeficsError for an image that cannot be used.
-        """
-        latents = self._latents("embed", images)
-        error = first_error(latents)
-        if error is not None:
-            raise IdeficsError(f"an image cannot be embedded ({error}): use another device or dtype")
-        return torch.stack(latents) if latents else torch.empty(0, *self.latents_shape, dtype=self.model.dtype)
-
-    def _latents(self, method: str, images: Iterable[ImageSource | PreparedImage]) -> list[torch.Tensor | RowError]:
-        encoded = [self.encode_image(image) for image in several(f"{method}'s images", images, "image")]
-        error = first_error(encoded)
-        if error is not None:
-            raise IdeficsError(f"an image cannot be embedded ({error}): fix it, or leave it out")
-        return [found for _, found in self.embed_stream(IterableSource(encoded))]
-
     def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, torch.Tensor | RowError]]:
-        """`embed` for the results of `encode_image`, as they come, in order and numbered as they are taken."""
+        """What the model keeps of the results of `encode_image`: (number, latents), in order, numbered as taken.
+
+        Latents (seq, dim), in the model's dtype and on the host, are the resampler's output or, without one, the vision
+        tower's. They may take the place of the image in a prompt for a model of the same `fingerprint`.
+        """
         return embed(self.engine, source)
 
     def image_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
@@ -281,7 +192,11 @@ class Idefics:
         It costs nothing beyond the latents, which decoding needs anyway; stored ones are accepted too. An image without
         latents (out of memory, NaN or Inf) has zeros.
         """
-        latents = self._latents("image_vectors", images)
+        encoded = [self.encode_image(image) for image in several("image_vectors's images", images, "image")]
+        error = first_error(encoded)
+        if error is not None:
+            raise IdeficsError(f"an image cannot be embedded ({error}): fix it, or leave it out")
+        latents = [found for _, found in self.embed_stream(IterableSource(encoded))]
         vectors = torch.zeros(len(latents), self.latents_shape[1])
         for vector, each in zip(vectors, latents, strict=True):
             if not isinstance(each, RowError):
@@ -371,32 +286,6 @@ class Idefics:
     def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
         found = [(each.token_ids, each.score) for each in hypotheses]
         return Result.of([Candidate(self.encoder.decode(ids), score, len(ids), ids) for ids, score in found])
-
-
-def in_order(
-    encoded: Iterable[EncodedPrompt | RowError], stream: Callable[[PromptSource], Iterator[tuple[int, Result]]]
-) -> list[Result]:
-    """One Result for each prompt, in their order; what could not be encoded does not go through `stream`."""
-    results: dict[int, Result] = {}
-    places: list[int] = []  # of the prompts that reach the stream
-
-    def usable() -> Iterator[EncodedPrompt]:
-        for place, prompt in enumerate(encoded):
-            if isinstance(prompt, RowError):
-                results[place] = Result(error=prompt)
-            else:
-                places.append(place)
-                yield prompt
-
-    for number, result in stream(IterableSource(usable())):
-        results[places[number]] = result
-    return [results[place] for place in range(len(results))]
-
-
-def _asked(question: str) -> dict[str, str] | RowError:
-    if isinstance(question, str) and not question.strip():
-        return RowError("row_invalid", "the question is empty")
-    return {"question": question}
 
 
 def _images_of(items: Prompt) -> tuple[tuple[torch.Tensor, ...], tuple[bytes, ...]]:

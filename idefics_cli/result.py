@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias, Union
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from idefics_cli.errors import RowError
+from typing_extensions import Self
+
+from idefics_cli.errors import IdeficsError, RowError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +30,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one prompt: the best candidate's fields and all candidates, best first; or an `error` and no text."""
+    """Of one prompt: the best candidate's fields and all candidates, best first; or an `error` and no text.
+
+    `input` is what the caller gave, `index` its place among all that was given, from 0.
+    """
 
     text: str | None = None
     score: float | None = None
@@ -36,6 +41,20 @@ class Result:
     token_ids: tuple[int, ...] | None = None
     candidates: tuple[Candidate, ...] = ()
     error: RowError | None = None
+    input: Any = field(default=None, repr=False, compare=False)
+    index: int | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a text."""
+        return self.error is None
+
+    def raise_for_error(self) -> Self:
+        """The same; raises IdeficsError where there is no text."""
+        if self.error is not None:
+            which = "" if self.index is None else f"input {self.index}: "
+            raise IdeficsError(f"{which}{self.error}")
+        return self
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate]) -> Result:
@@ -46,7 +65,8 @@ class Result:
         """The same with every text postprocessed; scores and tokens are still those of the whole decoded text."""
         if self.text is None:
             return self
-        return self.of([replace(each, text=postprocess(each.text)) for each in self.candidates])
+        written = self.of([replace(each, text=postprocess(each.text)) for each in self.candidates])
+        return replace(written, input=self.input, index=self.index)
 
 
 Outcome: TypeAlias = Union[Result, "Tensor", RowError]  # a tensor holds an image's latents (seq, dim)

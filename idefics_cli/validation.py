@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, get_type_hints
+from numbers import Real
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from idefics_cli.errors import IdeficsError
+
+Options = TypeVar("Options")
+
+
+NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,12 @@ def option_name(field: str, about: Help) -> str:
     return about.flags[-1] if about.flags else f"--{field.replace('_', '-')}"
 
 
+def keyword(field: str, about: Help) -> str:
+    """What callers write for it: its option, or what a --no-... turns off."""
+    name = option_name(field, about).lstrip("-").replace("-", "_")
+    return field if name.startswith("no_") else name
+
+
 def help_of(hint: Any) -> Help | None:
     """That of a field with this annotation."""
     return next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Help)), None)
@@ -54,6 +66,73 @@ def by_option(options: Any) -> dict[str, Any]:
             name = option_name(field.name, about)
             values[name] = not value if field.default is True and name.startswith("--no-") else value
     return values
+
+
+def keywords_of(options: type) -> dict[str, tuple[Any, Help]]:
+    """The hint and the help of all options in a dataclass, and in those within it, by keyword."""
+    found: dict[str, tuple[Any, Help]] = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        if is_dataclass(hint):
+            found |= keywords_of(hint)
+        elif (about := help_of(hint)) is not None:
+            found[keyword(name, about)] = hint.__origin__, about
+    return found
+
+
+def gathered(options: type[Options], given: Mapping[str, Any], own: Mapping[str, Any] = NOTHING) -> Options:
+    """The dataclass with the options in `given`, by keyword; those within it likewise. None is the default.
+
+    `own` are values of fields, also of such that are no options. Raises IdeficsError for a value of another kind.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    values = {name: value for name, value in own.items() if name in hints}
+    for name, hint in hints.items():
+        about = help_of(hint)
+        if is_dataclass(hint):
+            values[name] = values.get(name) or gathered(hint, given, own)
+        elif about is not None and given.get(word := keyword(name, about)) is not None:
+            values[name] = fitting(word, given[word], hint.__origin__, about)
+    return options(**values)
+
+
+def require_keywords(given: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise IdeficsError(f"unknown option {', '.join(unknown)}: use {', '.join(known)}")
+
+
+def fitting(name: str, value: Any, hint: Any, about: Help) -> Any:
+    """The value as the field has it: texts may be as on the command line, and lists stand for tuples."""
+    if isinstance(value, str) and about.parse is not None:
+        return about.parse(value)
+    value = os.fspath(value) if isinstance(value, os.PathLike) else tuple(value) if isinstance(value, list) else value
+    if not _is_of(value, hint):
+        raise IdeficsError(f"invalid {name} {value!r}: expected {_kinds(hint)}")
+    for bound, is_past, words in ((about.min, operator.lt, "at least"), (about.max, operator.gt, "at most")):
+        if bound is not None and isinstance(value, Real) and is_past(value, bound):
+            raise IdeficsError(f"invalid {name} {value!r}: expected {words} {bound:g}")
+    return value
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Numbers of any kind are numbers; which of them will do, others say."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint) and not isinstance(value, bool)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(each, get_args(hint)[0]) for each in value)
+    if get_args(hint):
+        return any(_is_of(value, each) for each in get_args(hint))
+    return isinstance(value, Real if hint in (int, float) else hint)
+
+
+def _kinds(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return ", ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list of {_kinds(get_args(hint)[0])}"
+    if get_args(hint):
+        return " or ".join(map(_kinds, get_args(hint)))
+    return {str: "text", bool: "True or False", int: "a whole number", float: "a number"}.get(hint, "None")
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -82,9 +161,8 @@ def several(name: str, given: Any, of: str) -> Iterable[Any]:
     return given
 
 
-def pairs(name: str, given: Any, of: str) -> Iterator[tuple[Any, Any]]:
-    """The two items of each pair, as they come."""
-    for pair in several(name, given, f"({of})"):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise IdeficsError(f"{name} must be a list of pairs, not of {type(pair).__name__}: write [({of})]")
-        yield pair[0], pair[1]
+def pair(name: str, given: Any, of: str) -> tuple[Any, Any]:
+    """The two items of one of them."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise IdeficsError(f"{name} must be a list of pairs, not of {type(given).__name__}: write [({of})]")
+    return given[0], given[1]

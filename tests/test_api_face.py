@@ -41,6 +41,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not imported & HEAVY
 
 
+@pytest.mark.timeout(900)
 def test_the_public_api_is_typed(tmp_path: Path) -> None:
     """pyright finds nothing in a caller's file, and does find what is wrong in another."""
     assert (ROOT / "idefics_cli" / "py.typed").is_file()

@@ -163,7 +163,7 @@ class ScenePrompts:
 
     def _shot(self, drawn: Scene, pixels: Tensor, number: int) -> Shot:
         question, answer = drawn.questions[number % len(drawn.questions)]
-        return Shot((pixels,), answer, {"question": question}) if self._asks else Shot((pixels,), drawn.caption)
+        return Shot(pixels, question, answer) if self._asks else Shot(pixels, answer=drawn.caption)
 
     def _prompt(self, query: Shot) -> EncodedPrompt:
         prompt = few_shot_prompt(self._template, self._shots, replace(query, answer=""))

@@ -254,9 +254,7 @@ def info(
 def _ask(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     from idefics_cli.tasks.caption_vqa import CaptionVqa
 
-    names = "image_column", "allow_no_image", "delimited", "follow_links"
-    shots = replace(options.shots, **{name: getattr(run.reading, name) for name in names})
-    make_task = partial(CaptionVqa, replace(options, shots=shots))
+    make_task = partial(CaptionVqa.over_files, options, run.reading)
     scoring = None if run.answers_column is None else _closing_scores(run.answers_column, options)
     _run(run, make_task, signals, scoring)
 
@@ -269,9 +267,9 @@ def _run(
 
     stats, model, form, shows = RunStats(), (check_model, load_model), None, options.show_prompt is not None
     if shows:
-        from idefics_cli.tasks.shown_prompts import FORM, PromptViewer, prompts_alone
+        from idefics_cli.tasks.shown_prompts import FORM, prompt_viewer, prompts_alone
 
-        options, model, form, scoring = prompts_alone(options), (lambda request: None, PromptViewer), FORM, None
+        options, model, form, scoring = prompts_alone(options), (lambda request: None, prompt_viewer), FORM, None
     signals.safe_rows = lambda condition: rows_so_far(stats, options.output, options.overwrite, condition)
     with Progress(stats, signals) as progress:
         if options.has_parts and not shows:

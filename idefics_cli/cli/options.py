@@ -16,7 +16,7 @@ import typer
 
 from idefics_cli.cli.console import Signals, exit_codes
 from idefics_cli.errors import IdeficsError
-from idefics_cli.validation import Help, help_of, option_name
+from idefics_cli.validation import Help, gathered, help_of, keyword, option_name
 
 METAVARS = {int: "N", float: "X"}
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -83,13 +83,9 @@ def _options(options: type) -> Iterator[Option]:
 
 def _made(options: type, typed: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
     """The dataclass. A field that is not shown has the command's own value, or its default."""
-    hints = _hints(options)
-    given = {name: value for name, value in own.items() if name in hints}
-    for option in _options(options):
-        if option.field in hints and typed.get(option.parameter_name) is not None:
-            given[option.field] = option.value(typed[option.parameter_name])
-    nested = {name: _made(hint, typed, own) for name, hint in hints.items() if is_dataclass(hint)}
-    return options(**given, **nested)
+    known = [each for each in _options(options) if typed.get(each.parameter_name) is not None]
+    given = {keyword(each.field, each.help): each.value(typed[each.parameter_name]) for each in known}
+    return gathered(options, given, own)
 
 
 @dataclass(frozen=True)

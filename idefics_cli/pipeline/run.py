@@ -348,6 +348,7 @@ class Run:
             else:
                 digest = self._known_digests.pop((row.index, row.id), None) or self._digest(row)
                 writer.write({**line, DIGEST: self._tag + digest}, then)
+            self.observer.on_result(line)
 
         return write
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -35,6 +35,9 @@ class Observer:
     def on_start(self, total: int | None) -> None: ...
 
     def say(self, message: str) -> None: ...
+
+    def on_result(self, row: Mapping[str, Any]) -> None:
+        """The row as it has been written."""
 
     def on_row(self, number: int = 1) -> None: ...
 

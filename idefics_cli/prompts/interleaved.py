@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from idefics_cli.errors import RowError
-from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt, merge_texts
+from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt, SpecialToken, merge_texts
 from idefics_cli.storage.filenames import listed
 
 SOURCE_FIELDS = ("image", "url", "image_url")
@@ -62,7 +62,7 @@ def interleaved_prompt(
             prompt = _written(_with_places(items, num_images), read_text, is_example)
     except ValueError as error:  # its text is the end of a sentence
         return RowError("row_invalid", f"the prompt {error}")
-    places = prompt.count(NEXT_IMAGE)
+    places = sum(item is NEXT_IMAGE for item in prompt)
     if places and places != num_images:
         return RowError("row_invalid", f"the prompt has {places} places for images, and the row {num_images} of them")
     return prompt
@@ -128,12 +128,14 @@ def _turn(message: Mapping[str, Any], read_text: ReadText, first: bool) -> Promp
     return (LABELS[role], blank, *written, END_OF_UTTERANCE, "\n")
 
 
-def _read(item: Any, read_text: ReadText) -> Sequence[str | ImageItem]:
+def _read(item: Any, read_text: ReadText) -> Sequence[str | ImageItem | SpecialToken]:
     """A text or an image. Of a struct's fields those count that are not null, as Parquet gives all of them."""
     if isinstance(item, str):
         return read_text(item, True)
     if isinstance(item, bytes):
         return [ImageItem(item)]
+    if isinstance(item, SpecialToken):
+        return [item]
     if not isinstance(item, Mapping):
         raise ValueError(f"holds {_kind(item)}: texts are strings, images bytes or structs")
     text, source, embedding = item.get("text"), _source(item), item.get("embedding")

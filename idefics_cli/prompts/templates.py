@@ -34,14 +34,25 @@ TEXT_ONLY_SHOTS = 2
 
 @dataclass(frozen=True)
 class Shot:
-    """A worked example: its images, its answer or caption, and the texts of the template's fields, as `question`.
+    """A worked example: its image (or several, or none), question, and answer or caption.
 
-    The query is a shot without an answer.
+    `fields` are the texts of further fields of the prompt. The query is a shot without an answer.
     """
 
-    images: Prompt = ()
+    image: Any = ()
+    question: str | None = None
     answer: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def images(self) -> Prompt:
+        several = isinstance(self.image, tuple | list)
+        return tuple(self.image) if several else () if self.image is None else (self.image,)
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Of the template's fields."""
+        return self.fields if self.question is None else {"question": self.question, **self.fields}
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Template:
             if name == IMAGE_FIELD:
                 asked += islice(images, at_each)
             elif name is not None:
-                asked.append(shot.fields.get(name, ""))  # a caption that was written as a shot has no question
+                asked.append(shot.texts.get(name, ""))  # a caption that was written as a shot has no question
         return ("User:", *asked, END_OF_UTTERANCE, "\nAssistant:") if self.instruct else tuple(asked)
 
     def takes(self, num_images: int) -> bool:
@@ -153,8 +164,8 @@ TASKS = {
         ("Question", "User", "Image", "task", "What", "Who", "When", "Where", "Why", "How", END_OF_UTTERANCE.name),
         15,
         (
-            Shot((), "red", {"question": "What color is the bus?"}),
-            Shot((), "2", {"question": "How many people are there?"}),
+            Shot(question="What color is the bus?", answer="red"),
+            Shot(question="How many people are there?", answer="2"),
         ),
     ),
 }
@@ -230,7 +241,7 @@ def leading_shots(options: PromptOptions, pool: Sequence[Shot], instruct: bool) 
     if options.num_shots or options.bare or instruct or options.text is not None:
         return tuple(pool[: options.num_shots])
     texts = pool[:TEXT_ONLY_SHOTS] or TASKS[options.task].text_only_shots
-    return tuple(replace(shot, images=()) for shot in texts)
+    return tuple(replace(shot, image=()) for shot in texts)
 
 
 def build_prompt(

@@ -24,7 +24,7 @@ from idefics_cli.prompts.templates import (
     leading_shots,
     shared_start,
 )
-from idefics_cli.rows import InputRow
+from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.tasks.embed import StoredLatents, without_names
 from idefics_cli.tasks.few_shot import chosen_for_all, open_shots, opened, read_shots
 from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
@@ -56,14 +56,20 @@ class CaptionVqa(Task):
         self.needs_image = options.embeddings is None
         self.files = tuple(filter(None, (options.shots.file, options.embeddings)))
 
+    @classmethod
+    def over_files(cls, options: CaptionVqaOptions, reading: ReadOptions) -> CaptionVqa:
+        """With shots that are read as the inputs are."""
+        names = "image_column", "allow_no_image", "delimited", "follow_links"
+        shots = replace(options.shots, **{name: getattr(reading, name) for name in names})
+        return cls(replace(options, shots=shots))
+
     @cached_property
     def _shots_file(self) -> Inputs | None:
         return None if self.options.shots.file is None else open_shots(self.options.shots, self.list_columns)
 
     @cached_property
     def _pool(self) -> list[Shot]:
-        file, options = self._shots_file, self.options
-        return [] if file is None else read_shots(options, file)
+        return read_shots(self.options, self._shots_file)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,13 +86,13 @@ class CaptionVqa(Task):
         options = self.options
         return text_form(
             "answer" if options.asks else "caption",
-            self._postprocess,
+            self.postprocess,
             question_of=self._shown_question if options.asks else None,
             has_candidates=options.decoding.num_return_sequences > 1 or options.choices.are_given,
         )
 
     @property
-    def _postprocess(self) -> PostProcess:
+    def postprocess(self) -> PostProcess:
         """Texts are cut as in the published protocol, or at the user's words; ranked answers are not."""
         options, task = self.options.postprocess, TASKS[self.command]
         if self.options.choices.are_given:
@@ -167,7 +173,7 @@ class RowPrompts:
     def open_shot(self, shot: Shot) -> Shot:
         """With its images as they stand in many prompts: what identifies each is computed here, once."""
         return opened(
-            shot, lambda source: self.model.encode_image(self.images.prepare(source)), self.options.shots.file
+            shot, lambda source: self.model.encode_image(self.images.prepare(source)), self.options.shots.place
         )
 
     def of(self, row: InputRow, shots: Sequence[Shot]) -> EncodedPrompt | RowError:

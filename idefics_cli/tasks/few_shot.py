@@ -49,17 +49,30 @@ def open_shots(options: ShotOptions, list_columns: tuple[str, ...] = ()) -> Inpu
     return rows
 
 
-def read_shots(options: CaptionVqaOptions, rows: Inputs) -> list[Shot]:
-    """The pool, or as much of it as will be shown, its images not opened yet.
+def read_shots(options: CaptionVqaOptions, rows: Inputs | None) -> list[Shot]:
+    """The pool, or as much of the file's as will be shown, its images not opened yet.
 
-    Raises InputError for a bad row, and for too few of them.
+    Raises InputError for a bad row or shot, and for too few of them.
     """
     shots = options.shots
     wanted = shots.number or TEXT_ONLY_SHOTS if shots.selection == "first" else None
-    pool = [_read_shot(row, options) for row in islice(rows.rows, wanted)]
+    if rows is None:
+        pool = [_checked(number, shot, options) for number, shot in enumerate(shots.pool, start=1)]
+    else:
+        pool = [_read_shot(row, options) for row in islice(rows.rows, wanted)]
     if len(pool) < shots.number:
-        raise InputError(f"{shown_place(shots.file)} has {len(pool)} shots: lower --num-shots {shots.number}")
+        raise InputError(f"{shots.place} has {len(pool)} shots: lower --num-shots {shots.number}")
     return pool
+
+
+def _checked(number: int, shot: Any, options: CaptionVqaOptions) -> Shot:
+    """One that the caller has made."""
+    place = f"shot {number}"
+    if not isinstance(shot, Shot):
+        raise InputError(f"{place} is of type {type(shot).__name__}: write Shot(image, question, answer)")
+    if not isinstance(shot.answer, str) or not shot.answer.strip():
+        raise InputError(f"{place} has no answer: write Shot(image, question, answer), or Shot(image, answer=caption)")
+    return _with_fields(shot, place, options)
 
 
 def _read_shot(row: InputRow, options: CaptionVqaOptions) -> Shot:
@@ -81,19 +94,23 @@ def _read_shot(row: InputRow, options: CaptionVqaOptions) -> Shot:
     if not references:
         raise InputError(f"{place} has no answer: its {column} is empty")
     texts = {name: text for name, value in values.items() if isinstance(text := field_text(name, value), str)}
-    without = next((name for name in options.prompt_fields if name not in texts), None)
+    return _with_fields(Shot(row.sources, answer=shot_answer(task, references), fields=texts), place, options)
+
+
+def _with_fields(shot: Shot, place: str, options: CaptionVqaOptions) -> Shot:
+    without = next((name for name in options.prompt_fields if not isinstance(shot.texts.get(name), str)), None)
     if without is not None:
         raise InputError(f"{place} has no text in the column {without!r}, which the prompt needs: add it")
-    return Shot(row.sources, shot_answer(task, references), texts)
+    return shot
 
 
-def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], file: str) -> Shot:
+def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], place: str) -> Shot:
     """The shot with its images as `prepare` opens them. Raises InputError for one that cannot be opened."""
     images = tuple(prepare(source) for source in shot.images)
     error = first_error(images)
     if error is not None:
-        raise _bad_shot(f"an image in {shown_place(file)}", error)
-    return replace(shot, images=images)
+        raise _bad_shot(f"an image in {place}", error)
+    return replace(shot, image=images)
 
 
 def _bad_shot(place: str, error: RowError) -> InputError:

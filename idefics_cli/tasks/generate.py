@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.columns import MAX_IMAGES
+from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import RowError, first_error
 from idefics_cli.pipeline.prefetch import Steps
 from idefics_cli.pipeline.task import Form, ImageWatch, Observer, Task
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
     from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
+    from idefics_cli.prompts.choices import ChoiceNorm
+    from idefics_cli.prompts.postprocess import PostProcess
     from idefics_cli.result import Outcome
 
 PROMPT_COLUMNS = ("prompt", "messages", "conversations")  # the last two end with an answer where they are for training
@@ -57,7 +61,7 @@ class Generate(Task):
         """Those of the row and those that its prompt names."""
         prompt = self._prompt(row, True, resolve, str)
         items = () if isinstance(prompt, RowError) else (item for item in prompt if isinstance(item, ImageItem))
-        named = (resolve(item.source, row.index) for item in items if item.embedding is None and item != NEXT_IMAGE)
+        named = (resolve(item.source, row.index) for item in items if item.embedding is None and item is not NEXT_IMAGE)
         return [*row.sources, *(source for source in named if not isinstance(source, RowError))]
 
     def check(self, request: ModelRequest) -> None:
@@ -65,9 +69,13 @@ class Generate(Task):
             self.embeddings.check(request)
 
     @property
+    def postprocess(self) -> PostProcess:
+        return self.options.postprocess
+
+    @property
     def form(self) -> Form:
         options = self.options
-        return text_form("text", options.postprocess, has_candidates=options.decoding.num_return_sequences > 1)
+        return text_form("text", self.postprocess, has_candidates=options.decoding.num_return_sequences > 1)
 
     def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         if self.embeddings is not None:
@@ -78,7 +86,7 @@ class Generate(Task):
         def opened(item: ImageItem, index: int, own: Iterator[ImageSource | RowError]) -> Any | RowError:
             if item.embedding is not None:
                 return self._latents(item.embedding)
-            source = next(own) if item == NEXT_IMAGE else resolve(item.source, index)
+            source = next(own) if item is NEXT_IMAGE else resolve(item.source, index)
             return source if isinstance(source, RowError) else images.prepare(source)
 
         def prepare(row: InputRow) -> EncodedPrompt | RowError:
@@ -89,12 +97,16 @@ class Generate(Task):
             own = iter(row.sources)
             items = [opened(item, row.index, own) if isinstance(item, ImageItem) else item for item in prompt]
             watch.has_shown |= any(isinstance(item, ImageItem) for item in prompt)
-            return first_error(items) or model.encode(items, self.options.decoding.max_new_tokens)
+            return first_error(items) or self._encoded(model, items, row)
 
-        def decode(source: PromptSource) -> Iterator[tuple[int, Outcome]]:
-            return model.stream(source, **asdict(self.options.decoding))
-
+        decode = partial(self._decode, model)
         return Steps(prepare, decode if self.options.text_only else watch.watching(decode))
+
+    def _encoded(self, model: Idefics, items: Sequence[Any], row: InputRow) -> EncodedPrompt | RowError:
+        return model.encode(items, self.options.decoding.max_new_tokens)
+
+    def _decode(self, model: Idefics, source: PromptSource) -> Iterator[tuple[int, Outcome]]:
+        return model.stream(source, **asdict(self.options.decoding))
 
     def _prompt(
         self, row: InputRow, is_instruct: bool, resolve: Callable, doubt: Callable[[str], None]
@@ -120,6 +132,20 @@ class Generate(Task):
         if self.embeddings is None:
             return RowError("image_missing", f"the embedding {row_id!r} needs its file: add --embeddings E.parquet")
         return self.embeddings.latents(row_id)
+
+
+class Rank(Generate):
+    """Prompts as `generate` has them, each with answers of its own to rank in the column `choices`."""
+
+    def __init__(self, norm: ChoiceNorm) -> None:
+        super().__init__(GenerateOptions(DecodingOptions(), text_only=True))
+        self._norm = norm
+
+    def _encoded(self, model: Idefics, items: Sequence[Any], row: InputRow) -> EncodedPrompt | RowError:
+        return model.encode_choices(items, row.values["choices"])
+
+    def _decode(self, model: Idefics, source: PromptSource) -> Iterator[tuple[int, Outcome]]:
+        return model.score_stream(source, self._norm)
 
 
 def _texts(prompt: Prompt) -> Iterator[str]:

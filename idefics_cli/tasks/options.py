@@ -9,8 +9,9 @@ from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError
 from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.prompts.postprocess import PostProcess
-from idefics_cli.prompts.templates import IMAGE_FIELD, TASKS, PromptOptions, choose_template
+from idefics_cli.prompts.templates import IMAGE_FIELD, TASKS, PromptOptions, Shot, choose_template
 from idefics_cli.rows import DelimitedOptions
+from idefics_cli.storage.filenames import shown_place
 from idefics_cli.validation import Help, by_option
 
 QUESTION = "question"
@@ -22,7 +23,7 @@ EmbeddingsFile = Annotated[
 
 @dataclass(frozen=True)
 class ShotOptions:
-    """A manifest of examples, and which of them stand before each row.
+    """A manifest of examples, or a `pool` of them, and which of them stand before each row.
 
     `similar` shows each row those with the images nearest to its own, the nearest last (RICES: Yang et al. 2022,
     section 3.2; Alayrac et al. 2022, appendix A.2), without those of its own image; the others show all rows the same.
@@ -44,6 +45,7 @@ class ShotOptions:
     ] = "first"
     seed: Annotated[int, Help("Random seed of --do-sample and of --shot-selection random", min=0)] = 0
     allow_self: Annotated[bool, Help("Similar examples may be of the row's own image")] = False
+    pool: tuple[Shot, ...] = ()
     image_column: str | None = None
     allow_no_image: bool = False
     delimited: DelimitedOptions | None = None
@@ -52,12 +54,18 @@ class ShotOptions:
     def __post_init__(self) -> None:
         if self.allow_self and self.selection != "similar":
             raise IdeficsError("--allow-self has no effect: add --shot-selection similar")
-        if self.file is None and (self.number or self.selection != "first"):
+        if self.file is None and not self.pool and (self.number or self.selection != "first"):
             raise IdeficsError(
                 f"{'--num-shots' if self.number else '--shot-selection'} needs examples: add --shots FILE"
             )
         if self.number is None:
-            object.__setattr__(self, "number", 0 if self.file is None else DEFAULT_SHOTS)
+            of_pool = len(self.pool) if self.selection == "first" else min(len(self.pool), DEFAULT_SHOTS)
+            object.__setattr__(self, "number", of_pool if self.file is None else DEFAULT_SHOTS)
+
+    @property
+    def place(self) -> str:
+        """Where the examples are, for people."""
+        return "the shots" if self.file is None else shown_place(self.file)
 
 
 @dataclass(frozen=True)

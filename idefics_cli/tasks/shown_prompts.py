@@ -5,7 +5,7 @@ On stdout, whatever becomes of the rows' texts in the run itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -33,18 +33,23 @@ def prompts_alone(options: RunOptions) -> RunOptions:
     return RunOptions(options.inputs, request=options.request, reading=reading, images=options.images)
 
 
-class PromptViewer:
-    """A model whose results are the prompts. Its weights are read only where shots are chosen by what it sees."""
+def prompt_viewer(request: ModelRequest, batch_size: int | None = None) -> PromptViewer:
+    """Weights are read only where shots are chosen by what the model sees."""
+    return PromptViewer(Idefics.without_network(request), lambda: Idefics.from_pretrained(**vars(request)))
 
-    def __init__(self, request: ModelRequest, batch_size: int | None = None) -> None:
-        self._request, self._model = request, Idefics.without_network(request)
+
+class PromptViewer:
+    """A model whose results are the prompts. `load` gives the same one with its network."""
+
+    def __init__(self, model: Idefics, load: Callable[[], Idefics]) -> None:
+        self._model, self._load = model, load
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     @cached_property
     def _whole(self) -> Idefics:
-        return Idefics.from_pretrained(**vars(self._request))
+        return self._load()
 
     @property
     def fingerprint(self) -> str:

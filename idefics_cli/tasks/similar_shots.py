@@ -21,7 +21,6 @@ from idefics_cli.errors import InputError
 from idefics_cli.pipeline.earlier import image_identity
 from idefics_cli.prompts.templates import Shot
 from idefics_cli.rows import RemoteFile
-from idefics_cli.storage.filenames import shown_place
 from idefics_cli.tasks.options import ShotOptions
 from idefics_cli.writers.formats import replacing
 
@@ -56,10 +55,11 @@ class SimilarShots:
         self._options, self._pool, self._model = options, pool, model
         without = next((number for number, shot in enumerate(pool, start=1) if not shot.images), None)
         if without is not None:
-            raise InputError(
-                f"row {without} of {shown_place(options.file)} has no image: choose --shot-selection first or random"
-            )
+            raise InputError(f"row {without} of {options.place} has no image: choose --shot-selection first or random")
         self._opened = lru_cache(OPENED_KEPT)(lambda index: open_shot(pool[index]))
+        if options.file is None:
+            self._vectors = self._encoded()
+            return
         kept = _kept_vectors(pool, model.fingerprint)
         vectors = _read_vectors(kept, len(pool))
         if vectors is None:

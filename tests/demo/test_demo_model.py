@@ -33,7 +33,7 @@ def asked_of(scenes: Iterable[Scene], options: PromptOptions) -> Iterator[tuple[
         others = [scene(drawn.seed + SHOTS_APART + number) for number in range(options.num_shots)]
         for number, (question, answer) in enumerate(questions(drawn)):
             pairs = [(other.image, *questions(other)[number % len(questions(other))]) for other in others]
-            pool = [Shot((image,), text, {"question": asked}) for image, asked, text in pairs]
+            pool = [Shot(image, asked, text) for image, asked, text in pairs]
             shots = leading_shots(options, pool, instruct=False)
             yield build_prompt(options, {"question": question}, (drawn.image,), shots, instruct=False), answer
 

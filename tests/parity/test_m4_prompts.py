@@ -34,7 +34,7 @@ def our_prompt(case: dict, named: bool) -> tuple:
     instruct = name.startswith("instruct")
     options = PromptOptions("caption" if "caption" in name else "vqa", template=name if named else None)
     images = (object(),) if case["with_images"] else ()
-    shots = [Shot(images, answer, {"question": question}) for question, answer in case["shots"]]
+    shots = [Shot(images, question, answer) for question, answer in case["shots"]]
     prompt = build_prompt(options, {"question": case["query"]}, [object()], shots, instruct)
     assert isinstance(prompt, tuple), prompt
     return prompt

@@ -45,7 +45,7 @@ class ImageItem:
 
 A, B, C = ImageItem("a"), ImageItem("b"), ImageItem("c")
 POOL = tuple(
-    Shot((image,), answer, {"question": question})
+    Shot(image, question, answer)
     for image, answer, question in ((A, "one", "q1"), (B, "two", "q2"), (C, "three", "q3"))
 )
 
@@ -116,7 +116,7 @@ def test_all_images_stand_at_the_only_place_or_one_at_each() -> None:
     assert written(few_shot_prompt(CAPTION, (), Shot((A, B)))) == "Image:[a][b]Caption:"
     between = own_template("from {image} to {image}:")
     assert written(few_shot_prompt(between, (), Shot((A, B)))) == "from [a] to [b]:"
-    assert written(few_shot_prompt(between, [Shot((), "none")], Shot((A, B)))) == "from  to : none\nfrom [a] to [b]:"
+    assert written(few_shot_prompt(between, [Shot(answer="none")], Shot((A, B)))) == "from  to : none\nfrom [a] to [b]:"
 
 
 def test_images_without_a_place_are_a_bad_row() -> None:
@@ -165,7 +165,7 @@ def test_without_shots_base_models_are_shown_two_without_images(task: str) -> No
     options = PromptOptions(task)
     assert leading_shots(options, (), instruct=False) == TASKS[task].text_only_shots
     of_the_pool = leading_shots(options, POOL, instruct=False)
-    assert of_the_pool == (Shot((), "one", {"question": "q1"}), Shot((), "two", {"question": "q2"}))
+    assert of_the_pool == (Shot((), "q1", "one"), Shot((), "q2", "two"))
 
 
 def test_the_published_zero_shot_prompt_as_a_whole() -> None:
@@ -231,7 +231,7 @@ def test_the_documentation_shows_every_template_and_stop_word() -> None:
     for name, template in TEMPLATES.items():
         fields, answer = (("image",), "{caption}") if "caption" in name else (("image", "question"), "{answer}")
         assert template.fields == fields
-        shown = Shot((ImageItem("IMG"),), answer, {"question": "{question}"})
+        shown = Shot((ImageItem("IMG"),), "{question}", answer)
         shot = written(template.shot(shown)).replace("[IMG]", "IMG")
         row = next(row for row in rows if row.startswith(f"| `{name}` |"))
         assert (name == "vizwiz" and "as `vqa`" in row) or shot.replace("\n", r"\n") in row

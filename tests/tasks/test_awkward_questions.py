@@ -40,7 +40,7 @@ QUESTIONS = awkward_questions()
 
 def question_prompt(question: str, image: object, num_shots: int, instruct: bool) -> Prompt:
     options = PromptOptions("vqa", num_shots=num_shots)
-    shots = leading_shots(options, [Shot((image,), question, {"question": question})] * num_shots, instruct)
+    shots = leading_shots(options, [Shot(image, question, answer=question)] * num_shots, instruct)
     prompt = build_prompt(options, {"question": question}, [image], shots, instruct)
     assert isinstance(prompt, tuple), prompt
     return prompt

@@ -14,9 +14,7 @@ from idefics_cli.prompts.templates import TASKS
 
 CAPTION_SHOTS = "".join(f"Image:Caption: {shot.answer}\n" for shot in TASKS["caption"].text_only_shots)
 VQA_PREFIX = "Instruction: provide an answer to the question. Use the image to answer.\n"
-VQA_SHOTS = "".join(
-    f"Image:Question: {shot.fields['question']} Answer: {shot.answer}\n" for shot in TASKS["vqa"].text_only_shots
-)
+VQA_SHOTS = "".join(f"Image:Question: {shot.question} Answer: {shot.answer}\n" for shot in TASKS["vqa"].text_only_shots)
 
 
 @pytest.fixture

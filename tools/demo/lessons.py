@@ -132,7 +132,7 @@ class LessonPlan(torch.utils.data.Dataset):
                 yield self._question_row(scenes, indices, questions, text_only)
 
     def _caption_row(self, scenes: list[Scene], indices: list[int], text_only: bool = False) -> Row:
-        return self._row(CAPTION, [Shot((index,), scenes[index].caption) for index in indices], text_only)
+        return self._row(CAPTION, [Shot(index, answer=scenes[index].caption) for index in indices], text_only)
 
     def _question_row(
         self, scenes: list[Scene], indices: list[int], questions: list[int], text_only: bool = False
@@ -140,22 +140,22 @@ class LessonPlan(torch.utils.data.Dataset):
         asked = [(index, *scenes[index].questions[which]) for index, which in zip(indices, questions, strict=True)]
         return self._row(
             QUESTION_ANSWER,
-            [Shot((index,), answer, {"question": question}) for index, question, answer in asked],
+            [Shot(index, question, answer) for index, question, answer in asked],
             text_only,
         )
 
     def _published_caption_row(self, scenes: list[Scene], index: int) -> Row:
         shots = leading_shots(PromptOptions("caption"), (), instruct=False)
-        return self._row(CAPTION, [*shots, Shot((index,), scenes[index].caption)])
+        return self._row(CAPTION, [*shots, Shot(index, answer=scenes[index].caption)])
 
     def _published_question_row(self, scenes: list[Scene], index: int, which: int) -> Row:
         shots = leading_shots(PromptOptions("vqa"), (), instruct=False)
         question, answer = scenes[index].questions[which]
-        return self._row(QUESTION_ANSWER, [*shots, Shot((index,), answer, {"question": question})])
+        return self._row(QUESTION_ANSWER, [*shots, Shot(index, question, answer)])
 
     def _row(self, template: Template, turns: list[Shot], text_only: bool = False) -> Row:
         """Token ids of shots, query and answer; every answer that has its image in sight is learned, with its end."""
-        shots = [replace(shot, images=()) if text_only else shot for shot in turns[:-1]]
+        shots = [replace(shot, image=()) if text_only else shot for shot in turns[:-1]]
         input_ids: list[int] = []
         labels: list[int] = []
         for number, turn in enumerate([*shots, turns[-1]]):
