@@ -57,7 +57,8 @@ NOT_OF_RUNS = {*keywords_of(ModelRequest), "batch_size", "show_prompt"}
 
 # ---- what the methods take
 
-ImageInput = str | os.PathLike[str] | bytes | Image.Image | torch.Tensor | EncodedImage | RowError
+OneImage = str | os.PathLike[str] | bytes | Image.Image | EncodedImage | RowError
+ImageInput = OneImage | torch.Tensor  # a tensor alone is one image or, with one more dimension, several
 ONE = str, os.PathLike, bytes, bytearray, Image.Image, EncodedImage, RowError, Mapping
 Row = Mapping[
     str, Any
@@ -188,7 +189,9 @@ class Idefics(LoadedModel):
     # ---- captions
 
     @overload
-    def caption(self, images: ImageInput | Row, **options: Unpack[Asking]) -> Result: ...  # pyright: ignore[reportOverlappingOverload]
+    def caption(self, images: OneImage | Row, **options: Unpack[Asking]) -> Result: ...  # pyright: ignore[reportOverlappingOverload]
+    @overload
+    def caption(self, images: torch.Tensor, **options: Unpack[Asking]) -> Any: ...
     @overload
     def caption(self, images: Iterable[ImageInput | Row], **options: Unpack[Asking]) -> list[Result]: ...
     def caption(
@@ -218,7 +221,9 @@ class Idefics(LoadedModel):
     # ---- answers
 
     @overload
-    def answer(self, asked: ImageInput, question: str, **options: Unpack[Asking]) -> Result: ...  # pyright: ignore[reportOverlappingOverload]
+    def answer(self, asked: OneImage, question: str, **options: Unpack[Asking]) -> Result: ...  # pyright: ignore[reportOverlappingOverload]
+    @overload
+    def answer(self, asked: torch.Tensor, question: str, **options: Unpack[Asking]) -> Any: ...
     @overload
     def answer(self, asked: Iterable[ImageInput], question: str, **options: Unpack[Asking]) -> list[Result]: ...
     @overload

@@ -14,7 +14,7 @@ import idefics_cli
 from idefics_cli.model import modeling
 
 ROOT = Path(__file__).parent.parent
-CALLER = Path(__file__).with_name("api_caller.py")
+CALLER, FACE = Path(__file__).with_name("api_caller.py"), ROOT / "idefics_cli" / "library.py"
 HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "huggingface_hub", "safetensors", "rich", "tqdm", "fsspec"}
 
 
@@ -43,12 +43,20 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 @pytest.mark.timeout(900)
 def test_the_public_api_is_typed(tmp_path: Path) -> None:
-    """pyright finds nothing in a caller's file, and does find what is wrong in another."""
+    """pyright finds nothing in a strict caller and in the face itself, and does find what is wrong in another caller."""
     assert (ROOT / "idefics_cli" / "py.typed").is_file()
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("from idefics_cli import Idefics\nIdefics.from_pretrained('demo').caption(3)\n", encoding="utf-8")
-    errors = pyright(CALLER, wrong)
-    assert [Path(each["file"]).name for each in errors] == ["wrong.py"], errors
+    calls = "caption(3)", "caption('a.png', num_beans=3)", "answer('a.png', 3)", "caption('a.png', num_beams='3')"
+    lines = [
+        "from idefics_cli import Idefics",
+        "model = Idefics.from_pretrained('demo')",
+        *map("model.{}".format, calls),
+    ]
+    wrong.write_text("\n".join(lines), encoding="utf-8")
+    errors = pyright(CALLER, wrong, FACE)
+    assert [(Path(each["file"]).name, each["range"]["start"]["line"]) for each in errors] == [
+        ("wrong.py", 2 + number) for number in range(len(calls))
+    ], errors
 
 
 def pyright(*files: Path) -> list[dict]:
