@@ -12,13 +12,14 @@ import functools
 import logging
 import math
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, TypeVar, overload
 
 import torch
 from PIL import Image
@@ -50,6 +51,7 @@ from idefics_cli.validation import gathered, keywords_of, require_keywords, seve
 
 log = logging.getLogger("idefics_cli")
 
+FIRST_USE = threading.Lock()
 LARGEST_PIXEL = 16.0  # normalised ones are below 3
 STRUCT = frozenset({"bytes", "path"})  # of the datasets library
 NO_IMAGE = RowError("row_invalid", "the row has no 'image': name its path, or None to ask in text alone")
@@ -465,9 +467,9 @@ class Idefics(LoadedModel):
     ) -> Iterator[tuple[Any, int, Any]]:
         """What is given, its place, and what becomes of it. Whatever is wrong with the options shows at once."""
         images = gathered(ImageOptions, options)
-        steps = task.begin(
-            model or self, self._opener(images, is_one), lambda value, index: _source(value), _Followed()
-        )
+        with FIRST_USE:  # one engine and one set of workers, however many threads come first
+            _ = self.engine, self._pools
+        steps = task.begin(model or self, self._opener(images, is_one), _source, _Followed())
         kept: deque[Any] = deque()
 
         def rows() -> Iterator[InputRow]:
@@ -483,7 +485,8 @@ class Idefics(LoadedModel):
         if is_one:
             open_one = functools.partial(self.images.prepare, options=options)
         else:
-            open_one = self._pools.setdefault(options, self.image_workers(options)).prepare
+            pool = self._pools.get(options) or self._pools.setdefault(options, self.image_workers(options))
+            open_one = pool.prepare
 
         def prepare(source: Any) -> Any:
             if isinstance(source, torch.Tensor):
@@ -545,10 +548,10 @@ def _continuing(options: Mapping[str, Any]) -> Generate:
 
 def _image_row(index: int, given: Any) -> InputRow:
     """An image, or a row with one: {"image": ...} and the prompt's fields."""
-    if not isinstance(given, Mapping) or STRUCT.intersection(given):
+    if not _is_row(given) or STRUCT.intersection(given):
         return _row(index, [given], {})
     image = given.get("image", NO_IMAGE)
-    return _row(index, image if isinstance(image, list | tuple) else [] if image is None else [image], given)
+    return _row(index, image if _is_list(image) else [] if image is None else [image], given)
 
 
 def _asked_row(index: int, given: Any) -> InputRow:
@@ -571,18 +574,26 @@ def _row(index: int, images: Sequence[Any], values: Mapping[str, Any]) -> InputR
     return InputRow(index, str(index), None, tuple(map(_source, images)), values)
 
 
-def _source(value: Any) -> Any:
+def _source(value: Any, index: int = 0) -> Any:
     """What opens an image; no web address is ever fetched."""
-    if isinstance(value, str | bytes | Mapping):
+    if isinstance(value, str | bytes) or _is_row(value):
         return read_image(value, any_place)
-    return Path(value) if isinstance(value, os.PathLike) else value
+    return Path(value) if hasattr(value, "__fspath__") else value
+
+
+def _is_row(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
 
 
 def _is_prompt(given: Any) -> bool:
     """One: a text, or a list of texts and images or of messages; not a list of such lists."""
     if isinstance(given, str):
         return True
-    if not isinstance(given, list | tuple) or not given or any(isinstance(each, list | tuple) for each in given):
+    if not _is_list(given) or not given or any(map(_is_list, given)):
         return False
     if len(given) > 1 and all(isinstance(each, str) for each in given):
         raise IdeficsError(
@@ -598,10 +609,10 @@ def _spelled(prompt: Any) -> list[Any]:
 
 
 def _spelled_item(item: Any) -> Any:
-    if not isinstance(item, Mapping):
+    if not _is_row(item):
         return item if isinstance(item, str | SpecialToken) else {"image": item}
     content = item.get("content")
-    return {**item, "content": _spelled(content)} if isinstance(content, list | tuple) else item
+    return {**item, "content": _spelled(content)} if _is_list(content) else item
 
 
 # ---- results

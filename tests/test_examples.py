@@ -80,6 +80,8 @@ def test_embeddings(tmp_path: Path) -> None:
 
 def test_python_api() -> None:
     lines = run([sys.executable, str(EXAMPLES / "python_api.py")]).stdout.splitlines()
-    assert lines[:-1] == [f"{path.name}: {scene(seed_of(path)).caption}" for path in IMAGES]
+    assert lines[:-2] == [f"{path.name}: {scene(seed_of(path)).caption}" for path in IMAGES]
+    has_red = any(item.color == "red" for item in scene(seed_of(IMAGES[0])).objects)
+    assert lines[-2] == f"{IMAGES[0].name}: is there a red shape? {'yes' if has_red else 'no'}"
     count = len(scene(seed_of(IMAGES[0])).objects)
     assert lines[-1].startswith(f"{IMAGES[0].name}: how many objects are there? {count} (score -0.")

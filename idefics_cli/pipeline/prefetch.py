@@ -429,7 +429,7 @@ class RowFlow:
 
 
 def _num_bytes(row: InputRow) -> int:
-    return _size([source for source in row.sources if isinstance(source, bytes)]) + _size(row.values)
+    return _size(row.sources) + _size(row.values)
 
 
 def _size(value: Any) -> int:
@@ -438,6 +438,8 @@ def _size(value: Any) -> int:
         return len(value)
     if isinstance(value, str):
         return sys.getsizeof(value)  # up to four bytes for each character
+    if hasattr(value, "getbands"):  # a Pillow image
+        return 4 * value.width * value.height
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, list | tuple):
