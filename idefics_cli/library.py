@@ -359,7 +359,7 @@ class Idefics(LoadedModel):
         viewer = PromptViewer(self, lambda: self)
         ((*_, found),) = self._outcomes(made, [asked], row_of, options, is_one=True, model=viewer)
         if isinstance(found, RowError):
-            raise IdeficsError(f"there is no prompt ({found}): fix what is asked")
+            raise IdeficsError(f"nothing can be asked ({found}): fix what is given")
         return found[0]
 
     def run(
