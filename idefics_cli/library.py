@@ -55,7 +55,7 @@ FIRST_USE = threading.Lock()
 LARGEST_PIXEL = 16.0  # normalised ones are below 3
 STRUCT = frozenset({"bytes", "path"})  # of the datasets library
 NO_IMAGE = RowError("row_invalid", "the row has no 'image': name its path, or None to ask in text alone")
-NOT_OF_RUNS = {*keywords_of(ModelRequest), "batch_size", "show_prompt"}
+NOT_OF_RUNS = {*keywords_of(ModelRequest), "batch_size", "show_prompt", "processes", "unit_rows"}
 
 # ---- what the methods take
 
@@ -383,6 +383,8 @@ class Idefics(LoadedModel):
         require_keywords(told, known.keys() - NOT_OF_RUNS)
         assert self.request is not None, self
         run = gathered(RunOptions, told, {"request": self.request})
+        if run.has_parts:
+            raise IdeficsError(f"{run.output} is a folder of parts, which the command line makes: name a file")
         if task == "embed":
             made: Task = Embed(self.request)
         elif task == "generate":

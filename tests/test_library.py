@@ -19,9 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from idefics_cli import Idefics, IdeficsError, Result, RowError, Shot, library
-from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli.app import app
-from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+from idefics_cli.demo.scene import scene
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.prefetch import FlowOptions
@@ -269,8 +268,7 @@ def test_typed_keywords_are_those_of_the_dataclasses() -> None:
     continuing = [*keywords_of(DecodingOptions), *images, *keywords_of(PostProcess)]
     assert library.Continuing.__annotations__.keys() == set(continuing)
     running = {**asking, **keywords_of(GenerateOptions), **keywords_of(RunOptions)}
-    of_models = {*keywords_of(ModelRequest), "batch_size", "show_prompt", "inputs", "output"}
-    assert library.Running.__annotations__.keys() == running.keys() - of_models
+    assert library.Running.__annotations__.keys() == running.keys() - library.NOT_OF_RUNS - {"inputs", "output"}
     for options in PromptOptions, ShotOptions, ChoiceOptions:
         assert keywords_of(options).keys() <= library.Asking.__annotations__.keys()
 
@@ -445,4 +443,5 @@ def test_other_tasks_run_and_wrong_options_are_told(model: Idefics, tmp_path: Pa
         model.run("caption", [FOLDER], tmp_path / "a.jsonl", batch_size=3)  # type: ignore[call-arg]
     with pytest.raises(IdeficsError, match="cannot read gone"):
         model.run("caption", ["gone"], tmp_path / "a.jsonl")
-    assert EVALUATION_SEEDS
+    with pytest.raises(IdeficsError, match="is a folder of parts, which the command line makes: name a file"):
+        model.run("caption", [FOLDER], f"{tmp_path}/parts/")
