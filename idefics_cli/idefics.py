@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from PIL import Image
 from typing_extensions import Self
 
-from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
+from idefics_cli.checkpoint.devices import device_of_process, resolve_device, resolve_dtype
 from idefics_cli.checkpoint.files import Checkpoint
 from idefics_cli.checkpoint.find import find_checkpoint
 from idefics_cli.checkpoint.fingerprint import vision_fingerprint
@@ -39,7 +40,7 @@ from idefics_cli.errors import IdeficsError, RowError, first_error
 from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
-from idefics_cli.model.kv_interface import image_seq_len
+from idefics_cli.model.kv_interface import image_seq_len, is_spread
 from idefics_cli.model.packed_linear import pack_linears
 from idefics_cli.prompts.choices import (
     ChoiceNorm,
@@ -61,6 +62,7 @@ from idefics_cli.validation import file_name, several, whole_number
 
 if TYPE_CHECKING:
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
+    from idefics_cli.ranks import Ranks
 
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
@@ -92,30 +94,38 @@ class Idefics:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        device_map: str | None = None,
         revision: str | None = None,
         allow_pickle: bool = False,
         adapter: str | os.PathLike[str] | None = None,
         eager: bool = False,
         batch_size: int | None = None,
+        ranks: Ranks | None = None,
     ) -> Self:
         """Load a hub id, a local folder or "demo", by default idefics-9b-instruct or the adapter's base.
 
         `dtype`: auto, bf16, fp16, fp32, or one of torch's or its name; `device`: auto, cpu, mps, cuda, cuda:N or one
-        of torch's; `adapter`: a folder of LoRA weights that PEFT has saved; `eager`: on CUDA, launch a
-        decode step's operations one by one, not as a graph; `batch_size`: prompts decoded together, by default as many
-        as memory holds. Raises IdeficsError, which names the remedy.
+        of torch's; `device_map`: auto, balanced or sequential, to spread it over devices and disk as accelerate does;
+        `adapter`: a folder of LoRA weights that PEFT has saved; `eager`: on CUDA, launch a decode step's operations one
+        by one, not as a graph; `batch_size`: prompts decoded together, by default as many as memory holds; `ranks`:
+        processes to split it over, all of which call this, and all but the first then `follow`. Raises IdeficsError,
+        which names the remedy.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, least=1)
         name = file_name("model", model, "a hub id, a folder or 'demo'")
         folder = file_name("adapter", adapter, "a folder")
-        request = ModelRequest(name, revision, dtype, str(device), allow_pickle, folder)
-        place = resolve_device(request.device)
+        request = ModelRequest(name, revision, dtype, str(device), allow_pickle, folder, device_map)
+        if device_map is not None and ranks is not None:
+            raise IdeficsError("--device-map is for one process: start it without torchrun, or leave --device-map out")
+        place = resolve_device(request.device) if ranks is None else device_of_process(request.device, ranks)
         checkpoint = find_checkpoint(request)
         config, encoder, images = side_files(checkpoint)
         number_format = resolve_dtype(request.dtype, place, config)
-        network = load_network(checkpoint, config, place, number_format)
-        if place.type == "cpu":
+        if ranks is not None:
+            number_format = ranks.broadcast(number_format)
+        network = load_network(checkpoint, config, place, number_format, ranks, device_map)
+        if place.type == "cpu" and not is_spread(network):
             pack_linears(network)
         return cls(network, encoder, images, batch_size, checkpoint, eager, request)
 
@@ -170,6 +180,15 @@ class Idefics:
         banned = self.encoder.banned_sequences(banned_words)
         for number, outcome in stream(self.engine, source, self._decoding_options(decoding), banned):
             yield number, Result(error=outcome) if isinstance(outcome, RowError) else self._result(outcome)
+
+    def follow(self) -> NoReturn:
+        """In all processes of `ranks` but the first: do on a part of the weights what the first one's streams do."""
+        engine = self.engine  # all agree on its batch size before its first stream
+        while True:
+            kind, *arguments = engine.model.ranks.broadcast()
+            with suppress(IdeficsError):  # the first process has it too, and says it
+                for _ in stream(engine, None, *arguments) if kind == "stream" else Scoring(engine).run(None):
+                    pass
 
     def score_stream(self, source: PromptSource, choice_norm: ChoiceNorm = "none") -> Iterator[tuple[int, Result]]:
         """The likelihoods of the results of `encode_choices`, as they come; numbers and order as in `stream`."""

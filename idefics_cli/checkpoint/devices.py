@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import IdeficsConfig
 
+    from idefics_cli.ranks import Ranks
+
 
 BF16_GAIN = 1.25  # bf16 is less exact: it has to be worth it
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -40,6 +42,15 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"no device {device!r}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return resolved
+
+
+def device_of_process(device: str, ranks: Ranks) -> torch.device:
+    """Each of several processes has a device of its own. Raises DeviceError for another one."""
+    if device not in ("auto", ranks.device.type):
+        raise DeviceError(
+            f"--device {device} has no meaning under torchrun, which gives each process one: leave it out"
+        )
+    return ranks.device
 
 
 def resolve_dtype(dtype: str, device: torch.device, config: IdeficsConfig | None = None) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import IdeficsConfig
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
+    from idefics_cli.ranks import Ranks
 
 
 # Fields of a configuration that name another file of weights (even a pickle), or classes to put in place of ours, or
@@ -131,16 +134,26 @@ def _load_encoder(checkpoint: Checkpoint) -> PromptEncoder:
 
 
 def load_network(
-    checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: IdeficsConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+    device_map: str | None = None,
 ) -> IdeficsForVisionText2Text:
-    """The network, ready to run. Raises CheckpointError naming missing and unexpected tensors and wrong shapes."""
+    """The network, ready to run: on one device, as accelerate spreads it, or this process's part of what `ranks` share.
+
+    Raises CheckpointError naming missing and unexpected tensors and wrong shapes.
+    """
     import torch
     from transformers import GenerationConfig
 
     from idefics_cli.model.memory_errors import naming_memory_errors
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
+    from idefics_cli.model.parallel import join_ranks
 
-    num_bytes = require_loadable(checkpoint, config, device, dtype)
+    placement = _placement(device, ranks, device_map)
+    num_bytes = require_loadable(checkpoint, config, device, dtype, 1 if ranks is None else ranks.size, device_map)
     if device.type == "cuda":
         _choose_kernels()
     try:
@@ -149,12 +162,14 @@ def load_network(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
-                device_map={"": device},  # tensor by tensor: the host never holds them all
+                **placement,
                 use_safetensors=not checkpoint.is_pickled,
                 local_files_only=True,
                 # Only the caller's decoding options count: a checkpoint's generation_config.json is not read.
                 generation_config=GenerationConfig(),
             )
+            if ranks is not None:
+                join_ranks(model, ranks)
             if checkpoint.adapter is not None:
                 model = _with_adapter(model, checkpoint.adapter)
     except torch.OutOfMemoryError as error:
@@ -162,6 +177,22 @@ def load_network(
     except LOADING_ERRORS as error:
         raise _cannot_be_loaded(checkpoint, error) from error
     return model.eval().requires_grad_(False)
+
+
+def _placement(device: torch.device, ranks: Ranks | None, device_map: str | None) -> dict[str, Any]:
+    """What `from_pretrained` is told: tensor by tensor, the host never holds them all."""
+    from transformers.distributed import DistributedConfig
+
+    from idefics_cli.model.parallel import PLAN
+
+    if device_map is not None:
+        # Weights for the disk stay where they are, or are written here where the files have another dtype.
+        folder = tempfile.TemporaryDirectory(prefix="idefics-")
+        atexit.register(folder.cleanup)
+        return {"device_map": device_map, "offload_folder": folder.name}
+    if ranks is None:
+        return {"device_map": {"": device}}
+    return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=PLAN)}
 
 
 def _choose_kernels() -> None:
@@ -176,9 +207,14 @@ def _choose_kernels() -> None:
 def _with_adapter(model: IdeficsForVisionText2Text, adapter: Checkpoint) -> IdeficsForVisionText2Text:
     import torch
 
+    from idefics_cli.model.parallel import adapter_part
+
+    stored = tensors_of(adapter.weight_files[0], adapter.is_pickled, re.compile(".*"))
+    if model.ranks is not None:
+        stored = ((name, adapter_part(name.removeprefix(WRAPPED), each, model.ranks)) for name, each in stored)
     tensors = {
         name: tensor.to(model.device, torch.float32 if ".lora_" in name else model.dtype)  # as PEFT has them
-        for name, tensor in tensors_of(adapter.weight_files[0], adapter.is_pickled, re.compile(".*"))
+        for name, tensor in stored
     }
     try:
         return _merged(model, adapter_settings(adapter), tensors)
@@ -209,11 +245,19 @@ def _merged(network: nn.Module, settings: dict[str, Any], tensors: dict[str, tor
     return adapted.merge_and_unload()
 
 
-def require_loadable(checkpoint: Checkpoint, config: IdeficsConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """The bytes of a network whose tensors are those of its files, and which fits on the device."""
+def require_loadable(
+    checkpoint: Checkpoint,
+    config: IdeficsConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_processes: int = 1,
+    device_map: str | None = None,
+) -> int:
+    """The bytes of a process's part of a network whose tensors are those of its files, and which fits on the device."""
     import torch
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
+    from idefics_cli.model.parallel import bytes_of_process, require_divisible
 
     try:
         with torch.device("meta"):
@@ -221,8 +265,10 @@ def require_loadable(checkpoint: Checkpoint, config: IdeficsConfig, device: torc
         _require_same_tensors(checkpoint, expected)
     except LOADING_ERRORS as error:
         raise _cannot_be_loaded(checkpoint, error) from error
-    num_bytes = expected.num_parameters() * dtype.itemsize
-    require_fit(num_bytes, device, dtype)
+    require_divisible(config, num_processes)
+    num_bytes = bytes_of_process(expected, dtype.itemsize, num_processes)
+    if device_map is None:
+        require_fit(num_bytes, device, dtype)
     return num_bytes
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from idefics_cli.checkpoint.devices import dtype_name
 from idefics_cli.checkpoint.files import ADAPTER_CONFIG, read_json, require, require_config
+from idefics_cli.errors import IdeficsError
 from idefics_cli.validation import Help
 
 DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
@@ -42,12 +43,20 @@ class ModelRequest:
     device: Annotated[str, Help("Where the model runs", metavar="auto|cuda|cuda:N|cpu|mps")] = "auto"
     allow_pickle: Annotated[bool, Help("Load pickled weights (weights only) if the model has no safetensors")] = False
     adapter: Annotated[str | None, Help("Folder of LoRA weights (PEFT) to merge into the model", metavar="DIR")] = None
+    device_map: Annotated[
+        Literal["auto", "balanced", "sequential"] | None,
+        Help("Spread a model over all GPUs and, where these are full, the CPU and the disk"),
+    ] = None
     eager: Annotated[bool, Help("On CUDA: launch a decode step's operations one by one, not as a graph")] = False
 
     def __post_init__(self) -> None:
         if self.model is None:
             object.__setattr__(self, "model", DEFAULT_MODEL if self.adapter is None else base_of(self.adapter))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.device_map is not None and (self.device != "auto" or self.adapter is not None):
+            useless = "--device" if self.device != "auto" else "--adapter"
+            remedy = "leave it out" if self.device != "auto" else "merge the adapter with PEFT's merge_and_unload"
+            raise IdeficsError(f"{useless} cannot be used with --device-map, which places the weights: {remedy}")
 
 
 def base_of(adapter: str) -> str:

@@ -21,10 +21,12 @@ from idefics_cli import __version__
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli.console import (
+    EXIT_BUG,
     EXIT_FAILED_ROWS,
     EXIT_MISTAKE,
     Progress,
     Signals,
+    exit_codes,
     is_terminal,
     print_data,
     rows_so_far,
@@ -33,11 +35,13 @@ from idefics_cli.cli.console import (
     say_finished,
     say_summary,
     show,
+    silence,
 )
 from idefics_cli.cli.options import flattened
 from idefics_cli.errors import IdeficsError
 from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.ranks import is_first, is_launched, join, joined, leave_signals_to_first
 from idefics_cli.report.options import ReportOptions
 from idefics_cli.storage.filenames import counted
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
     from idefics_cli.pipeline.task import Task
+
+RUNS = ("caption", "vqa", "generate", "embed")  # what several processes can do together
 
 app = typer.Typer(
     add_completion=False,
@@ -72,7 +78,7 @@ def load_model(request: ModelRequest, batch_size: int | None) -> Idefics:
     """Read the weights. Tests put a fake in place of this and of `check_model`."""
     from idefics_cli.idefics import Idefics
 
-    model = Idefics.from_pretrained(**vars(request), batch_size=batch_size)
+    model = Idefics.from_pretrained(**vars(request), batch_size=batch_size, ranks=joined())
     if request.dtype == "auto" and str(model.model.device) == "cpu" and model.model.dtype.itemsize == 2:
         say("In bf16, which this processor is measured to be faster in; --dtype fp32 is exact.")
     return model
@@ -89,11 +95,15 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def idefics(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Describe images with IDEFICS: data on stdout or in -o, everything else on stderr."""
+    if is_launched() and context.invoked_subcommand not in RUNS:
+        with exit_codes(debug=False):
+            raise IdeficsError(f"torchrun is for {', '.join(RUNS)}: run {context.invoked_subcommand} without it")
 
 
 @app.command()
@@ -212,7 +222,7 @@ def salvage(
 @app.command()
 @flattened(
     *("min_new_tokens", "length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences"),
-    *("repetition_penalty", "do_sample", "temperature", "top_k", "top_p"),
+    *("repetition_penalty", "do_sample", "temperature", "top_k", "top_p", "device_map"),
 )
 def bench(context: typer.Context, options: BenchOptions) -> None:
     """Measure speed on this machine, beside transformers, with the distance to the hardware's floor.
@@ -234,7 +244,7 @@ def bench(context: typer.Context, options: BenchOptions) -> None:
 
 
 @app.command()
-@flattened("model", "eager")
+@flattened("model", "eager", "device_map")
 def info(
     request: ModelRequest,
     model: Annotated[
@@ -259,12 +269,30 @@ def _ask(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     _run(run, make_task, signals, scoring)
 
 
+def _meet(run: RunOptions) -> None:
+    """Under torchrun: the first process comes back, to do the run, and the others follow it up to its end."""
+    if not is_launched():
+        return
+    if run.has_parts:
+        raise IdeficsError("torchrun is for one model in several processes, and one output: name a file, as -o F.jsonl")
+    ranks = join()
+    if ranks.rank == 0:
+        return
+    try:
+        load_model(run.request, run.batch_size).follow()
+    except IdeficsError as error:
+        ranks.end(EXIT_MISTAKE, f"{error}")
+    except Exception as error:
+        ranks.end(EXIT_BUG, f"a bug in process {ranks.rank + 1} of {ranks.size}: {type(error).__name__}: {error}")
+
+
 def _run(
     options: RunOptions, make_task: Callable[[], Task], signals: Signals, scoring: ScoreOptions | None = None
 ) -> None:
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
 
+    _meet(options)
     stats, model, form, shows = RunStats(), (check_model, load_model), None, options.show_prompt is not None
     if shows:
         from idefics_cli.tasks.shown_prompts import FORM, prompt_viewer, prompts_alone
@@ -429,8 +457,15 @@ def _shown_plan(plan: MemoryPlan, free: int, device: torch.device) -> str:
 
 def main() -> None:
     """What `__main__.py` calls."""
+    if is_launched() and not is_first():
+        silence()
+        leave_signals_to_first()
     try:
         app(prog_name="idefics")
+    except SystemExit as end:
+        if joined() is not None:
+            joined().end(end.code or 0)
+        raise
     except OSError as error:  # commands handle their own errors: help, or the version, could not be written
         say(f"cannot write to stdout: {error.strerror}", label="Error: ")
         sys.exit(EXIT_MISTAKE)

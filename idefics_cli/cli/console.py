@@ -20,6 +20,7 @@ import typer
 
 from idefics_cli.errors import IdeficsError, StreamClosed, one_line
 from idefics_cli.pipeline.task import Observer
+from idefics_cli.ranks import STOPPING, joined
 from idefics_cli.storage.filenames import counted, is_unit_folder, json_for_terminal, printable, shortened
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ EXIT_MISTAKE = 2
 EXIT_FAILED_ROWS = 3
 LONGEST_LINE = 2_000  # characters
 EXIT_SIGNAL = 128  # and the signal's number
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REMEDIES = {  # by the code of failed rows
     "duplicate_id": "leave such rows out, or name a manifest's column of unique ids with --id-column"
 }
@@ -49,6 +49,14 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+class OtherProcessFailed(Exception):
+    """One that torchrun has started beside this one."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Signals:
@@ -93,7 +101,8 @@ def exit_codes(debug: bool) -> Iterator[Signals]:
     _quiet_libraries(debug)
     with Signals() as signals:
         try:
-            yield signals
+            with naming_failed_ranks():
+                yield signals
         except typer.Exit:
             raise
         except StreamClosed:
@@ -103,6 +112,9 @@ def exit_codes(debug: bool) -> Iterator[Signals]:
             _leave_stdout()
             say(f"Stopped by {signal.Signals(stop.number).name}. {signals.safe_rows('')}")
             code = EXIT_SIGNAL + stop.number
+        except OtherProcessFailed as failed:
+            say_error(f"{failed}. {signals.safe_rows('')}", debug)
+            code = failed.code
         except IdeficsError as error:
             say_error(f"{error}. {signals.safe_rows(' once that is fixed')}", debug)
             code = EXIT_MISTAKE
@@ -113,6 +125,28 @@ def exit_codes(debug: bool) -> Iterator[Signals]:
         else:
             return
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def naming_failed_ranks() -> Iterator[None]:
+    """Where another process of torchrun has ended, that is what has happened."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        ranks, is_own = joined(), isinstance(error, (IdeficsError, StreamClosed, typer.Exit))
+        failure = None if ranks is None or is_own else ranks.failure_after(error)
+        if failure is None:
+            raise
+        code, message = failure
+        if code > EXIT_SIGNAL:
+            raise (error if isinstance(error, Interrupted) else Interrupted(code - EXIT_SIGNAL)) from None
+        raise OtherProcessFailed(code, message) from None
+
+
+def silence() -> None:
+    """From now on this process writes nothing: the first of those that torchrun has started does."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _quiet_libraries(debug: bool) -> None:

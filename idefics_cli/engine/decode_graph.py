@@ -54,7 +54,7 @@ class DecodeGraphs:
 
     def _storage_of(self, prefix: Prefix) -> tuple[object, ...]:
         """What else a step reads and writes: while it is the same objects, what was captured holds."""
-        return *self._store.key_values, self._store.image_key_values, self._store.ancestors, prefix
+        return *self._store.key_values, *self._store.image_key_values, self._store.ancestors, prefix
 
     def _holds(self, rung: int, context: Tensor, prefix: Prefix) -> bool:
         storage = self._storage_of(prefix)

@@ -34,7 +34,7 @@ def embed(engine: Engine, source: PromptSource) -> Iterator[tuple[int, Tensor | 
             with engine.turn:
                 latents = attempt(partial(_latents, engine, batch))
                 if latents is None:
-                    engine.free_memory()
+                    engine.free_memory(prefixes=False)  # which all ranks have, or none
             if latents is not None:
                 batch_size.record_success(len(batch))
             else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, Prefix, project_images
+from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, KeyValues, Prefix, bytes_of, project_images, space_for
 from idefics_cli.engine.memory_budget import (
     CACHE_BYTES,
     VISION_BATCH,
@@ -27,7 +27,7 @@ from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prefill import PrefillBatch, PrefixCache, QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt
 from idefics_cli.engine.transfer import pixel_values, send, send_beside
-from idefics_cli.model.kv_interface import image_seq_len
+from idefics_cli.model.kv_interface import image_seq_len, is_spread
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 EncodedImages = Sequence[EncodedPrompt] | Sequence[EncodedImage]
@@ -67,7 +67,7 @@ class Engine:
         pixel_of_byte: Tensor | None = None,
     ):
         self.model, self.vocabulary, self.pixel_of_byte = model, vocabulary, pixel_of_byte
-        self.is_eager = eager or model.device.type != "cuda"
+        self.is_eager = eager or model.device.type != "cuda" or is_spread(model)
         self._is_bounded = batch_size is None and model.device.type == "cuda"
         self.batch_size = AdaptiveBatchSize(batch_size or rows_that_fit(model))
         self.image_batch_size = AdaptiveBatchSize(VISION_BATCH)
@@ -75,7 +75,7 @@ class Engine:
         self.times = PhaseTimes()
         self.waits = False
         self.latents: BoundedCache[Tensor] = BoundedCache(CACHE_BYTES)
-        self.image_key_values: BoundedCache[Tensor] = BoundedCache(CACHE_BYTES)
+        self.image_key_values: BoundedCache[KeyValues] = BoundedCache(CACHE_BYTES)
         self.prefixes = PrefixCache(CACHE_BYTES, self._prefill_prefix)
 
     def rows_at_once(self, num_paths: int) -> int:
@@ -86,9 +86,10 @@ class Engine:
         for cache in (self.latents, self.image_key_values, self.prefixes):
             cache.clear()
 
-    def free_memory(self) -> None:
-        """Drop what is kept for later, and give back what the device's allocator holds."""
-        self.clear_caches()
+    def free_memory(self, prefixes: bool = True) -> None:
+        """Drop what is kept for later, with or without `prefixes`, and give back what the device's allocator holds."""
+        for cache in (self.latents, self.image_key_values, *([self.prefixes] if prefixes else [])):
+            cache.clear()
         if self.model.device.type == "mps":
             torch.mps.empty_cache()
         torch.cuda.empty_cache()  # nothing where CUDA is not in use
@@ -103,27 +104,25 @@ class Engine:
 
     # ---- prompts
 
-    def prefill(self, batch: PrefillBatch, images: Sequence[Sequence[Tensor]], key_values: Sequence[Tensor]) -> Tensor:
+    def prefill(
+        self, batch: PrefillBatch, images: Sequence[Sequence[KeyValues]], key_values: Sequence[Tensor]
+    ) -> Tensor:
         """The last tokens' logits, (rows, vocabulary); keys and values go into `key_values`."""
         with self.timed("prefill"):
             rows, hidden_states = batch.forward(self.model, images, key_values)
-            logits = self.model.lm_head(rows.last(hidden_states))
+            logits = self.model.logits(rows.last(hidden_states))
         self.times.prompt_tokens += sum(batch.lengths)
         return logits
 
     @torch.inference_mode()
     def _prefill_prefix(self, prompt: QueuedPrompt) -> Prefix:
         """The prompt's shared start, read alone."""
-        model, config, length = self.model, self.model.config, len(prompt.shared)
+        length = len(prompt.shared)
         input_ids = prompt.prompt.input_ids[:length]
         num_images = input_ids.count(self.vocabulary.image_token_id)
         pixels, keys = prompt.prompt.pixels[:num_images], prompt.prompt.image_keys[:num_images]
         start = QueuedPrompt.of(0, EncodedPrompt(input_ids, pixels, keys), self.vocabulary.image_token_id)
-        heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        key_values = [
-            torch.empty(2, 1, heads, length, head_dim, device=model.device, dtype=model.dtype)
-            for _ in range(config.num_hidden_layers)
-        ]
+        key_values = space_for((layer.self_attn for layer in self.model.model.layers), self.model, (2, 1), length)
         batch = PrefillBatch([start], NO_PREFIX, self.vocabulary)
         self.prefill(batch, batch.arrange(self.images([start], batch.wanted)), key_values)
         # An end token itself still sees the image before it; what comes after it does not.
@@ -134,8 +133,8 @@ class Engine:
 
     def images(
         self, prompts: Sequence[QueuedPrompt], wanted: Sequence[bytes], ahead: Sequence[QueuedPrompt] = ()
-    ) -> dict[bytes, Tensor]:
-        """What gated layers read of each wanted image of `prompts`: (layers, 2, heads, seq, head_dim) each.
+    ) -> dict[bytes, KeyValues]:
+        """What gated layers read of each wanted image of `prompts`.
 
         Where none is wanted, one that nothing sees. Those that prompts `ahead` show too are kept for them; to make
         others again from latents costs little.
@@ -153,7 +152,7 @@ class Engine:
         coming = {key for prompt in queued for key in prompt.image_keys}
         self.image_key_values.retain(coming)
         for key in coming & found.keys():
-            self.image_key_values.put(key, found[key], found[key].nbytes)
+            self.image_key_values.put(key, found[key], bytes_of(found[key]))
         return found
 
     def encode_images(self, encoded: EncodedImages, wanted: Sequence[bytes], ahead: EncodedImages = ()) -> Tensor:
@@ -193,7 +192,8 @@ class Engine:
     def _encode_batch(self, images: Sequence[Tensor]) -> Tensor:
         """(images, seq, dim)"""
         with self.timed("vision"):
-            encoded = self.model.model.encode_images(pixel_values=self._pixel_values(images)[:, None]).squeeze(1)
+            pixels = self._pixel_values(images)
+            encoded = self.model.model.encode_images(pixel_values=pixels[:, None]).squeeze(1).to(pixels.device)
         self.times.images += len(images)
         return encoded
 
@@ -207,7 +207,7 @@ class Engine:
         assert self.pixel_of_byte is not None, "bytes of images without the table of their pixels"
         return pixel_values(sent, send(self.pixel_of_byte, sent.device))
 
-    def _no_image(self) -> Tensor:
+    def _no_image(self) -> KeyValues:
         model = self.model
         latents = torch.zeros(1, image_seq_len(model.config), model.config.vision_config.embed_dim, dtype=model.dtype)
         return project_images(send(latents, model.device), model.model.gated_cross_attn_layers)[0]

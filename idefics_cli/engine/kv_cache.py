@@ -6,7 +6,7 @@ Each is written once and read in place (`tree_attention.py`). Tensors only: no t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.transfer import send_ids
-from idefics_cli.model.kv_interface import image_seq_len
+from idefics_cli.model.kv_interface import device_of, image_seq_len
 
 if TYPE_CHECKING:
-    from transformers import IdeficsConfig
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
 Value = TypeVar("Value")
+KeyValues = tuple[Tensor, ...]  # of one image: for each gated layer (2, heads, seq, head_dim), keys and values
 
 
 class BoundedCache(Generic[Value]):
@@ -60,13 +61,29 @@ class BoundedCache(Generic[Value]):
         return len(self._entries)
 
 
-def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> list[Tensor]:
-    """What every gated layer reads of each image: (images, seq, dim) -> (layers, 2, heads, seq, head_dim) each.
+def project_images(latents: Tensor, gated_layers: nn.ModuleList) -> list[KeyValues]:
+    """What every gated layer reads of each image: (images, seq, dim) -> for each layer (2, heads, seq, head_dim).
 
-    Index 0 of the second axis holds keys, 1 values. Each image's are a tensor of their own, to be dropped one by one.
+    Each image's are tensors of their own, to be dropped one by one.
     """
     layers = [torch.stack(layer.cross_attn.project_image(latents)) for layer in gated_layers]
-    return [torch.stack([layer[:, image] for layer in layers]) for image in range(len(latents))]
+    return [tuple(layer[:, image].clone() for layer in layers) for image in range(len(latents))]
+
+
+def bytes_of(key_values: KeyValues) -> int:
+    return sum(each.nbytes for each in key_values)
+
+
+def space_for(
+    attentions: Iterable[nn.Module], model: IdeficsForVisionText2Text, start: tuple[int, ...], slots: int
+) -> list[Tensor]:
+    """For each layer's attention (*start, heads, slots, head_dim), not initialised, where the layer computes."""
+    return [
+        torch.empty(
+            *start, each.num_heads, slots, each.head_dim, device=device_of(each, model.device), dtype=model.dtype
+        )
+        for each in attentions
+    ]
 
 
 @dataclass(frozen=True)
@@ -109,19 +126,19 @@ class KVStore:
     hold all that are in use, known without asking the device.
     """
 
-    def __init__(self, config: IdeficsConfig, options: DecodingOptions, device: torch.device, dtype: torch.dtype):
+    def __init__(self, model: IdeficsForVisionText2Text, options: DecodingOptions):
         self.rows = self.prompt_slots = self.tree_slots = self.used = 0
         self.widths: list[int] = []  # of the rows in use; `prompt_widths` on the host
         self.num_beams, self.max_new_tokens = options.num_paths, options.max_new_tokens
-        heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        gated_layers = -(-config.num_hidden_layers // config.cross_layer_interval)
+        network = model.model
 
         def empty(*shape: int, of: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=of, device=device)
+            return torch.empty(shape, dtype=of, device=model.device)
 
         # For each layer (2, rows, heads, slots, head_dim): a head's slots lie side by side, as attention reads them.
-        self.key_values = [empty(2, 0, heads, 0, head_dim, of=dtype) for _ in range(config.num_hidden_layers)]
-        self.image_key_values = empty(gated_layers, 2, 0, heads, image_seq_len(config), head_dim, of=dtype)
+        self.key_values = space_for((layer.self_attn for layer in network.layers), model, (2, 0), 0)
+        gated = (layer.cross_attn for layer in network.gated_cross_attn_layers)
+        self.image_key_values = space_for(gated, model, (2, 0), image_seq_len(model.config))
         self.sees_image = empty(0, of=torch.bool)
         self.prompt_lengths = empty(0, of=torch.long)
         self.prompt_widths = empty(0, of=torch.long)
@@ -154,7 +171,7 @@ class KVStore:
             new = old.new_zeros(2, rows, old.shape[2], prompt_slots + tree_slots, old.shape[4])
             new[:, : self.rows, :, first : first + old.shape[3]] = old
             self.key_values[layer] = new
-        self.image_key_values = enlarged(self.image_key_values, 2, rows)
+        self.image_key_values = [enlarged(layer, 1, rows) for layer in self.image_key_values]
         for name in TABLES:
             setattr(self, name, enlarged(getattr(self, name), 0, rows))
         self.ancestors = enlarged(self.ancestors, 2, tree_slots)
@@ -165,11 +182,12 @@ class KVStore:
         (2, rows, heads, width, head_dim)."""
         return [layer[:, rows, :, self.prompt_slots - width : self.prompt_slots] for layer in self.key_values]
 
-    def admit(self, rows: slice, prompt_lengths: Sequence[int], images: Sequence[Tensor], sees_image: Tensor) -> None:
-        """New rows after those in use, whose prompts are there: each of `images` (layers, 2, heads, seq, head_dim) is
-        what one sees from now on."""
-        for row, image in zip(range(rows.start, rows.stop), images, strict=True):
-            self.image_key_values[:, :, row] = image
+    def admit(
+        self, rows: slice, prompt_lengths: Sequence[int], images: Sequence[KeyValues], sees_image: Tensor
+    ) -> None:
+        """New rows after those in use, whose prompts are there: each of `images` is what one sees from now on."""
+        for layer, of_rows in zip(self.image_key_values, zip(*images, strict=True), strict=True):
+            layer[:, rows] = torch.stack(of_rows, dim=1)
         self.sees_image[rows] = sees_image
         self.prompt_lengths[rows] = send_ids(prompt_lengths, self.prompt_lengths.device)
         self.prompt_widths[rows] = max(prompt_lengths)
@@ -210,7 +228,7 @@ class KVStore:
             return
         index = send_ids(rows, self.newest.device)
         for key_values in self.key_values:
-            key_values.index_fill_(1, index, 0)
+            key_values.index_fill_(1, index.to(key_values.device), 0)
 
     def compact(self, sources: list[int]) -> None:
         """Row i becomes what row `sources[i]` was: itself, which is not touched, or one after all that stay."""
@@ -220,9 +238,9 @@ class KVStore:
             return
         assert all(source >= len(sources) for _, source in moves), sources
         targets, origins = send_ids(moves, self.newest.device).unbind(1)
-        for key_values in self.key_values:
-            key_values[:, targets] = key_values[:, origins]
-        self.image_key_values[:, :, targets] = self.image_key_values[:, :, origins]
+        for key_values in (*self.key_values, *self.image_key_values):
+            here = key_values.device
+            key_values[:, targets.to(here)] = key_values[:, origins.to(here)]
         for table in map(vars(self).get, TABLES):
             table[targets] = table[origins]
 

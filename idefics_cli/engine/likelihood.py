@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from idefics_cli.engine.engine import Engine
+from idefics_cli.engine.kv_cache import KeyValues
 from idefics_cli.engine.memory_budget import AdaptiveBatchSize, attempt
 from idefics_cli.engine.prefill import PrefillBatch, PromptQueue, QueuedPrompt
-from idefics_cli.engine.prompt_source import EncodedChoices, PromptSource
+from idefics_cli.engine.prompt_source import EncodedChoices, PromptSource, shared
 from idefics_cli.engine.row_errors import TOO_LARGE, Overflows
 from idefics_cli.engine.transfer import send, send_ids
 from idefics_cli.errors import RowError
@@ -37,7 +38,7 @@ def log_likelihoods(
     model: IdeficsForVisionText2Text,
     batch: PrefillBatch,
     choices: Sequence[Choices],
-    images: Sequence[Sequence[Tensor]],
+    images: Sequence[Sequence[KeyValues]],
 ) -> list[list[float]]:
     """For each row those of its choices, whose tails the batch has after its prompts."""
     owners, offsets = (send(table, model.device) for table in places(batch.prompt_lengths, choices))
@@ -98,7 +99,7 @@ def log_probabilities(model: IdeficsForVisionText2Text, states: Tensor, place_of
     found = torch.empty(len(token_ids), dtype=torch.float64)
     for first in range(0, len(states), PLACES_AT_ONCE):
         here = (place_of >= first) & (place_of < first + PLACES_AT_ONCE)
-        logits = model.lm_head(states[first : first + PLACES_AT_ONCE]).float()  # (places, vocabulary)
+        logits = model.logits(states[first : first + PLACES_AT_ONCE]).float()  # (places, vocabulary)
         found[here] = logits.log_softmax(dim=-1)[place_of[here] - first, token_ids[here]].double().cpu()
     return found
 
@@ -122,7 +123,10 @@ class Scoring:
         One that the device's memory does not hold even alone, or whose values are not finite, has a RowError in their
         place; IdeficsError is raised where none of the first prompts' are.
         """
-        queue = PromptQueue(source, self.engine.vocabulary.image_token_id)
+        with shared(source, self.engine.model.ranks, "score") as source:
+            yield from self._run(PromptQueue(source, self.engine.vocabulary.image_token_id))
+
+    def _run(self, queue: PromptQueue) -> Iterator[Scored]:
         while True:
             if len(queue) < self.batch_size.now:
                 queue.look_ahead(self.batch_size.now, idle=True)
@@ -130,7 +134,7 @@ class Scoring:
                 return
             group = queue.pop_group(self.batch_size.now)
             with self.engine.turn:
-                found = attempt(partial(self._log_likelihoods, group, queue))
+                found = attempt(partial(self._log_likelihoods, group, queue), self.engine.model.ranks)
                 finished = self._back_off(group, queue) if found is None else list(self._finished(group, found))
             yield from finished
 

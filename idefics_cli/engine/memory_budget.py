@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from zlib import crc32
 
 import torch
 
 from idefics_cli.model.kv_interface import image_seq_len
 from idefics_cli.model.memory_errors import naming_memory_errors
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
+from idefics_cli.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import IdeficsConfig
@@ -30,13 +32,19 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 PATIENCE = 16  # times as many as are wanted at a time succeed before more are tried again
 
 
-def attempt(work: Callable[[], Found]) -> Found | None:
-    """What `work` gives; None where memory has ended: then the exception, and the tensors it holds, are gone."""
+def attempt(work: Callable[[], Found], ranks: Ranks | None = None) -> Found | None:
+    """What `work` gives; None where memory has ended: then the exception, and the tensors it holds, are gone.
+
+    Of work that `ranks` do together all have the same, or None.
+    """
     try:
         with naming_memory_errors():
-            return work()
+            found = work()
     except torch.OutOfMemoryError:
+        found = None
+    if ranks is not None and not ranks.all_well(found is not None, crc32(repr(found).encode())):
         return None
+    return found
 
 
 class AdaptiveBatchSize:
@@ -86,16 +94,18 @@ class MemoryPlan:
     caches: int = 3 * CACHE_BYTES
 
     @classmethod
-    def of(cls, config: IdeficsConfig, num_parameters: int, itemsize: int) -> MemoryPlan:
+    def of(cls, config: IdeficsConfig, num_parameters: int, itemsize: int, num_processes: int = 1) -> MemoryPlan:
+        """Of each of the processes that share the heads and the MLPs' features."""
         hidden, vision = config.hidden_size, config.vision_config
+        own_hidden, own_features = hidden // num_processes, config.intermediate_size // num_processes
         gated_layers = -(-config.num_hidden_layers // config.cross_layer_interval)
         patches = VISION_BATCH * (1 + (vision.image_size // vision.patch_size) ** 2)
         return cls(
             weights=num_parameters * itemsize,
-            slot=2 * config.num_hidden_layers * hidden * itemsize,  # a key and a value
-            token=(3 * config.intermediate_size + 3 * hidden) * itemsize,  # the widest moment is in the MLP
+            slot=2 * config.num_hidden_layers * own_hidden * itemsize,  # a key and a value
+            token=(3 * own_features + 3 * hidden) * itemsize,  # the widest moment is in the MLP
             # Its own, and in the row's place; in prefill one layer's twice more, as they are joined.
-            image=(2 * gated_layers + 2) * 2 * image_seq_len(config) * hidden * itemsize,
+            image=(2 * gated_layers + 2) * 2 * image_seq_len(config) * own_hidden * itemsize,
             query=LOGITS_AT_ONCE * (config.vocab_size + config.additional_vocab_size) * 4,
             vision=patches * (2 * vision.intermediate_size + 4 * vision.embed_dim) * itemsize,
         )
@@ -117,8 +127,10 @@ def most_rows(num_paths: int) -> int:
 
 def rows_that_fit(model: IdeficsForVisionText2Text, num_paths: int = 1) -> int:
     """How many rows to decode at a time in what is free on the model's device."""
-    plan = MemoryPlan.of(model.config, model.num_parameters(), model.dtype.itemsize)
-    return plan.rows(free_bytes(model.device), model.device.type == "cuda", num_paths)
+    num_processes = 1 if model.ranks is None else model.ranks.size
+    plan = MemoryPlan.of(model.config, model.num_parameters(), model.dtype.itemsize, num_processes)
+    rows = plan.rows(free_bytes(model.device), model.device.type == "cuda", num_paths)
+    return rows if model.ranks is None else model.ranks.least(rows)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from itertools import accumulate, takewhile
 import torch
 from torch import Tensor
 
-from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, Prefix
+from idefics_cli.engine.kv_cache import NO_PREFIX, BoundedCache, KeyValues, Prefix
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prompt_source import EncodedChoices, EncodedPrompt, PromptSource
 from idefics_cli.engine.transfer import send
@@ -172,7 +172,7 @@ class PrefillBatch:
         """The distinct images in sight."""
         return list(dict.fromkeys(key for keys in self.image_keys for key in keys))
 
-    def arrange(self, images: Mapping[bytes, Tensor]) -> list[list[Tensor]]:
+    def arrange(self, images: Mapping[bytes, KeyValues]) -> list[list[KeyValues]]:
         """What each row sees of `images`, as many for all; `images` has all that are wanted, or one that nothing sees.
 
         A row's own first image fills it up, so that non-finite values stay within their row; where it has none, any
@@ -182,8 +182,8 @@ class PrefillBatch:
         seen = [[images[key] for key in keys] or [any_image] for keys in self.image_keys]
         return [row + row[:1] * (self.most_images - len(row)) for row in seen]
 
-    def last_images(self, images: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """What each row still sees after its prompt, (layers, 2, heads, seq, head_dim) each."""
+    def last_images(self, images: Sequence[Sequence[KeyValues]]) -> list[KeyValues]:
+        """What each row still sees after its prompt."""
         return [row[max(len(keys) - 1, 0)] for row, keys in zip(images, self.image_keys, strict=True)]
 
     def sees_image(self) -> Tensor:
@@ -194,7 +194,7 @@ class PrefillBatch:
     def forward(
         self,
         model: IdeficsForVisionText2Text,
-        images: Sequence[Sequence[Tensor]],
+        images: Sequence[Sequence[KeyValues]],
         key_values: Sequence[Tensor] = (),
         mask: Tensor | None = None,
         offsets: Tensor | None = None,
@@ -206,7 +206,7 @@ class PrefillBatch:
         """
         device = model.device
         input_ids = send(self._padded(), device)  # (rows, width)
-        image_mask, image_gate = image_visibility(self._sees(input_ids), images[0][0].shape[3], model.dtype)
+        image_mask, image_gate = image_visibility(self._sees(input_ids), images[0][0][0].shape[2], model.dtype)
         rows = PackedRows(self.lengths, device, model.model.padded_length(sum(self.lengths)))
         memory = PrefillMemory(self.prefix, rows, key_values, images, image_mask, image_gate, mask)
         if offsets is None:

@@ -6,13 +6,16 @@ Imports no torch and knows no text: whoever makes prompts, and whoever hands the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from idefics_cli.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,27 @@ class PromptSource(Protocol):
         """Up to `most` of them. Without `wait` those that are ready now, perhaps none; with it at least one, and none
         only at the end of the stream."""
         ...
+
+
+@dataclass(frozen=True)
+class SharedSource:
+    """A source whose prompts all `ranks` get: what is ready depends on time, so rank 0 alone asks it."""
+
+    source: PromptSource
+    ranks: Ranks
+
+    def take(self, most: int, wait: bool) -> list[Any]:
+        return self.ranks.broadcast(self.source.take(most, wait) if self.ranks.rank == 0 else None)
+
+
+@contextmanager
+def shared(source: PromptSource, ranks: Ranks | None, *work: Any) -> Iterator[PromptSource]:
+    """The source of a stream of `work`, which other ranks do too: see `Idefics.follow`."""
+    if ranks is None:
+        yield source
+        return
+    with ranks.working(*work):
+        yield SharedSource(source, ranks)
 
 
 class IterableSource:

@@ -19,7 +19,7 @@ from idefics_cli.engine.kv_cache import NO_PREFIX, KVStore
 from idefics_cli.engine.memory_budget import attempt
 from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
 from idefics_cli.engine.prefill import PrefillBatch, PromptQueue, QueuedPrompt
-from idefics_cli.engine.prompt_source import PromptSource
+from idefics_cli.engine.prompt_source import PromptSource, shared
 from idefics_cli.engine.reference import until_end
 from idefics_cli.engine.row_errors import NOTHING_ALLOWED, TOO_LARGE, Overflows
 from idefics_cli.engine.sampling import random_draws
@@ -42,7 +42,8 @@ def stream(
     them, for this stream, beside its own.
     """
     banned = (*engine.vocabulary.banned_sequences, *map(tuple, banned_sequences))
-    return Scheduler(engine, source, options, replace(engine.vocabulary, banned_sequences=banned)).run()
+    with shared(source, engine.model.ranks, "stream", options, banned_sequences) as source:
+        yield from Scheduler(engine, source, options, replace(engine.vocabulary, banned_sequences=banned)).run()
 
 
 class Scheduler:
@@ -65,7 +66,7 @@ class Scheduler:
         device = self.model.device
         self.rows: list[QueuedPrompt] = []
         self.prefix = NO_PREFIX
-        self.store = KVStore(self.model.config, self.options, device, self.model.dtype)
+        self.store = KVStore(self.model, self.options)
         self.state = BeamState.start(self._draws([]), self.options)
         self.context = torch.zeros(0, 0, dtype=torch.long, device=device)
         self.graphs = None if self.engine.is_eager else DecodeGraphs(self.store, self._next_state_anywhere)
@@ -82,10 +83,10 @@ class Scheduler:
             if not group and not self.rows:
                 return
             with self.engine.turn:
-                is_known = attempt(partial(self.advance, group))
+                is_known = attempt(partial(self.advance, group), self.model.ranks)
             yield from finished  # while the device computes
             with self.engine.turn:
-                ended = [] if is_known is False else is_known and attempt(self.evict)
+                ended = [] if is_known is False else is_known and attempt(self.evict, self.model.ranks)
                 finished = self.back_off(group) if ended is None else ended
 
     @torch.inference_mode()
@@ -225,7 +226,7 @@ class Scheduler:
         positions = self.prefix.length + self.store.prompt_lengths[:num_rows] + steps
         embeddings = model.embed_tokens(rows.pack(tokens))  # (1, packed, hidden)
         hidden_states = model.decode(embeddings, rows.pack(positions[:, None].expand(-1, beams)), memory)
-        logits = self.model.lm_head(hidden_states)
+        logits = self.model.logits(hidden_states)
         return logits[0, : rows.num_tokens].unflatten(0, (num_rows, beams))
 
     def _outcomes(self, rows: list[int]) -> list[Outcome]:

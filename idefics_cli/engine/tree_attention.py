@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from idefics_cli.engine.kv_cache import KVStore, Prefix
+from idefics_cli.engine.kv_cache import KeyValues, KVStore, Prefix
 from idefics_cli.engine.varlen import PackedRows
-from idefics_cli.model.kv_interface import AttentionOutput
+from idefics_cli.model.kv_interface import AttentionOutput, on_device
 
 ALIGNED = 8  # CUDA's fused kernels read a mask by so many keys at a time
 
@@ -104,14 +104,13 @@ class PrefillMemory:
 
     Keys and values go into `key_values`, for each layer (2, rows, heads, width, head_dim); empty: they are not needed
     again. `mask` (rows, 1, width, width) and `image_mask` (rows, 1, width, images * seq) are additive, `image_gate`
-    (rows, width) is open where a token sees an image. `images` are those of each row, as many for all, each
-    (layers, 2, heads, seq, head_dim).
+    (rows, width) is open where a token sees an image. `images` are those of each row, as many for all.
     """
 
     prefix: Prefix
     rows: PackedRows
     key_values: Sequence[Tensor]
-    images: Sequence[Sequence[Tensor]]
+    images: Sequence[Sequence[KeyValues]]
     image_mask: Tensor
     image_gate: Tensor
     mask: Tensor | None = None
@@ -141,6 +140,9 @@ class PrefillMemory:
         output = output.transpose(1, 2).masked_fill(~self.image_gate[:, :, None, None], 0.0)
         return self.rows.pack(output), None
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PrefillMemory:
+        return on_device(self, device)
+
 
 @dataclass(frozen=True)
 class DecodeMemory:
@@ -168,7 +170,7 @@ class DecodeMemory:
         written = first.view(num_rows, heads, 1) + store.newest[:num_rows, None]  # (rows, heads, beams)
         in_prompt = store.holds_prompt(num_rows, longest)[:, None].expand(-1, beams, -1)
         visible = torch.cat([in_prompt, store.ancestors[:num_rows, :, :used]], dim=2)  # (rows, beams, slots in use)
-        dtype = store.image_key_values.dtype
+        dtype = store.key_values[0].dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
         mask = aligned(mask) if device.type == "cuda" else mask  # once for all layers
         return cls(
@@ -197,6 +199,9 @@ class DecodeMemory:
     def attend_image(
         self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> AttentionOutput:
-        key, value = self.store.image_key_values[layer.layer_idx, :, : self.rows.num_rows]
+        key, value = self.store.image_key_values[layer.layer_idx][:, : self.rows.num_rows]
         output = attend_few(self.rows.pad(query), key, value, None, layer.scaling)
         return self.rows.pack(output.transpose(1, 2).masked_fill(~self.image_gate, 0.0)), None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DecodeMemory:
+        return on_device(self, device)

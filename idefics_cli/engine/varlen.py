@@ -7,6 +7,7 @@ the end where the number of tokens has to be a certain one. Knows no prompts and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from itertools import accumulate
 
@@ -32,6 +33,14 @@ class PackedRows:
         self.is_even = self.num_rows * self.width == self.num_tokens
         if not self.is_even:
             self._sources, self._places = (send(table, device) for table in self._tables(torch.tensor(lengths)))
+
+    def to(self, device: torch.device | str) -> PackedRows:
+        """The same for tensors on `device`."""
+        if self.is_even or self._places.device == torch.device(device):
+            return self
+        moved = copy(self)
+        moved._sources, moved._places = self._sources.to(device), self._places.to(device)
+        return moved
 
     @cached_property
     def starts(self) -> list[int]:

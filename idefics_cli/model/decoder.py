@@ -133,7 +133,8 @@ class IdeficsMLP(nn.Module):
 class IdeficsAttention(nn.Module):
     """Projections of one attention layer, of a text to itself or to images; only the latter knows qk-norms.
 
-    `layer_idx` counts among layers of the same kind.
+    `layer_idx` counts among layers of the same kind, `num_heads` the heads that are here: where a model is split, a
+    process has its share of them.
     """
 
     def __init__(self, config: IdeficsConfig, layer_idx: int, is_cross_attention: bool = False):

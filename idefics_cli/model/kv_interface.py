@@ -10,8 +10,8 @@ This module knows no text, no beams, no files, and no layer but by its `layer_id
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 AttentionOutput = tuple[Tensor, Tensor | None]
+Moved = TypeVar("Moved")
 
 
 class Memory(Protocol):
@@ -40,6 +41,23 @@ class Memory(Protocol):
         `key` and `value` (rows, heads, images * seq, head_dim) are those of all images; None: the memory has its own.
         """
         ...
+
+
+def on_device(memory: Moved, device: torch.device | str) -> Moved:
+    """A dataclass with those of its fields on `device` that can be moved."""
+    values = {each.name: getattr(memory, each.name) for each in fields(memory)}
+    return replace(memory, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
+
+
+def device_of(layer: nn.Module, otherwise: torch.device) -> torch.device:
+    """Where a layer of a model that accelerate has spread over devices computes; its weights may be elsewhere."""
+    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return otherwise if device is None else torch.device(device)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate moves inputs, or weights, from device to device while it works."""
+    return hasattr(model, "_hf_hook")
 
 
 def eager_attention(
@@ -143,6 +161,4 @@ class PlainMemory:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PlainMemory:
         """The same memory with its masks on `device`: a model spread over devices moves it from layer to layer."""
-        masks = {name: getattr(self, name) for name in ("causal_mask", "image_mask", "image_gate")}
-        tensors = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}
-        return replace(self, **{name: mask.to(device, non_blocking=non_blocking) for name, mask in tensors.items()})
+        return on_device(self, device)

@@ -33,10 +33,11 @@ from idefics_cli.model.decoder import (
     initial_alpha,
     rotation,
 )
-from idefics_cli.model.kv_interface import Memory, PlainMemory, image_visibility
+from idefics_cli.model.kv_interface import Memory, PlainMemory, device_of, image_visibility
 from idefics_cli.model.packed_linear import IdeficsDecoupledLinear
 from idefics_cli.model.perceiver import IdeficsPerceiverResampler
 from idefics_cli.model.vision import IdeficsVisionEmbeddings, IdeficsVisionTransformer
+from idefics_cli.ranks import Ranks
 
 IMAGE_INPUTS = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
 
@@ -78,7 +79,11 @@ class IdeficsPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["IdeficsDecoderLayer", "IdeficsGatedCrossAttentionLayer", "IdeficsVisionEncoderLayer"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        *("IdeficsDecoderLayer", "IdeficsGatedCrossAttentionLayer", "IdeficsDecoupledEmbedding"),
+        *("IdeficsDecoupledLinear", "IdeficsVisionEmbeddings", "IdeficsVisionEncoderLayer"),
+        "IdeficsPerceiverResampler",
+    ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # Buffers that checkpoints of 2023 carry and that are computed today.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$"]  # noqa: RUF012
@@ -89,6 +94,11 @@ class IdeficsPreTrainedModel(PreTrainedModel):
         "hidden_states": IdeficsDecoderLayer,
         "attentions": OutputRecorder(IdeficsAttention, index=1, layer_name="self_attn"),
     }
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs come in and outputs come out."""
+        return device_of(self, super().device)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -186,6 +196,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         `position_ids` (rows or 1, tokens); `image_hidden_states` (rows, images * seq, dim), or None where the memory
         holds the images' keys and values.
         """
+        device = hidden_states.device
         position_embeddings = rotation(*self.rotary_emb(hidden_states, position_ids))
         interval = self.config.cross_layer_interval
         for index, layer in enumerate(self.layers):
@@ -193,7 +204,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
                 gated_layer = self.gated_cross_attn_layers[index // interval]
                 hidden_states = gated_layer(hidden_states, image_hidden_states, memory)
             hidden_states = layer(hidden_states, memory, position_embeddings)
-        return self.norm(hidden_states)
+        return self.norm(hidden_states).to(device)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -262,6 +273,7 @@ def positions(attention_mask: Tensor | None, inputs_embeds: Tensor, past_length:
 class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
     """The model with its head: a drop-in for the class of the same name in transformers."""
 
+    ranks: Ranks | None = None  # the processes that it is split over
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: IdeficsConfig):
@@ -280,6 +292,10 @@ class IdeficsForVisionText2Text(IdeficsPreTrainedModel, GenerationMixin):
                 "lm_head.additional_fc.weight": "model.embed_tokens.additional_embedding.weight",
             }
         self.post_init()
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden) -> (..., both vocabularies), on the same device."""
+        return self.lm_head(hidden_states).to(hidden_states.device)
 
     @can_return_tuple
     def forward(

@@ -49,7 +49,8 @@ class IdeficsVisionEmbeddings(nn.Module):
         The scale is (size + 0.1) / grid, as DINO does it to be safe from rounding
         (https://github.com/facebookresearch/dino/issues/8): the published weights' users rely on the same values.
         """
-        positions = self.position_embedding.weight.unsqueeze(0)
+        numbers = torch.arange(self.position_embedding.num_embeddings, device=self.class_embedding.device)
+        positions = self.position_embedding(numbers).unsqueeze(0)  # asked, for its weights may be elsewhere
         grid_height, grid_width = height // self.patch_size, width // self.patch_size
         if (height, width) == (self.image_size, self.image_size):
             return positions

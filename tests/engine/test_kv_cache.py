@@ -12,6 +12,9 @@ from idefics_cli.engine.kv_cache import TABLES, BoundedCache, KVStore
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.scheduler import compaction_order
 from idefics_cli.engine.tree_attention import attend_part, merge_parts
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+MODEL = IdeficsForVisionText2Text(tiny_config())
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,7 +76,7 @@ def test_the_least_used_go_first() -> None:
 
 def tree(beams: int, tokens: int) -> KVStore:
     options = DecodingOptions(num_beams=beams, max_new_tokens=tokens)
-    store = KVStore(tiny_config(), options, torch.device("cpu"), torch.float32)
+    store = KVStore(MODEL, options)
     store.grow(1, 4, beams * tokens)
     return store
 
@@ -111,7 +114,7 @@ def test_rows_that_stay_are_compacted(done: list[bool]) -> None:
     store = tree(2, 3)
     store.grow(len(done), 4, 6)
     tensors = {**{f"layer {index}": layer[0] for index, layer in enumerate(store.key_values)}}
-    tensors |= {"images": store.image_key_values[0, 0], **{name: getattr(store, name) for name in TABLES}}
+    tensors |= {"images": store.image_key_values[0][0], **{name: getattr(store, name) for name in TABLES}}
     for tensor in tensors.values():
         tensor.copy_(torch.randint(0, 2 if tensor.dtype == torch.bool else 1000, tensor.shape))
     before = {name: tensor.clone() for name, tensor in tensors.items()}
