@@ -250,11 +250,18 @@ def info(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Hub id, local folder or `demo`.", show_default=False)
     ] = None,
+    device_count: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Say in which formats MODEL fits on N devices.")
+    ] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory of each.  [default: what is free on this one]")
+    ] = None,
 ) -> None:
     """Show versions, devices and, for a model, whether and how it would run here."""
     facts = _machine_facts(request)
     if model is not None or request.adapter is not None:
-        facts |= _model_facts(replace(request, model=model or request.model))
+        request = replace(request, model=model or request.model)
+        facts |= _model_facts(request) if device_count is None else _fit_facts(request, device_count, device_memory)
     print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
 
 
@@ -437,6 +444,26 @@ def _model_facts(request: ModelRequest) -> dict[str, str]:
         for name, full in DTYPES.items()
     }
     return {**{name: _shown_plan(plan, free, device) for name, plan in plans.items()}, "model": fact}
+
+
+def _fit_facts(request: ModelRequest, number: int, gigabytes: float | None) -> dict[str, str]:
+    """Of a model that need not be on this machine; of one on the hub only its configuration is fetched."""
+    import torch
+
+    from idefics_cli.checkpoint.devices import resolve_device
+    from idefics_cli.checkpoint.find import find_checkpoint
+    from idefics_cli.checkpoint.fit import on_devices
+    from idefics_cli.checkpoint.load import load_config
+    from idefics_cli.engine.memory_budget import free_bytes
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+    device = resolve_device(request.device)
+    config = load_config(find_checkpoint(request, with_weights=False))
+    with torch.device("meta"):
+        model = IdeficsForVisionText2Text(config)
+    shared = 1 if device.type == "cuda" else number  # processes on CPUs have one memory
+    memory = free_bytes(device) // shared if gigabytes is None else int(gigabytes * 1e9)
+    return on_devices(model, number, memory, is_cuda=gigabytes is not None or device.type == "cuda")
 
 
 def _shown_plan(plan: MemoryPlan, free: int, device: torch.device) -> str:

@@ -116,9 +116,13 @@ class MemoryPlan:
 
     def rows(self, free: int, is_cuda: bool, num_paths: int = 1) -> int:
         """How many to decode at a time, at a length that prompts seldom exceed, once the weights are there."""
+        return max(1, self.rows_at_most(free, is_cuda, num_paths))
+
+    def rows_at_most(self, free: int, is_cuda: bool, num_paths: int) -> int:
+        """The same, or less than 1 where not even one fits."""
         row = self.row(SLOTS_ASSUMED, TREE_ASSUMED * num_paths, num_paths)
         space = int(SHARE_ON_CUDA * free) - self.vision - self.caches if is_cuda else free // 2
-        return max(1, min(space // row, most_rows(num_paths) if is_cuda else MOST_ROWS))
+        return min(space // row, most_rows(num_paths) if is_cuda else MOST_ROWS)
 
 
 def most_rows(num_paths: int) -> int:
