@@ -91,12 +91,51 @@ def parse_keep(text: str) -> tuple[str, ...] | Literal["all"]:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
+    """`auto` is what the scheduler says; `auto/N` where it does not say how many tasks there are."""
     parts = text.split("/")
+    if parts[0] == "auto" and len(parts) < 3:
+        place, number = _shard_of_task()
+        parts = [str(place), parts[1] if len(parts) == 2 else "" if number is None else str(number)]
+        if not parts[1]:
+            raise IdeficsError("--shard auto: the scheduler does not tell how many tasks there are: add it, as auto/8")
     if len(parts) == 2 and all(part.isascii() and part.isdigit() for part in parts):
         place, number = int(parts[0]), int(parts[1])
         if 1 <= place <= number:
             return place, number
-    raise IdeficsError(f"invalid shard {text!r}: expected I/N with 1 <= I <= N")
+        if place == 0 < number:
+            raise IdeficsError(f"invalid shard {text!r}: shards are counted from 1, as 1/{number} for the first")
+    raise IdeficsError(f"invalid shard {text!r}: expected I/N with 1 <= I <= N, or auto")
+
+
+# What schedulers tell a task of an array: its number, the first and the last one's, and the step between them.
+TASK_VARIABLES = (
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP"),
+    ("LSB_JOBINDEX", None, "LSB_JOBINDEX_END", "LSB_JOBINDEX_STEP"),
+    ("SGE_TASK_ID", "SGE_TASK_FIRST", "SGE_TASK_LAST", "SGE_TASK_STEPSIZE"),
+    ("PBS_ARRAY_INDEX", None, None, None),
+    ("PBS_ARRAYID", None, None, None),
+)
+KUBERNETES_INDEX = "JOB_COMPLETION_INDEX"  # from 0
+
+
+def _shard_of_task() -> tuple[int, int | None]:
+    """Which task of an array this process is, counted from 1, and of how many."""
+    for own, *others in TASK_VARIABLES:
+        if (index := _number_in(own)) is None or (own == "LSB_JOBINDEX" and index == 0):  # a job that is not an array
+            continue
+        first, last, step = (name and _number_in(name) for name in others)
+        first, step = 1 if first is None else first, step or 1
+        if own == "SLURM_ARRAY_TASK_ID" and (count := _number_in("SLURM_ARRAY_TASK_COUNT")) is not None:
+            last = first + (count - 1) * step
+        return (index - first) // step + 1, None if last is None else (last - first) // step + 1
+    if (index := _number_in(KUBERNETES_INDEX)) is not None:
+        return index + 1, None
+    raise IdeficsError("--shard auto: no scheduler's variables here (SLURM, PBS, LSF, ...): say it, as --shard 1/8")
+
+
+def _number_in(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def parse_frame(text: str) -> int | Literal["middle"]:
@@ -192,7 +231,12 @@ class ReadOptions:
     ] = ()
     limit: Annotated[int | None, Help("Only the first N rows", min=1, max=sys.maxsize)] = None
     shard: Annotated[
-        tuple[int, int] | None, Help("The I-th of N contiguous ranges of rows", metavar="I/N", parse=parse_shard)
+        tuple[int, int] | None,
+        Help(
+            "The I-th of N contiguous ranges of rows; auto: as the scheduler says",
+            metavar="I/N|auto",
+            parse=parse_shard,
+        ),
     ] = None
     needs_image: bool | None = True
     needs_id: bool = True

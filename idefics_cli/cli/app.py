@@ -163,7 +163,7 @@ def embed(run: RunOptions, signals: Signals) -> None:
 @flattened()
 def score(
     results: Annotated[
-        str, typer.Argument(metavar="RESULTS", help="Result file of caption or vqa (.jsonl, .parquet, .csv).")
+        str, typer.Argument(metavar="RESULTS", help="Result file of caption or vqa, or folder of its parts.")
     ],
     options: ScoreOptions,
 ) -> None:
@@ -217,6 +217,24 @@ def salvage(
     with contextlib.closing(FileOutput(final, format_name="vqav2" if final.endswith(".json") else None)) as stopped:
         counts = stopped.salvage(target)
     say(f"{counted(counts['rows'], 'row')} in {target}, {sum(counts['failed'].values())} failed.")
+
+
+@app.command()
+@flattened()
+def merge(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of parts, as -o DIR/ makes them.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="F", help="Where all rows go.")],
+) -> None:
+    """Join the parts of a folder into one file: none missing, each with its rows and of one run, no id twice.
+
+    The file is what one process would have written, and known as its result.
+    """
+    from pathlib import Path
+
+    from idefics_cli.scale.merge import merge as joined
+
+    found = joined(folder, Path(output))
+    say(f"{counted(found.rows, 'row')} in {output}, {sum(found.failed.values())} failed.")
 
 
 @app.command()

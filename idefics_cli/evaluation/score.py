@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from idefics_cli.errors import InputError, RowError
@@ -21,12 +21,13 @@ from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.prompts.choices import ChoiceOptions
 from idefics_cli.readers.jsonl import open_json_lines
 from idefics_cli.readers.manifest import is_manifest, open_table
+from idefics_cli.readers.parts import folder_parts
 from idefics_cli.readers.references import references_of
 from idefics_cli.readers.source import ALL
-from idefics_cli.readers.table import OWN_ERROR, with_lists
+from idefics_cli.readers.table import OWN_ERROR, Table, with_lists
 from idefics_cli.rows import ReadOptions
 from idefics_cli.storage.filenames import counted, listed, printable, shortened
-from idefics_cli.storage.files import find
+from idefics_cli.storage.files import File, find
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -151,11 +152,24 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
     scored."""
     options = options or ScoreOptions()
     file = find(os.fspath(path))
-    if file.is_folder:
-        raise InputError(f"{path} is a folder: name a result file (.jsonl, .parquet, .csv)")
-    reading = ReadOptions(delimited=options.delimited)
-    table = open_table(file, reading) if is_manifest(file.name) else open_json_lines(file, compressed=False)
+    files = folder_parts(file, True, str) if file.is_folder else [file]
+    if not files:
+        raise InputError(f"{path} is a folder without results: name a result file (.jsonl, .parquet, .csv)")
+    tables = (_open_results(each.found(), options) for each in files)
+    table = next(tables)
     scores = Scores(options, find_text_column(table.columns, options))
+    for each in chain([table], tables):
+        _add_rows(scores, each, str(path))
+    return scores.finish()
+
+
+def _open_results(file: File, options: ScoreOptions) -> Table:
+    reading = ReadOptions(delimited=options.delimited)
+    return open_table(file, reading) if is_manifest(file.name) else open_json_lines(file, compressed=False)
+
+
+def _add_rows(scores: Scores, table: Table, path: str) -> None:
+    options = scores.options
     lists = (options.answers_column, options.choices_column or CHOICES)
     wanted = dict.fromkeys((scores.text_column, "error", options.by, *lists))
     for _, row in table.records(ALL, [name for name in wanted if name in table.columns]):
@@ -166,7 +180,6 @@ def score_results(path: str | os.PathLike[str], options: ScoreOptions | None = N
         if table.is_text:
             row = {name: value or (value if name == scores.text_column else None) for name, value in row.items()}
         scores.add(row)
-    return scores.finish()
 
 
 def closing_tokenization() -> Literal["ptb", "treebank"]:

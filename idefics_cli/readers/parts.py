@@ -12,12 +12,18 @@ from idefics_cli.readers.manifest import is_manifest, manifest_kind
 from idefics_cli.readers.table import Record
 from idefics_cli.storage.filenames import listed
 from idefics_cli.storage.files import File, walk
+from idefics_cli.storage.unit_folder import UnitFolder, unfinished
 
 MAX_STATE_BYTES = 16 << 20
 
 
 def folder_parts(folder: File, recursive: bool, say: Callable[[str], object]) -> list[File]:
-    """Empty where there are none. What begins with `_` is Spark's own, as are its files that are being written."""
+    """Empty where there are none. What begins with `_` is Spark's own, as are its files that are being written.
+
+    Raises InputError for a folder of a run's parts where some are missing.
+    """
+    if missing := unfinished(UnitFolder(folder)):
+        raise InputError(missing)
     names = sorted(name for name, _ in walk(folder, recursive) if is_manifest(name))
     files = [folder.child(name) for name in names if not any(part.startswith("_") for part in name.split("/"))]
     return parts_of_one_kind(folder.name, files, say)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 MOST_FATAL = 8  # rows of one unit that each end their process
 FIRST_IDS = 3
+BOUNDS = "--unit-rows", "--limit", "--format"  # settings of the folder, not of its rows
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,7 @@ def _cut_units(run: Run, folder: UnitFolder) -> None:
         "format": "parquet" if options.format == "auto" else options.format,
         "columns": {column.name: column.kind for column in run.form.columns},
         "rows_each": run.task.rows_each,
+        "kept": list(run.passthrough.names.values()),
         "may_repeat_ids": run.inputs.may_repeat_ids,
     }
     cuts = run.inputs.cuts(options.unit_rows)
@@ -295,8 +297,8 @@ def _cut_units(run: Run, folder: UnitFolder) -> None:
 def settings_of(run: Run, weights: str | None) -> dict[str, Any]:
     """As those of a single file, and what decides the bounds."""
     options = run.options
-    bounds = {"--unit-rows": options.unit_rows, "--limit": options.reading.limit, "--format": options.format}
-    return {**run.settings(weights), **bounds}
+    bounds = options.unit_rows, options.reading.limit, options.format
+    return {**run.settings(weights), **dict(zip(BOUNDS, bounds, strict=True))}
 
 
 def _identity(inputs: Inputs) -> list[dict[str, Any]]:

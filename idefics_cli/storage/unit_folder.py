@@ -193,10 +193,8 @@ class UnitFolder:
         return found.timestamp() if hasattr(found, "timestamp") else float(found)
 
 
-def unfinished_units(folder: File, names: list[str]) -> str | None:
-    """What is missing where this is a folder of units that are not all there; `names` are what lies in it."""
-    if RUN not in names:
-        return None
-    units = UnitFolder(folder)
-    missing, remedy = units.done().count(0), "run the command that made it again"
-    return f"{missing} of its {units.num_units} units are not done: {remedy}" if missing else None
+def unfinished(folder: UnitFolder) -> str | None:
+    """What is missing of a run that has begun in a folder."""
+    missing = folder.done().count(0) if folder.header else 0
+    remedy = "run the command that made it again, or name the parts"
+    return f"{folder.name} lacks {missing} of its {folder.num_units} parts: {remedy}" if missing else None

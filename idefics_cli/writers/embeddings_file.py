@@ -7,12 +7,14 @@ bounded number of ids. Knows no images and no network.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from idefics_cli.storage.filenames import escape_name
 from idefics_cli.storage.files import file_digest, local_file, refusing
 from idefics_cli.storage.parquet_process import require_sound
 from idefics_cli.storage.unique_ids import UniqueIds
+from idefics_cli.storage.unit_folder import UnitFolder, unfinished
 from idefics_cli.writers.formats import ROW_GROUP_BYTES, SETTINGS, Parquet
 
 if TYPE_CHECKING:
@@ -57,16 +60,14 @@ class EmbeddingFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        import pyarrow.parquet as pq
-
         self.path, self.name = Path(path), escape_name(str(path))
-        require_sound(local_file(str(self.path)), "embed the images again")
+        self._groups: list[tuple[Path, int]] = []  # each row group's file and number there
+        self._starts, self.shape = [0], None
+        self._paths = self._parts() if self.path.is_dir() else [self.path]
         with self._refusing():
-            self._parquet = pq.ParquetFile(self.path, pre_buffer=False, page_checksum_verification=True)
-            self.fingerprint = self._recorded_fingerprint()
-            self.shape = self._stored_shape(self._parquet.schema_arrow)
-            self._starts = self._group_starts()
-            self._rows = self._rows_by_id()
+            self._rows = UniqueIds(chain.from_iterable(map(self._add_file, self._paths)))
+        if self.shape is None:
+            raise self._not_embeddings()
         self._group = lru_cache(KEPT_GROUPS)(self._read)
         self._reading = threading.Lock()
 
@@ -95,10 +96,43 @@ class EmbeddingFile:
     @property
     def identity(self) -> dict[str, Any]:
         """Equal as long as the file is unchanged."""
-        size = self.path.stat().st_size
-        return {"name": self.name, "bytes": size, "digest": file_digest(local_file(str(self.path)))}
+        digests = [file_digest(local_file(str(path))) for path in self._paths]
+        digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return {"name": self.name, "bytes": sum(path.stat().st_size for path in self._paths), "digest": digest}
 
     # ---- opening
+
+    def _parts(self) -> list[Path]:
+        """Those of a folder, in order. Raises InputError where some are missing."""
+        folder = UnitFolder(local_file(str(self.path)))
+        if missing := unfinished(folder):
+            raise InputError(missing)
+        if folder.header is None:
+            raise self._not_embeddings()
+        return [Path(folder.part(number).path) for number in range(folder.num_units)]
+
+    def _add_file(self, path: Path) -> Iterator[str]:
+        """The ids of a file, whose row groups come after those that are known. Latents of a part may all be missing."""
+        require_sound(local_file(str(path)), "embed the images again")
+        parquet = self._open(path)
+        self.fingerprint = self._recorded_fingerprint(path)
+        self.shape = self._stored_shape(parquet.schema_arrow) or self.shape
+        for index in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            if group.total_byte_size > LARGEST_GROUP_BYTES:
+                raise InputError(f"{self.name} has row groups too large for memory: embed the images again")
+            self._groups.append((path, index))
+            self._starts.append(self._starts[-1] + group.num_rows)
+        for batch in parquet.iter_batches(columns=[ID], use_threads=False):
+            yield from batch[0].to_pylist()
+
+    def _open(self, path: Path) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+
+    def _not_embeddings(self) -> InputError:
+        return InputError(f"{self.name} has no ids and latents: make it with `idefics embed`")
 
     def _refusing(self) -> AbstractContextManager[None]:
         """Raise InputError for whatever Arrow finds wrong with the file."""
@@ -106,40 +140,35 @@ class EmbeddingFile:
 
         return refusing(self.name, pa.ArrowException, OSError, remedy="embed the images again")
 
-    def _recorded_fingerprint(self) -> str:
-        run = Parquet().run_of(self.path, is_whole=True)
+    def _recorded_fingerprint(self, path: Path) -> str:
+        run = Parquet().run_of(path, is_whole=True)
         task = run[SETTINGS].get("task") if run else None
         fingerprint = task.get(VISION) if isinstance(task, dict) else None
         if not isinstance(fingerprint, str):
             raise InputError(f"{self.name} was not written by `idefics embed`: make it with that")
         return fingerprint
 
-    def _stored_shape(self, schema: pa.Schema) -> tuple[int, int]:
+    def _stored_shape(self, schema: pa.Schema) -> tuple[int, int] | None:
         import pyarrow as pa
 
         kind = schema.field(LATENTS).type if LATENTS in schema.names else None
-        if not isinstance(kind, pa.FixedShapeTensorType) or len(kind.shape) != 2 or ID not in schema.names:
-            raise InputError(f"{self.name} has no ids and latents: make it with `idefics embed`")
-        return tuple(kind.shape)
-
-    def _group_starts(self) -> list[int]:
-        """The number of each row group's first row, and of all rows."""
-        groups = [self._parquet.metadata.row_group(index) for index in range(self._parquet.num_row_groups)]
-        if any(group.total_byte_size > LARGEST_GROUP_BYTES for group in groups):
-            raise InputError(f"{self.name} has row groups too large for memory: embed the images again")
-        return list(accumulate((group.num_rows for group in groups), initial=0))
-
-    def _rows_by_id(self) -> UniqueIds:
-        batches = self._parquet.iter_batches(columns=[ID], use_threads=False)
-        return UniqueIds(chain.from_iterable(batch[0].to_pylist() for batch in batches))
+        if ID not in schema.names or (len(self._paths) == 1 and not isinstance(kind, pa.FixedShapeTensorType)):
+            raise self._not_embeddings()
+        return tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) and len(kind.shape) == 2 else None
 
     # ---- reading
 
     def _read(self, index: int) -> tuple[np.ndarray, list[str | None]]:
         """A row group: its latents (rows, seq, dim) and errors."""
-        columns = [LATENTS, *([ERROR] if ERROR in self._parquet.schema_arrow.names else [])]
-        table = self._parquet.read_row_group(index, columns=columns, use_threads=False).combine_chunks()
+        import numpy as np
+
+        path, number = self._groups[index]
+        with self._open(path) as parquet:
+            columns = [LATENTS, *([ERROR] if ERROR in parquet.schema_arrow.names else [])]
+            table = parquet.read_row_group(number, columns=columns, use_threads=False).combine_chunks()
         errors = table[ERROR].to_pylist() if ERROR in columns else [None] * table.num_rows
+        if not hasattr(table[LATENTS].type, "shape"):  # of a part without any latents
+            return np.zeros((table.num_rows, *self.shape)), [error or "image_missing: no latents" for error in errors]
         storage = table[LATENTS].chunk(0).storage
         latents = list_numbers(storage).reshape(-1, *self.shape)
         pairs = zip(errors, storage.is_null().to_pylist(), strict=True)
