@@ -260,6 +260,7 @@ def _open_units(run: Run, folder: UnitFolder) -> None:
     while not folder.look():
         try:
             with Claim(folder):
+                folder.remove_leftovers()
                 if not folder.look():
                     _cut_units(run, folder)
         except InUse:
@@ -346,14 +347,18 @@ class Summary:
 
 
 def _close_units(folder: UnitFolder, may_repeat_ids: bool) -> Summary:
-    """Look through all parts: each must hold its rows. Once that is done, it is known."""
-    if SUMMARY in folder.names():
-        with folder.place.child(SUMMARY).open() as file:
-            return Summary(**json.loads(file.read()))
-    summary = read_parts(folder, may_repeat_ids)
-    with folder.written(SUMMARY) as file:
-        file.write(json.dumps(vars(summary)).encode())
-    return summary
+    """Look through all parts: each must hold its rows. Once that is done, by one driver, it is known."""
+    while SUMMARY not in folder.names():
+        try:
+            with Claim(folder):
+                folder.remove_leftovers()
+                summary = read_parts(folder, may_repeat_ids)
+                with folder.written(SUMMARY) as file:
+                    file.write(json.dumps(vars(summary)).encode())
+        except InUse:
+            time.sleep(random.uniform(0.1, 0.5))
+    with folder.place.child(SUMMARY).open() as file:
+        return Summary(**json.loads(file.read()))
 
 
 def read_parts(folder: UnitFolder, may_repeat_ids: bool) -> Summary:

@@ -114,4 +114,5 @@ def is_hidden(name: str) -> bool:
 
 def is_unit_folder(name: str) -> bool:
     """Whether an output of this name is a folder of numbered parts: it ends in a slash, or there is a folder."""
-    return name.endswith("/") or os.path.isdir(name)
+    address = name.partition("?")[0] if REMOTE_ADDRESS.match(name) else name
+    return address.endswith("/") or os.path.isdir(name)

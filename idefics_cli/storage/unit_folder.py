@@ -14,6 +14,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from idefics_cli.errors import OutputError
@@ -30,7 +31,8 @@ class UnitFolder:
     """`header` is what `begin` was told, None before that."""
 
     def __init__(self, folder: File | str) -> None:
-        self.place = place(folder.rstrip("/") or "/") if isinstance(folder, str) else folder
+        found = place(folder) if isinstance(folder, str) else folder
+        self.place = replace(found, name=found.name.rstrip("/") or "/", path=found.path.rstrip("/") or "/")
         self.name = self.place.name
         self.header: dict[str, Any] | None = None
         self._bounds_at = 0
@@ -179,12 +181,23 @@ class UnitFolder:
             else:
                 self.place.filesystem.rm_file(self.place.child(name).path)
 
-    def remove_leftovers(self, first: int, stop: int) -> None:
-        """What killed processes have left of these units. None of them may be at work."""
-        for name in self.names():
+    def touch(self, name: str) -> None:
+        """An empty file, whose time is now."""
+        with self._writing():
+            if self.place.is_local:
+                path = self.place.child(name).path
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
+                os.utime(path)
+                return
+        with self.written(name):
+            """Empty."""
+
+    def remove_leftovers(self, first: int | None = None, stop: int | None = None) -> None:
+        """What killed processes have left of these units, or of all. None of them may be at work."""
+        for name in list(self.names()):
             found = TEMPORARY.fullmatch(name)
             part = found and PART.fullmatch(found[1])
-            if part and first <= int(part[1]) < stop:
+            if found and (first is None or (part and first <= int(part[1]) < stop)):
                 self.remove(name)
 
     def written_at(self, name: str) -> float:

@@ -33,6 +33,7 @@ import idefics_cli
 from idefics_cli import __main__ as console_script
 from idefics_cli.cli import app as cli
 from idefics_cli.pipeline import run  # noqa: F401 (the slow imports, done once where processes are forked)
+from idefics_cli.scale import processes
 from idefics_cli.tasks import caption_vqa  # noqa: F401
 from idefics_cli.writers import formats, writers
 
@@ -73,6 +74,7 @@ class Settings:
     version: str = "0.1.0"
     fault: Fault | None = None
     changes: tuple[str, tuple[str, ...]] | None = None
+    fatal: str | None = None  # a text that ends the process which is to write it
     temporary: str | None = None  # in place of what is random in the names of new files
 
 
@@ -141,7 +143,11 @@ def main(arguments: list[str], settings: Settings) -> NoReturn:
     cli.check_model = lambda request: settings.weights
     idefics_cli.__version__ = cli.__version__ = settings.version
 
+    processes.START = "fork"  # with the fake captioner
+
     def logged(text: str) -> str:
+        if text == settings.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
         if settings.log:
             with open(settings.log, "a") as log:
                 log.write(f"{text}\n")

@@ -5,17 +5,26 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 import tarfile
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import save_image
+from pyarrow.fs import S3FileSystem
 from typer.testing import Result
 
+from idefics_cli.errors import IdeficsError
+from idefics_cli.pipeline.task import Observer
+from idefics_cli.readers.inputs import Inputs
+from idefics_cli.rows import parse_shard
 from idefics_cli.scale import processes
+from idefics_cli.scale.units import Done, Job, Unit, Units, Worker
+from idefics_cli.storage.unit_folder import UnitFolder
 
 Run = Callable[..., Result]
 NUM_ROWS = 60
@@ -80,7 +89,7 @@ def test_parts_are_the_rows_of_one_process(run: Run, inputs: Path, tmp_path: Pat
     alone = run(*command, "-o", tmp_path / "alone.jsonl")
     assert alone.exit_code == 3, alone.output
     expected = (tmp_path / "alone.jsonl").read_bytes()
-    for unit_rows in 1, 7, 50, 4096:
+    for unit_rows in (1, 7, 50, 4096) if kind in ("csv", "tar") else (7, 50):
         folder = tmp_path / f"units{unit_rows}"
         options = "-o", f"{folder}/", "--format", "jsonl", "--unit-rows", unit_rows, "--processes", "2"
         result = run(*command, *options)
@@ -96,3 +105,178 @@ def test_parts_are_the_rows_of_one_process(run: Run, inputs: Path, tmp_path: Pat
         assert result.exit_code in (0, 3), result.output
     assert joined(tmp_path / "shards") == expected
     assert left_over(tmp_path / "shards") == {"_run.json", "_summary.json"}
+
+
+def test_merged_parts_are_the_file_of_one_process(run: Run, inputs: Path, tmp_path: Path) -> None:
+    """And known as that: the same command has nothing to do, and redoes failed rows."""
+    command = "caption", inputs / "rows.parquet", "--keep", "note"
+    for name in "alone.jsonl", "alone.parquet":
+        assert run(*command, "-o", tmp_path / name).exit_code == 3
+    for form in "jsonl", "parquet":
+        folder = f"{tmp_path}/{form}/"
+        assert run(*command, "-o", folder, "--format", form, "--unit-rows", 7).exit_code == 3
+        for suffix in "jsonl", "parquet", "csv":
+            target = tmp_path / f"{form}-merged.{suffix}"
+            merged = run("merge", folder, "-o", target)
+            assert merged.exit_code == 0 and "60 rows in" in merged.stderr, merged.output
+            if suffix == "jsonl":
+                assert target.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+            if suffix == "parquet":
+                assert pq.read_table(target).equals(pq.read_table(tmp_path / "alone.parquet"))
+        again = run(*command, "-o", tmp_path / f"{form}-merged.jsonl")
+        assert "is finished" in again.stderr
+    assert run("merge", folder, "-o", target).exit_code == 2  # exists already
+
+
+def test_a_folder_of_parts_is_read_like_a_file(run: Run, inputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    rows = [{"image": f"images/{i:03}.png", "answer": "yes", "question": "Is it?"} for i in range(1, 9)]
+    (inputs / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = "vqa", inputs / "asked.jsonl"
+    assert (
+        run(*asked, "-o", f"{folder}/", "--keep", "answer", "--unit-rows", 3, "--answers-column", "answer").exit_code
+        == 3
+    )
+    alone = run("score", folder, "--answers-column", "input_answer")
+    assert json.loads(alone.stdout)["rows"] == 8 and json.loads(alone.stdout)["errors"] == 1
+    assert run("embed", inputs / "images", "-o", f"{tmp_path}/latents/", "--unit-rows", 9).exit_code == 3
+    one = run("embed", inputs / "images", "-o", tmp_path / "latents.parquet")
+    assert one.exit_code == 3
+    texts = [
+        run("caption", inputs / "images", "--embeddings", tmp_path / each).stdout
+        for each in ("latents", "latents.parquet")
+    ]
+    assert texts[0] == texts[1] and texts[0].count("\n") == NUM_ROWS
+    (folder / "part-00001.parquet").unlink()
+    for command in (
+        ("score", folder, "--answers-column", "answer"),
+        ("caption", folder),
+        ("merge", folder, "-o", "f.jsonl"),
+    ):
+        result = run(*command)
+        assert result.exit_code == 2 and "lacks 1 of its 3 parts" in result.stderr, result.output
+
+
+def test_a_folder_of_another_run_is_refused(run: Run, inputs: Path, tmp_path: Path) -> None:
+    options = "-o", f"{tmp_path}/parts/", "--unit-rows", "20"
+    assert run("caption", inputs / "images", *options).exit_code == 3
+    for more, said in {
+        ("--prompt", "{image} x"): "--prompt: was",
+        ("--unit-rows", "7"): "--unit-rows: was 20, now 7",
+        ("--sidecar",): "--sidecar needs a single file",
+        ("--overwrite", "--shard", "1/2"): "remove the folder instead",
+        ("--shard", "0/3"): "counted from 1, as 1/3 for the first",
+    }.items():
+        result = run("caption", inputs / "images", *options, *more)
+        assert result.exit_code == 2 and said in result.stderr, result.output
+    save_image(tmp_path / "other/a.png")
+    other = run("caption", tmp_path / "other", *options)
+    assert other.exit_code == 2 and "the input is not what it was" in other.stderr
+    assert run("caption", tmp_path / "other", *options, "--overwrite").exit_code == 0
+    assert len(parts(tmp_path / "parts")) == 1
+
+
+def test_ids_that_come_twice_are_named_at_the_end(run: Run, inputs: Path, tmp_path: Path) -> None:
+    path = inputs / "twice.jsonl"
+    path.write_text("".join(json.dumps({"id": f"row {i % 5}", "image": f"images/00{i}.png"}) + "\n" for i in range(7)))
+    result = run("caption", path, "-o", f"{tmp_path}/parts/", "--unit-rows", 2, "--format", "jsonl")
+    assert "2 rows with the id of a row in another part: row 0, row 1" in result.stderr
+    assert joined(tmp_path / "parts").count(b"\n") == 7
+    merged = run("merge", tmp_path / "parts", "-o", tmp_path / "f.jsonl")
+    assert merged.exit_code == 2 and "row 0, row 1" in merged.stderr
+
+
+SCHEDULERS = [
+    ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, "auto", (3, 4)),
+    (
+        {
+            "SLURM_ARRAY_TASK_ID": "20",
+            "SLURM_ARRAY_TASK_MIN": "0",
+            "SLURM_ARRAY_TASK_MAX": "30",
+            "SLURM_ARRAY_TASK_STEP": "10",
+        },
+        "auto",
+        (3, 4),
+    ),
+    ({"LSB_JOBINDEX": "2", "LSB_JOBINDEX_END": "9"}, "auto", (2, 9)),
+    ({"SGE_TASK_ID": "3", "SGE_TASK_FIRST": "1", "SGE_TASK_LAST": "9", "SGE_TASK_STEPSIZE": "2"}, "auto", (2, 5)),
+    ({"PBS_ARRAY_INDEX": "3"}, "auto/8", (3, 8)),
+    ({"JOB_COMPLETION_INDEX": "0"}, "auto/8", (1, 8)),
+]
+
+
+@pytest.mark.parametrize(("variables", "text", "shard"), SCHEDULERS)
+def test_schedulers_say_the_shard(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str, shard: tuple[int, int]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert parse_shard(text) == shard
+
+
+def test_a_scheduler_that_does_not_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(IdeficsError, match="no scheduler's variables here"):
+        parse_shard("auto")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    with pytest.raises(IdeficsError, match="add it, as auto/8"):
+        parse_shard("auto")
+
+
+def test_parts_on_another_file_system(run: Run, inputs: Path, tmp_path: Path, bucket: str) -> None:
+    command = "caption", inputs / "images"
+    alone = run(*command)
+    folder = bucket.format("/parts/")
+    assert run(*command, "-o", folder, "--format", "jsonl", "--unit-rows", 25, "--shard", "2/2").exit_code == 3
+    result = run(*command, "-o", folder, "--format", "jsonl", "--unit-rows", 25)
+    assert result.exit_code == 3 and "40 of them done before" not in result.stderr, result.output
+    merged = run("merge", folder, "-o", tmp_path / "f.jsonl")
+    assert merged.exit_code == 0, merged.output
+    assert (tmp_path / "f.jsonl").read_bytes() == alone.stdout_bytes
+    assert "is finished" in run(*command, "-o", folder, "--format", "jsonl", "--unit-rows", 25).stderr
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    for name, value in [("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("EC2_METADATA_DISABLED", "true")]:
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(processes, "START", "spawn")
+    monkeypatch.setattr(processes, "Crew", HereAlone)
+    host = f"127.0.0.1:{server.get_host_and_port()[1]}"
+    options = {"endpoint_override": host, "scheme": "http", "region": "us-east-1"}
+    S3FileSystem(**options, allow_bucket_creation=True).create_dir("bucket")
+    yield f"s3://bucket{{}}?endpoint_override={host}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+class HereAlone:
+    """In place of processes, which cannot share a fake model and a connection to S3: the units one after the other."""
+
+    def __init__(self, job: Job, number: int, observer: Observer) -> None:
+        self._worker = Worker(job, observer)
+
+    def __enter__(self) -> HereAlone:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._worker.__exit__(*exception)
+
+    def do(self, units: Iterator[Unit], part: Callable[[Unit], Inputs]) -> Iterator[Done]:
+        for unit in units:
+            yield self._worker.do(unit, pickle.loads(pickle.dumps(part(unit))))
+
+
+def test_memory_does_not_grow_with_the_units(tmp_path: Path) -> None:
+    """Of the driver: bounds are read as they are needed, and what is done is a byte for each unit."""
+    peaks = []
+    for number in 1_000, 100_000:
+        folder = UnitFolder(str(tmp_path / str(number)))
+        folder.make()
+        tracemalloc.start()
+        folder.begin({"format": "jsonl"}, ((i * 4096, 0, 0, i * 4096, i * 10**6, i * 4096) for i in range(number + 1)))
+        units = Units(folder, None, 0, number)  # type: ignore[arg-type]
+        assert sum(unit.num_rows for unit in units.missing()) == units.num_rows() == 4096 * number
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 5 * 100_000, peaks
