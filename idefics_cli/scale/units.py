@@ -132,7 +132,7 @@ class Worker:
 
             def texts() -> Iterator[bytes]:
                 spool.seek(0)
-                return (line.rstrip(b"\n") for line in spool)
+                yield from (line.rstrip(b"\n") for line in spool)
 
             format_of(Path(name)).write_to(file, texts, texts(), run.form.columns, run.passthrough, about)
 
