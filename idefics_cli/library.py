@@ -4,6 +4,7 @@ One in, one out; many in, a list out; `..._iter` takes any iterable and gives re
 same for asyncio. Keywords are the options of the command line. An image that cannot be used, or a prompt that is too
 long, gives a `Result` with an `error`; the others are not affected. A caller's mistake raises IdeficsError.
 """
+# pyright: strict
 
 from __future__ import annotations
 

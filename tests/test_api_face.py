@@ -14,7 +14,8 @@ import idefics_cli
 from idefics_cli.model import modeling
 
 ROOT = Path(__file__).parent.parent
-CALLER, FACE = Path(__file__).with_name("api_caller.py"), ROOT / "idefics_cli" / "library.py"
+CALLER = Path(__file__).with_name("api_caller.py")
+FACE = [ROOT / "idefics_cli" / name for name in ("library.py", "result.py", "errors.py", "__init__.py")]
 HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "huggingface_hub", "safetensors", "rich", "tqdm", "fsspec"}
 
 
@@ -53,7 +54,7 @@ def test_the_public_api_is_typed(tmp_path: Path) -> None:
         *map("model.{}".format, calls),
     ]
     wrong.write_text("\n".join(lines), encoding="utf-8")
-    errors = pyright(CALLER, wrong, FACE)
+    errors = pyright(CALLER, wrong, *FACE)
     places = {(Path(each["file"]).name, each["range"]["start"]["line"]) for each in errors}
     assert places == {("wrong.py", 2 + number) for number in range(len(calls))}, errors
 

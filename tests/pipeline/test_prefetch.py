@@ -12,8 +12,10 @@ import pytest
 from conftest import FakeResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from idefics_cli.errors import InputError, RowError
+from idefics_cli.pipeline import prefetch
 from idefics_cli.pipeline.prefetch import PATIENCE, FlowOptions, Outcome, RunStats, Steps, error_of, flowed, run_rows
 from idefics_cli.rows import NO_VALUES, InputRow
 
@@ -283,6 +285,22 @@ def test_no_more_is_read_than_the_taker_has_room_for(is_bad: bool) -> None:
             break
     handed.close()
     test_no_thread_outlives_a_run(1)
+
+
+def test_images_in_memory_count_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No further row is read while so many bytes are in flight; three images of 40 kB are."""
+    monkeypatch.setattr(prefetch, "MAX_BYTES_IN_FLIGHT", 100_000)
+    read: list[int] = []
+
+    def endless() -> Iterator[InputRow]:
+        for index in count():
+            read.append(index)
+            yield InputRow(index, str(index), None, (Image.new("RGB", (100, 100)),), NO_VALUES)
+
+    handed = taken(endless(), Model())
+    for number, _ in zip(range(20), handed, strict=False):
+        assert len(read) - number <= 4 + Model().batch_size
+    handed.close()
 
 
 def test_an_error_is_handed_out_before_the_next_row_comes() -> None:
