@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from typing_extensions import Self
 
+from idefics_cli.checkpoint import quantize as quantization
 from idefics_cli.checkpoint.devices import device_of_process, resolve_device, resolve_dtype
 from idefics_cli.checkpoint.files import Checkpoint
 from idefics_cli.checkpoint.find import find_checkpoint
@@ -98,6 +99,7 @@ class Idefics:
         revision: str | None = None,
         allow_pickle: bool = False,
         adapter: str | os.PathLike[str] | None = None,
+        quantize: str | None = None,
         eager: bool = False,
         batch_size: int | None = None,
         ranks: Ranks | None = None,
@@ -106,25 +108,30 @@ class Idefics:
 
         `dtype`: auto, bf16, fp16, fp32, or one of torch's or its name; `device`: auto, cpu, mps, cuda, cuda:N or one
         of torch's; `device_map`: auto, balanced or sequential, to spread it over devices and disk as accelerate does;
-        `adapter`: a folder of LoRA weights that PEFT has saved; `eager`: on CUDA, launch a decode step's operations one
-        by one, not as a graph; `batch_size`: prompts decoded together, by default as many as memory holds; `ranks`:
-        processes to split it over, all of which call this, and all but the first then `follow`. Raises IdeficsError,
-        which names the remedy.
+        `adapter`: a folder of LoRA weights that PEFT has saved; `quantize`: int8 (CPU, CUDA) or nf4 (CUDA), for smaller
+        weights; `eager`: on CUDA, launch a decode step's operations one by one, not as a graph; `batch_size`: prompts
+        decoded together, by default as many as memory holds; `ranks`: processes to split it over, all of which call
+        this, and all but the first then `follow`. Raises IdeficsError, which names the remedy.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, least=1)
         name = file_name("model", model, "a hub id, a folder or 'demo'")
         folder = file_name("adapter", adapter, "a folder")
-        request = ModelRequest(name, revision, dtype, str(device), allow_pickle, folder, device_map)
+        request = ModelRequest(name, revision, dtype, str(device), allow_pickle, folder, device_map, quantize)
         if device_map is not None and ranks is not None:
             raise IdeficsError("--device-map is for one process: start it without torchrun, or leave --device-map out")
         place = resolve_device(request.device) if ranks is None else device_of_process(request.device, ranks)
+        quantization.check(quantize, place, request.dtype, folder)
         checkpoint = find_checkpoint(request)
         config, encoder, images = side_files(checkpoint)
-        number_format = resolve_dtype(request.dtype, place, config)
+        kind = quantization.kind_of(config, quantize)
+        quantization.check(kind, place, request.dtype, folder)
+        if kind is not None and (ranks is not None or device_map is not None):
+            raise IdeficsError("quantized weights are for one device: start it without torchrun and --device-map")
+        number_format = resolve_dtype(request.dtype, place, None if kind else config)
         if ranks is not None:
             number_format = ranks.broadcast(number_format)
-        network = load_network(checkpoint, config, place, number_format, ranks, device_map)
+        network = load_network(checkpoint, config, place, number_format, ranks, device_map, quantize)
         if place.type == "cpu" and not is_spread(network):
             pack_linears(network)
         return cls(network, encoder, images, batch_size, checkpoint, eager, request)

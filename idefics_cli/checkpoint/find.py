@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.devices import require_fit, resolve_device, resolve_dtype
 from idefics_cli.checkpoint.files import (
     SAFETENSORS,
@@ -24,7 +25,9 @@ SIDE_FILES = ("*.json", "tokenizer.model")
 
 def check_model_request(request: ModelRequest) -> None:
     """Raise what is wrong with dtype, device or a local folder. Reaches no network and reads no weight."""
-    resolve_dtype(request.dtype, resolve_device(request.device))
+    device = resolve_device(request.device)
+    resolve_dtype(request.dtype, device)
+    quantize.check(request.quantize, device, request.dtype, request.adapter)
     folder = local_folder(request.model)
     if folder is not None:
         inspect_folder(folder, request.allow_pickle)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.devices import does_not_fit, require_fit
 from idefics_cli.checkpoint.files import (
     CONFIG,
@@ -66,8 +67,7 @@ def load_config(checkpoint: Checkpoint) -> IdeficsConfig:
         config.perceiver_config.resampler_n_heads,
     )
     require(all(number > 0 for number in heads), f"{path} has {min(heads)} attention heads: fetch the file again")
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    require(not is_quantized, f"{path} asks for quantized weights, which cannot be run: use the published checkpoint")
+    quantize.kind_of(config)
     stored = stored_shapes(checkpoint)
     if HEAD in stored and ADDITIONAL_HEAD not in stored and not config.tie_word_embeddings:
         config.additional_vocab_size = 0  # transformers' resize_token_embeddings leaves one vocabulary
@@ -140,10 +140,11 @@ def load_network(
     dtype: torch.dtype,
     ranks: Ranks | None = None,
     device_map: str | None = None,
+    kind: str | None = None,
 ) -> IdeficsForVisionText2Text:
     """The network, ready to run: on one device, as accelerate spreads it, or this process's part of what `ranks` share.
 
-    Raises CheckpointError naming missing and unexpected tensors and wrong shapes.
+    `kind`: how weights are quantized. Raises CheckpointError naming missing and unexpected tensors and wrong shapes.
     """
     import torch
     from transformers import GenerationConfig
@@ -153,11 +154,12 @@ def load_network(
     from idefics_cli.model.parallel import join_ranks
 
     placement = _placement(device, ranks, device_map)
-    num_bytes = require_loadable(checkpoint, config, device, dtype, 1 if ranks is None else ranks.size, device_map)
+    size = 1 if ranks is None else ranks.size
+    num_bytes = require_loadable(checkpoint, config, device, dtype, size, device_map, kind)
     if device.type == "cuda":
         _choose_kernels()
     try:
-        with naming_memory_errors():
+        with naming_memory_errors(), quantize.one_at_a_time(kind):
             model = IdeficsForVisionText2Text.from_pretrained(
                 checkpoint.folder,
                 config=config,
@@ -167,6 +169,7 @@ def load_network(
                 local_files_only=True,
                 # Only the caller's decoding options count: a checkpoint's generation_config.json is not read.
                 generation_config=GenerationConfig(),
+                quantization_config=quantize.settings(kind, dtype),
             )
             if ranks is not None:
                 join_ranks(model, ranks)
@@ -252,6 +255,7 @@ def require_loadable(
     dtype: torch.dtype,
     num_processes: int = 1,
     device_map: str | None = None,
+    kind: str | None = None,
 ) -> int:
     """The bytes of a process's part of a network whose tensors are those of its files, and which fits on the device."""
     import torch
@@ -267,6 +271,8 @@ def require_loadable(
         raise _cannot_be_loaded(checkpoint, error) from error
     require_divisible(config, num_processes)
     num_bytes = bytes_of_process(expected, dtype.itemsize, num_processes)
+    if (held := quantize.kind_of(config, kind)) is not None:
+        num_bytes = quantize.weight_bytes(expected, held, dtype)
     if device_map is None:
         require_fit(num_bytes, device, dtype)
     return num_bytes
@@ -288,14 +294,15 @@ def _require_same_tensors(checkpoint: Checkpoint, model: IdeficsForVisionText2Te
         unused.append(re.escape(ADDITIONAL_EMBEDDING))
     stored = {
         name: shape
-        for name, shape in stored_shapes(checkpoint).items()
+        for name, shape in quantize.plain_shapes(stored_shapes(checkpoint)).items()
         if not any(re.search(pattern, name) for pattern in unused)
     }
     shared = sorted(stored.keys() & expected.keys())
+    misfits = [name for name in shared if stored[name] not in (None, expected[name])]
     kinds = {
         "missing": sorted(needed - stored.keys()),
         "unexpected": sorted(stored.keys() - expected.keys()),
-        "of another shape": [f"{n} {stored[n]} instead of {expected[n]}" for n in shared if stored[n] != expected[n]],
+        "of another shape": [f"{name} {stored[name]} instead of {expected[name]}" for name in misfits],
     }
     said = [f"{len(names)} {kind} ({first_few(names)})" for kind, names in kinds.items() if names]
     require(

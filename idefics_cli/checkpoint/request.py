@@ -47,6 +47,10 @@ class ModelRequest:
         Literal["auto", "balanced", "sequential"] | None,
         Help("Spread a model over all GPUs and, where these are full, the CPU and the disk"),
     ] = None
+    quantize: Annotated[
+        Literal["int8", "nf4"] | None,
+        Help("Weights of 8 bits (on the CPU and CUDA) or 4 (on CUDA), quantized as they are read", metavar="int8|nf4"),
+    ] = None
     eager: Annotated[bool, Help("On CUDA: launch a decode step's operations one by one, not as a graph")] = False
 
     def __post_init__(self) -> None:

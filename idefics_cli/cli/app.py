@@ -19,6 +19,7 @@ import typer
 
 from idefics_cli import __version__
 from idefics_cli.bench.options import BenchOptions
+from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli.console import (
     EXIT_BUG,
@@ -240,7 +241,7 @@ def merge(
 @app.command()
 @flattened(
     *("min_new_tokens", "length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences"),
-    *("repetition_penalty", "do_sample", "temperature", "top_k", "top_p", "device_map"),
+    *("repetition_penalty", "do_sample", "temperature", "top_k", "top_p", "device_map", "quantize"),
 )
 def bench(context: typer.Context, options: BenchOptions) -> None:
     """Measure speed on this machine, beside transformers, with the distance to the hardware's floor.
@@ -449,14 +450,18 @@ def _model_facts(request: ModelRequest) -> dict[str, str]:
     checkpoint = find_checkpoint(request)
     config, *_ = side_files(checkpoint)
     stored = sum(file.stat().st_size for file in checkpoint.weight_files)
-    dtype = resolve_dtype(request.dtype, device, config)
-    needed = require_loadable(checkpoint, config, device, dtype)
+    dtype = resolve_dtype(request.dtype, device, None if request.quantize else config)
+    kind = quantize.kind_of(config, request.quantize)
+    needed = require_loadable(checkpoint, config, device, dtype, kind=request.quantize)
+    held = kind or dtype_name(dtype)
     adapter = "" if request.adapter is None else f", with the adapter {request.adapter}"
     free = free_bytes(device)
     fact = (
         f"{checkpoint.folder}, {stored / 1e6:,.1f} MB of weights{adapter}; takes {needed / 1e6:,.1f} MB in "
-        f"{dtype_name(dtype)} of the {free / 1e6:,.1f} MB free on {device}"
+        f"{held} of the {free / 1e6:,.1f} MB free on {device}"
     )
+    if kind:
+        return {"model": fact}
     plans = {
         f"memory plan in {name}": MemoryPlan.of(config, needed // dtype.itemsize, getattr(torch, full).itemsize)
         for name, full in DTYPES.items()
@@ -502,6 +507,7 @@ def _shown_plan(plan: MemoryPlan, free: int, device: torch.device) -> str:
 
 def main() -> None:
     """What `__main__.py` calls."""
+    quantize.silence()
     if is_launched() and not is_first():
         silence()
         leave_signals_to_first()

@@ -8,6 +8,7 @@ converted. This module knows no layers but linear ones, and no decoding.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 SHORTEST_SIDE = 128
 # oneDNN is told for how many rows to lay a weight out. Measured from 8 to 2,056, all hints serve all sizes alike.
 ROWS_HINT = 64
+SMALLEST_SCALE = 1e-30
 LARGEST_KERNEL = 512  # rows; larger inputs are multiplied in pieces
 
 # What is measured: rows of a decode step, of a prefill, of an image; and how many steps a prefill is followed by.
@@ -101,6 +103,10 @@ class PackedMatrix:
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
 
+    def plain(self) -> Tensor:
+        """(all out, in)."""
+        return self.packed.to_dense()
+
     def __call__(self, inputs: Tensor) -> Tensor:
         # Without this the product would pass a wrong gradient on, and only warn.
         if inputs.requires_grad and torch.is_grad_enabled():
@@ -138,6 +144,40 @@ class PackedMatrix:
         return self._multiply(nn.functional.pad(inputs, (0, 0, 0, missing)))[: len(inputs)]
 
 
+class PackedInt8Matrix(PackedMatrix):
+    """The same for weights in int8 with a scale for each output; inputs become int8 too, each row by its own scale.
+
+    Without VNNI oneDNN adds two products in 16 bits, which hold 7 bits of the inputs.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], sizes_recur: bool = False):
+        self.sizes_recur = sizes_recur
+        parts = [part for linear in linears for part in parts_of(linear)]
+        weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+        values = torch.cat([weight.qdata for weight in weights])
+        self.out_features, self.in_features = values.shape
+        self.dtype = weights[0].dtype
+        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+        self.packed = torch.ops.onednn.qlinear_prepack(values, [ROWS_HINT, self.in_features])
+        self.scales = torch.cat([weight.scale.flatten() for weight in weights]).float()
+        self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
+        self.levels = 127 if torch.cpu._is_vnni_supported() else 63
+
+    def plain(self) -> Tensor:
+        return self.packed.to_dense().t() * self.scales[:, None]
+
+    def _multiply(self, inputs: Tensor) -> Tensor:
+        scale = inputs.abs().amax(dim=-1, keepdim=True).div_(self.levels).clamp_(min=SMALLEST_SCALE)
+        zero = self.levels + 1
+        values = (inputs / scale).round_().add_(zero).to(torch.uint8).view(-1, self.in_features)
+        weights = self.packed, self.scales, self.zeros
+        output = torch.ops.onednn.qlinear_pointwise(
+            values, 1.0, zero, *weights, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        output = output.view(*inputs.shape[:-1], -1).mul_(scale)
+        return output if self.bias is None else output.add_(self.bias)
+
+
 def parts_of(linear: nn.Module) -> list[nn.Module]:
     """The layer itself, and the `additional_fc` that a decoupled one may have."""
     return [linear, *linear.children()]
@@ -167,7 +207,7 @@ class PackedLinear(nn.Module):
 
     def plain_weight(self) -> Tensor:
         """A copy of the weight, (out, in)."""
-        return self.joint.packed.to_dense()[self.start : self.start + self.out_features].clone()
+        return self.joint.plain()[self.start : self.start + self.out_features].clone()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -202,8 +242,12 @@ def pack_linears(model: nn.Module) -> None:
     if packed:
         taken = {id(parent.get_submodule(name).weight) for parent, names, _ in packed for name in names}
         _leave_mapped_files(parameter for parameter in model.parameters() if id(parameter) not in taken)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what int8 weights leave free
     for group in packed:
+        is_quantized = is_int8(_linears(group)[0].weight)
         _pack(*group)
+        if is_quantized and trim is not None:
+            trim(0)
 
 
 def packable_dtypes() -> frozenset[torch.dtype]:
@@ -223,8 +267,17 @@ def packable_dtypes() -> frozenset[torch.dtype]:
 def _is_packable(module: nn.Module, dtypes: frozenset[torch.dtype]) -> bool:
     if type(module) not in (nn.Linear, IdeficsDecoupledLinear):
         return False
-    weight = module.weight
+    weight, kinds = module.weight, {is_int8(part.weight) for part in parts_of(module)}
+    if len(kinds) > 1 or (type(weight) is not nn.Parameter and not is_int8(weight)):
+        return False
     return weight.device.type == "cpu" and weight.dtype in dtypes and min(weight.shape) >= SHORTEST_SIDE
+
+
+def is_int8(weight: Tensor) -> bool:
+    """Whether it is torchao's, for inputs in int8 too, with zero in the middle."""
+    if type(weight).__name__ != "Int8Tensor" or weight.act_quant_kwargs is None:
+        return False
+    return weight.zero_point is None or not weight.zero_point.any()
 
 
 def _leave_mapped_files(parameters: Iterable[nn.Parameter]) -> None:
@@ -245,6 +298,8 @@ def _groups(module: nn.Module, packable: Collection[int], sizes_recur: bool = Fa
         name for name, child in module.named_children() if isinstance(child, nn.Linear) and id(child.weight) in packable
     ]
     joint = [name for name in getattr(module, "joint_linears", ()) if name in names]
+    if len({is_int8(module.get_submodule(name).weight) for name in joint}) > 1:
+        joint = []
     for group in filter(None, [joint, *([name] for name in names if name not in joint)]):
         yield module, group, sizes_recur
     for child in module.children():
@@ -263,10 +318,11 @@ def _shapes(group: Group) -> Hashable:
 
 def _pack(parent: nn.Module, names: Sequence[str], sizes_recur: bool) -> None:
     linears = [parent.get_submodule(name) for name in names]
-    joint = PackedMatrix(linears, sizes_recur)
+    joint = (PackedInt8Matrix if is_int8(linears[0].weight) else PackedMatrix)(linears, sizes_recur)
     start = 0
     for name, linear in zip(names, linears, strict=True):
         packed = PackedLinear(linear, joint, start)
+        linear.__dict__.pop("extra_repr", None)  # torchao's, bound to the layer itself: it would keep the weight
         setattr(parent, name, packed)
         start += packed.joint_features
 
@@ -279,7 +335,7 @@ def _faster_plain(groups: Mapping[Hashable, Group]) -> set[Hashable]:
     matrices = {
         key: PackedMatrix(_linears(group), group[2])
         for key, group in groups.items()
-        if sum(linear.weight.nbytes for linear in _linears(group)) >= MEASURED_BYTES
+        if sum(_measured_bytes(linear.weight) for linear in _linears(group)) >= MEASURED_BYTES
     }
     found = set(matrices)
     for passes in ({DECODE_ROWS: 1}, {DECODE_ROWS: STEPS, PREFILL_ROWS: 1}):  # noise alone is not found twice
@@ -293,6 +349,10 @@ def _faster_plain(groups: Mapping[Hashable, Group]) -> set[Hashable]:
             if plain >= CLEARLY_FASTER * packed:
                 found.remove(key)
     return found
+
+
+def _measured_bytes(weight: Tensor) -> int:
+    return 0 if is_int8(weight) else weight.nbytes  # plain, int8 is far slower where there is no VNNI
 
 
 def both_ways(linears: Sequence[nn.Linear], matrix: PackedMatrix, rows: int) -> tuple[Way, Way]:

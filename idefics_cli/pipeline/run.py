@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
 
 DECISIVE = (  # options that decide the rows, besides the task's own
-    *("--model", "--revision", "--adapter", "--dtype", "--draft", "--frame"),
+    *("--model", "--revision", "--adapter", "--dtype", "--quantize", "--draft", "--frame"),
     *("--shard", "--image-column", "--id-column", "--allow-no-image", "--json-key", "--delimiter", "--encoding"),
 )
 FORMAT = 1  # of what is compared: where it differs, an earlier run cannot be continued

@@ -1,0 +1,127 @@
+"""Weights of fewer bits: texts as in fp32, a quarter of the memory, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import relative_error
+from torch import nn
+
+from idefics_cli import Idefics
+from idefics_cli.checkpoint import quantize
+from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
+from idefics_cli.checkpoint.load import load_config, load_network
+from idefics_cli.checkpoint.request import DEMO_FOLDER, ModelRequest
+from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+from idefics_cli.errors import IdeficsError
+from idefics_cli.model.packed_linear import PackedInt8Matrix, PackedLinear, pack_linears, packable_dtypes
+
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+needs_onednn = pytest.mark.skipif(torch.float32 not in packable_dtypes(), reason="oneDNN packs nothing on this machine")
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model.requires_grad_(False), Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return model
+
+
+@needs_torchao
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_int8_is_packed_and_each_row_is_quantized_by_itself(bias: bool) -> None:
+    plain = nn.Sequential(nn.Linear(256, 384, bias))
+    inputs = torch.randn(3, 5, 256) * torch.logspace(-3, 3, 5)[:, None]
+    expected, model = plain(inputs), quantized(plain)
+    weight = model[0].weight.dequantize()
+    pack_linears(model)
+    joint = model[0].joint
+    assert type(joint) is PackedInt8Matrix and relative_error(model[0].plain_weight(), weight) < 1e-6
+    for row in range(5):
+        assert relative_error(model(inputs)[:, row], expected[:, row]) < 0.04
+    assert torch.equal(model(inputs)[1:2, 2:3], model(inputs[1:2, 2:3]))
+    assert not model(torch.full((1, 256), torch.nan)).isfinite().any()
+    gc.disable()
+    try:
+        assert not any(type(each).__name__ == "Int8Tensor" for each in gc.get_objects()), "held twice"
+    finally:
+        gc.enable()
+
+
+@needs_torchao
+@needs_onednn
+def test_texts_of_int8_are_those_of_fp32() -> None:
+    images = [scene(EVALUATION_SEEDS + number).image for number in range(6)]
+    plain, model = (Idefics.from_pretrained("demo", device="cpu", quantize=kind) for kind in (None, "int8"))
+    assert [each.text for each in model.caption(images)] == [each.text for each in plain.caption(images)]
+    packed = [layer for layer in model.model.modules() if isinstance(layer, PackedLinear)]
+    assert len(packed) == 93 and all(type(layer.joint) is PackedInt8Matrix for layer in packed)
+
+
+@needs_torchao
+def test_a_model_saved_in_int8_needs_no_option(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    shutil.copytree(DEMO_FOLDER, folder)
+    checkpoint = find_checkpoint(ModelRequest("demo"))
+    model = load_network(checkpoint, load_config(checkpoint), torch.device("cpu"), torch.float32, kind="int8")
+    model.save_pretrained(folder)
+    loaded = Idefics.from_pretrained(folder, device="cpu").model.state_dict()
+    weight = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(loaded[weight], model.state_dict()[weight].dequantize())
+    with pytest.raises(IdeficsError, match="saved in int8: leave out --quantize nf4"):
+        quantize.kind_of(load_config(find_checkpoint(ModelRequest(str(folder)))), "nf4")
+
+
+class Weird(torch.Tensor):
+    pass
+
+
+def test_other_subclasses_of_tensors_are_passed_over() -> None:
+    layer = nn.Linear(256, 256)
+    layer.weight = nn.Parameter(torch.randn(256, 256).as_subclass(Weird), requires_grad=False)
+    model = nn.Sequential(layer)
+    pack_linears(model)
+    assert model[0] is layer
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantize": "nf4"}, "nf4 runs on CUDA, not on cpu: use --quantize int8"),
+        ({"quantize": "int8", "dtype": "bf16"}, "computes in fp32 on the CPU: leave out --dtype bf16"),
+        ({"quantize": "int8", "adapter": "somewhere"}, "--adapter cannot be merged into quantized weights"),
+        ({"quantize": "int3"}, "unknown quantize 'int3': use int8 or nf4"),
+    ],
+)
+def test_what_is_refused_before_a_weight_is_read(changes: dict, said: str) -> None:
+    with pytest.raises(IdeficsError, match=said):
+        check_model_request(ModelRequest("demo", device="cpu", **changes))
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    with pytest.raises(IdeficsError, match=r"pip install 'idefics-cli\[quantize\]'"):
+        check_model_request(ModelRequest("demo", device="cpu", quantize="int8"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq 4-bit"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, "Int4WeightOnly"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+    ],
+)
+def test_other_kinds_are_named(saved: dict, said: str) -> None:
+    class Config:
+        quantization_config = saved
+
+    with pytest.raises(IdeficsError, match=said):
+        quantize.kind_of(Config())
