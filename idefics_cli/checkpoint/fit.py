@@ -63,7 +63,7 @@ class Fits:
         total, each = self.weights(name, number)
         rows, options = self.rows(name, number), " or ".join(self.remedies(name, number))
         verdict = f"fits, {rows} rows at a time" if rows else f"does not fit: {options or '--device-map auto, slowly'}"
-        return f"{total / 1e9:,.2f} GB of weights, {each / 1e9:,.2f} GB on each; {verdict}"
+        return f"{total / 1e6:,.1f} MB of weights, {each / 1e6:,.1f} MB on each; {verdict}"
 
 
 def bytes_of(parameter: nn.Parameter, name: str, is_quantized: bool) -> float:

@@ -62,10 +62,21 @@ def everything(model: Idefics) -> Written:
     for num_shots in (0, 4):
         asked = prompts(num_shots)
         for beams in (1, 3, 5):
-            found += written(model.generate(asked, num_beams=beams, num_return_sequences=beams, max_new_tokens=5))
-        found += written(model.score([(prompt, TEXTS[:4]) for prompt in asked]))
-    found += written(model.generate([[each, "what"] for each in model.embed(images())], max_new_tokens=5))
-    return found + written(model.generate(asked, do_sample=True, seed=3, max_new_tokens=5))
+            found += continued(model, asked, num_beams=beams, num_return_sequences=beams)
+        found += in_order(model.score_stream(IterableSource([model.encode_choices(each, TEXTS[:4]) for each in asked])))
+    latents = [each for _, each in model.embed_stream(IterableSource(list(map(model.encode_image, images()))))]
+    found += continued(model, [[each, "what"] for each in latents])
+    return found + continued(model, asked, do_sample=True, seed=3)
+
+
+def continued(model: Idefics, asked: list[list[Any]], **decoding: Any) -> Written:
+    encoded = [model.encode(prompt, 5) for prompt in asked]
+    return in_order(model.stream(IterableSource(encoded), max_new_tokens=5, **decoding))
+
+
+def in_order(results: Iterable[tuple[int, Result]]) -> Written:
+    """In the order of the prompts."""
+    return written(result for _, result in sorted(results, key=lambda each: each[0]))
 
 
 def assert_same(found: Written, expected: Written) -> None:
@@ -104,11 +115,9 @@ class SlowSource:
 
 
 def slowly(model: Idefics, seed: int | None) -> Written:
-    """In the order of the prompts."""
     encoded = [model.encode(prompt, 4) for prompt in [*prompts(0), *prompts(1)]]
     source = IterableSource(encoded) if seed is None else SlowSource(encoded, seed)
-    results = dict(model.stream(source, num_beams=2, max_new_tokens=4))
-    return written(results[number] for number in range(len(encoded)))
+    return in_order(model.stream(source, num_beams=2, max_new_tokens=4))
 
 
 @pytest.mark.parametrize("num_schedules", [5, pytest.param(200, marks=pytest.mark.slow)])
