@@ -41,6 +41,7 @@ from idefics_cli.writers.output_file import differences
 if TYPE_CHECKING:
     from idefics_cli.idefics import Idefics
 
+SINGLE_TRIES = 3  # of a row alone, before it is blamed
 MOST_FATAL = 8  # rows of one unit that each end their process
 FIRST_IDS = 3
 BOUNDS = "--unit-rows", "--limit", "--format"  # settings of the folder, not of its rows
@@ -149,7 +150,7 @@ def _without_fatal(rows: Iterator[InputRow], unit: Unit) -> Iterator[InputRow]:
 def attempts(unit: Unit) -> Generator[Unit, bool, None]:
     """What is to be tried until the part of the unit is there; is sent whether the process has survived each try.
 
-    One end may be chance. After a second, halves are tried until the row is found that ends its process.
+    One end may be chance. After a second, halves are tried until the row is found that ends its process each time.
     """
     while True:
         if (yield unit) or (yield unit):
@@ -161,7 +162,10 @@ def attempts(unit: Unit) -> Generator[Unit, bool, None]:
                 first = middle
             else:
                 stop = middle
-        if not (yield replace(unit, only=(first, stop))):
+        for _ in range(SINGLE_TRIES):
+            if (yield replace(unit, only=(first, stop))):
+                break
+        else:
             unit = replace(unit, fatal=(*unit.fatal, first))
         if len(unit.fatal) > MOST_FATAL:
             raise IdeficsError(
