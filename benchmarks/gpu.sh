@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# What to measure first on a CUDA GPU, in four calls of under ten minutes each, from a checkout's root:
+# What to measure first on a CUDA GPU, in five calls of under ten minutes each, from a checkout's root:
 #   OUT=gpu-results bash benchmarks/gpu.sh A    versions, correctness, 0-shot beside transformers
 #   OUT=gpu-results bash benchmarks/gpu.sh B    4-shot beside transformers, 32 shots
 #   OUT=gpu-results bash benchmarks/gpu.sh C    running out of memory, the demo from end to end
 #   OUT=gpu-results bash benchmarks/gpu.sh D    the tests of the device, and 0-shot without graphs
+#   OUT=gpu-results bash benchmarks/gpu.sh E    a step's attention by Triton's kernel and by torch's, 0-shot and 4-shot
 # Needs torch with CUDA and the extra `test`. A part that fails or runs out of time leaves its log, and the next one
-# starts. Try it without a GPU: DEVICE=cpu DTYPE=fp32 SIZE=tiny CHECKED=tiny SCENES=8 bash benchmarks/gpu.sh A
+# starts. Try it without a GPU: DEVICE=cpu DTYPE=fp32 SIZE=tiny CHECKED=tiny SCENES=8 ATTENTIONS=sdpa bash benchmarks/gpu.sh A
 set -u
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 project=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 out=$(mkdir -p "${OUT:-gpu-results}" && realpath "${OUT:-gpu-results}")
 python=${PYTHON:-python3} device=${DEVICE:-cuda} dtype=${DTYPE:-bf16} size=${SIZE:-9b} checked=${CHECKED:-mid} scenes=${SCENES:-2000}
+attentions=${ATTENTIONS:-triton sdpa} # without a GPU: sdpa alone
 cd "$project" || exit 1
 
 part() { # name, seconds, command...
@@ -48,8 +50,14 @@ D)
   part tests 300 "$python" -m pytest -q tests/device
   bench 0shot-eager 240 --random "$size" --dtype "$dtype" --num-beams 3 --batch-size 8 --repeats 2 --eager
   ;;
+E)
+  for attention in $attentions; do
+    bench "0shot-$attention" 140 --random "$size" --dtype "$dtype" --num-beams 3 --batch-size 32 --repeats 1 --attention "$attention"
+    bench "4shot-$attention" 140 --random "$size" --dtype "$dtype" --shots 4 --num-beams 3 --batch-size 16 --max-new-tokens 15 --repeats 1 --attention "$attention"
+  done
+  ;;
 *)
-  echo "usage: bash benchmarks/gpu.sh A|B|C|D" >&2
+  echo "usage: bash benchmarks/gpu.sh A|B|C|D|E" >&2
   exit 2
   ;;
 esac

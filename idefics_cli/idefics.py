@@ -23,7 +23,7 @@ from idefics_cli.checkpoint.files import Checkpoint
 from idefics_cli.checkpoint.find import find_checkpoint
 from idefics_cli.checkpoint.fingerprint import vision_fingerprint
 from idefics_cli.checkpoint.load import load_network, side_files
-from idefics_cli.checkpoint.request import ModelRequest
+from idefics_cli.checkpoint.request import Attention, ModelRequest
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.likelihood import Scoring
@@ -37,10 +37,12 @@ from idefics_cli.engine.prompt_source import (
 )
 from idefics_cli.engine.scheduler import stream
 from idefics_cli.engine.transfer import pixel_values
+from idefics_cli.engine.tree_attention import resolve_attention
 from idefics_cli.errors import IdeficsError, RowError, first_error
 from idefics_cli.images.decode import DEFAULT_OPTIONS
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
+from idefics_cli.model.joined_linear import join_linears
 from idefics_cli.model.kv_interface import image_seq_len, is_spread
 from idefics_cli.model.packed_linear import pack_linears
 from idefics_cli.prompts.choices import (
@@ -82,10 +84,11 @@ class Idefics:
         checkpoint: Checkpoint,
         eager: bool = False,
         request: ModelRequest | None = None,
+        attention: str = "auto",
     ):
         self.checkpoint, self.request = checkpoint, request
         self.model, self.encoder, self.images, self._batch_size = model, encoder, images, batch_size
-        self._is_eager = eager
+        self._is_eager, self._attention = eager, attention
         self._encode_start = lru_cache(maxsize=16)(encoder.encode)
 
     @classmethod
@@ -101,6 +104,7 @@ class Idefics:
         adapter: str | os.PathLike[str] | None = None,
         quantize: str | None = None,
         eager: bool = False,
+        attention: Attention = "auto",
         batch_size: int | None = None,
         ranks: Ranks | None = None,
     ) -> Self:
@@ -109,15 +113,17 @@ class Idefics:
         `dtype`: auto, bf16, fp16, fp32, or one of torch's or its name; `device`: auto, cpu, mps, cuda, cuda:N or one
         of torch's; `device_map`: auto, balanced or sequential, to spread it over devices and disk as accelerate does;
         `adapter`: a folder of LoRA weights that PEFT has saved; `quantize`: int8 (CPU, CUDA) or nf4 (CUDA), for smaller
-        weights; `eager`: on CUDA, launch a decode step's operations one by one, not as a graph; `batch_size`: prompts
-        decoded together, by default as many as memory holds; `ranks`: processes to split it over, all of which call
-        this, and all but the first then `follow`. Raises IdeficsError, which names the remedy.
+        weights; `eager`: on CUDA, launch a decode step's operations one by one, not as a graph; `attention`: of a
+        decode step, auto, triton (one kernel, on CUDA) or sdpa (torch's); `batch_size`: prompts decoded together, by
+        default as many as memory holds; `ranks`: processes to split it over, all of which call this, and all but the
+        first then `follow`. Raises IdeficsError, which names the remedy.
         """
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, least=1)
         name = file_name("model", model, "a hub id, a folder or 'demo'")
         folder = file_name("adapter", adapter, "a folder")
-        request = ModelRequest(name, revision, dtype, str(device), allow_pickle, folder, device_map, quantize)
+        where = (name, revision, dtype, str(device), allow_pickle, folder, device_map, quantize)
+        request = ModelRequest(*where, attention=attention)
         if device_map is not None and ranks is not None:
             raise IdeficsError("--device-map is for one process: start it without torchrun, or leave --device-map out")
         place = resolve_device(request.device) if ranks is None else device_of_process(request.device, ranks)
@@ -131,10 +137,11 @@ class Idefics:
         number_format = resolve_dtype(request.dtype, place, None if kind else config)
         if ranks is not None:
             number_format = ranks.broadcast(number_format)
+        resolve_attention(attention, config, place)  # before weights are read
         network = load_network(checkpoint, config, place, number_format, ranks, device_map, quantize)
-        if place.type == "cpu" and not is_spread(network):
-            pack_linears(network)
-        return cls(network, encoder, images, batch_size, checkpoint, eager, request)
+        if not is_spread(network):
+            (pack_linears if place.type == "cpu" else join_linears)(network)
+        return cls(network, encoder, images, batch_size, checkpoint, eager, request, attention)
 
     @classmethod
     def without_network(cls, request: ModelRequest) -> Idefics:
@@ -145,7 +152,8 @@ class Idefics:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.model, vocabulary_of(self.encoder), self._batch_size, self._is_eager, self._pixel_of_byte)
+        vocabulary, table = vocabulary_of(self.encoder), self._pixel_of_byte
+        return Engine(self.model, vocabulary, self._batch_size, self._is_eager, table, self._attention)
 
     @property
     def batch_size(self) -> int:

@@ -27,6 +27,7 @@ from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, Iterab
 from idefics_cli.engine.scheduler import stream
 from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.errors import IdeficsError, first_error
+from idefics_cli.model.joined_linear import join_linears
 from idefics_cli.model.packed_linear import pack_linears
 
 TIE = 1e-5  # two texts whose scores differ by less are equally good
@@ -60,10 +61,10 @@ class Bench:
         self.theirs = transformers_model(subject.model)  # first: it keeps the weights that packing replaces
         with measured(self.device) as layout:
             started = self._now()
-            pack_linears(subject.model)
+            (pack_linears if self.device.type == "cpu" else join_linears)(subject.model)
             self.layout_seconds = self._now() - started
         self.layout_bytes = layout.kept
-        self.engine = subject.engine(options.batch_size, options.request.eager)
+        self.engine = subject.engine(options.batch_size, options.request.eager, options.request.attention)
         # Elsewhere caches would decide.
         self.bandwidth = copy_bandwidth(self.device) if self.device.type == "cuda" else None
 

@@ -189,8 +189,8 @@ class Subject:
     def pixel_of_byte(self) -> Tensor:
         return torch.from_numpy(self.images.pixel_of_byte)
 
-    def engine(self, batch_size: int, eager: bool = False) -> Engine:
-        return Engine(self.model, self.vocabulary, batch_size, eager, self.pixel_of_byte)
+    def engine(self, batch_size: int, eager: bool = False, attention: str = "auto") -> Engine:
+        return Engine(self.model, self.vocabulary, batch_size, eager, self.pixel_of_byte, attention)
 
     @property
     def image_size(self) -> int:

@@ -6,13 +6,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from idefics_cli.checkpoint.devices import dtype_name
 from idefics_cli.checkpoint.files import ADAPTER_CONFIG, read_json, require, require_config
 from idefics_cli.errors import IdeficsError
 from idefics_cli.validation import Help
 
+Attention = Literal["auto", "triton", "sdpa"]
 DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"
@@ -51,16 +52,24 @@ class ModelRequest:
         Literal["int8", "nf4"] | None,
         Help("Weights of 8 bits (on the CPU and CUDA) or 4 (on CUDA), quantized as they are read", metavar="int8|nf4"),
     ] = None
+    attention: Annotated[
+        Attention,
+        Help("A decode step's attention: one kernel (triton, on CUDA), torch's (sdpa), or the former where it can be"),
+    ] = "auto"
     eager: Annotated[bool, Help("On CUDA: launch a decode step's operations one by one, not as a graph")] = False
 
     def __post_init__(self) -> None:
         if self.model is None:
             object.__setattr__(self, "model", DEFAULT_MODEL if self.adapter is None else base_of(self.adapter))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.attention not in get_args(Attention):
+            raise IdeficsError(f"unknown attention {self.attention!r}: use {', '.join(get_args(Attention))}")
         if self.device_map is not None and (self.device != "auto" or self.adapter is not None):
             useless = "--device" if self.device != "auto" else "--adapter"
             remedy = "leave it out" if self.device != "auto" else "merge the adapter with PEFT's merge_and_unload"
             raise IdeficsError(f"{useless} cannot be used with --device-map, which places the weights: {remedy}")
+        if self.device_map is not None and self.attention == "triton":
+            raise IdeficsError("attention triton cannot be used with --device-map: use auto or sdpa")
 
 
 def base_of(adapter: str) -> str:

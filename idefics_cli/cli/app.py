@@ -263,7 +263,7 @@ def bench(context: typer.Context, options: BenchOptions) -> None:
 
 
 @app.command()
-@flattened("model", "eager", "device_map")
+@flattened("model", "eager", "device_map", "attention")
 def info(
     request: ModelRequest,
     model: Annotated[

@@ -221,7 +221,7 @@ def allowed_log_probabilities(logits: Tensor, state: BeamState, rules: BeamRules
 
     The vocabulary is gone through as seldom as it can be: only the few tokens that are not allowed are written to.
     """
-    return allowed_scores(logits.float().log_softmax(dim=-1), state, rules, context)
+    return allowed_scores(logits.log_softmax(dim=-1, dtype=torch.float32), state, rules, context)
 
 
 def allowed_scores(scores: Tensor, state: BeamState, rules: BeamRules, context: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ compute nothing that is used. Knows where a step's state lies, and nothing of wh
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -41,7 +42,7 @@ class DecodeGraphs:
         if not self._holds(rung, context, prefix):
             self._start_over(rung, state, context, prefix)
         if state is not self._given:
-            copy_rows(self._state, state)
+            copy_rows(first_rows(self._state, num_rows), state)
             self._context[:num_rows].copy_(context)
             self._store.fill_spare(slice(num_rows, rung))
         if rung in self._graphs:
@@ -71,8 +72,8 @@ class DecodeGraphs:
         self._context = context.new_full((rung, context.shape[1]), -1)
 
     def _run(self, rung: int) -> None:
-        stepped = self._compute(first_rows(self._state, rung), self._context[:rung])
-        copy_rows(self._state, stepped)
+        state = first_rows(self._state, rung)
+        copy_rows(state, self._compute(state, self._context[:rung]))
         self._state.length.clamp_(max=self._state.tokens.shape[2])  # a spare row's text never ends
 
     def _captured(self, rung: int) -> torch.cuda.CUDAGraph:
@@ -89,7 +90,11 @@ def first_rows(state: BeamState, count: int) -> BeamState:
 
 
 def copy_rows(target: BeamState, source: BeamState) -> None:
-    """All of `source` into the first rows of `target`."""
+    """All of `source` into `target`, of as many rows: one copy for all tensors of one type that are not the same."""
+    by_type = defaultdict(list)
     for each in fields(BeamState):
-        rows = getattr(source, each.name)
-        getattr(target, each.name)[: len(rows)].copy_(rows)
+        place, rows = getattr(target, each.name), getattr(source, each.name)
+        if rows is not place:
+            by_type[rows.dtype].append((place, rows))
+    for pairs in by_type.values():
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))

@@ -27,6 +27,7 @@ from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prefill import PrefillBatch, PrefixCache, QueuedPrompt
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt
 from idefics_cli.engine.transfer import pixel_values, send, send_beside
+from idefics_cli.engine.tree_attention import resolve_attention
 from idefics_cli.model.kv_interface import image_seq_len, is_spread
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -53,7 +54,8 @@ class Engine:
     holds and as make a step worth more.
 
     Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. On CUDA a decode
-    step is one graph, unless it is to be `eager`. Streams may run side by side, in several threads too: each takes its
+    step is one graph, unless it is to be `eager`, and its `attention` one kernel ("triton"), or torch's ("sdpa");
+    "auto" takes the former where it can. Streams may run side by side, in several threads too: each takes its
     `turn` for one step. `waits` makes `times` true on a device that works asynchronously, at some cost: for benchmarks.
     Images are pixels, or bytes with the table `pixel_of_byte` (3, 256).
     """
@@ -65,9 +67,12 @@ class Engine:
         batch_size: int | None = 8,
         eager: bool = False,
         pixel_of_byte: Tensor | None = None,
+        attention: str = "auto",
     ):
         self.model, self.vocabulary, self.pixel_of_byte = model, vocabulary, pixel_of_byte
         self.is_eager = eager or model.device.type != "cuda" or is_spread(model)
+        attention = "sdpa" if is_spread(model) else attention
+        self.has_tree_kernel = resolve_attention(attention, model.config, model.device) == "triton"
         self._is_bounded = batch_size is None and model.device.type == "cuda"
         self.batch_size = AdaptiveBatchSize(batch_size or rows_that_fit(model))
         self.image_batch_size = AdaptiveBatchSize(VISION_BATCH)

@@ -113,7 +113,7 @@ SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom gr
 # Beams share most of their past: at first the tree has space for one path, and for what each beam has of its own.
 PATH_SLOTS, OWN_SLOTS = 32, 6
 TREE_STEP = 3  # tokens of every beam that the tree's storage grows by
-TABLES = ("sees_image", "prompt_lengths", "prompt_widths", "ancestors", "newest")  # a store's, (rows, ...) each
+TABLES = ("prompt_lengths", "prompt_widths", "ancestors", "newest")  # a store's, (rows, ...) each
 
 
 class KVStore:
@@ -139,7 +139,6 @@ class KVStore:
         self.key_values = space_for((layer.self_attn for layer in network.layers), model, (2, 0), 0)
         gated = (layer.cross_attn for layer in network.gated_cross_attn_layers)
         self.image_key_values = space_for(gated, model, (2, 0), image_seq_len(model.config))
-        self.sees_image = empty(0, of=torch.bool)
         self.prompt_lengths = empty(0, of=torch.long)
         self.prompt_widths = empty(0, of=torch.long)
         self.ancestors = empty(0, self.num_beams, 0, of=torch.bool)
@@ -182,13 +181,10 @@ class KVStore:
         (2, rows, heads, width, head_dim)."""
         return [layer[:, rows, :, self.prompt_slots - width : self.prompt_slots] for layer in self.key_values]
 
-    def admit(
-        self, rows: slice, prompt_lengths: Sequence[int], images: Sequence[KeyValues], sees_image: Tensor
-    ) -> None:
+    def admit(self, rows: slice, prompt_lengths: Sequence[int], images: Sequence[KeyValues]) -> None:
         """New rows after those in use, whose prompts are there: each of `images` is what one sees from now on."""
         for layer, of_rows in zip(self.image_key_values, zip(*images, strict=True), strict=True):
             layer[:, rows] = torch.stack(of_rows, dim=1)
-        self.sees_image[rows] = sees_image
         self.prompt_lengths[rows] = send_ids(prompt_lengths, self.prompt_lengths.device)
         self.prompt_widths[rows] = max(prompt_lengths)
         self.widths += [max(prompt_lengths)] * len(prompt_lengths)

@@ -183,8 +183,10 @@ class PrefillBatch:
         return [row + row[:1] * (self.most_images - len(row)) for row in seen]
 
     def last_images(self, images: Sequence[Sequence[KeyValues]]) -> list[KeyValues]:
-        """What each row still sees after its prompt."""
-        return [row[max(len(keys) - 1, 0)] for row, keys in zip(images, self.image_keys, strict=True)]
+        """What each row still sees after its prompt: zeros for nothing, of which attention makes zeros."""
+        last = [row[max(len(keys) - 1, 0)] for row, keys in zip(images, self.image_keys, strict=True)]
+        seen = zip(last, self.sees_image().tolist(), strict=True)
+        return [image if sees else tuple(map(torch.zeros_like, image)) for image, sees in seen]
 
     def sees_image(self) -> Tensor:
         """(rows,): whether tokens after the prompt see an image."""

@@ -128,7 +128,7 @@ class Scheduler:
         expected = min(engine.rows_at_once(self.options.num_paths), rows.stop + len(self.queue))
         self.store.reserve(rows.stop, max(batch.lengths), expected)
         logits = engine.prefill(batch, images, self.store.prompts(rows, max(batch.lengths)))
-        self.store.admit(rows, batch.lengths, batch.last_images(images), send(batch.sees_image(), logits.device))
+        self.store.admit(rows, batch.lengths, batch.last_images(images))
         context = self._context_of(group)
         start = BeamState.start(self._draws(group), self.options)
         logits = logits[:, None].expand(-1, self.options.num_paths, -1)  # (rows, beams, vocabulary)
@@ -220,7 +220,9 @@ class Scheduler:
         """The network over every beam's newest token: what may come next, (rows, beams, vocabulary)."""
         num_rows, beams, model = len(state.done), self.options.num_paths, self.model.model
         rows = PackedRows([beams] * num_rows, self.model.device, model.padded_length(num_rows * beams))
-        memory = DecodeMemory.of(self.store, self.prefix, rows, longest, used)
+        memory = DecodeMemory(self.store, self.prefix, rows)
+        if not self.engine.has_tree_kernel:
+            memory = DecodeMemory.of(self.store, self.prefix, rows, longest, used)
         steps = state.length - 1  # (rows,): tokens whose keys are stored
         tokens = state.tokens.gather(2, steps[:, None, None].expand(-1, beams, 1)).squeeze(2)  # (rows, beams)
         positions = self.prefix.length + self.store.prompt_lengths[:num_rows] + steps

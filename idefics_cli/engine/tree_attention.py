@@ -9,15 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
+from transformers import IdeficsConfig
 
 from idefics_cli.engine.kv_cache import KeyValues, KVStore, Prefix
 from idefics_cli.engine.varlen import PackedRows
-from idefics_cli.model.kv_interface import AttentionOutput, on_device
+from idefics_cli.errors import IdeficsError
+from idefics_cli.model.fused import LIBRARY, has_triton, rotate
+from idefics_cli.model.kv_interface import AttentionOutput, PositionEmbeddings, on_device
 
+LIBRARY.define(  # of a CUDA device with Triton alone: `tree_kernel.py`
+    "tree_attention(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? signed_sin, Tensor(a!) stored, "
+    "Tensor newest, Tensor ancestors, Tensor widths, Tensor lengths, Tensor? start, Tensor? start_log_sum, "
+    "int prompt_slots, float scale) -> Tensor"
+)
+LARGEST_HEAD = 128  # that the kernel is compiled for and tested with
 ALIGNED = 8  # CUDA's fused kernels read a mask by so many keys at a time
+
+
+def resolve_attention(attention: str, config: IdeficsConfig, device: torch.device) -> str:
+    """What "auto" means for a decode step here. Raises IdeficsError where "triton" is asked for and cannot be."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    missing = [
+        "a CUDA device" if device.type != "cuda" else None,
+        "Triton (pip install triton), which needs a C compiler" if device.type == "cuda" and not has_triton() else None,
+        f"heads of an even size up to {LARGEST_HEAD}" if head_dim % 2 or head_dim > LARGEST_HEAD else None,
+    ]
+    lacks = [each for each in missing if each]
+    if attention == "triton" and lacks:
+        raise IdeficsError(f"attention triton needs {' and '.join(lacks)}: use auto or sdpa")
+    if attention == "sdpa" or lacks:
+        return "sdpa"
+    import_module("idefics_cli.engine.tree_kernel")  # it enters its operator
+    return "triton"
 
 
 def attend_part(
@@ -115,7 +142,10 @@ class PrefillMemory:
     image_gate: Tensor
     mask: Tensor | None = None
 
-    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, position_embeddings: PositionEmbeddings
+    ) -> AttentionOutput:
+        query, key = rotate(query, key, *position_embeddings)
         query, key, value = map(self.rows.pad, (query, key, value))  # (rows, heads, width, head_dim)
         if self.key_values:
             for index, states in enumerate((key, value)):
@@ -148,22 +178,21 @@ class PrefillMemory:
 class DecodeMemory:
     """While texts are written: the k beams of a row are k queries of one attention over the row's slots.
 
-    `rows` has as many tokens as there are beams, the newest of each. `written` (rows * heads * beams,) is where they
-    go, counted over the first three axes of a layer's (rows, heads, slots, head_dim); `mask`
-    (rows, 1, beams, slots in use) is additive. `slots` are those in use.
+    `rows` has as many tokens as there are beams, the newest of each. Torch's kernels are told where they go, `written`
+    (rows * heads * beams,), counted over the first three axes of a layer's (rows, heads, slots, head_dim), and read
+    `slots`, with `mask` (rows, 1, beams, slots) to be added. Without these, one kernel does it all.
     """
 
     store: KVStore
     prefix: Prefix
     rows: PackedRows
-    slots: slice
-    written: Tensor
-    mask: Tensor
-    image_gate: Tensor
+    slots: slice | None = None
+    written: Tensor | None = None
+    mask: Tensor | None = None
 
     @classmethod
     def of(cls, store: KVStore, prefix: Prefix, rows: PackedRows, longest: int, used: int) -> DecodeMemory:
-        """`longest` prompt slots and `used` tree slots are read: all that are in use, or more."""
+        """For torch's kernels: `longest` prompt slots and `used` tree slots are read: all that are in use, or more."""
         num_rows, beams, device = rows.num_rows, rows.width, store.newest.device
         _, _, heads, slots, _ = store.key_values[0].shape
         first = torch.arange(num_rows * heads, device=device) * slots + store.prompt_slots
@@ -173,17 +202,15 @@ class DecodeMemory:
         dtype = store.key_values[0].dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, -torch.inf)
         mask = aligned(mask) if device.type == "cuda" else mask  # once for all layers
-        return cls(
-            store=store,
-            prefix=prefix,
-            rows=rows,
-            slots=slice(store.prompt_slots - longest, store.prompt_slots + used),
-            written=written.flatten(),
-            mask=mask[:, None],
-            image_gate=store.sees_image[:num_rows, None, None, None],
-        )
+        slots = slice(store.prompt_slots - longest, store.prompt_slots + used)
+        return cls(store, prefix, rows, slots, written.flatten(), mask[:, None])
 
-    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, position_embeddings: PositionEmbeddings
+    ) -> AttentionOutput:
+        if self.mask is None:
+            return self._attend_in_one_launch(layer, query, key, value, position_embeddings), None
+        query, key = rotate(query, key, *position_embeddings)
         query, key, value = map(self.rows.pad, (query, key, value))  # (rows, heads, beams, head_dim)
         stored = self.store.key_values[layer.layer_idx]  # (2, rows, heads, slots, head_dim)
         for index, states in enumerate((key, value)):
@@ -196,12 +223,29 @@ class DecodeMemory:
             output = merge_parts(own, attend_prefix(self.prefix, layer, query))
         return self.rows.pack(output.transpose(1, 2)), None  # (1, packed, heads, head_dim)
 
+    def _attend_in_one_launch(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, position_embeddings: PositionEmbeddings
+    ) -> Tensor:
+        """(1, packed, heads, head_dim). What attention to a prefix gives is where that to the row begins."""
+        store, num_rows, rotation, start = self.store, self.rows.num_rows, position_embeddings, (None, None)
+        if self.prefix.length:
+            query, key = rotate(query, key, *rotation)
+            rotation = (None, None)
+            start = attend_part(query, *self.prefix.key_values[layer.layer_idx], None, layer.scaling)
+        tables = (store.newest, store.ancestors, store.prompt_widths, store.prompt_lengths)
+        return torch.ops.idefics.tree_attention(
+            *(query, key, value, *rotation, store.key_values[layer.layer_idx]),
+            *(table[:num_rows] for table in tables),
+            *(*start, store.prompt_slots, layer.scaling),
+        )
+
     def attend_image(
         self, layer: nn.Module, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> AttentionOutput:
+        """Zero where a row sees no image: its values are zeros."""
         key, value = self.store.image_key_values[layer.layer_idx][:, : self.rows.num_rows]
         output = attend_few(self.rows.pad(query), key, value, None, layer.scaling)
-        return self.rows.pack(output.transpose(1, 2).masked_fill(~self.image_gate, 0.0)), None
+        return self.rows.pack(output.transpose(1, 2)), None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DecodeMemory:
         return on_device(self, device)

@@ -1,8 +1,8 @@
 """The text side's building blocks: decoupled vocabularies, norms, rotary positions, attention and both kinds of layer.
 
 A LLaMA decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) with Flamingo's gated cross-attention layers
-(Alayrac et al. 2022, section 3.1.2) between its blocks. Layers project and rotate; what a query may see, and where
-keys and values are kept, is up to the memory (`kv_interface.py`).
+(Alayrac et al. 2022, section 3.1.2) between its blocks. Layers project; what a query may see, and where keys
+and values are rotated and kept, is up to the memory (`kv_interface.py`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
-from idefics_cli.model.kv_interface import AttentionOutput, Memory
+from idefics_cli.model import fused
+from idefics_cli.model.joined_linear import add_product
+from idefics_cli.model.kv_interface import AttentionOutput, Memory, PositionEmbeddings
 from idefics_cli.model.packed_linear import project, project_heads
-
-PositionEmbeddings = tuple[Tensor, Tensor]
 
 
 class IdeficsDecoupledEmbedding(nn.Embedding):
@@ -54,19 +54,20 @@ class IdeficsDecoupledEmbedding(nn.Embedding):
 
 
 class IdeficsRMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019): statistics in fp32, rounded to the weight's type."""
+    """Root-mean-square norm with a weight for each channel."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype == self.weight.dtype == torch.float32:
-            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-        variance = hidden_states.float().square().mean(-1, keepdim=True)
-        normalized = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * normalized.to(self.weight.dtype)
+    def forward(
+        self, hidden_states: Tensor, update: Tensor | None = None, alpha: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm. With an `update`: the sum, through a tanh gate where there is one, and the norm of it."""
+        if update is None:
+            return fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return fused.add_norm(hidden_states, update, alpha, self.weight, self.variance_epsilon)
 
 
 class IdeficsRotaryEmbedding(nn.Module):
@@ -93,24 +94,8 @@ class IdeficsRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> PositionEmbeddings:
-        """cos and sin, (rows, tokens, head_dim), in `hidden_states`' type."""
-        angles = position_ids[..., None].float() * self.inv_freq.float()
-        angles = torch.cat([angles, angles], dim=-1)  # (rows, tokens, head_dim)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
-
-
-def rotation(cos: Tensor, sin: Tensor) -> PositionEmbeddings:
-    """As `rotate` takes them in every layer: (rows, 1, tokens, head_dim), the first half of the sines negated."""
-    first, second = sin.chunk(2, dim=-1)
-    return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
-
-
-def rotate(states: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
-    """Turn each pair (i, i + head_dim/2) of (rows, heads, tokens, head_dim) by its angle."""
-    cos, signed_sin = position_embeddings
-    partners = states.roll(states.shape[-1] // 2, dims=-1)
-    return torch.addcmul(states * cos, partners, signed_sin)
+        """Cosines and sines (rows, 1, tokens, head_dim) in `hidden_states`' type, as `fused.rotate` takes them."""
+        return fused.angles(position_ids, self.inv_freq, self.attention_scaling, hidden_states.dtype)
 
 
 class IdeficsMLP(nn.Module):
@@ -123,11 +108,13 @@ class IdeficsMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.act_fn = ACT2FN[hidden_act]
+        self.act_fn, self.is_silu = ACT2FN[hidden_act], hidden_act == "silu"
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """With what is to be added to it, which may be overwritten."""
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act_fn(gate) * up)
+        activated = fused.silu_mul(gate, up) if self.is_silu else self.act_fn(gate) * up
+        return self.down_proj(activated) if residual is None else add_product(residual, activated, self.down_proj)
 
 
 class IdeficsAttention(nn.Module):
@@ -173,20 +160,23 @@ class IdeficsAttention(nn.Module):
         (rows, images * seq, dim), which may be None where the memory holds the images' keys and values already.
         """
         if self.is_cross_attention:
-            (query,) = project_heads(hidden_states, self.head_dim, self.q_proj)
-            query = self.q_layer_norm(query) if self.qk_layer_norms else query
+            query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+            query = (self.q_layer_norm(query) if self.qk_layer_norms else query).transpose(1, 2)
             projected = (None, None) if image_hidden_states is None else self.project_image(image_hidden_states)
             output, weights = memory.attend_image(self, query, *projected)
         else:
             query, key, value = project_heads(hidden_states, self.head_dim, self.q_proj, self.k_proj, self.v_proj)
-            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
-            output, weights = memory.attend(self, query, key, value)
+            output, weights = memory.attend(self, query, key, value, position_embeddings)
         return self.o_proj(output.flatten(-2)), weights
 
     def project_image(self, image_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What cross-attention reads: (rows, images * seq, dim) -> key, value (rows, heads, images * seq, head_dim)."""
         key, value = project_heads(image_hidden_states, self.head_dim, self.k_proj, self.v_proj)
         return (self.k_layer_norm(key) if self.qk_layer_norms else key), value
+
+
+def dropped(states: Tensor, layer: nn.Module) -> Tensor:
+    return nn.functional.dropout(states, layer.dropout) if layer.training else states
 
 
 class IdeficsDecoderLayer(GradientCheckpointingLayer):
@@ -202,9 +192,11 @@ class IdeficsDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, memory: Memory, position_embeddings: PositionEmbeddings) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), memory, position_embeddings)
-        hidden_states = hidden_states + nn.functional.dropout(attended, self.dropout, self.training)
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + nn.functional.dropout(transformed, self.dropout, self.training)
+        attended = dropped(attended, self)
+        hidden_states, normed = self.post_attention_layernorm(hidden_states, attended)
+        if self.training or self.mlp._forward_hooks:  # hooks are for what the MLP gives: processes sum it up
+            return hidden_states + dropped(self.mlp(normed), self)
+        return self.mlp(normed, hidden_states)
 
 
 def initial_alpha(config: IdeficsConfig) -> Tensor:
@@ -241,8 +233,6 @@ class IdeficsGatedCrossAttentionLayer(GradientCheckpointingLayer):
         attended, _ = self.cross_attn(
             self.input_layernorm(hidden_states), memory, image_hidden_states=image_hidden_states
         )
-        attended = nn.functional.dropout(attended, self.dropout, self.training)
-        hidden_states = hidden_states + self.alpha_cross_attn.tanh() * attended
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        transformed = nn.functional.dropout(transformed, self.dropout, self.training)
-        return hidden_states + self.alpha_dense.tanh() * transformed
+        attended = dropped(attended, self)
+        hidden_states, normed = self.post_attention_layernorm(hidden_states, attended, self.alpha_cross_attn)
+        return fused.gated_add(hidden_states, dropped(self.mlp(normed), self), self.alpha_dense)

@@ -1,6 +1,6 @@
 """The seam between the network and generation: what a token sees, and where keys and values live.
 
-An attention layer projects (and rotates) its query, key and value and asks a *memory* for the rest. The plain memory
+An attention layer projects its query, key and value and asks a *memory* for the rest. The plain memory
 here serves training, `generate()` and the tests: whole sequences, transformers' `Cache`, a causal mask, and images
 projected on the spot. Another memory may keep keys and values wherever it likes; the forward pass stays the same one.
 
@@ -19,8 +19,11 @@ from transformers import IdeficsConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from idefics_cli.model.fused import rotate
+
 AttentionOutput = tuple[Tensor, Tensor | None]
 Moved = TypeVar("Moved")
+PositionEmbeddings = tuple[Tensor, Tensor]
 
 
 class Memory(Protocol):
@@ -29,8 +32,12 @@ class Memory(Protocol):
     The second element of each result holds the attention weights where the implementation computes them, else None.
     """
 
-    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
-        """Store the new tokens' key and value for this layer and attend to all that each query may see."""
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, position_embeddings: PositionEmbeddings
+    ) -> AttentionOutput:
+        """Rotate query and key, store the new tokens' key and value for this layer and attend to all that each query
+        may see. `position_embeddings` are (rows, 1, tokens, head_dim) each, as `fused.rotate` takes them.
+        """
         ...
 
     def attend_image(
@@ -140,7 +147,10 @@ class PlainMemory:
     image_gate: Tensor
     past_key_values: Cache | None = None
 
-    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, position_embeddings: PositionEmbeddings
+    ) -> AttentionOutput:
+        query, key = rotate(query, key, *position_embeddings)
         if self.past_key_values is not None:
             key, value = self.past_key_values.update(key, value, layer.layer_idx)
         return self._attention(layer, query, key, value, self.causal_mask)

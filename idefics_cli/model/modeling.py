@@ -31,7 +31,6 @@ from idefics_cli.model.decoder import (
     IdeficsRMSNorm,
     IdeficsRotaryEmbedding,
     initial_alpha,
-    rotation,
 )
 from idefics_cli.model.kv_interface import Memory, PlainMemory, device_of, image_visibility
 from idefics_cli.model.packed_linear import IdeficsDecoupledLinear
@@ -197,7 +196,7 @@ class IdeficsModel(IdeficsPreTrainedModel):
         holds the images' keys and values.
         """
         device = hidden_states.device
-        position_embeddings = rotation(*self.rotary_emb(hidden_states, position_ids))
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
         interval = self.config.cross_layer_interval
         for index, layer in enumerate(self.layers):
             if index % interval == 0:

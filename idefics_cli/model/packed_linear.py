@@ -62,9 +62,9 @@ class IdeficsDecoupledLinear(nn.Linear):
 
 
 def project(inputs: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-    """Each layer's output: (..., in) -> (..., out). One product where all the layers are packed into one matrix."""
+    """Each layer's output: (..., in) -> (..., out). One product where all the layers are part of one matrix."""
     joint = getattr(linears[0], "joint", None)
-    if joint is None or any(getattr(linear, "joint", None) is not joint for linear in linears):
+    if joint is None or not joint.serves(linears):
         return [linear(inputs) for linear in linears]
     return joint(inputs).split([linear.joint_features for linear in linears], dim=-1)
 
@@ -106,6 +106,9 @@ class PackedMatrix:
     def plain(self) -> Tensor:
         """(all out, in)."""
         return self.packed.to_dense()
+
+    def serves(self, linears: Sequence[nn.Module]) -> bool:
+        return all(getattr(linear, "joint", None) is self for linear in linears)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         # Without this the product would pass a wrong gradient on, and only warn.

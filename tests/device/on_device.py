@@ -60,9 +60,14 @@ def moved(network: Network, index: int = 0) -> Network:
 
 
 def texts(
-    network: Network, some: Sequence[EncodedPrompt], chosen: DecodingOptions, rows: int = 3, eager: bool = False
+    network: Network,
+    some: Sequence[EncodedPrompt],
+    chosen: DecodingOptions,
+    rows: int = 3,
+    eager: bool = False,
+    attention: str = "auto",
 ) -> list[Any]:
-    found = decode(Engine(network, VOCABULARY, rows, eager), list(some), chosen)
+    found = decode(Engine(network, VOCABULARY, rows, eager, attention=attention), list(some), chosen)
     return [[(each.token_ids, each.score) for each in row] for row in found]
 
 
@@ -90,6 +95,8 @@ WORK: dict[str, Callable[[Network], list[Any]]] = {
     "samples": lambda network: texts(network, MIXED, SAMPLES),
     "shots": lambda network: texts(network, AFTER_SHOTS, BEAMS),
     "long texts": lambda network: texts(network, some_prompts(3), LONG),
+    "torch's attention": lambda network: texts(network, MIXED, BEAMS, attention="sdpa"),
+    "torch's attention after shots": lambda network: texts(network, AFTER_SHOTS, BEAMS, eager=True, attention="sdpa"),
     "eager steps": lambda network: texts(network, AFTER_SHOTS, BEAMS, eager=True),
     "choices": lambda network: scores(network, QUESTIONS),
     "latents": latents,

@@ -28,11 +28,15 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from plain_attention import plain_tree_attention
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as python_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from idefics_cli.engine import tree_attention
+from idefics_cli.model import fused
 
 aten = torch.ops.aten
 TOTAL_BYTES, FREE_BYTES = 80 << 30, 64 << 30
@@ -167,6 +171,7 @@ class SoftwareCuda(TorchDispatchMode):
         self.attention_shapes: set[Any] = set()
         self.allocated = self.peak = 0
         self.captures = 0
+        self.captured = 0  # launches of the last graph
         self.capturing: Graph | None = None
         self._queue: list[Callable[[], None]] = []
         self._pinned: set[int] = set()
@@ -191,6 +196,8 @@ class SoftwareCuda(TorchDispatchMode):
         new_parameters = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `module.to` makes new parameters
         undo.callback(torch.__future__.set_overwrite_module_params_on_conversion, new_parameters)
+        for module in (fused, tree_attention):  # the operators are run in plain torch
+            undo.enter_context(replaced(module, "has_triton", lambda: True))
         undo.enter_context(CudaWithIndex())
         return super().__enter__()
 
@@ -499,10 +506,12 @@ class Graph:
         self.gpu.wait("capture begins")
         self.gpu.captures += 1
         self.gpu.capturing = self
+        before = self.gpu.launches.total()
         try:
             yield self
         finally:
             self.gpu.capturing = None
+            self.gpu.captured = self.gpu.launches.total() - before
 
     def replay(self) -> None:
         if self.gpu.capturing is not None:
@@ -631,6 +640,7 @@ def efficient_attention(
 EMULATED = {
     aten._scaled_dot_product_flash_attention.default: flash_attention,
     aten._scaled_dot_product_efficient_attention.default: efficient_attention,
+    torch.ops.idefics.tree_attention.default: plain_tree_attention,
 }
 
 

@@ -111,12 +111,14 @@ PLANTS = [
     ),
     Plant(
         "a step indexes by a mask",
-        kv_cache.KVStore.holds_prompt,
-        "from_start =",
-        "self.sees_image[self.sees_image]\n    from_start =",
+        kv_cache.KVStore.advance,
+        "places = torch.arange",
+        "self.ancestors[self.ancestors]\n    places = torch.arange",
         waits_of_a_step,
     ),
-    Plant("storage is not zeroed", kv_cache.KVStore.grow, "old.new_zeros(", "old.new_empty(", same("greedy")),
+    Plant(
+        "storage is not zeroed", kv_cache.KVStore.grow, "old.new_zeros(", "old.new_empty(", same("torch's attention")
+    ),
     Plant(
         "a pinned buffer is written before it is sent",
         varlen.PackedRows.last,
@@ -143,7 +145,7 @@ PLANTS = [
         tree_attention.DecodeMemory.of.__func__,
         "mask = torch.zeros(visible.shape, dtype=dtype, device=device)",
         "mask = torch.zeros(visible.shape, dtype=dtype)",
-        same("beams"),
+        same("torch's attention"),
     ),
     Plant(
         "latents stay on the host",
