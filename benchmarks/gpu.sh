@@ -4,15 +4,18 @@
 #   OUT=gpu-results bash benchmarks/gpu.sh B    4-shot beside transformers, 32 shots
 #   OUT=gpu-results bash benchmarks/gpu.sh C    running out of memory, the demo from end to end
 #   OUT=gpu-results bash benchmarks/gpu.sh D    the tests of the device, and 0-shot without graphs
-#   OUT=gpu-results bash benchmarks/gpu.sh E    a step's attention by Triton's kernel and by torch's, 0-shot and 4-shot
+#   OUT=gpu-results bash benchmarks/gpu.sh E    from JPEG files: the share of the time in which the GPU works; greedy
+#   OUT=gpu-results bash benchmarks/gpu.sh F    a step's attention by Triton's kernel and by torch's, 0-shot and 4-shot
 # Needs torch with CUDA and the extra `test`. A part that fails or runs out of time leaves its log, and the next one
-# starts. Try it without a GPU: DEVICE=cpu DTYPE=fp32 SIZE=tiny CHECKED=tiny SCENES=8 ATTENTIONS=sdpa bash benchmarks/gpu.sh A
+# starts; after each, gpu-results.tgz in OUT holds all that is there so far. Try it without a GPU:
+#   DEVICE=cpu DTYPE=fp32 SIZE=tiny CHECKED=tiny SCENES=8 PHOTOS=8 ROWS=8 ATTENTIONS=sdpa bash benchmarks/gpu.sh A
 set -u
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 project=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 out=$(mkdir -p "${OUT:-gpu-results}" && realpath "${OUT:-gpu-results}")
 python=${PYTHON:-python3} device=${DEVICE:-cuda} dtype=${DTYPE:-bf16} size=${SIZE:-9b} checked=${CHECKED:-mid} scenes=${SCENES:-2000}
 attentions=${ATTENTIONS:-triton sdpa} # without a GPU: sdpa alone
+photos=${PHOTOS:-512} rows=${ROWS:-192} tests=${TESTS:-tests/device}
 cd "$project" || exit 1
 
 part() { # name, seconds, command...
@@ -23,6 +26,7 @@ part() { # name, seconds, command...
   echo "== $name: exit code $rc, $((SECONDS - start)) s"
   tail -c 1500 "$out/$name.json"
   [ "$rc" = 0 ] || tail -n 5 "$out/$name.log"
+  tar -C "$out" --exclude=photos --exclude='*.tgz' -czf "$out/gpu-results.tgz" .
 }
 bench() { # name, seconds, options of `idefics bench`
   part "$1" "$2" "$python" -m idefics_cli bench --device "$device" "${@:3}"
@@ -47,17 +51,24 @@ C)
   part caption 60 "$python" -m idefics_cli caption examples/images -m demo --device "$device" -o "$out/captions.jsonl"
   ;;
 D)
-  part tests 300 "$python" -m pytest -q tests/device
+  part tests 300 "$python" -m pytest -q $tests
   bench 0shot-eager 240 --random "$size" --dtype "$dtype" --num-beams 3 --batch-size 8 --repeats 2 --eager
   ;;
 E)
+  part photos 60 "$python" -m benchmarks.gpu_check photos --folder "$out/photos" --count "$photos"
+  part busy 240 "$python" -m benchmarks.engine_idle "$out/photos" --device "$device" --dtype "$dtype" --size "$size" \
+    --rows $((photos / 2)) --batch-size 64 --workers "$(nproc)"
+  part beside 40 "$python" -m benchmarks.engine_idle --beside 4 --device "$device"
+  bench greedy 200 --random "$size" --dtype "$dtype" --num-beams 1 --batch-size "$rows" --max-new-tokens 20 --repeats 1
+  ;;
+F)
   for attention in $attentions; do
     bench "0shot-$attention" 140 --random "$size" --dtype "$dtype" --num-beams 3 --batch-size 32 --repeats 1 --attention "$attention"
     bench "4shot-$attention" 140 --random "$size" --dtype "$dtype" --shots 4 --num-beams 3 --batch-size 16 --max-new-tokens 15 --repeats 1 --attention "$attention"
   done
   ;;
 *)
-  echo "usage: bash benchmarks/gpu.sh A|B|C|D|E" >&2
+  echo "usage: bash benchmarks/gpu.sh A|B|C|D|E|F" >&2
   exit 2
   ;;
 esac

@@ -1,7 +1,7 @@
-"""What only a GPU can tell: `python -m benchmarks.gpu_check versions|correct|memory`. One JSON line on stdout.
+"""What only a GPU can tell: `python -m benchmarks.gpu_check versions|correct|memory|photos`. One JSON line on stdout.
 
 *correct*: texts in fp32 beside those of the CPU, and in half precision; latents. *memory*: the same texts when only a
-small part of the device's memory is left.
+small part of the device's memory is left. *photos*: JPEG files of 1,024 × 768 for `benchmarks/engine_idle.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import Subject, random_subject
+from idefics_cli.demo.scene import scene
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
@@ -86,15 +90,30 @@ def memory(device: torch.device, size: str) -> dict[str, Any]:
     return report
 
 
+def photos(folder: Path, count: int) -> dict[str, Any]:
+    """Scenes with noise, so that they are about as long to decode as a camera's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        large = np.asarray(scene(number).image.resize((1024, 768)), dtype=np.int16)
+        noisy = large + np.random.default_rng(number).integers(-12, 13, large.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05}.jpg", quality=90)
+    return {"photos": count, "bytes": sum(each.stat().st_size for each in folder.iterdir())}
+
+
 PARTS = {"versions": versions, "correct": correct, "memory": memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=[*PARTS, "photos"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", default="mid")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--count", type=int, default=512)
     options = parser.parse_args()
+    if options.part == "photos":
+        print(json.dumps(photos(options.folder, options.count)))
+        return
     device = torch.device("cuda:0" if options.device == "cuda" else options.device)
     print(json.dumps(PARTS[options.part](device, options.size)))
 

@@ -71,14 +71,20 @@ class Bench:
     # ---- ours
 
     def run_ours(
-        self, prompts: Sequence[EncodedPrompt], decoding: DecodingOptions | None = None, metered: bool = False
+        self,
+        prompts: Sequence[EncodedPrompt],
+        decoding: DecodingOptions | None = None,
+        metered: bool = False,
+        on_device: bool = False,
     ) -> Run:
-        """`decoding` is that of the options unless it is given. `metered`: with its memory, which costs time."""
+        """`decoding` is that of the options unless it is given. `metered`: with its memory, which costs time;
+        `on_device`: with the times of the device, not of the host."""
         taken = self._embedded(prompts) if self.options.embeddings else prompts
         self.engine.times.reset()
         with measured(self.device) if metered else nullcontext(MemoryUse()) as memory:
             started = self._now()
-            found = dict(stream(self.engine, IterableSource(taken), decoding or self.options.texts))
+            with self.engine.timed_on_device() if on_device else nullcontext():
+                found = dict(stream(self.engine, IterableSource(taken), decoding or self.options.texts))
             seconds = self._now() - started
         failed = first_error(found.values())
         if failed is not None:
@@ -100,12 +106,10 @@ class Bench:
     def with_floors(self, run: Run, number: int) -> Run:
         """The run with the floor of each phase, timed now: within minutes a shared machine changes its pace.
 
-        On CUDA another run, over draw `number`: waiting for the device after each phase costs time.
+        On CUDA another run, over draw `number`, in which events say what the device took for each phase.
         """
         if self.device.type == "cuda":
-            self.engine.waits = True
-            run = self.run_ours(self.draw(number))
-            self.engine.waits = False
+            run = self.run_ours(self.draw(number), on_device=True)
         counts = Counts(
             images=run.times.images,
             prompt_tokens=run.times.prompt_tokens,

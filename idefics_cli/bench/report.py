@@ -73,6 +73,7 @@ def phase_report(phased: Sequence[Run], bandwidth: float | None) -> dict[str, An
     phases["other"] = {"seconds": statistics.median(run.seconds for run in phased) - inside}
     if bandwidth is not None:
         phases["copy_bandwidth_bytes_per_second"] = bandwidth
+        phases["busy_share"] = inside / (inside + phases["other"]["seconds"])
     return phases
 
 
@@ -81,6 +82,7 @@ def one_phase(seconds: Sequence[float], floors: Sequence[dict[str, float]]) -> d
     products = [max(floor["products"], floor.get("bytes", 0.0)) for floor in floors]
     whole = [max(floor["products"] + floor["attention"], floor.get("bytes", 0.0)) for floor in floors]
     above = quotients(seconds, whole)
+    read = quotients((floor.get("bytes", 0.0) for floor in floors), seconds)
     return {
         "seconds": statistics.median(seconds),
         "floor_seconds": statistics.median(whole),
@@ -88,6 +90,7 @@ def one_phase(seconds: Sequence[float], floors: Sequence[dict[str, float]]) -> d
         "above_floor": statistics.median(above) if above else None,
         "all_above_floor": above,
         "above_products": statistics.median(quotients(seconds, products)) if above else None,
+        "of_copy_bandwidth": statistics.median(read) if read and "bytes" in floors[0] else None,
     }
 
 
@@ -174,11 +177,16 @@ def megabytes(count: int | None) -> str:
 def phase_table(phases: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table("phase", "seconds", "products", "attention", "bytes", "above floor", title="Our time by phase")
+    heads = ("phase", "seconds", "products", "attention", "bytes", "above floor", "GB/s of weights, of a copy's")
+    table = Table(*heads, title="Our time by phase")
     for name in PHASES:
         phase, floor = phases[name], phases[name]["floor"]
         shown = [f"{floor[part]:.3f}" if part in floor else "" for part in ("products", "attention", "bytes")]
         above = f"{phase['above_floor']:.2f}×" if phase["above_floor"] is not None else ""
-        table.add_row(name, f"{phase['seconds']:.3f}", *shown, above)
+        share = phase["of_copy_bandwidth"]
+        rate = "" if share is None else f"{share * phases['copy_bandwidth_bytes_per_second'] / 1e9:.0f}, {share:.0%}"
+        table.add_row(name, f"{phase['seconds']:.3f}", *shown, above, rate)
     table.add_row("other", f"{phases['other']['seconds']:.3f}")
+    if "busy_share" in phases:
+        table.add_row("device at work", f"{phases['busy_share']:.1%}")
     return table

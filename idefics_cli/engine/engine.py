@@ -56,7 +56,7 @@ class Engine:
     Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. On CUDA a decode
     step is one graph, unless it is to be `eager`, and its `attention` one kernel ("triton"), or torch's ("sdpa");
     "auto" takes the former where it can. Streams may run side by side, in several threads too: each takes its
-    `turn` for one step. `waits` makes `times` true on a device that works asynchronously, at some cost: for benchmarks.
+    `turn` for one step.
     Images are pixels, or bytes with the table `pixel_of_byte` (3, 256).
     """
 
@@ -78,7 +78,7 @@ class Engine:
         self.image_batch_size = AdaptiveBatchSize(VISION_BATCH)
         self.turn = threading.RLock()
         self.times = PhaseTimes()
-        self.waits = False
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] | None = None  # of CUDA, while it is timed
         self.latents: BoundedCache[Tensor] = BoundedCache(CACHE_BYTES)
         self.image_key_values: BoundedCache[KeyValues] = BoundedCache(CACHE_BYTES)
         self.prefixes = PrefixCache(CACHE_BYTES, self._prefill_prefix)
@@ -102,10 +102,29 @@ class Engine:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        if self.waits and self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        if self.events is None:
+            yield
+        else:
+            stream = torch.cuda.current_stream(self.model.device)
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record(stream)
+            yield
+            last.record(stream)
+            self.events.append((phase, first, last))
         setattr(self.times, phase, getattr(self.times, phase) + time.perf_counter() - started)
+
+    @contextmanager
+    def timed_on_device(self) -> Iterator[None]:
+        """After the body, `times` are what the device took, not the host: on CUDA it works on its own."""
+        self.events = [] if self.model.device.type == "cuda" else None
+        yield
+        if self.events is None:
+            return
+        torch.cuda.synchronize(self.model.device)
+        for phase in ("vision", "prefill", "decode"):
+            spans = [first.elapsed_time(last) for name, first, last in self.events if name == phase]
+            setattr(self.times, phase, sum(spans) / 1e3)
+        self.events = None
 
     # ---- prompts
 

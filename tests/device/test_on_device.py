@@ -36,6 +36,7 @@ from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 
 few = settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+many = settings(few, max_examples=20)  # of four to nine prompts each: two hundred and more with shots and without
 networks = st.sampled_from(MODELS)
 PHOTOS = sorted(Path("examples/images").glob("*.png"))
 
@@ -49,13 +50,13 @@ def test_another_device_than_the_first() -> None:
     require_same_as_on_cpu(WORK["beams"], index=1)
 
 
-@few
+@many
 @given(networks, st.lists(prompts(longest_text=30), min_size=4, max_size=9), options(longest=8), st.integers(1, 4))
 def test_any_texts_are_those_of_the_cpu(network, some, chosen, rows) -> None:
     require_same_as_on_cpu(lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen, rows)], network)
 
 
-@few
+@many
 @given(
     networks,
     prompts(max_images=2, longest_text=12),
@@ -65,6 +66,15 @@ def test_any_texts_are_those_of_the_cpu(network, some, chosen, rows) -> None:
 def test_after_any_shots_too(network, shots, some, chosen) -> None:
     some = [after_shots(shots, each) for each in some]
     require_same_as_on_cpu(lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen)], network)
+
+
+@few
+@given(networks, st.lists(prompts(longest_text=12), min_size=4, max_size=9), options(longest=6), st.integers(1, 4))
+def test_a_graphs_texts_are_the_eager_steps(network, some, chosen, rows) -> None:
+    with device():
+        moved_network = moved(network)
+        graph, eager = (texts(moved_network, some, chosen, rows, eager=eager) for eager in (False, True))
+    assert alike(eager, graph), (eager, graph)
 
 
 @few
@@ -204,8 +214,7 @@ def test_waits_are_for_the_engines_own_device() -> None:
         if gpu is None:
             pytest.skip("counted on the device in software")
         engine = Engine(moved(MODELS[0], 1), VOCABULARY, 2)
-        engine.waits = True
         gpu.clear()
-        with engine.timed("decode"):
+        with engine.timed_on_device(), engine.timed("decode"):
             pass
         assert [wait.kind for wait in gpu.waits] == ["synchronize"]
