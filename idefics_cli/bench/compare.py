@@ -25,7 +25,6 @@ from idefics_cli.engine.engine import PhaseTimes
 from idefics_cli.engine.options import DecodingOptions, Hypothesis
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.scheduler import stream
-from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.errors import IdeficsError, first_error
 from idefics_cli.model.joined_linear import join_linears
 from idefics_cli.model.packed_linear import pack_linears
@@ -142,16 +141,11 @@ class Bench:
         with measured(self.device) if metered else nullcontext(MemoryUse()) as memory:
             for first in range(0, len(order), self.options.batch_size):
                 batch = order[first : first + self.options.batch_size]
-                inputs = self._inputs([prompts[index] for index in batch])
+                inputs = self.subject.inputs([prompts[index] for index in batch])
                 started = self._now()
                 texts |= zip(batch, self._generate(inputs, decoding or self.options.texts, with_scores), strict=True)
                 seconds += self._now() - started
         return Run(prompts, [texts[index] for index in range(len(prompts))], seconds, memory)
-
-    def _inputs(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
-        table = self.subject.pixel_of_byte
-        shown = [replace(each, pixels=tuple(pixel_values(torch.stack(each.pixels), table))) for each in prompts]
-        return reference.collate(shown, self.subject.vocabulary, self.subject.image_size)
 
     def _generate(self, inputs: dict[str, Tensor], options: DecodingOptions, with_scores: bool) -> Iterable[Text]:
         tensors = {name: value.to(self.device) for name, value in inputs.items()}
@@ -169,7 +163,7 @@ class Bench:
     def score(self, prompt: EncodedPrompt, token_ids: tuple[int, ...]) -> float:
         """The text's score by one forward pass of transformers' model."""
         options = self.options.texts
-        inputs = self._inputs([EncodedPrompt([*prompt.input_ids, *token_ids], prompt.pixels)])
+        inputs = self.subject.inputs([EncodedPrompt([*prompt.input_ids, *token_ids], prompt.pixels)])
         tensors = {name: value.to(self.device) for name, value in inputs.items()}
         logits = self.theirs(**tensors, use_cache=False).logits[0, len(prompt.input_ids) - 1 :].float()
         log_probabilities = logits.log_softmax(dim=-1)  # (tokens + 1, vocabulary)

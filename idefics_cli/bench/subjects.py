@@ -7,6 +7,7 @@ Shots are the same in all draws, the images asked about are always new. This mod
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,8 @@ from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import Vocabulary
 from idefics_cli.engine.prompt_source import EncodedPrompt
+from idefics_cli.engine.reference import collate
+from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.errors import IdeficsError
 from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.preprocess import ImageProcessor
@@ -191,6 +194,12 @@ class Subject:
 
     def engine(self, batch_size: int, eager: bool = False, attention: str = "auto") -> Engine:
         return Engine(self.model, self.vocabulary, batch_size, eager, self.pixel_of_byte, attention)
+
+    def inputs(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
+        """What transformers' model takes, as `collate` has it."""
+        table = self.pixel_of_byte
+        shown = [replace(each, pixels=tuple(pixel_values(torch.stack(each.pixels), table))) for each in prompts]
+        return collate(shown, self.vocabulary, self.image_size)
 
     @property
     def image_size(self) -> int:

@@ -39,7 +39,6 @@ from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import app as cli
 from idefics_cli.engine.engine import PhaseTimes
 from idefics_cli.engine.options import DecodingOptions
-from idefics_cli.engine.reference import collate
 from idefics_cli.errors import IdeficsError
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 
@@ -75,7 +74,7 @@ def test_transformers_computes_the_same_from_the_same_weights() -> None:
     theirs = transformers_model(subject.model)
     ours = subject.model.state_dict()
     assert all(weight.data_ptr() == ours[name].data_ptr() for name, weight in theirs.state_dict().items())
-    inputs = collate(subject.prompts.draw(0), subject.vocabulary, subject.image_size)
+    inputs = subject.inputs(subject.prompts.draw(0))
     with torch.inference_mode():
         logits, expected = subject.model(**inputs).logits, theirs(**inputs).logits
     torch.testing.assert_close(logits[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
@@ -237,7 +236,7 @@ def test_vision_is_what_the_network_multiplies(bench: Bench) -> None:
 
 
 def test_a_decode_step_is_what_the_network_multiplies(bench: Bench) -> None:
-    inputs = collate(bench.draw(0)[:1], bench.subject.vocabulary, bench.subject.image_size)
+    inputs = bench.subject.inputs(bench.draw(0)[:1])
     model = bench.theirs
 
     def flops(num_tokens: int) -> int:
