@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What to measure first on a CUDA GPU, in five calls of under ten minutes each, from a checkout's root:
+# What to measure first on a CUDA GPU, in six calls of under ten minutes each, from a checkout's root:
 #   OUT=gpu-results bash benchmarks/gpu.sh A    versions, correctness, 0-shot beside transformers
 #   OUT=gpu-results bash benchmarks/gpu.sh B    4-shot beside transformers, 32 shots
 #   OUT=gpu-results bash benchmarks/gpu.sh C    running out of memory, the demo from end to end

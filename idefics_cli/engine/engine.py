@@ -56,8 +56,7 @@ class Engine:
     Latents, images' keys and values, and prefixes are kept from one stream to the next, within bounds. On CUDA a decode
     step is one graph, unless it is to be `eager`, and its `attention` one kernel ("triton"), or torch's ("sdpa");
     "auto" takes the former where it can. Streams may run side by side, in several threads too: each takes its
-    `turn` for one step.
-    Images are pixels, or bytes with the table `pixel_of_byte` (3, 256).
+    `turn` for one step. Images are pixels, or bytes with the table `pixel_of_byte` (3, 256).
     """
 
     def __init__(

@@ -32,7 +32,7 @@ ONE_TEST = "tests/device/test_on_device.py::test_a_step_is_one_graph"
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the script itself runs there")
-@pytest.mark.parametrize("call", "ABCDE")
+@pytest.mark.parametrize("call", "ABCDEF")
 def test_the_script_runs_to_its_end(call: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
     folders = {"root": str(ROOT), "device": str(ROOT / "tests/device"), "engine": str(ROOT / "tests/engine")}
