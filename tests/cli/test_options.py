@@ -204,7 +204,10 @@ def test_every_shard_is_read(place: int, more: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "1/0", "-1/4", "1/4/4", "a/b", "1.0/4", "１/４", " 1/4"])
 def test_invalid_shards(text: str) -> None:
-    with pytest.raises(IdeficsError, match=r"^invalid shard '.*': expected I/N with 1 <= I <= N$"):
+    said = (
+        "shards are counted from 1, as 1/4 for the first" if text == "0/4" else "expected I/N with 1 <= I <= N, or auto"
+    )
+    with pytest.raises(IdeficsError, match=rf"^invalid shard '.*': {said}$"):
         parse_shard(text)
 
 
