@@ -67,7 +67,10 @@ def test_help_and_pages_name_the_same_options() -> None:
         for name, command in COMMANDS.items()
     }
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
-    named = set(re.findall(r"(?<![\w-])--?[a-z0][a-z-]*", pages)) - {"--nproc-per-node"}  # torchrun's
+    named = set(re.findall(r"(?<![\w-])--?[a-z0][a-z-]*", pages)) - {
+        "--nproc-per-node",
+        "--beside",
+    }  # torchrun's, a benchmark's
     assert not {flag for flag in named if flag.startswith("--")} - set().union(*options.values())
     for command in "caption", "vqa", "generate", "embed", "info":
         for parameter in COMMANDS[command].params:
