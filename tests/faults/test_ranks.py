@@ -16,7 +16,7 @@ from conftest import save_image
 from in_ranks import codes_of, start
 from tiny_models import save_checkpoint
 
-NUM_IMAGES = 40
+NUM_IMAGES = 80
 STEP_SECONDS = 0.1  # longer in all than the others take to notice that one ends
 
 
