@@ -323,7 +323,8 @@ def merge_final(
     if rules.options.early_stopping is True:
         closed = closed | state.is_final.all(dim=1)
     penalised = scores / rules.penalties[length.clamp(max=rules.options.max_new_tokens)][:, None]
-    penalised = penalised + (~ends_now).float() * NEVER + closed[:, None].float() * NEVER
+    penalised = penalised + (~ends_now).float() * NEVER
+    penalised = penalised.masked_fill(closed[:, None], -torch.inf)  # NaN, too
     merged_scores = torch.cat([state.final_scores, penalised], dim=1)
     best = merged_scores.topk(beams, dim=1).indices  # (rows, beams)
     merged_tokens = torch.cat([state.final_tokens, sequences], dim=1)

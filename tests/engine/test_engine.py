@@ -388,6 +388,25 @@ def test_a_prompt_whose_numbers_overflow_leaves_the_others_their_texts(
         assert_same(texts, wanted)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_text_that_is_over_stays_whatever_is_computed_after_it(
+    num_beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ends with its first token runs a step longer, since the host has not asked yet."""
+    step, spoilt = scheduler.step, []
+
+    def ending(logits, state, rules, context):
+        is_first = (state.length == 0)[:, None, None]
+        logits = torch.where(is_first, logits.index_fill(2, rules.end_ids, 1e3), logits)
+        spoilt.append(state.done.sum().item())
+        return step(torch.where(state.done[:, None, None], torch.nan, logits), state, rules, context)
+
+    monkeypatch.setattr(scheduler, "step", ending)
+    chosen = DecodingOptions(num_beams=num_beams, max_new_tokens=6, early_stopping=num_beams > 1)
+    got = decode(engine(MODELS[0], 3), some_prompts(7), chosen)
+    assert [texts[0].token_ids for texts in got] == [()] * 7 and sum(spoilt)
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("rows", [1, 2, 3, 20])
 @pytest.mark.parametrize("where", ["image", "image at the end", "first of two images", "first token", "later token"])
