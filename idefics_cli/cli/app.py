@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from idefics_cli import __version__
 from idefics_cli.bench.options import BenchOptions
@@ -41,7 +42,7 @@ from idefics_cli.cli.console import (
 from idefics_cli.cli.options import flattened
 from idefics_cli.errors import IdeficsError
 from idefics_cli.evaluation.options import ScoreOptions
-from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.pipeline.options import RAY_ADDRESS, RunOptions
 from idefics_cli.ranks import is_first, is_launched, join, joined, leave_signals_to_first
 from idefics_cli.report.options import ReportOptions
 from idefics_cli.storage.filenames import counted
@@ -107,7 +108,16 @@ def idefics(
             raise IdeficsError(f"torchrun is for {', '.join(RUNS)}: run {context.invoked_subcommand} without it")
 
 
-@app.command()
+class RunCommand(TyperCommand):
+    """`--ray` may stand alone. What comes next is its address only where it looks like one, and an input otherwise."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        given = zip(args, [*args[1:], ""], strict=True)
+        named = [f"{arg}=" if arg == "--ray" and not RAY_ADDRESS.fullmatch(then) else arg for arg, then in given]
+        return super().parse_args(context, named)
+
+
+@app.command(cls=RunCommand)
 @flattened("questions", "question_column", task="caption", max_new_tokens=30)
 def caption(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     """Describe images: one row for each, in input order.
@@ -119,7 +129,7 @@ def caption(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> No
     _ask(run, options, signals)
 
 
-@app.command()
+@app.command(cls=RunCommand)
 @flattened(task="vqa", max_new_tokens=15)
 def vqa(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     """Answer questions about images: those of a manifest's column `question`, or the same with -q about every image.
@@ -130,7 +140,7 @@ def vqa(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     _ask(run, options, signals)
 
 
-@app.command()
+@app.command(cls=RunCommand)
 @flattened("answers_column", max_new_tokens=100)
 def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and images, or a conversation.
@@ -144,7 +154,7 @@ def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> Non
     _run(run, partial(Generate, options), signals)
 
 
-@app.command()
+@app.command(cls=RunCommand)
 @flattened(
     *("answers_column", "sidecar", "sidecar_existing", "sidecar_ext", "allow_no_image", "show_prompt", "format"),
 )
@@ -371,19 +381,22 @@ def _run_units(
     """The parts of a folder, and whether there was anything to do."""
     from idefics_cli.pipeline.run import Run
     from idefics_cli.scale.processes import Crew, processes_for
+    from idefics_cli.scale.ray import do_on_cluster, require_ray
     from idefics_cli.scale.units import Done, Job, Units, drive, require_units
 
     require_units(options)
+    if options.ray is not None:
+        require_ray(options)
     shard = options.reading.shard or (1, 1)
     options = replace(options, reading=replace(options.reading, shard=None))
     job = Job(options, make_task, check_model, load_model)
 
-    def do(units: Units) -> Iterator[Done]:
+    def do_here(units: Units) -> Iterator[Done]:
         with Crew(job, processes_for(options), progress) as crew:
             yield from crew.do(units.missing(), units.part)
 
     run = Run(options, make_task(), check_model, load_model, stats, progress)
-    summary = drive(run, shard, do)
+    summary = drive(run, shard, do_here if options.ray is None else partial(do_on_cluster, job, progress))
     if summary is None and not stats.stopped_early:
         progress.say(f"Other parts of {options.output} are not done yet: those of other shards.")
     if summary is not None and summary.repeated:

@@ -14,6 +14,7 @@ from idefics_cli.validation import Help
 
 STDIN = STDOUT = "-"
 UNIT_ROWS = 4096
+RAY_ADDRESS = re.compile(r"auto|local|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 
 
 def parse_batch_size(text: str) -> int | None:
@@ -29,6 +30,15 @@ def parse_suffix(text: str) -> str:
     """Of files that stand beside images, and are not images themselves."""
     if not re.fullmatch(r"\.[\w.+-]*[\w+-]", text) or IMAGE_SUFFIX.search(text):
         raise IdeficsError(f"invalid suffix {text!r}: expected one such as .caption, and not one of images")
+    return text
+
+
+def parse_ray_address(text: str) -> str:
+    """Empty: whatever there is."""
+    if text and not RAY_ADDRESS.fullmatch(text):
+        raise IdeficsError(
+            f"invalid address {text!r}: expected local, auto or HOST:PORT of a cluster that this machine is in"
+        )
     return text
 
 
@@ -63,6 +73,14 @@ class RunOptions:
     processes: Annotated[
         int | None,
         Help("Processes with a model each that work on a folder's parts", min=1, max=1024, default="one for each GPU"),
+    ] = None
+    ray: Annotated[
+        str | None,
+        Help(
+            "Work on a folder's parts by a Ray cluster: the one at ADDRESS, else one that runs here, else this machine",
+            metavar="[ADDRESS]",
+            parse=parse_ray_address,
+        ),
     ] = None
     request: ModelRequest = field(default_factory=ModelRequest)
     reading: ReadOptions = field(default_factory=ReadOptions)
@@ -136,6 +154,7 @@ class RunOptions:
             f"--format {self.format}": self.format in ("jsonl", "parquet"),
             "--unit-rows": self.unit_rows != UNIT_ROWS,
             "--processes": self.processes is not None,
+            "--ray": self.ray is not None,
         }
         for flag in (flag for flag, is_given in given.items() if is_given):
             raise IdeficsError(f"{flag} has no effect on a single output: name a folder for parts with -o DIR/")
