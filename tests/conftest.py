@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # Read when torch is imported. Tiny networks gain nothing by threads, and lose much where other work needs the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when Ray begins a cluster, which would write a token into the home folder.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of the tests" * 4}
 
 
 @pytest.fixture(autouse=True, scope="session")

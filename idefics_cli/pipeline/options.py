@@ -36,9 +36,7 @@ def parse_suffix(text: str) -> str:
 def parse_ray_address(text: str) -> str:
     """Empty: whatever there is."""
     if text and not RAY_ADDRESS.fullmatch(text):
-        raise IdeficsError(
-            f"invalid address {text!r}: expected local, auto or HOST:PORT of a cluster that this machine is in"
-        )
+        raise IdeficsError(f"invalid address {text!r}: expected local, auto or the HOST:PORT of a cluster's head")
     return text
 
 

@@ -11,11 +11,13 @@ import logging
 import os
 import pickle
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
+from socket import create_connection, gaierror
 from typing import Any
 
 from idefics_cli import __version__
@@ -28,8 +30,8 @@ from idefics_cli.storage.unit_folder import UnitFolder
 
 WAVE = 2048  # units: models are loaded again in the next
 RETRIES = 3
+ANSWER_SECONDS = 10.0
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-HANDLED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def require_ray(options: RunOptions) -> None:
@@ -104,29 +106,50 @@ def _actors(options: RunOptions, num_units: int) -> tuple[int, float]:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[None]:
+def _connected(address: str) -> Iterator[None]:
     """To the cluster at the address; without one, to that which runs here, else to one of this machine alone."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
-    import ray.data
+    from ray.data import DataContext
 
     for name in "ray", "ray.data":
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    context = ray.data.DataContext.get_current()
+    warnings.filterwarnings("ignore", module=__name__)  # of options that Ray is to have under other names
+    context = DataContext.get_current()
     context.max_errored_blocks, context.enable_progress_bars, context.print_on_execution_start = 0, False, False
-    is_ours, handlers = not ray.is_initialized(), [signal.getsignal(number) for number in HANDLED]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        if is_ours:
+        _require_answer(address)
+        with _hushed():
             ray.init(address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
-            for number, handler in zip(HANDLED, handlers, strict=True):
-                signal.signal(number, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         yield
-    except ConnectionError as error:
-        raise IdeficsError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
+    except (ConnectionError, TimeoutError, gaierror) as error:
+        raise IdeficsError(
+            f"no Ray cluster at {address or 'hand'} ({str(error).splitlines()[0]}): look at its address"
+        ) from error
     finally:
-        if is_ours:
-            ray.shutdown()
+        ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if host:
+        create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Ray says how loud it will be, whatever that is."""
+    with open(os.devnull, "w") as nothing, os.fdopen(os.dup(2), "w") as before:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before.fileno(), 2)
 
 
 # ---- on the cluster

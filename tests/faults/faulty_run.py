@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -129,6 +130,24 @@ def unbuffered(path: Any, mode: str = "r", **options: Any) -> Any:
     return io.BufferedWriter(File(path, "wb"))
 
 
+def load_fake(settings: Settings, request: object, batch_size: int | None) -> FakeCaptioner:
+    """In place of `load_model`. Other processes find it by its name."""
+
+    def logged(text: str) -> str:
+        if text == settings.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if settings.log:
+            with open(settings.log, "a") as log:
+                log.write(f"{text}\n")
+        return text
+
+    return FakeCaptioner(batch_size or settings.batch_size, delay=settings.delay, answer=logged)
+
+
+def digest_of_fake(settings: Settings, request: object) -> str | None:
+    return settings.weights
+
+
 def main(arguments: list[str], settings: Settings) -> NoReturn:
     writers.COMMIT_ROWS, writers.COMMIT_SECONDS = settings.commit_rows, settings.commit_seconds
     if settings.file_limit is not None:
@@ -140,23 +159,12 @@ def main(arguments: list[str], settings: Settings) -> NoReturn:
         Shim(settings.fault).install()
     if settings.changes is not None:
         Recorder(*settings.changes).install()
-    cli.check_model = lambda request: settings.weights
+    cli.check_model = partial(digest_of_fake, settings)
     idefics_cli.__version__ = cli.__version__ = settings.version
 
     processes.START = "fork"  # with the fake captioner
 
-    def logged(text: str) -> str:
-        if text == settings.fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if settings.log:
-            with open(settings.log, "a") as log:
-                log.write(f"{text}\n")
-        return text
-
-    def load(request: object, batch_size: int | None) -> FakeCaptioner:
-        return FakeCaptioner(batch_size or settings.batch_size, delay=settings.delay, answer=logged)
-
-    cli.load_model = load
+    cli.load_model = partial(load_fake, settings)
     sys.argv = ["idefics", *arguments]
     console_script.main()
     raise AssertionError("the command line came back")

@@ -1,0 +1,176 @@
+"""Units on a Ray cluster: the rows are those of one process, whatever dies."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import expected_text, save_image
+from faulty_run import Settings, digest_of_fake, load_fake
+from runs import KILLED, Bench, slow, wait_for
+from test_unit_faults import bench, is_alive, parts, start, verify, workers  # noqa: F401 (bench is a fixture)
+from test_units import COMMANDS, inputs, joined, left_over  # noqa: F401 (inputs is a fixture)
+from typer.testing import CliRunner, Result
+
+from idefics_cli.cli import app as cli
+from idefics_cli.errors import IdeficsError
+from idefics_cli.pipeline.options import parse_ray_address
+from idefics_cli.scale import ray as scale_ray
+from idefics_cli.scale.claims import Claim
+from idefics_cli.storage.unit_folder import UnitFolder
+
+PACKAGE = Path(cli.__file__).parents[1]
+Run = Callable[..., Result]
+HERE = {"num_cpus": 2, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of one of two processors, which lasts for all tests."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    made = cluster_utils.Cluster(True, head_node_args=HERE)
+    yield f"127.0.0.1:{made.address.rpartition(':')[2]}"
+    made.shutdown()
+
+
+@pytest.fixture
+def run_fake(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line in this process, with a fake model that other processes find, too."""
+
+    def invoke(*arguments: object, settings: Settings = Settings()) -> Result:  # noqa: B008
+        monkeypatch.setattr(cli, "check_model", partial(digest_of_fake, settings))
+        monkeypatch.setattr(cli, "load_model", partial(load_fake, settings))
+        return CliRunner().invoke(cli.app, [str(each) for each in arguments])
+
+    return invoke
+
+
+def descendants(pid: int) -> list[int]:
+    return [each for child in workers(pid) for each in (child, *descendants(child))]
+
+
+def in_actors(pid: int) -> list[int]:
+    """Actors below a process, and the processes that have their models."""
+    found = []
+    for each in descendants(pid):
+        with suppress(OSError):
+            command = Path(f"/proc/{each}/cmdline").read_bytes()
+            if command.startswith(b"ray::") and b"MapBatches" in command:
+                found += [each, *descendants(each)]
+    return found
+
+
+def test_only_one_module_imports_ray() -> None:
+    def imported(tree: ast.AST) -> set[str]:
+        nodes = list(ast.walk(tree))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "ray" for name in imported(ast.parse(path.read_text())))
+    }
+    assert found == {"scale/ray.py"}
+
+
+def test_what_is_refused(
+    refused: Callable[..., str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--ray has no effect on a single output" in refused("caption", "--ray", photos, "-o", tmp_path / "f.jsonl")
+    assert "invalid address 'host'" in refused("caption", photos, "--ray=host", "-o", f"{tmp_path}/parts/")
+    assert "--device cuda in place" in refused("caption", photos, "--ray", "-o", tmp_path, "--device", "cuda:1")
+    monkeypatch.setattr(scale_ray, "find_spec", lambda name: None)
+    said = refused("caption", photos, "--ray", "-o", tmp_path)
+    assert said.startswith("Error: --ray needs an extra: pip install 'idefics-cli[ray]'")
+
+
+@pytest.mark.parametrize("text", ["", "auto", "local", "10.0.0.1:6379", "head.cluster:6379", "[fe80::1]:6379"])
+def test_addresses(text: str) -> None:
+    assert parse_ray_address(text) == text
+    with pytest.raises(IdeficsError, match="expected local, auto or the HOST:PORT"):
+        parse_ray_address(f"ray://{text}")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "unit_rows"),
+    [(tuple(COMMANDS), 45), *(pytest.param((kind,), n, marks=slow) for kind in COMMANDS for n in (1, 7, 50, 4096))],
+)
+def test_parts_are_the_rows_of_one_process(
+    run_fake: Run,
+    cluster: str,
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+    kinds: tuple[str, ...],
+    unit_rows: int,
+) -> None:
+    names = [inputs / COMMANDS[kind][0] for kind in kinds]
+    kept = COMMANDS[kinds[0]][1:] if len(kinds) == 1 else ()
+    command = "caption", *names, *kept, "--format", "jsonl", "--unit-rows", unit_rows
+    alone = run_fake("caption", *names, *kept, "-o", tmp_path / "alone.jsonl")
+    assert alone.exit_code == 3, alone.output
+    result = run_fake(*command, "-o", f"{tmp_path}/parts/", "--ray", cluster)
+    assert result.exit_code == 3, result.output
+    assert joined(tmp_path / "parts") == (tmp_path / "alone.jsonl").read_bytes()
+    assert left_over(tmp_path / "parts") == {"_run.json", "_summary.json"}
+    assert result.stderr.splitlines()[:-1] == alone.stderr.splitlines()[:-1]  # all but the time
+    again = run_fake(*command, "-o", f"{tmp_path}/parts/")
+    assert again.exit_code == 3 and "is finished" in again.stderr
+
+
+def test_a_row_that_ends_its_process_costs_itself_only(run_fake: Run, cluster: str, tmp_path: Path) -> None:
+    for i in range(6):
+        save_image(tmp_path / f"images/{i}.png", i)
+    settings = Settings(fatal=expected_text(tmp_path / "images/3.png"))
+    options = "-o", f"{tmp_path}/parts/", "--format", "jsonl", "--unit-rows", 2, "--ray", cluster
+    result = run_fake("caption", tmp_path / "images", *options, settings=settings)
+    assert result.exit_code == 3 and "process_died: 1 row: 3.png" in result.stderr, result.output
+    assert joined(tmp_path / "parts").count(b"image ") == 5
+    assert left_over(tmp_path / "parts") == {"_run.json", "_summary.json"}
+
+
+def test_a_mistake_on_the_cluster_is_one_line(run_fake: Run, cluster: str, photos: Path, tmp_path: Path) -> None:
+    """And a second driver on the folder is refused."""
+    options = "-o", f"{tmp_path}/parts/", "--ray", cluster
+    command = "caption", photos, *options, "--keep", "x"
+    folder = UnitFolder(f"{tmp_path}/parts/")
+    folder.make()
+    with Claim(folder):
+        second = run_fake("caption", photos, *options)
+    assert second.exit_code == 2 and "another run is at work on" in second.stderr, second.output
+    assert run_fake(*command).exit_code == 2
+    for path in photos.rglob("*.*"):
+        path.write_bytes(b"no image")
+    result = run_fake("caption", photos, *options)
+    assert result.exit_code == 2 and "--image-column" not in result.stdout, result.output
+
+
+@pytest.mark.parametrize(
+    ("number", "kills"),
+    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 1, marks=slow), pytest.param(None, 5, marks=slow)],
+)
+def test_drivers_that_are_stopped_or_killed(bench: Bench, cluster: str, number: int | None, kills: int) -> None:  # noqa: F811
+    """Their actors end with them, and what they have begun is finished another way."""
+    for _ in range(kills):
+        before = len(parts(bench))
+        started = start(bench, "--ray", cluster, settings=Settings(delay=0.3))
+        wait_for(lambda before=before: len(parts(bench)) > before, 120)
+        mine = in_actors(os.getpid())
+        started.send(number or signal.SIGKILL)
+        ended = started.wait(30)
+        assert mine and ended.code == (128 + number if number else KILLED), ended.stderr
+        if number:
+            assert "The same command continues from there" in ended.said
+            assert {path.name for path in bench.output.iterdir()} - {path.name for path in parts(bench)} == {
+                "_run.json"
+            }
+        wait_for(lambda mine=mine: not any(map(is_alive, mine)))
+    for place in 3, 1, 2:
+        assert start(bench, "--shard", f"{place}/3").wait().code in (0, 3)
+    verify(bench)
