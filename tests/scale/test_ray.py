@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import os
+import random
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import expected_text, save_image
 from faulty_run import Settings, digest_of_fake, load_fake
-from runs import KILLED, Bench, slow, wait_for
+from runs import KILLED, Bench, make_bench, slow, wait_for
 from test_unit_faults import bench, is_alive, parts, start, verify, workers  # noqa: F401 (bench is a fixture)
 from test_units import COMMANDS, inputs, joined, left_over  # noqa: F401 (inputs is a fixture)
 from typer.testing import CliRunner, Result
@@ -22,8 +26,6 @@ from idefics_cli.cli import app as cli
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import parse_ray_address
 from idefics_cli.scale import ray as scale_ray
-from idefics_cli.scale.claims import Claim
-from idefics_cli.storage.unit_folder import UnitFolder
 
 PACKAGE = Path(cli.__file__).parents[1]
 Run = Callable[..., Result]
@@ -34,7 +36,9 @@ HERE = {"num_cpus": 2, "include_dashboard": False}
 def cluster() -> Iterator[str]:
     """The address of one of two processors, which lasts for all tests."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
-    made = cluster_utils.Cluster(True, head_node_args=HERE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        made = cluster_utils.Cluster(True, head_node_args=HERE)
     yield f"127.0.0.1:{made.address.rpartition(':')[2]}"
     made.shutdown()
 
@@ -135,20 +139,19 @@ def test_a_row_that_ends_its_process_costs_itself_only(run_fake: Run, cluster: s
     assert left_over(tmp_path / "parts") == {"_run.json", "_summary.json"}
 
 
-def test_a_mistake_on_the_cluster_is_one_line(run_fake: Run, cluster: str, photos: Path, tmp_path: Path) -> None:
-    """And a second driver on the folder is refused."""
-    options = "-o", f"{tmp_path}/parts/", "--ray", cluster
-    command = "caption", photos, *options, "--keep", "x"
-    folder = UnitFolder(f"{tmp_path}/parts/")
-    folder.make()
-    with Claim(folder):
-        second = run_fake("caption", photos, *options)
-    assert second.exit_code == 2 and "another run is at work on" in second.stderr, second.output
-    assert run_fake(*command).exit_code == 2
-    for path in photos.rglob("*.*"):
-        path.write_bytes(b"no image")
-    result = run_fake("caption", photos, *options)
-    assert result.exit_code == 2 and "--image-column" not in result.stdout, result.output
+def load_nothing(request: object, batch_size: int | None) -> None:
+    raise IdeficsError("the weights are not on this machine: copy them")
+
+
+def test_a_mistake_on_the_cluster_is_one_line(
+    cluster: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "check_model", partial(digest_of_fake, Settings()))
+    monkeypatch.setattr(cli, "load_model", load_nothing)
+    result = CliRunner().invoke(cli.app, ["caption", str(photos), "-o", f"{tmp_path}/parts/", "--ray", cluster])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.strip() == "Error: the weights are not on this machine: copy them."
+    assert left_over(tmp_path / "parts") == {"_run.json"}
 
 
 @pytest.mark.parametrize(
@@ -158,9 +161,11 @@ def test_a_mistake_on_the_cluster_is_one_line(run_fake: Run, cluster: str, photo
 def test_drivers_that_are_stopped_or_killed(bench: Bench, cluster: str, number: int | None, kills: int) -> None:  # noqa: F811
     """Their actors end with them, and what they have begun is finished another way."""
     for _ in range(kills):
-        before = len(parts(bench))
+        before = len(parts(bench)) + 3 * bool(number)  # of one at least the driver has heard
         started = start(bench, "--ray", cluster, settings=Settings(delay=0.3))
         wait_for(lambda before=before: len(parts(bench)) > before, 120)
+        second = start(bench, "--ray", cluster).wait()
+        assert second.code == 2 and "another run is at work on" in second.said, second.stderr
         mine = in_actors(os.getpid())
         started.send(number or signal.SIGKILL)
         ended = started.wait(30)
@@ -174,3 +179,54 @@ def test_drivers_that_are_stopped_or_killed(bench: Bench, cluster: str, number: 
     for place in 3, 1, 2:
         assert start(bench, "--shard", f"{place}/3").wait().code in (0, 3)
     verify(bench)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kills_of_actors_and_drivers_of_a_long_run(tmp_path: Path) -> None:
+    """Each driver has a cluster of its own, which ends with it."""
+    made = make_bench(tmp_path, 5000, ".jsonl", output=tmp_path / "captions/x")
+    made = replace(made, output=tmp_path / "captions")
+    options, settings = ("--processes", "2", "--unit-rows", "100"), Settings(delay=0.1)
+    chance, kills = random.Random(0), 0
+    for _ in range(5):
+        before = len(parts(made))
+        started = start(made, *options, "--ray", "local", settings=settings)
+        wait_for(lambda before=before: len(parts(made)) > before, 120)
+        for _ in range(4):
+            time.sleep(chance.uniform(0.5, 2))
+            if found := in_actors(started.process.pid):
+                os.kill(chance.choice(found), signal.SIGKILL)
+                kills += 1
+        time.sleep(chance.uniform(1, 4))
+        mine = in_actors(started.process.pid)
+        os.kill(started.process.pid, signal.SIGKILL)
+        assert started.wait().code == KILLED
+        wait_for(lambda mine=mine: not any(map(is_alive, mine)))
+    assert kills >= 18 and len(parts(made)) < 50
+    ended = start(made, *options).wait(300)
+    assert ended.code == 3, ended.stderr
+    verify(made)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_machine_that_is_lost(bench: Bench, run_fake: Run, gpus: int) -> None:  # noqa: F811
+    """One of four, with its actor, in the middle."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        made = Cluster(True, head_node_args={**HERE, "num_gpus": gpus})
+        nodes = [made.add_node(num_cpus=1, num_gpus=gpus) for _ in range(3)]
+    try:
+        address = f"127.0.0.1:{made.address.rpartition(':')[2]}"
+        started = start(bench, "--ray", address, "--unit-rows", "2", settings=Settings(delay=1.0))
+        wait_for(lambda: len(parts(bench)) > 3, 120)
+        made.remove_node(nodes[-1], allow_graceful=False)
+        ended = started.wait(240)
+        assert ended.code == 3, ended.stderr
+        verify(bench)
+    finally:
+        made.shutdown()
