@@ -70,7 +70,8 @@ def test_help_and_pages_name_the_same_options() -> None:
     named = set(re.findall(r"(?<![\w-])--?[a-z0][a-z-]*", pages)) - {
         "--nproc-per-node",
         "--beside",
-    }  # torchrun's, a benchmark's
+        *("--address", "--head", "--port"),
+    }  # torchrun's, a benchmark's, Ray's
     assert not {flag for flag in named if flag.startswith("--")} - set().union(*options.values())
     for command in "caption", "vqa", "generate", "embed", "info":
         for parameter in COMMANDS[command].params:

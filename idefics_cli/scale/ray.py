@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,6 @@ from itertools import islice
 from socket import create_connection, gaierror
 from typing import Any
 
-from idefics_cli import __version__
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer
@@ -81,7 +81,7 @@ def _ends(job: Job, units: Units, wave: list[Unit]) -> Iterator[tuple[Done | Exc
     items = [{"unit": pickle.dumps((unit, pickle.dumps(units.part(unit))))} for unit in wave]
     ended = from_items(items, override_num_blocks=len(items)).map_batches(
         Actor,
-        fn_constructor_args=(job, os.getcwd(), os.environ.get("OMP_NUM_THREADS"), __version__),
+        fn_constructor_args=(job, os.getcwd(), os.environ.get("OMP_NUM_THREADS"), _version()),
         batch_size=1,
         compute=ActorPoolStrategy(min_size=1, initial_size=number, max_size=number, max_tasks_in_flight_per_actor=1),
         num_gpus=gpus,
@@ -152,6 +152,10 @@ def _hushed() -> Iterator[None]:
             os.dup2(before.fileno(), 2)
 
 
+def _version() -> str:
+    return sys.modules["idefics_cli"].__version__
+
+
 # ---- on the cluster
 
 
@@ -183,8 +187,8 @@ class Actor(Observer):
     def _require_place(self) -> None:
         """What the machine must have."""
         where = f"on the machine {os.uname().nodename}"
-        if self._version != __version__:
-            raise IdeficsError(f"version {__version__} is installed {where}, and {self._version} here: install one")
+        if self._version != _version():
+            raise IdeficsError(f"version {_version()} is installed {where}, and {self._version} here: install one")
         output = self._job.options.output
         if UnitFolder(output).header is None:
             raise IdeficsError(f"{output} is not there {where}: name a folder that all machines share, or a remote one")
