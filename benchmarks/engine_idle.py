@@ -33,8 +33,8 @@ from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import EncodedPrompt, IterableSource
 from idefics_cli.engine.scheduler import Scheduler, stream
 from idefics_cli.errors import RowError
-from idefics_cli.idefics import Idefics
 from idefics_cli.images.worker_pool import WorkerPool
+from idefics_cli.loaded_model import LoadedModel
 from idefics_cli.model.packed_linear import pack_linears
 from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, Steps, run_rows
 from idefics_cli.rows import ImageOptions, InputRow
@@ -120,7 +120,7 @@ def measure_beside(most: int, device: str) -> dict[str, Any]:
     """Milliseconds of a decode step of the demo model, 8 rows of 3 beams, and prompts encoded meanwhile, by threads.
     Alone and beside them in turn: the machine's pace changes."""
     torch.set_num_threads(1)
-    model = Idefics.from_pretrained("demo", device=device, batch_size=8)
+    model = LoadedModel.from_pretrained("demo", device=device, batch_size=8)
     decoding = DecodingOptions(3, 1000, min_new_tokens=1000)
     prompts = IterableSource([model.encode([*PROMPT, str(number)], 1000) for number in range(8)])
     scheduler = Scheduler(model.engine, prompts, decoding, model.engine.vocabulary)
@@ -133,7 +133,7 @@ def measure_beside(most: int, device: str) -> dict[str, Any]:
     return report
 
 
-def beside_once(scheduler: Scheduler, model: Idefics, threads: int) -> tuple[float, float, float]:
+def beside_once(scheduler: Scheduler, model: LoadedModel, threads: int) -> tuple[float, float, float]:
     alone, stop, counts = step_milliseconds(scheduler), threading.Event(), [0] * threads
 
     def encode(thread: int) -> None:

@@ -92,12 +92,12 @@ def run_once(arguments: list[str], stop_at: int | None = None) -> dict[str, Any]
     """`idefics` with these arguments, to its end or until `stop_at` rows are out; seconds, rows and bytes."""
     import torch
 
-    from idefics_cli import idefics
+    from idefics_cli import loaded_model
     from idefics_cli.bench.memory import reset_resident_peak, resident_bytes, resident_peak
     from idefics_cli.cli.app import app
     from idefics_cli.result import Result
 
-    class Echo(idefics.Idefics):
+    class Echo(loaded_model.LoadedModel):
         """The demo model, with texts and images that cost nothing. Counts the rows."""
 
         def image_workers(self, *options: Any, **more: Any) -> Any:
@@ -130,7 +130,7 @@ def run_once(arguments: list[str], stop_at: int | None = None) -> dict[str, Any]
                     count(next(rows))
 
     model = Echo.from_pretrained("demo", batch_size=64)
-    idefics.Idefics.from_pretrained = staticmethod(lambda *options, **more: model)
+    loaded_model.LoadedModel.from_pretrained = staticmethod(lambda *options, **more: model)
     rows, first_row, memory = itertools.count(1), [], {}
 
     def count(number: int) -> None:

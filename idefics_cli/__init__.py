@@ -13,7 +13,7 @@ from idefics_cli.prompts.templates import Shot
 from idefics_cli.result import Candidate, Result
 
 if TYPE_CHECKING:
-    from idefics_cli.library import Idefics
+    from idefics_cli.idefics import Idefics
 
 __version__ = "0.1.0"
 __all__ = ["Candidate", "Idefics", "IdeficsError", "Result", "RowError", "Shot", "__version__"]
@@ -22,7 +22,7 @@ __all__ = ["Candidate", "Idefics", "IdeficsError", "Result", "RowError", "Shot",
 def __getattr__(name: str) -> Any:
     if name != "Idefics":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from idefics_cli.library import Idefics
+    from idefics_cli.idefics import Idefics
 
     return Idefics
 

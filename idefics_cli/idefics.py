@@ -1,341 +1,653 @@
-"""A loaded model with its tokenizer and image processor: images and prompts encoded, streams of these continued.
+"""`Idefics`, the library's whole face: captions, answers and texts from Python, and journalled runs over files.
 
-An image that cannot be used, or a prompt that is too long, is a `RowError`; the others are not affected. A caller's
-mistake (a model that does not exist) raises IdeficsError. What users call is `Idefics` in `library.py`.
+One in, one out; many in, a list out; `..._iter` takes any iterable and gives results as they come, and `a...` are the
+same for asyncio. Keywords are the options of the command line. An image that cannot be used, or a prompt that is too
+long, gives a `Result` with an `error`; the others are not affected. A caller's mistake raises IdeficsError.
 """
+# pyright: strict
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import logging
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import cached_property, lru_cache
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, TypeVar, overload
 
 import torch
 from PIL import Image
-from typing_extensions import Self
+from typing_extensions import ParamSpec, Self, Unpack
 
-from idefics_cli.checkpoint import quantize as quantization
-from idefics_cli.checkpoint.devices import device_of_process, resolve_device, resolve_dtype
-from idefics_cli.checkpoint.files import Checkpoint
-from idefics_cli.checkpoint.find import find_checkpoint
-from idefics_cli.checkpoint.fingerprint import vision_fingerprint
-from idefics_cli.checkpoint.load import load_network, side_files
-from idefics_cli.checkpoint.request import Attention, ModelRequest
-from idefics_cli.engine.embed import embed
-from idefics_cli.engine.engine import Engine
-from idefics_cli.engine.likelihood import Scoring
-from idefics_cli.engine.options import DecodingOptions, Hypothesis, Vocabulary
-from idefics_cli.engine.prompt_source import (
-    EncodedChoices,
-    EncodedImage,
-    EncodedPrompt,
-    IterableSource,
-    PromptSource,
-)
-from idefics_cli.engine.scheduler import stream
-from idefics_cli.engine.transfer import pixel_values
-from idefics_cli.engine.tree_attention import resolve_attention
+from idefics_cli import validation
+from idefics_cli.checkpoint.files import stored_shapes
+from idefics_cli.checkpoint.find import weights_digest
+from idefics_cli.checkpoint.request import ModelRequest
+from idefics_cli.engine.prompt_source import EncodedImage
 from idefics_cli.errors import IdeficsError, RowError, first_error
-from idefics_cli.images.decode import DEFAULT_OPTIONS
-from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.images.worker_pool import WorkerPool
-from idefics_cli.model.joined_linear import join_linears
-from idefics_cli.model.kv_interface import image_seq_len, is_spread
-from idefics_cli.model.packed_linear import pack_linears
-from idefics_cli.prompts.choices import (
-    ChoiceNorm,
-    checked_choices,
-    common_length,
-    normalised,
-    require_norm,
-    split_answers,
-    with_answer,
-)
-from idefics_cli.prompts.templates import (
-    Prompt,
-    SpecialToken,
-)
-from idefics_cli.prompts.tokenize import PromptEncoder
-from idefics_cli.result import Candidate, Result
-from idefics_cli.rows import ImageOptions
-from idefics_cli.validation import file_name, several, whole_number
+from idefics_cli.loaded_model import LoadedModel
+from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.pipeline.prefetch import FlowOptions, RunStats, flowed
+from idefics_cli.pipeline.run import Run
+from idefics_cli.pipeline.task import Observer, Task
+from idefics_cli.prompts.choices import ChoiceNorm, require_norm
+from idefics_cli.prompts.templates import TASKS, Shot, SpecialToken
+from idefics_cli.readers.image_paths import any_place, read_image
+from idefics_cli.result import Result
+from idefics_cli.rows import ImageOptions, InputRow
+from idefics_cli.tasks.caption_vqa import CaptionVqa
+from idefics_cli.tasks.embed import Embed
+from idefics_cli.tasks.generate import Generate, Rank
+from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions, GenerateOptions
+from idefics_cli.tasks.shown_prompts import PromptViewer
+from idefics_cli.validation import gathered, keywords_of, require_keywords, several
 
-if TYPE_CHECKING:
-    from idefics_cli.model.modeling import IdeficsForVisionText2Text
-    from idefics_cli.ranks import Ranks
+log = logging.getLogger("idefics_cli")
+
+FIRST_USE = threading.Lock()
+LARGEST_PIXEL = 16.0  # normalised ones are below 3
+STRUCT = frozenset({"bytes", "path"})  # of the datasets library
+NO_IMAGE = RowError("row_invalid", "the row has no 'image': name its path, or None to ask in text alone")
+NOT_OF_RUNS = {*keywords_of(ModelRequest), "batch_size", "show_prompt", "processes", "unit_rows", "ray"}
+
+# ---- what the methods take
+
+OneImage = str | os.PathLike[str] | bytes | Image.Image | EncodedImage | RowError
+ImageInput = OneImage | torch.Tensor  # a tensor alone is one image or, with one more dimension, several
+ONE = str, os.PathLike, bytes, bytearray, Image.Image, EncodedImage, RowError, Mapping
+Row = Mapping[
+    str, Any
+]  # {"image": an image, or a list of them, or None, "question": ..., and the prompt's other fields}
+Pair = tuple[ImageInput, str]
+PromptItem = ImageInput | SpecialToken | Mapping[str, Any]  # a str is text; {"image": ...}; or messages of a chat
+PromptInput = Sequence[PromptItem]
+Progress = bool | Callable[[Iterator[Result]], Iterator[Result]]
 
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image
-PreparedImage = torch.Tensor | EncodedImage | RowError
+class Decoding(TypedDict, total=False):
+    """As DecodingOptions has them."""
+
+    num_beams: int | None
+    max_new_tokens: int
+    min_new_tokens: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    no_repeat_ngram_size: int
+    repetition_penalty: float
+    num_return_sequences: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
 
 
-class Idefics:
-    """A loaded model. Streams may run side by side, in several threads too: they take turns, a step each."""
+class Images(TypedDict, total=False):
+    """As ImageOptions has them."""
 
-    def __init__(
+    max_pixels: int
+    draft: bool
+    decode_timeout: float
+    workers: int | None
+    allow_truncated: bool
+    frame: int | Literal["middle"]
+
+
+class Continuing(Decoding, Images, total=False):
+    """What `generate` is told."""
+
+    stop_words: Sequence[str] | None
+    prefix: str
+    suffix: str
+
+
+class Asking(Continuing, total=False):
+    """What `caption` and `answer` are told. `shots` are examples, or a manifest of them."""
+
+    prompt: str | None
+    template: str | None
+    bare: bool
+    shots: Sequence[Shot] | str | os.PathLike[str]
+    num_shots: int | None
+    shot_selection: Literal["first", "random", "similar"]
+    allow_self: bool
+    choices: Sequence[str]
+    choices_column: str | None
+    choice_norm: ChoiceNorm
+
+
+class Running(Asking, total=False):
+    """What `run` is told: all of the command line's options but those of the model."""
+
+    question: Sequence[str]
+    question_column: str
+    prompt_column: str
+    text_only: bool
+    embeddings: str | None
+    format: Literal["auto", "vqav2"]
+    recursive: bool
+    null: bool
+    stdin: Literal["paths", "jsonl"] | None
+    image_column: str | None
+    allow_no_image: bool
+    id_column: str | None
+    image_root: str | os.PathLike[str] | None
+    follow_links: bool
+    json_key: str | None
+    delimiter: str | None
+    encoding: str | None
+    keep: Sequence[str] | Literal["all"]
+    limit: int | None
+    shard: tuple[int, int] | str | None
+    max_errors: int | None
+    overwrite: bool
+    update: bool
+    retry_errors: bool
+    sidecar: bool
+    sidecar_existing: Literal["error", "skip", "overwrite", "append", "prepend"]
+    sidecar_ext: str
+    answers_column: str | None
+
+
+# ---- twins for asyncio
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
+
+def _in_thread(method: Callable[Given, Found]) -> Callable[Given, Coroutine[Any, Any, Found]]:
+    @functools.wraps(method)
+    async def twin(*args: Given.args, **keywords: Given.kwargs) -> Found:
+        return await asyncio.to_thread(method, *args, **keywords)
+
+    return twin
+
+
+def _step_by_step(method: Callable[Given, Iterator[Result]]) -> Callable[Given, AsyncIterator[Result]]:
+    @functools.wraps(method)
+    async def twin(*args: Given.args, **keywords: Given.kwargs) -> AsyncIterator[Result]:
+        results = await asyncio.to_thread(method, *args, **keywords)
+        while (result := await asyncio.to_thread(next, results, None)) is not None:
+            yield result
+
+    return twin
+
+
+class Idefics(LoadedModel):
+    """A loaded model: `Idefics.from_pretrained("demo").caption("cat.jpg").text`.
+
+    Images are paths, bytes, Pillow images, or tensors as `prepare_image` and `embed` give them. Of many, those that are
+    in files are decoded in worker processes, which end with the model: leave it as a context, or `close` it. Calls may
+    come from several threads, and take turns, a step of the model each; iterables are read in a thread of their own.
+    """
+
+    # ---- captions
+
+    @overload
+    def caption(self, images: OneImage | Row, **options: Unpack[Asking]) -> Result: ...  # pyright: ignore[reportOverlappingOverload]
+    @overload
+    def caption(self, images: torch.Tensor, **options: Unpack[Asking]) -> Any: ...
+    @overload
+    def caption(self, images: Iterable[ImageInput | Row], **options: Unpack[Asking]) -> list[Result]: ...
+    def caption(
+        self, images: ImageInput | Row | Iterable[ImageInput | Row], **options: Unpack[Asking]
+    ) -> Result | list[Result]:
+        """Describe an image, or each of several, with the published prompt of the base or the instruct model.
+
+        A row may stand in the place of an image: {"image": ..., "title": ...} for a `prompt` with {title}.
+        """
+        is_one = self._is_image(images)
+        given = [images] if is_one else several("caption's images", images, "image")
+        return _one_or_all(self._results(_asking("caption", options), given, _image_row, options, is_one), is_one)
+
+    def caption_iter(
+        self, images: Iterable[ImageInput | Row], *, progress: Progress = False, **options: Unpack[Asking]
+    ) -> Iterator[Result]:
+        """`caption` of any iterable, as results come: in order, some batches ahead of the one that is taken.
+
+        `progress` shows a bar on stderr, or is what wraps the iterator, as `tqdm` does.
+        """
+        images = several("caption's images", images, "image")
+        return _shown(self._results(_asking("caption", options), images, _image_row, options), images, progress)
+
+    acaption = _in_thread(caption)
+    acaption_iter = _step_by_step(caption_iter)
+
+    # ---- answers
+
+    @overload
+    def answer(self, asked: OneImage, question: str, **options: Unpack[Asking]) -> Result: ...  # pyright: ignore[reportOverlappingOverload]
+    @overload
+    def answer(self, asked: torch.Tensor, question: str, **options: Unpack[Asking]) -> Any: ...
+    @overload
+    def answer(self, asked: Iterable[ImageInput], question: str, **options: Unpack[Asking]) -> list[Result]: ...
+    @overload
+    def answer(self, asked: Row, question: None = None, **options: Unpack[Asking]) -> Result: ...  # pyright: ignore[reportOverlappingOverload]
+    @overload
+    def answer(self, asked: Iterable[Pair | Row], question: None = None, **options: Unpack[Asking]) -> list[Result]: ...
+    def answer(
         self,
-        model: IdeficsForVisionText2Text,
-        encoder: PromptEncoder,
-        images: ImageProcessor,
-        batch_size: int | None,
-        checkpoint: Checkpoint,
-        eager: bool = False,
-        request: ModelRequest | None = None,
-        attention: str = "auto",
-    ):
-        self.checkpoint, self.request = checkpoint, request
-        self.model, self.encoder, self.images, self._batch_size = model, encoder, images, batch_size
-        self._is_eager, self._attention = eager, attention
-        self._encode_start = lru_cache(maxsize=16)(encoder.encode)
+        asked: ImageInput | Row | Iterable[ImageInput] | Iterable[Pair | Row],
+        question: str | None = None,
+        **options: Unpack[Asking],
+    ) -> Result | list[Result]:
+        """Answer the question about the image, or each of several images; or (image, question) pairs.
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | os.PathLike[str] | None = None,
+        An image in several pairs is encoded once. A row {"image": ..., "question": ...} may stand for a pair.
+        """
+        is_one = isinstance(asked, Mapping) if question is None else self._is_image(asked)
+        given: Any = [asked] if is_one else several("answer's pairs", asked, "(image, question)")
+        if question is not None:
+            given = ((image, question) for image in given)
+        return _one_or_all(self._results(_asking("vqa", options), given, _asked_row, options, is_one), is_one)
+
+    def answer_iter(
+        self, asked: Iterable[Pair | Row], *, progress: Progress = False, **options: Unpack[Asking]
+    ) -> Iterator[Result]:
+        """`answer` of any iterable of pairs or rows, as `caption_iter` describes images."""
+        asked = several("answer's pairs", asked, "(image, question)")
+        return _shown(self._results(_asking("vqa", options), asked, _asked_row, options), asked, progress)
+
+    aanswer = _in_thread(answer)
+    aanswer_iter = _step_by_step(answer_iter)
+
+    # ---- free prompts
+
+    @overload
+    def generate(self, prompts: str | PromptInput, **options: Unpack[Continuing]) -> Result: ...  # pyright: ignore[reportOverlappingOverload]
+    @overload
+    def generate(self, prompts: Iterable[PromptInput], **options: Unpack[Continuing]) -> list[Result]: ...
+    def generate(
+        self, prompts: str | PromptInput | Iterable[PromptInput], **options: Unpack[Continuing]
+    ) -> Result | list[Result]:
+        """Continue a prompt, a list of texts and images that is put verbatim after `<s>`, or each of several.
+
+        A `str` is text, never a path: give images as Pillow images, `pathlib.Path`, bytes or {"image": "cat.jpg"}. For
+        instruct models a prompt may be a chat: messages {"role": "user", "content": [...]} up to the next answer.
+        """
+        is_one = _is_prompt(prompts)
+        given = [prompts] if is_one else several("generate's prompts", prompts, "[image, text]")
+        return _one_or_all(self._results(_continuing(options), given, _prompt_row, options, is_one), is_one)
+
+    def generate_iter(
+        self, prompts: Iterable[PromptInput], *, progress: Progress = False, **options: Unpack[Continuing]
+    ) -> Iterator[Result]:
+        """`generate` of any iterable of prompts, as `caption_iter` describes images."""
+        prompts = several("generate's prompts", prompts, "[image, text]")
+        return _shown(self._results(_continuing(options), prompts, _prompt_row, options), prompts, progress)
+
+    agenerate = _in_thread(generate)
+    agenerate_iter = _step_by_step(generate_iter)
+
+    @overload
+    def score(  # pyright: ignore[reportOverlappingOverload]
+        self, asked: str | PromptInput, choices: Sequence[str], *, choice_norm: ChoiceNorm = "none"
+    ) -> Result: ...
+    @overload
+    def score(
+        self, asked: Iterable[PromptInput], choices: Sequence[str], *, choice_norm: ChoiceNorm = "none"
+    ) -> list[Result]: ...
+    @overload
+    def score(
+        self,
+        asked: Iterable[tuple[PromptInput, Sequence[str]]],
+        choices: None = None,
         *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        device_map: str | None = None,
-        revision: str | None = None,
-        allow_pickle: bool = False,
-        adapter: str | os.PathLike[str] | None = None,
-        quantize: str | None = None,
-        eager: bool = False,
-        attention: Attention = "auto",
-        batch_size: int | None = None,
-        ranks: Ranks | None = None,
-    ) -> Self:
-        """Load a hub id, a local folder or "demo", by default idefics-9b-instruct or the adapter's base.
+        choice_norm: ChoiceNorm = "none",
+    ) -> list[Result]: ...
+    def score(
+        self,
+        asked: str | PromptInput | Iterable[PromptInput] | Iterable[tuple[PromptInput, Sequence[str]]],
+        choices: Sequence[str] | None = None,
+        *,
+        choice_norm: ChoiceNorm = "none",
+    ) -> Result | list[Result]:
+        """Which of the choices fits best after the prompt, or each of several; or of (prompt, choices) pairs.
 
-        `dtype`: auto, bf16, fp16, fp32, or one of torch's or its name; `device`: auto, cpu, mps, cuda, cuda:N or one
-        of torch's; `device_map`: auto, balanced or sequential, to spread it over devices and disk as accelerate does;
-        `adapter`: a folder of LoRA weights that PEFT has saved; `quantize`: int8 (CPU, CUDA) or nf4 (CUDA), for smaller
-        weights; `eager`: on CUDA, launch a decode step's operations one by one, not as a graph; `attention`: of a
-        decode step, auto, triton (one kernel, on CUDA) or sdpa (torch's); `batch_size`: prompts decoded together, by
-        default as many as memory holds; `ranks`: processes to split it over, all of which call this, and all but the
-        first then `follow`. Raises IdeficsError, which names the remedy.
+        All choices are the result's candidates, the likeliest first. A score is the sum of the log-probabilities of the
+        choice's tokens without an end token ("none"), or that divided by their number ("tokens") or by the length of
+        the choice in UTF-8 ("bytes").
         """
-        if batch_size is not None:
-            batch_size = whole_number("batch_size", batch_size, least=1)
-        name = file_name("model", model, "a hub id, a folder or 'demo'")
-        folder = file_name("adapter", adapter, "a folder")
-        where = (name, revision, dtype, str(device), allow_pickle, folder, device_map, quantize)
-        request = ModelRequest(*where, attention=attention)
-        if device_map is not None and ranks is not None:
-            raise IdeficsError("--device-map is for one process: start it without torchrun, or leave --device-map out")
-        place = resolve_device(request.device) if ranks is None else device_of_process(request.device, ranks)
-        quantization.check(quantize, place, request.dtype, folder)
-        checkpoint = find_checkpoint(request)
-        config, encoder, images = side_files(checkpoint)
-        kind = quantization.kind_of(config, quantize)
-        quantization.check(kind, place, request.dtype, folder)
-        if kind is not None and (ranks is not None or device_map is not None):
-            raise IdeficsError("quantized weights are for one device: start it without torchrun and --device-map")
-        number_format = resolve_dtype(request.dtype, place, None if kind else config)
-        if ranks is not None:
-            number_format = ranks.broadcast(number_format)
-        resolve_attention(attention, config, place)  # before weights are read
-        network = load_network(checkpoint, config, place, number_format, ranks, device_map, quantize)
-        if not is_spread(network):
-            (pack_linears if place.type == "cpu" else join_linears)(network)
-        return cls(network, encoder, images, batch_size, checkpoint, eager, request, attention)
-
-    @classmethod
-    def without_network(cls, request: ModelRequest) -> Idefics:
-        """It encodes prompts and continues none: no weights are fetched or read."""
-        checkpoint = find_checkpoint(request, with_weights=False)
-        config, encoder, images = side_files(checkpoint)
-        return cls(SimpleNamespace(config=config), encoder, images, batch_size=1, checkpoint=checkpoint)
-
-    @cached_property
-    def engine(self) -> Engine:
-        vocabulary, table = vocabulary_of(self.encoder), self._pixel_of_byte
-        return Engine(self.model, vocabulary, self._batch_size, self._is_eager, table, self._attention)
-
-    @property
-    def batch_size(self) -> int:
-        """How many rows are decoded together at most."""
-        return self._batch_size or self.engine.batch_size.wanted
-
-    @property
-    def _pixel_of_byte(self) -> torch.Tensor:
-        return torch.from_numpy(self.images.pixel_of_byte)
-
-    @property
-    def is_instruct(self) -> bool:
-        """Whether the checkpoint was trained to answer users, as its tokenizer shows."""
-        return self.encoder.is_instruct
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Equal for models whose latents can stand for each other: see `vision_fingerprint`."""
-        return vision_fingerprint(self.checkpoint)
-
-    def image_workers(self, options: ImageOptions) -> WorkerPool:
-        """`prepare_image` in worker processes, so that a broken image cannot take this one down."""
-        return WorkerPool(self.images, options)
-
-    def prepare_image(self, source: ImageSource, options: ImageOptions = DEFAULT_OPTIONS) -> torch.Tensor | RowError:
-        """Pixels (3, side, side) of a path, bytes or PIL image, or why there are none."""
-        found = self.images.prepare(source, options)
-        return found if isinstance(found, RowError) else pixel_values(found[None], self._pixel_of_byte)[0]
-
-    def stream(
-        self, source: PromptSource, *, banned_words: Sequence[str] = (), **decoding: object
-    ) -> Iterator[tuple[int, Result]]:
-        """Continue encoded prompts as they come: (number, result) as they finish, numbered as they are taken.
-
-        The source is waited for only while no prompt is running or queued. Each prompt must leave space for
-        `max_new_tokens` in the model's positions. `PromptEncoder.banned_sequences` says how `banned_words` are kept
-        out of texts.
-        """
-        banned = self.encoder.banned_sequences(banned_words)
-        for number, outcome in stream(self.engine, source, self._decoding_options(decoding), banned):
-            yield number, Result(error=outcome) if isinstance(outcome, RowError) else self._result(outcome)
-
-    def follow(self) -> NoReturn:
-        """In all processes of `ranks` but the first: do on a part of the weights what the first one's streams do."""
-        engine = self.engine  # all agree on its batch size before its first stream
-        while True:
-            kind, *arguments = engine.model.ranks.broadcast()
-            with suppress(IdeficsError):  # the first process has it too, and says it
-                for _ in stream(engine, None, *arguments) if kind == "stream" else Scoring(engine).run(None):
-                    pass
-
-    def score_stream(self, source: PromptSource, choice_norm: ChoiceNorm = "none") -> Iterator[tuple[int, Result]]:
-        """The likelihoods of the results of `encode_choices`, as they come; numbers and order as in `stream`."""
         require_norm(choice_norm)
-        for number, encoded, found in Scoring(self.engine).run(source):
-            is_error = isinstance(found, RowError)
-            yield number, Result(error=found) if is_error else _choice_result(encoded, found, choice_norm)
+        is_one = choices is not None and _is_prompt(asked)
+        given: Any = [asked] if is_one else asked
+        if choices is not None:
+            given = ((each, choices) for each in several("score's prompts", given, "[image, text]"))
+        given = several("score's pairs", given, "(prompt, choices)")
+        return _one_or_all(self._results(Rank(choice_norm), given, _choice_row, {}, is_one), is_one)
 
-    def embed_stream(self, source: PromptSource) -> Iterator[tuple[int, torch.Tensor | RowError]]:
-        """What the model keeps of the results of `encode_image`: (number, latents), in order, numbered as taken.
+    ascore = _in_thread(score)
 
-        Latents (seq, dim), in the model's dtype and on the host, are the resampler's output or, without one, the vision
-        tower's. They may take the place of the image in a prompt for a model of the same `fingerprint`.
+    # ---- latents
+
+    def embed(self, images: ImageInput | Iterable[ImageInput], **options: Unpack[Images]) -> torch.Tensor:
+        """What the model keeps of an image, (seq, dim), or of several, (images, seq, dim), in its dtype, on the host.
+
+        It may take the place of its image in a prompt for a model of the same `fingerprint`. Raises IdeficsError for an
+        image that cannot be used.
         """
-        return embed(self.engine, source)
-
-    def image_vectors(self, images: Iterable[ImageSource | PreparedImage]) -> torch.Tensor:
-        """One vector for each image, (images, dim) in fp32, similar for similar images: the mean of its latents.
-
-        It costs nothing beyond the latents, which decoding needs anyway; stored ones are accepted too. An image without
-        latents (out of memory, NaN or Inf) has zeros.
-        """
-        encoded = [self.encode_image(image) for image in several("image_vectors's images", images, "image")]
-        error = first_error(encoded)
+        require_keywords(options, Images.__annotations__)
+        is_one = self._is_image(images)
+        given = [images] if is_one else several("embed's images", images, "image")
+        assert self.request is not None, self
+        found = [latents for *_, latents in self._outcomes(Embed(self.request), given, _image_row, options, is_one)]
+        error = first_error(found)
         if error is not None:
             raise IdeficsError(f"an image cannot be embedded ({error}): fix it, or leave it out")
-        latents = [found for _, found in self.embed_stream(IterableSource(encoded))]
-        vectors = torch.zeros(len(latents), self.latents_shape[1])
-        for vector, each in zip(vectors, latents, strict=True):
-            if not isinstance(each, RowError):
-                vector.copy_(each.float().mean(dim=0))
-        return vectors
+        if is_one:
+            return found[0]
+        return torch.stack(found) if found else torch.empty(0, *self.latents_shape, dtype=self.model.dtype)
+
+    aembed = _in_thread(embed)
+
+    # ---- what is asked, and runs over files
+
+    def render_prompt(self, task: Literal["caption", "vqa", "generate"], asked: Any, **options: Unpack[Asking]) -> str:
+        """The whole text that the model would be given, special tokens by their names.
+
+        `asked` is what `caption`, `answer` (an (image, question) pair or a row) or `generate` take for one result.
+        """
+        made = _continuing(options) if task == "generate" else _asking(task, options)
+        row_of = {"caption": _image_row, "vqa": _asked_row, "generate": _prompt_row}[task]
+        viewer = PromptViewer(self, lambda: self)
+        ((*_, found),) = self._outcomes(made, [asked], row_of, options, is_one=True, model=viewer)
+        if isinstance(found, RowError):
+            raise IdeficsError(f"nothing can be asked ({found}): fix what is given")
+        return found[0]
+
+    def run(
+        self,
+        task: Literal["caption", "vqa", "generate", "embed"],
+        inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        output: str | os.PathLike[str],
+        *,
+        on_row: Callable[[Mapping[str, Any]], None] | None = None,
+        **options: Unpack[Running],
+    ) -> RunStats:
+        """What the command does: a row for each of the inputs in the output file, by way of a journal.
+
+        The same call again resumes a run that was stopped, and does nothing where it is finished. `on_row` gets each
+        row as it is written; what it raises ends the run. Returns how many rows there are, and how many failed.
+        """
+        names = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+        told = {**options, "inputs": [os.fspath(each) for each in names], "output": os.fspath(output)}
+        kind = GenerateOptions if task == "generate" else CaptionVqaOptions
+        known = keywords_of(RunOptions) | ({} if task == "embed" else keywords_of(kind))
+        require_keywords(told, known.keys() - NOT_OF_RUNS)
+        assert self.request is not None, self
+        run = gathered(RunOptions, told, {"request": self.request})
+        if run.has_parts:
+            raise IdeficsError(f"{run.output} is a folder of parts, which the command line makes: name a file")
+        if task == "embed":
+            made: Task = Embed(self.request)
+        elif task == "generate":
+            made = Generate(gathered(GenerateOptions, {"max_new_tokens": 100, **told}))
+        else:
+            made = CaptionVqa.over_files(_asked_with(task, told), run.reading)
+        stats = RunStats()
+        Run(run, made, weights_digest, lambda request, batch_size: self, stats, _Followed(on_row)).run(stdout=None)
+        return stats
+
+    arun = _in_thread(run)
+
+    # ---- the model itself
+
+    def __repr__(self) -> str:
+        if "model" not in vars(self):
+            return "Idefics(closed)"
+        name = self.checkpoint.folder if self.request is None else self.request.model
+        place = f"device={self.model.device}, dtype={str(self.model.dtype).removeprefix('torch.')}"
+        return f"Idefics({str(name)!r}, {place}, parameters={self.num_parameters:,}, batch_size={self.batch_size})"
 
     @property
-    def latents_shape(self) -> tuple[int, int]:
-        """(seq, dim) of one image's latents."""
-        return image_seq_len(self.model.config), self.model.config.vision_config.embed_dim
+    def num_parameters(self) -> int:
+        """As the checkpoint stores them."""
+        return sum(map(math.prod, stored_shapes(self.checkpoint).values()))
 
-    def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:
-        options = DecodingOptions.from_keywords(decoding)
-        longest = self.model.config.max_position_embeddings
-        if options.max_new_tokens >= longest:
-            raise IdeficsError(
-                f"max_new_tokens {options.max_new_tokens} leaves no space for a prompt: use fewer than {longest}"
-            )
-        return options
+    def close(self) -> None:
+        """Free the model's memory and end the worker processes. It can do nothing after that."""
+        _close_all(self._pools)
+        for name in ("engine", "model"):
+            vars(self).pop(name, None)
+        torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
-    def encode(self, prompt: Prompt | Sequence, max_new_tokens: int, start: Prompt = ()) -> EncodedPrompt | RowError:
-        """A prompt as `stream` takes it, with space for so many tokens, or why there is none. Safe in many threads.
+    def __enter__(self) -> Self:
+        return self
 
-        `start` is what further prompts begin with too, such as shots: that is read once.
-        """
-        items = self._items(prompt)
-        if isinstance(items, RowError):
-            return items
-        input_ids = self.encoder.encode(items)
-        longest = self.model.config.max_position_embeddings - max_new_tokens
-        if len(input_ids) > longest:
-            too_long = f"{len(input_ids)} tokens, and the model takes {longest} before its answer"
-            return RowError("prompt_too_long", too_long)
-        return EncodedPrompt(input_ids, *_images_of(items), self._shared_len(start, input_ids))
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
-    def _shared_len(self, start: Prompt, input_ids: Sequence[int]) -> int:
-        """How many tokens are those of `start` before an image: a text that follows may change the last ones."""
-        texts = tuple(item if isinstance(item, (str, SpecialToken)) else None for item in start)
-        return common_length(self._encode_start((*texts, None))[:-2], input_ids) if start else 0
-
-    def encode_choices(
-        self, prompt: Prompt | Sequence, choices: Sequence[str], start: Prompt = ()
-    ) -> EncodedChoices | RowError:
-        """A prompt with the answers to choose from, as `score_stream` takes it. Safe in many threads.
-
-        Prompt and choice are tokenised as one text, with a blank between them.
-        """
-        items, checked = self._items(prompt), checked_choices(choices)
-        error = first_error((items, checked))
-        if error is not None:
-            return error
-        prompt_ids = self.encoder.encode(items)
-        answered = [self.encoder.encode(with_answer(items, choice)) for choice in checked]
-        longest, room = max(map(len, answered)), self.model.config.max_position_embeddings
-        if longest > room:
-            return RowError("prompt_too_long", f"{longest} tokens with the longest choice, and the model takes {room}")
-        common, choice_ids = split_answers(prompt_ids, answered)
-        shared_len = self._shared_len(start, prompt_ids[:common])
-        return EncodedChoices(prompt_ids[:common], *_images_of(items), shared_len, checked, tuple(choice_ids))
-
-    def encode_image(self, image: ImageSource | PreparedImage) -> EncodedImage | RowError:
-        """An image as `embed_stream` takes it, or why there is none. Safe in many threads.
-
-        It may take the place of its image in a prompt, and its content is not hashed again.
-        """
-        if isinstance(image, (EncodedImage, RowError)):
-            return image
-        if not isinstance(image, torch.Tensor):
-            return self.encode_image(self.images.prepare(image))
-        wanted = (3, self.images.image_size, self.images.image_size)
-        if image.shape not in (wanted, self.latents_shape):
-            raise IdeficsError(
-                f"an image tensor cannot have shape {tuple(image.shape)}: use {wanted} as from prepare_image, or "
-                f"{self.latents_shape} as from embed"
-            )
-        is_bytes = image.dtype == torch.uint8 and image.shape == wanted
-        return EncodedImage((image if is_bytes else image.float(),))
-
-    def _items(self, prompt: Prompt | Sequence) -> Prompt | RowError:
-        """The prompt with its images prepared."""
-        items = tuple(
-            item if isinstance(item, (str, SpecialToken)) else self.encode_image(item)
-            for item in several("a prompt", prompt, "image, text")
+    def __reduce__(self) -> Any:
+        raise IdeficsError(
+            "a model cannot be pickled or copied: load it in each process with Idefics.from_pretrained, as"
+            " docs/python.md shows for datasets and Ray"
         )
-        return first_error(items) or items
 
-    def _result(self, hypotheses: Sequence[Hypothesis]) -> Result:
-        found = [(each.token_ids, each.score) for each in hypotheses]
-        return Result.of([Candidate(self.encoder.decode(ids), score, len(ids), ids) for ids, score in found])
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "model":
+                raise IdeficsError("this model has been closed: load it again with Idefics.from_pretrained")
+            raise AttributeError(f"'Idefics' has no attribute {name!r}")
+
+    # ---- how it is done
+
+    def _results(
+        self,
+        task: CaptionVqa | Generate,
+        given: Iterable[Any],
+        row_of: Callable[[int, Any], InputRow],
+        options: Mapping[str, Any],
+        is_one: bool = False,
+    ) -> Iterator[Result]:
+        """A Result for each of what is given, in order."""
+        outcomes = self._outcomes(task, given, row_of, options, is_one)
+        return (
+            replace(
+                Result(error=found) if isinstance(found, RowError) else found.finished(task.postprocess),
+                input=each,
+                index=index,
+            )
+            for each, index, found in outcomes
+        )
+
+    def _outcomes(
+        self,
+        task: Task,
+        given: Iterable[Any],
+        row_of: Callable[[int, Any], InputRow],
+        options: Mapping[str, Any],
+        is_one: bool = False,
+        model: Any = None,
+    ) -> Iterator[tuple[Any, int, Any]]:
+        """What is given, its place, and what becomes of it. Whatever is wrong with the options shows at once."""
+        images = gathered(ImageOptions, options)
+        with FIRST_USE:  # one engine and one set of workers, however many threads come first
+            _ = self.engine, self._pools
+        steps = task.begin(model or self, self._opener(images, is_one), _source, _Followed())
+        kept: deque[Any] = deque()
+
+        def rows() -> Iterator[InputRow]:
+            for index, each in enumerate(given):
+                kept.append(each)
+                yield row_of(index, each)
+
+        flow = FlowOptions(self.batch_size, workers=1 if is_one else images.num_workers)
+        return ((kept.popleft(), row.index, found) for row, found in flowed(rows(), steps, flow))
+
+    def _opener(self, options: ImageOptions, is_one: bool) -> Any:
+        """What opens images: one of them here, many in worker processes, which stay for later calls."""
+        if is_one:
+            open_one = functools.partial(self.images.prepare, options=options)
+        else:
+            pool = self._pools.get(options) or self._pools.setdefault(options, self.image_workers(options))
+            open_one = pool.prepare
+
+        def prepare(source: Any) -> Any:
+            if isinstance(source, torch.Tensor):
+                self._require_prepared(source)
+            return source if isinstance(source, torch.Tensor | EncodedImage | RowError) else open_one(source)
+
+        return SimpleNamespace(prepare=prepare)
+
+    @functools.cached_property
+    def _pools(self) -> dict[ImageOptions, WorkerPool]:
+        """By what they are told; they end with the model."""
+        pools: dict[ImageOptions, WorkerPool] = {}
+        weakref.finalize(self, _close_all, pools)
+        return pools
+
+    def _is_image(self, given: Any) -> bool:
+        """One, or a row of one; not several of them."""
+        if isinstance(given, torch.Tensor):
+            return tuple(given.shape[1:]) not in self._image_shapes
+        return isinstance(given, ONE) or hasattr(given, "__array_interface__")
+
+    @property
+    def _image_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of pixels and of latents."""
+        return (3, self.images.image_size, self.images.image_size), self.latents_shape
+
+    def _require_prepared(self, image: torch.Tensor) -> None:
+        """Raises for a tensor that another library has made; one of another shape is refused later."""
+        remedy = "give the Pillow image or its path, or what prepare_image makes of it"
+        if not image.is_floating_point():
+            raise IdeficsError(f"an image tensor of {image.dtype} is not one of normalised pixels: {remedy}")
+        if image.shape == self._image_shapes[0] and image.numel() and image.abs().max() > LARGEST_PIXEL:
+            raise IdeficsError(f"an image tensor with values up to {image.abs().max():g} is not normalised: {remedy}")
 
 
-def _images_of(items: Prompt) -> tuple[tuple[torch.Tensor, ...], tuple[bytes, ...]]:
-    """Pixels or latents of the images, and their `content_key`s."""
-    images = [item for item in items if isinstance(item, EncodedImage)]
-    return tuple(each.pixels[0] for each in images), tuple(each.image_keys[0] for each in images)
+# ---- what is given -> rows
 
 
-def _choice_result(encoded: EncodedChoices, log_likelihoods: Sequence[float], norm: ChoiceNorm) -> Result:
-    """The likeliest first; equals in the order they were given."""
-    candidates = [
-        Candidate(text, normalised(log_likelihood, text, len(ids), norm), len(ids), ids)
-        for text, ids, log_likelihood in zip(encoded.choices, encoded.choice_ids, log_likelihoods, strict=True)
-    ]
-    return Result.of(sorted(candidates, key=lambda candidate: -candidate.score))
+def _asking(task: str, options: Mapping[str, Any]) -> CaptionVqa:
+    require_keywords(options, Asking.__annotations__)
+    return CaptionVqa(_asked_with(task, options))
 
 
-def vocabulary_of(encoder: PromptEncoder) -> Vocabulary:
-    return Vocabulary(encoder.end_token_ids, encoder.banned_token_ids, encoder.pad_token_id, encoder.image_token_id)
+def _asked_with(task: str, options: Mapping[str, Any]) -> CaptionVqaOptions:
+    """`shots` may be examples themselves, in place of a manifest's name."""
+    told: dict[str, Any] = {"max_new_tokens": TASKS[task].max_new_tokens, **options}
+    own: dict[str, Any] = {"task": task}
+    shots = told.get("shots")
+    if shots is not None and not isinstance(shots, str | os.PathLike):
+        del told["shots"]
+        own["pool"] = tuple(several("shots", shots, "Shot(image, question, answer)"))
+    return gathered(CaptionVqaOptions, told, own)
+
+
+def _continuing(options: Mapping[str, Any]) -> Generate:
+    require_keywords(options, Continuing.__annotations__)
+    return Generate(gathered(GenerateOptions, options, {"text_only": True}))
+
+
+def _image_row(index: int, given: Any) -> InputRow:
+    """An image, or a row with one: {"image": ...} and the prompt's fields."""
+    if not _is_row(given) or STRUCT.intersection(given):
+        return _row(index, [given], {})
+    image = given.get("image", NO_IMAGE)
+    return _row(index, image if _is_list(image) else [] if image is None else [image], given)
+
+
+def _asked_row(index: int, given: Any) -> InputRow:
+    if isinstance(given, Mapping):
+        return _image_row(index, given)
+    image, question = validation.pair("answer's pairs", given, of="image, question")
+    return _row(index, [image], {QUESTION: question})
+
+
+def _prompt_row(index: int, prompt: Any) -> InputRow:
+    return _row(index, [], {"prompt": _spelled(prompt)})
+
+
+def _choice_row(index: int, given: Any) -> InputRow:
+    prompt, choices = validation.pair("score's pairs", given, of="prompt, choices")
+    return _row(index, [], {"prompt": _spelled(prompt), "choices": choices})
+
+
+def _row(index: int, images: Sequence[Any], values: Mapping[str, Any]) -> InputRow:
+    return InputRow(index, str(index), None, tuple(map(_source, images)), values)
+
+
+def _source(value: Any, index: int = 0) -> Any:
+    """What opens an image; no web address is ever fetched."""
+    if isinstance(value, str | bytes) or _is_row(value):
+        return read_image(value, any_place)
+    return Path(value) if hasattr(value, "__fspath__") else value
+
+
+def _is_row(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
+def _is_prompt(given: Any) -> bool:
+    """One: a text, or a list of texts and images or of messages; not a list of such lists."""
+    if isinstance(given, str):
+        return True
+    if not _is_list(given) or not given or any(map(_is_list, given)):
+        return False
+    if len(given) > 1 and all(isinstance(each, str) for each in given):
+        raise IdeficsError(
+            "a list of texts may be one prompt or several: write [[text], [text]] for several, or join them for one"
+        )
+    return True
+
+
+def _spelled(prompt: Any) -> list[Any]:
+    """As a manifest would hold it: images are {"image": ...}, wherever they stand."""
+    items = [prompt] if isinstance(prompt, str) else several("a prompt", prompt, "image, text")
+    return [_spelled_item(each) for each in items]
+
+
+def _spelled_item(item: Any) -> Any:
+    if not _is_row(item):
+        return item if isinstance(item, str | SpecialToken) else {"image": item}
+    content = item.get("content")
+    return {**item, "content": _spelled(content)} if _is_list(content) else item
+
+
+# ---- results
+
+
+def _one_or_all(results: Iterator[Result], is_one: bool) -> Result | list[Result]:
+    found = list(results)
+    return found[0] if is_one else found
+
+
+def _shown(results: Iterator[Result], given: Iterable[Any], progress: Progress) -> Iterator[Result]:
+    if progress is True:
+        from tqdm.auto import tqdm
+
+        return iter(tqdm(results, total=len(given) if isinstance(given, Sized) else None))
+    return iter(progress(results)) if progress else results
+
+
+class _Followed(Observer):
+    """What users should know is logged, and each row goes to a callback."""
+
+    def __init__(self, on_row: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self._on_row = on_row
+
+    def say(self, message: str) -> None:
+        log.warning(message)
+
+    def on_result(self, row: Mapping[str, Any]) -> None:
+        if self._on_row is not None:
+            self._on_row(row)
+
+
+def _close_all(pools: dict[ImageOptions, WorkerPool]) -> None:
+    while pools:
+        pools.popitem()[1].close()

@@ -23,7 +23,9 @@ SECONDS = 240  # on a busy machine; what hangs, hangs for ever
 def forks() -> ForkServerContext:
     """Whose server has imported what a process needs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["idefics_cli.idefics", "transformers.distributed", "idefics_cli.tasks.caption_vqa"])
+    context.set_forkserver_preload(
+        ["idefics_cli.loaded_model", "transformers.distributed", "idefics_cli.tasks.caption_vqa"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         forkserver.ensure_running()

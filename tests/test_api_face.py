@@ -15,7 +15,7 @@ from idefics_cli.model import modeling
 
 ROOT = Path(__file__).parent.parent
 CALLER = Path(__file__).with_name("api_caller.py")
-FACE = [ROOT / "idefics_cli" / name for name in ("library.py", "result.py", "errors.py", "__init__.py")]
+FACE = [ROOT / "idefics_cli" / name for name in ("idefics.py", "result.py", "errors.py", "__init__.py")]
 HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "huggingface_hub", "safetensors", "rich", "tqdm", "fsspec"}
 
 

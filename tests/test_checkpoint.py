@@ -18,7 +18,7 @@ from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
 from idefics_cli.checkpoint.load import load_config, load_network
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
-from idefics_cli.library import Idefics
+from idefics_cli.idefics import Idefics
 from idefics_cli.model import packed_linear
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 

@@ -15,7 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TURNED_ROUND = {
     "a base imports a command": ("errors.py", "from idefics_cli.cli import console"),
-    "the same only for types": ("engine/options.py", "if TYPE_CHECKING:\n    from idefics_cli.idefics import Idefics"),
+    "the same only for types": (
+        "engine/options.py",
+        "if TYPE_CHECKING:\n    from idefics_cli.loaded_model import LoadedModel",
+    ),
     "one sibling another": ("readers/inputs.py", "from idefics_cli.writers import journal"),
     "a module that no layer names": ("unplanned.py", ""),
 }

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from idefics_cli import Idefics, IdeficsError, Result, RowError, Shot, library
+from idefics_cli import Idefics, IdeficsError, Result, RowError, Shot, idefics
 from idefics_cli.cli.app import app
 from idefics_cli.demo.scene import scene
 from idefics_cli.engine.options import DecodingOptions
@@ -258,19 +258,19 @@ def keys(options: type) -> dict[str, set[str]]:
 
 def test_typed_keywords_are_those_of_the_dataclasses() -> None:
     """The dataclasses are what is checked and what the command line shows; the TypedDicts are what an editor knows."""
-    assert list(library.Decoding.__annotations__) == list(DecodingOptions.__dataclass_fields__)
-    assert keys(library.Decoding) == keys(DecodingOptions)
-    images = library.Images.__annotations__
+    assert list(idefics.Decoding.__annotations__) == list(DecodingOptions.__dataclass_fields__)
+    assert keys(idefics.Decoding) == keys(DecodingOptions)
+    images = idefics.Images.__annotations__
     assert images.keys() == keywords_of(ImageOptions).keys()
     asking = {**keywords_of(CaptionVqaOptions), **keywords_of(ImageOptions)}
     of_files = {"question", "question_column", "embeddings"}
-    assert library.Asking.__annotations__.keys() == asking.keys() - of_files
+    assert idefics.Asking.__annotations__.keys() == asking.keys() - of_files
     continuing = [*keywords_of(DecodingOptions), *images, *keywords_of(PostProcess)]
-    assert library.Continuing.__annotations__.keys() == set(continuing)
+    assert idefics.Continuing.__annotations__.keys() == set(continuing)
     running = {**asking, **keywords_of(GenerateOptions), **keywords_of(RunOptions)}
-    assert library.Running.__annotations__.keys() == running.keys() - library.NOT_OF_RUNS - {"inputs", "output"}
+    assert idefics.Running.__annotations__.keys() == running.keys() - idefics.NOT_OF_RUNS - {"inputs", "output"}
     for options in PromptOptions, ShotOptions, ChoiceOptions:
-        assert keywords_of(options).keys() <= library.Asking.__annotations__.keys()
+        assert keywords_of(options).keys() <= idefics.Asking.__annotations__.keys()
 
 
 # Chats

@@ -26,8 +26,8 @@ from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.engine.reference import collate
 from idefics_cli.engine.transfer import pixel_values
 from idefics_cli.errors import IdeficsError
-from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.loaded_model import vocabulary_of
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.prompts.templates import PromptOptions, Shot, choose_template, few_shot_prompt
 from idefics_cli.prompts.tokenize import PromptEncoder

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     import torch
 
     from idefics_cli.engine.memory_budget import MemoryPlan
-    from idefics_cli.idefics import Idefics
+    from idefics_cli.loaded_model import LoadedModel
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
     from idefics_cli.pipeline.task import Task
@@ -76,11 +76,11 @@ def check_model(request: ModelRequest) -> str | None:
     return weights_digest(request)
 
 
-def load_model(request: ModelRequest, batch_size: int | None) -> Idefics:
+def load_model(request: ModelRequest, batch_size: int | None) -> LoadedModel:
     """Read the weights. Tests put a fake in place of this and of `check_model`."""
-    from idefics_cli.idefics import Idefics
+    from idefics_cli.loaded_model import LoadedModel
 
-    model = Idefics.from_pretrained(**vars(request), batch_size=batch_size, ranks=joined())
+    model = LoadedModel.from_pretrained(**vars(request), batch_size=batch_size, ranks=joined())
     if request.dtype == "auto" and str(model.model.device) == "cpu" and model.model.dtype.itemsize == 2:
         say("In bf16, which this processor is measured to be faster in; --dtype fp32 is exact.")
     return model

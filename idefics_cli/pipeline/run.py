@@ -39,7 +39,7 @@ from idefics_cli.writers.sidecars import SidecarWriter
 from idefics_cli.writers.writers import JournalWriter, RowWriter, StreamWriter
 
 if TYPE_CHECKING:
-    from idefics_cli.idefics import Idefics
+    from idefics_cli.loaded_model import LoadedModel
 
 DECISIVE = (  # options that decide the rows, besides the task's own
     *("--model", "--revision", "--adapter", "--dtype", "--quantize", "--draft", "--frame"),
@@ -62,7 +62,7 @@ class Run:
         options: RunOptions,
         task: Task,
         check_model: Callable[[ModelRequest], str | None],
-        load_model: Callable[[ModelRequest, int | None], Idefics],
+        load_model: Callable[[ModelRequest, int | None], LoadedModel],
         stats: RunStats,
         observer: Observer,
         stdin: BinaryIO | None = None,

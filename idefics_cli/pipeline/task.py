@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from idefics_cli.checkpoint.request import ModelRequest
     from idefics_cli.columns import Column
     from idefics_cli.engine.prompt_source import PromptSource
-    from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
+    from idefics_cli.loaded_model import LoadedModel
     from idefics_cli.result import Outcome
 
 Decode: TypeAlias = "Callable[[PromptSource], Iterator[tuple[int, Outcome]]]"
@@ -88,7 +88,7 @@ class Task(Protocol):
 
     def begin(
         self,
-        model: Idefics,
+        model: LoadedModel,
         images: WorkerPool,
         resolve: Callable[[object, int], ImageSource | RowError],
         observer: Observer,

@@ -39,7 +39,7 @@ from idefics_cli.writers.formats import FAILED, NUM_ROWS, SETTINGS, format_of
 from idefics_cli.writers.output_file import differences
 
 if TYPE_CHECKING:
-    from idefics_cli.idefics import Idefics
+    from idefics_cli.loaded_model import LoadedModel
 
 SINGLE_TRIES = 3  # of a row alone, before it is blamed
 MOST_FATAL = 8  # rows of one unit that each end their process
@@ -83,7 +83,7 @@ class Job:
     options: RunOptions
     make_task: Callable[[], Task]
     check_model: Callable[[ModelRequest], str | None]
-    load_model: Callable[[ModelRequest, int | None], Idefics]
+    load_model: Callable[[ModelRequest, int | None], LoadedModel]
 
 
 class Worker:

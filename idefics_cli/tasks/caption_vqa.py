@@ -35,8 +35,8 @@ from idefics_cli.validation import by_option
 if TYPE_CHECKING:
     from idefics_cli.checkpoint.request import ModelRequest
     from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
-    from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
+    from idefics_cli.loaded_model import LoadedModel
     from idefics_cli.readers.inputs import Inputs
 
 Opened = tuple[InputRow, Sequence[Any]]  # a row and its images
@@ -103,7 +103,7 @@ class CaptionVqa(Task):
     def expand(self, rows: Iterator[InputRow]) -> Iterator[InputRow]:
         return with_questions(rows, self.options.questions) if self.options.questions else rows
 
-    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
+    def begin(self, model: LoadedModel, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         """Shots that all rows share are opened here: a bad one ends the run before there is an output."""
         if self.embeddings is not None:
             self.embeddings.begin(model)
@@ -120,7 +120,7 @@ class CaptionVqa(Task):
         prompts = replace(prompts, start=start)
         return Steps(lambda row: prompts.of(row, leading), decode)
 
-    def _decode(self, model: Idefics) -> Decode:
+    def _decode(self, model: LoadedModel) -> Decode:
         options = self.options
         if options.choices.are_given:
             return lambda source: model.score_stream(source, options.choices.norm)
@@ -163,7 +163,7 @@ class RowPrompts:
     """
 
     options: CaptionVqaOptions
-    model: Idefics
+    model: LoadedModel
     images: WorkerPool
     embeddings: StoredLatents | None
     on_shots_dropped: Callable[[str], None]

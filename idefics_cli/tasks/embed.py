@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from idefics_cli.checkpoint.request import ModelRequest
     from idefics_cli.engine.prompt_source import EncodedImage
-    from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
+    from idefics_cli.loaded_model import LoadedModel
 
 
 COLUMNS = (Column(ID, "text"), Column("image", "text"), Column(LATENTS, "latents"), Column(ERROR, "text"))
@@ -54,7 +54,7 @@ class Embed(Task):
         self._fingerprint = self._fingerprint or known_vision_fingerprint(self._request)
         return {"embeds": True} | ({VISION: self._fingerprint} if self._fingerprint else {})
 
-    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
+    def begin(self, model: LoadedModel, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         def prepare(row: InputRow) -> EncodedImage | RowError:
             """Safe in many threads."""
             opened = open_images(row, images)
@@ -95,5 +95,5 @@ class StoredLatents(EmbeddingFile):
             self.require_model(fingerprint, self.shape)
             self._is_checked = True
 
-    def begin(self, model: Idefics) -> None:
+    def begin(self, model: LoadedModel) -> None:
         self.require_model(self.fingerprint if self._is_checked else model.fingerprint, model.latents_shape)

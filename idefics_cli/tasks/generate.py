@@ -29,8 +29,8 @@ from idefics_cli.validation import by_option
 if TYPE_CHECKING:
     from idefics_cli.checkpoint.request import ModelRequest
     from idefics_cli.engine.prompt_source import EncodedPrompt, PromptSource
-    from idefics_cli.idefics import Idefics
     from idefics_cli.images.worker_pool import WorkerPool
+    from idefics_cli.loaded_model import LoadedModel
     from idefics_cli.prompts.choices import ChoiceNorm
     from idefics_cli.prompts.postprocess import PostProcess
     from idefics_cli.result import Outcome
@@ -77,7 +77,7 @@ class Generate(Task):
         options = self.options
         return text_form("text", self.postprocess, has_candidates=options.decoding.num_return_sequences > 1)
 
-    def begin(self, model: Idefics, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
+    def begin(self, model: LoadedModel, images: WorkerPool, resolve: Callable, observer: Observer) -> Steps:
         if self.embeddings is not None:
             self.embeddings.begin(model)
 
@@ -102,10 +102,10 @@ class Generate(Task):
         decode = partial(self._decode, model)
         return Steps(prepare, decode if self.options.text_only else watch.watching(decode))
 
-    def _encoded(self, model: Idefics, items: Sequence[Any], row: InputRow) -> EncodedPrompt | RowError:
+    def _encoded(self, model: LoadedModel, items: Sequence[Any], row: InputRow) -> EncodedPrompt | RowError:
         return model.encode(items, self.options.decoding.max_new_tokens)
 
-    def _decode(self, model: Idefics, source: PromptSource) -> Iterator[tuple[int, Outcome]]:
+    def _decode(self, model: LoadedModel, source: PromptSource) -> Iterator[tuple[int, Outcome]]:
         return model.stream(source, **asdict(self.options.decoding))
 
     def _prompt(
@@ -141,10 +141,10 @@ class Rank(Generate):
         super().__init__(GenerateOptions(DecodingOptions(), text_only=True))
         self._norm = norm
 
-    def _encoded(self, model: Idefics, items: Sequence[Any], row: InputRow) -> EncodedPrompt | RowError:
+    def _encoded(self, model: LoadedModel, items: Sequence[Any], row: InputRow) -> EncodedPrompt | RowError:
         return model.encode_choices(items, row.values["choices"])
 
-    def _decode(self, model: Idefics, source: PromptSource) -> Iterator[tuple[int, Outcome]]:
+    def _decode(self, model: LoadedModel, source: PromptSource) -> Iterator[tuple[int, Outcome]]:
         return model.score_stream(source, self._norm)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import RowError
-from idefics_cli.idefics import Idefics
+from idefics_cli.loaded_model import LoadedModel
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Form
 from idefics_cli.rows import InputRow
@@ -35,20 +35,20 @@ def prompts_alone(options: RunOptions) -> RunOptions:
 
 def prompt_viewer(request: ModelRequest, batch_size: int | None = None) -> PromptViewer:
     """Weights are read only where shots are chosen by what the model sees."""
-    return PromptViewer(Idefics.without_network(request), lambda: Idefics.from_pretrained(**vars(request)))
+    return PromptViewer(LoadedModel.without_network(request), lambda: LoadedModel.from_pretrained(**vars(request)))
 
 
 class PromptViewer:
     """A model whose results are the prompts. `load` gives the same one with its network."""
 
-    def __init__(self, model: Idefics, load: Callable[[], Idefics]) -> None:
+    def __init__(self, model: LoadedModel, load: Callable[[], LoadedModel]) -> None:
         self._model, self._load = model, load
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     @cached_property
-    def _whole(self) -> Idefics:
+    def _whole(self) -> LoadedModel:
         return self._load()
 
     @property

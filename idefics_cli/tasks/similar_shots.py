@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from idefics_cli.engine.prompt_source import EncodedImage
-    from idefics_cli.idefics import Idefics
+    from idefics_cli.loaded_model import LoadedModel
 
 OPENED_AT_A_TIME = 64
 OPENED_KEPT = 512  # shots whose images stay open, to be shown again
@@ -48,7 +48,7 @@ class SimilarShots:
         self,
         options: ShotOptions,
         pool: Sequence[Shot],
-        model: Idefics,
+        model: LoadedModel,
         open_shot: Callable[[Shot], Shot],
         say: Callable[[str], None],
     ) -> None:

@@ -86,7 +86,7 @@ def viewed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("idefics_cli.idefics.load_network", never)
+    monkeypatch.setattr("idefics_cli.loaded_model.load_network", never)
     return lambda *arguments, **more: CliRunner().invoke(app, [*map(str, arguments), "-m", "demo"], **more)
 
 

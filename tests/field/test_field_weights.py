@@ -425,7 +425,7 @@ def test_info_tells_size_and_memory(folder: Path, tmp_path: Path) -> None:
     train_adapter(folder, tmp_path / "adapter")
     fact = info("--adapter", tmp_path / "adapter", "--dtype", "float16").stdout.splitlines()[-1]
     assert fact.startswith(f"model: {folder}, 0.") and f"with the adapter {tmp_path}/adapter; takes 0." in fact
-    assert re.search(r"MB of the [\d,.]+ MB free on cpu$", fact)
+    assert re.search(r"MB in fp16 of the [\d,.]+ MB free on cpu$", fact)
 
 
 def test_a_model_larger_than_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

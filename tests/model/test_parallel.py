@@ -26,7 +26,7 @@ from idefics_cli.engine.prompt_source import IterableSource
 from idefics_cli.engine.tree_attention import PrefillMemory
 from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
-from idefics_cli.idefics import Idefics
+from idefics_cli.loaded_model import LoadedModel
 from idefics_cli.model import modeling, vision
 from idefics_cli.model.decoder import IdeficsAttention, IdeficsMLP
 from idefics_cli.model.parallel import PLAN, adapter_part, require_divisible, style_of
@@ -37,8 +37,8 @@ TEXTS = ["a red dog", "two", "what is this ?", "on a hill", "yes", "blue"]
 Written = list[tuple[str, float]]
 
 
-def load(folder: Path, ranks: Ranks | None = None, **options: Any) -> Idefics:
-    return Idefics.from_pretrained(folder, device="cpu", ranks=ranks, **{"batch_size": 4, **options})
+def load(folder: Path, ranks: Ranks | None = None, **options: Any) -> LoadedModel:
+    return LoadedModel.from_pretrained(folder, device="cpu", ranks=ranks, **{"batch_size": 4, **options})
 
 
 def images() -> list[Image.Image]:
@@ -56,7 +56,7 @@ def written(results: Iterable[Result]) -> Written:
     return [(each.text, each.score) for result in results for each in result.candidates]
 
 
-def everything(model: Idefics) -> Written:
+def everything(model: LoadedModel) -> Written:
     """With 0 and 4 shots, of 1, 3 and 5 beams, samples, choices, and latents in place of images."""
     found: Written = []
     for num_shots in (0, 4):
@@ -69,7 +69,7 @@ def everything(model: Idefics) -> Written:
     return found + continued(model, asked, do_sample=True, seed=3)
 
 
-def continued(model: Idefics, asked: list[list[Any]], **decoding: Any) -> Written:
+def continued(model: LoadedModel, asked: list[list[Any]], **decoding: Any) -> Written:
     encoded = [model.encode(prompt, 5) for prompt in asked]
     return in_order(model.stream(IterableSource(encoded), max_new_tokens=5, **decoding))
 
@@ -86,7 +86,7 @@ def assert_same(found: Written, expected: Written) -> None:
     )
 
 
-def split_bytes(model: Idefics) -> int:
+def split_bytes(model: LoadedModel) -> int:
     named = model.model.named_parameters()
     return sum(each.nbytes for name, each in named if style_of(name.removesuffix(".weight")))
 
@@ -114,7 +114,7 @@ class SlowSource:
         return list(islice(self._left, self._draw.randint(int(wait), most)))
 
 
-def slowly(model: Idefics, seed: int | None) -> Written:
+def slowly(model: LoadedModel, seed: int | None) -> Written:
     encoded = [model.encode(prompt, 4) for prompt in [*prompts(0), *prompts(1)]]
     source = IterableSource(encoded) if seed is None else SlowSource(encoded, seed)
     return in_order(model.stream(source, num_beams=2, max_new_tokens=4))
@@ -138,7 +138,7 @@ def test_a_model_spread_over_memory_and_disk_writes_what_one_in_memory_does(
 ) -> None:
     expected = everything(load(checkpoint))
     monkeypatch.setattr(accelerate, "get_max_memory", lambda given=None: {"cpu": 150_000, "disk": 10**9})
-    model = Idefics.from_pretrained(checkpoint, device_map=device_map, batch_size=4)
+    model = LoadedModel.from_pretrained(checkpoint, device_map=device_map, batch_size=4)
     places = set(model.model.hf_device_map.values())
     away = [name for name, each in model.model.named_parameters() if each.is_meta]
     assert places == {"cpu", "disk"} and len(away) > 50, (places, away)
@@ -149,9 +149,9 @@ def test_a_model_spread_over_memory_and_disk_writes_what_one_in_memory_does(
 def test_what_cannot_be_spread_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     for option, value in (("device", "cpu"), ("adapter", tmp_path)):
         with pytest.raises(IdeficsError, match=f"--{option} cannot be used with --device-map"):
-            Idefics.from_pretrained(checkpoint, device_map="auto", **{option: value})
+            LoadedModel.from_pretrained(checkpoint, device_map="auto", **{option: value})
     with pytest.raises(IdeficsError, match="--device-map is for one process"):
-        Idefics.from_pretrained(checkpoint, device_map="auto", ranks=SimpleNamespace())
+        LoadedModel.from_pretrained(checkpoint, device_map="auto", ranks=SimpleNamespace())
 
 
 def test_a_memory_moves_with_a_spread_model() -> None:

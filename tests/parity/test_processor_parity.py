@@ -29,9 +29,9 @@ from transformers.models.idefics.processing_idefics import (
 from idefics_cli.engine.prompt_source import EncodedPrompt
 from idefics_cli.engine.reference import collate
 from idefics_cli.engine.transfer import pixel_values
-from idefics_cli.idefics import vocabulary_of
 from idefics_cli.images.decode import load_image
 from idefics_cli.images.preprocess import ImageProcessor
+from idefics_cli.loaded_model import vocabulary_of
 from idefics_cli.model.kv_interface import image_attention_mask
 from idefics_cli.prompts.templates import END_OF_UTTERANCE, INSTRUCT_QUESTION, Shot, SpecialToken, few_shot_prompt
 from idefics_cli.prompts.tokenize import PromptEncoder
