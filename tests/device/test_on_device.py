@@ -35,8 +35,8 @@ from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 
-few = settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
-many = settings(few, max_examples=20)  # of four to nine prompts each: two hundred and more with shots and without
+few = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+many = settings(few, max_examples=8)  # of thirteen prompts each: two hundred and more with shots and without
 networks = st.sampled_from(MODELS)
 PHOTOS = sorted(Path("examples/images").glob("*.png"))
 
@@ -51,7 +51,7 @@ def test_another_device_than_the_first() -> None:
 
 
 @many
-@given(networks, st.lists(prompts(longest_text=30), min_size=4, max_size=9), options(longest=8), st.integers(1, 4))
+@given(networks, st.lists(prompts(longest_text=30), min_size=13, max_size=13), options(longest=8), st.integers(1, 4))
 def test_any_texts_are_those_of_the_cpu(network, some, chosen, rows) -> None:
     require_same_as_on_cpu(lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen, rows)], network)
 
@@ -60,7 +60,7 @@ def test_any_texts_are_those_of_the_cpu(network, some, chosen, rows) -> None:
 @given(
     networks,
     prompts(max_images=2, longest_text=12),
-    st.lists(prompts(longest_text=12), min_size=4, max_size=9),
+    st.lists(prompts(longest_text=12), min_size=13, max_size=13),
     options(longest=6),
 )
 def test_after_any_shots_too(network, shots, some, chosen) -> None:

@@ -104,7 +104,7 @@ def test_local_files_are_regular_and_names_are_literal(tmp_path: Path, monkeypat
         with pytest.raises(IrregularFile, match=f"is a {kind}: only regular files"):
             open_regular(name)
     regular = os.stat("~/a.png")
-    monkeypatch.setattr(os, "stat", lambda path: regular)  # the name comes to mean another file
+    monkeypatch.setattr(os, "stat", lambda path, **options: regular)  # the name comes to mean another file
     with pytest.raises(IrregularFile, match="is a FIFO"):
         open_regular("fifo")
     assert stat.S_ISREG(regular.st_mode)
