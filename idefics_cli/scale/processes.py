@@ -19,6 +19,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from idefics_cli.checkpoint import quantize
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer
@@ -226,6 +227,7 @@ def _serve(job: Job, pipe: Connection, driver: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != driver:
         return
+    quantize.silence()
     _share_threads(job.options.processes or 1)
     reporter = _Reporter(pipe)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):

@@ -23,6 +23,7 @@ from PIL import Image
 
 from idefics_cli.report.options import ReportOptions
 from idefics_cli.report.page import embedded, write_report
+from idefics_cli.storage.unit_folder import UnitFolder
 
 ROWS = [
     {"id": "a.png", "image": "imgs/a.png", "caption": "a red square", "score": -0.5, "tokens": 3, "error": None},
@@ -97,8 +98,8 @@ def read(results: Path, tmp_path: Path, **options: Any) -> Reader:
 def test_every_form_of_results(tmp_path, name):
     path = save(tmp_path / name, ANSWERS)
     if path.parent != tmp_path:
-        (path.parent / "_run.json").write_text("{}")
         path = path.parent
+        UnitFolder(str(path)).begin({"format": "parquet"}, iter([(0,), (3,)]))
     page = read(path, tmp_path)
     assert page.column("id") == ["0", "1", "2"] and page.column("text") == ["red", "Blue.", "2"]
     assert page.column("question") == ["what?"] * 3 and page.column("score") == [-0.1] * 3
