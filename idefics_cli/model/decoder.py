@@ -94,7 +94,7 @@ class IdeficsRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> PositionEmbeddings:
-        """Cosines and sines (rows, 1, tokens, head_dim) in `hidden_states`' type, as `fused.rotate` takes them."""
+        """Cosines and sines (rows, tokens, head_dim) in `hidden_states`' type, as `fused.rotate` takes them."""
         return fused.angles(position_ids, self.inv_freq, self.attention_scaling, hidden_states.dtype)
 
 

@@ -81,9 +81,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 @one_launch("(Tensor positions, Tensor inv_freq, float scaling, ScalarType dtype) -> (Tensor, Tensor)")
 def angles(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of (rows, tokens) positions, (rows, 1, tokens, head_dim), as `rotate` takes them: the first
-    half of the sines is negated."""
-    turns = positions[:, None, :, None].float() * torch.cat([-inv_freq, inv_freq]).float()
+    """Cosines and sines of (rows, tokens) positions, (rows, tokens, head_dim), as `rotate` takes them: the first half
+    of the sines is negated."""
+    turns = positions[:, :, None].float() * torch.cat([-inv_freq, inv_freq]).float()
     return (turns.cos() * scaling).to(dtype), (turns.sin() * scaling).to(dtype)
 
 
@@ -95,4 +95,4 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, signed_sin: Tensor) -> tuple
 
 def rotate_one(states: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     partners = states.roll(states.shape[-1] // 2, dims=-1)
-    return torch.addcmul(states * cos, partners, signed_sin)
+    return torch.addcmul(states * cos[:, None], partners, signed_sin[:, None])

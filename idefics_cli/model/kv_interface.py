@@ -36,7 +36,7 @@ class Memory(Protocol):
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, position_embeddings: PositionEmbeddings
     ) -> AttentionOutput:
         """Rotate query and key, store the new tokens' key and value for this layer and attend to all that each query
-        may see. `position_embeddings` are (rows, 1, tokens, head_dim) each, as `fused.rotate` takes them.
+        may see. `position_embeddings` are (rows, tokens, head_dim) each, as `fused.rotate` takes them.
         """
         ...
 

@@ -151,7 +151,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, signed_sin: Tensor) -> tuple
 @enter
 def angles(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     (rows, tokens), dim = positions.shape, 2 * len(inv_freq)
-    cos, sin = (torch.empty(rows, 1, tokens, dim, dtype=dtype, device=positions.device) for _ in range(2))
+    cos, sin = (torch.empty(rows, tokens, dim, dtype=dtype, device=positions.device) for _ in range(2))
     angles_kernel[(rows * tokens,)](
         positions.contiguous(), inv_freq, cos, sin, scaling, DIM=dim, BLOCK=triton.next_power_of_2(dim), num_warps=1
     )  # fmt: skip

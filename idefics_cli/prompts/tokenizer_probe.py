@@ -11,7 +11,7 @@ from pathlib import Path
 
 from idefics_cli.storage.limited_process import complaint
 
-MAX_SECONDS = 10.0  # LLaMA's takes 0.3. This process does it again
+MAX_SECONDS = 15.0  # LLaMA's takes 0.3. This process does it again
 MAX_GROWTH = 16  # times as long a text may become
 SAMPLE = f"{string.printable} User: what is this? <image> </s>\ufdd0 é漢字😀\u0301"
 REPEATED = "".join(30 * letter for letter in string.printable)

@@ -34,9 +34,9 @@ def complaint(reader: str, function: Callable[..., str], *arguments: Any, second
     """What the function of a module says, or in what way the `reader` that it calls has ended the process."""
     with _asking:
         process = _processes.pop() if _processes else _started()
+        started = time.monotonic()
         watch = threading.Timer(seconds, process.kill)
         watch.start()
-        started = time.monotonic()
         try:
             pickle.dump((function, arguments), process.stdin)
             process.stdin.flush()

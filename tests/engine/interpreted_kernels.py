@@ -28,7 +28,7 @@ def case(beams: int, dim: int, rotates: bool, has_start: bool) -> list[Tensor | 
     tokens, slots = ROWS * beams, PROMPT_SLOTS + TREE_SLOTS
     joint = torch.randn(1, tokens, 3, HEADS, dim)  # queries, keys and values of one product
     query, key, value = (each.transpose(1, 2) for each in joint.unbind(2))
-    turns = torch.randn(1, 1, tokens, dim)
+    turns = torch.randn(1, tokens, dim)
     angles = (turns.cos(), turns.sin()) if rotates else (None, None)
     stored = torch.full((2, ROWS + 1, HEADS, slots, dim), torch.nan)
     widths, lengths = torch.tensor([7, 5]), torch.tensor([4, 0])
