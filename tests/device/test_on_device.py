@@ -35,8 +35,9 @@ from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
 
-few = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
-many = settings(few, max_examples=8)  # of thirteen prompts each: two hundred and more with shots and without
+few = settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.generate])
+lists = {"min_size": 13, "max_size": 13}
+some_or_many = pytest.mark.parametrize("examples", [3, pytest.param(10, marks=pytest.mark.slow)])
 networks = st.sampled_from(MODELS)
 PHOTOS = sorted(Path("examples/images").glob("*.png"))
 
@@ -50,22 +51,32 @@ def test_another_device_than_the_first() -> None:
     require_same_as_on_cpu(WORK["beams"], index=1)
 
 
-@many
-@given(networks, st.lists(prompts(longest_text=30), min_size=13, max_size=13), options(longest=8), st.integers(1, 4))
-def test_any_texts_are_those_of_the_cpu(network, some, chosen, rows) -> None:
-    require_same_as_on_cpu(lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen, rows)], network)
+@some_or_many
+def test_any_texts_are_those_of_the_cpu(examples: int) -> None:
+    @settings(few, max_examples=examples)
+    @given(networks, st.lists(prompts(longest_text=30), **lists), options(longest=8), st.integers(1, 4))
+    def check(network, some, chosen, rows) -> None:
+        require_same_as_on_cpu(
+            lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen, rows)], network
+        )
+
+    check()
 
 
-@many
-@given(
-    networks,
-    prompts(max_images=2, longest_text=12),
-    st.lists(prompts(longest_text=12), min_size=13, max_size=13),
-    options(longest=6),
-)
-def test_after_any_shots_too(network, shots, some, chosen) -> None:
-    some = [after_shots(shots, each) for each in some]
-    require_same_as_on_cpu(lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen)], network)
+@some_or_many
+def test_after_any_shots_too(examples: int) -> None:
+    @settings(few, max_examples=examples)
+    @given(
+        networks,
+        prompts(max_images=2, longest_text=12),
+        st.lists(prompts(longest_text=12), **lists),
+        options(longest=6),
+    )
+    def check(network, shots, some, chosen) -> None:
+        some = [after_shots(shots, each) for each in some]
+        require_same_as_on_cpu(lambda here: [[ids for ids, _ in row] for row in texts(here, some, chosen)], network)
+
+    check()
 
 
 @few

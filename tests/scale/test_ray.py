@@ -156,7 +156,11 @@ def test_a_mistake_on_the_cluster_is_one_line(
 
 @pytest.mark.parametrize(
     ("number", "kills"),
-    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 1, marks=slow), pytest.param(None, 5, marks=slow)],
+    [
+        pytest.param(signal.SIGTERM, 1, marks=slow),
+        pytest.param(signal.SIGINT, 1, marks=slow),
+        pytest.param(None, 5, marks=slow),
+    ],
 )
 def test_drivers_that_are_stopped_or_killed(bench: Bench, cluster: str, number: int | None, kills: int) -> None:  # noqa: F811
     """Their actors end with them, and what they have begun is finished another way."""
