@@ -637,7 +637,13 @@ def efficient_attention(
     return output, padded, log_sum.new_empty(0), log_sum.new_empty(0)
 
 
+def log_softmax(values: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    """CUDA's takes fp16 to fp32 in one launch, the CPU's does not."""
+    return aten._log_softmax.default(values.float() if half_to_float else values, dim, False)
+
+
 EMULATED = {
+    aten._log_softmax.default: log_softmax,
     aten._scaled_dot_product_flash_attention.default: flash_attention,
     aten._scaled_dot_product_efficient_attention.default: efficient_attention,
     torch.ops.idefics.tree_attention.default: plain_tree_attention,
