@@ -112,7 +112,7 @@ class RunCommand(TyperCommand):
     """`--ray` may stand alone. What comes next is its address only where it looks like one, and an input otherwise."""
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
-        given = zip(args, [*args[1:], ""], strict=True)
+        given = zip(args, [*args, ""][1:], strict=True)
         named = [f"{arg}=" if arg == "--ray" and not RAY_ADDRESS.fullmatch(then) else arg for arg, then in given]
         return super().parse_args(context, named)
 
