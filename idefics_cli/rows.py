@@ -97,7 +97,7 @@ def parse_shard(text: str) -> tuple[int, int]:
         place, number = _shard_of_task()
         parts = [str(place), parts[1] if len(parts) == 2 else "" if number is None else str(number)]
         if not parts[1]:
-            raise IdeficsError("--shard auto: the scheduler does not tell how many tasks there are: add it, as auto/8")
+            raise IdeficsError("the scheduler does not tell how many tasks there are: add it, as auto/8")
     if len(parts) == 2 and all(part.isascii() and part.isdigit() for part in parts):
         place, number = int(parts[0]), int(parts[1])
         if 1 <= place <= number:
@@ -130,7 +130,7 @@ def _shard_of_task() -> tuple[int, int | None]:
         return (index - first) // step + 1, None if last is None else (last - first) // step + 1
     if (index := _number_in(KUBERNETES_INDEX)) is not None:
         return index + 1, None
-    raise IdeficsError("--shard auto: no scheduler's variables here (SLURM, PBS, LSF, ...): say it, as --shard 1/8")
+    raise IdeficsError("no scheduler's variables here (SLURM, PBS, LSF, ...): say which, as --shard 1/8")
 
 
 def _number_in(variable: str) -> int | None:

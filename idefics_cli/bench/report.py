@@ -73,7 +73,7 @@ def phase_report(phased: Sequence[Run], bandwidth: float | None) -> dict[str, An
     phases["other"] = {"seconds": statistics.median(run.seconds for run in phased) - inside}
     if bandwidth is not None:
         phases["copy_bandwidth_bytes_per_second"] = bandwidth
-        phases["busy_share"] = inside / (inside + phases["other"]["seconds"])
+        phases["share_in_phases"] = inside / (inside + phases["other"]["seconds"])
     return phases
 
 
@@ -187,6 +187,6 @@ def phase_table(phases: dict[str, Any]) -> Table:
         rate = "" if share is None else f"{share * phases['copy_bandwidth_bytes_per_second'] / 1e9:.0f}, {share:.0%}"
         table.add_row(name, f"{phase['seconds']:.3f}", *shown, above, rate)
     table.add_row("other", f"{phases['other']['seconds']:.3f}")
-    if "busy_share" in phases:
-        table.add_row("device at work", f"{phases['busy_share']:.1%}")
+    if "share_in_phases" in phases:
+        table.add_row("share in phases", f"{phases['share_in_phases']:.1%}")
     return table

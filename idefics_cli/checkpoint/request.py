@@ -69,7 +69,7 @@ class ModelRequest:
             remedy = "leave it out" if self.device != "auto" else "merge the adapter with PEFT's merge_and_unload"
             raise IdeficsError(f"{useless} cannot be used with --device-map, which places the weights: {remedy}")
         if self.device_map is not None and self.attention == "triton":
-            raise IdeficsError("attention triton cannot be used with --device-map: use auto or sdpa")
+            raise IdeficsError("--attention triton cannot be used with --device-map: use auto or sdpa")
 
 
 def base_of(adapter: str) -> str:

@@ -40,7 +40,7 @@ def resolve_attention(attention: str, config: IdeficsConfig, device: torch.devic
     ]
     lacks = [each for each in missing if each]
     if attention == "triton" and lacks:
-        raise IdeficsError(f"attention triton needs {' and '.join(lacks)}: use auto or sdpa")
+        raise IdeficsError(f"--attention triton needs {' and '.join(lacks)}: use auto or sdpa")
     if attention == "sdpa" or lacks:
         return "sdpa"
     import_module("idefics_cli.engine.tree_kernel")  # it enters its operator

@@ -153,6 +153,7 @@ def _hushed() -> Iterator[None]:
 
 
 def _version() -> str:
+    """Looked up, not imported: the package itself leads to the library, which lies above."""
     return sys.modules["idefics_cli"].__version__
 
 
