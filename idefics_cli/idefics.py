@@ -20,11 +20,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeGuard, TypeVar, Unpack, overload
 
 import torch
 from PIL import Image
-from typing_extensions import ParamSpec, Self, Unpack
 
 from idefics_cli import validation
 from idefics_cli.checkpoint.files import stored_shapes

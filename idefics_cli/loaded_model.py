@@ -11,11 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import torch
 from PIL import Image
-from typing_extensions import Self
 
 from idefics_cli.checkpoint import quantize as quantization
 from idefics_cli.checkpoint.devices import device_of_process, resolve_device, resolve_dtype

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, Union
 
 from idefics_cli.errors import IdeficsError, RowError
 

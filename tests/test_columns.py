@@ -54,7 +54,7 @@ def test_strict_lines_have_null_for_nan_and_infinities_and_else_the_same(row: Ma
         (b"\xff\x00", '"/wA="'),
         (datetime.date(2024, 2, 29), '"2024-02-29"'),
         (datetime.time(1, 2, 3, 4), '"01:02:03.000004"'),
-        (datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), '"1970-01-01T00:00:00+00:00"'),
+        (datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC), '"1970-01-01T00:00:00+00:00"'),
         (datetime.timedelta(seconds=-1, microseconds=5), "-999995"),
         (decimal.Decimal("-1.50"), '"-1.50"'),
         (uuid.UUID(int=1), '"00000000-0000-0000-0000-000000000001"'),

@@ -9,7 +9,7 @@ There is one forward pass over the layers, `IdeficsModel.decode`; the memory it 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
-from typing_extensions import Unpack
 
 from idefics_cli.model.decoder import (
     IdeficsAttention,

@@ -98,7 +98,7 @@ SECONDS = st.integers(-(2**31), 2**31)
 
 
 def aware(moments: st.SearchStrategy[datetime.datetime]) -> st.SearchStrategy[datetime.datetime]:
-    return moments.map(lambda moment: moment.replace(tzinfo=datetime.timezone.utc))
+    return moments.map(lambda moment: moment.replace(tzinfo=datetime.UTC))
 
 
 def rounded(moment: datetime.datetime) -> datetime.datetime:
