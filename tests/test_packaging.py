@@ -35,8 +35,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], cwd: Path = ROOT) -> str:
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+def run(command: list[str], cwd: Path = ROOT, **variables: str) -> str:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
     done = subprocess.run(command, cwd=cwd, env=outside, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -96,6 +96,19 @@ def test_the_wheel_runs_the_demo_in_an_environment_of_its_own(built: Path, tmp_p
     assert Path(found.strip()).is_relative_to(tmp_path / "env")
     said = run([str(python.with_name("idefics-cli")), "caption", str(IMAGE), "--model", "demo"], tmp_path)
     assert json.loads(said)["caption"] == "a large purple cross"
+
+
+def test_uvx_finds_its_script_by_the_package_s_name(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an index that is a folder; what it depends on is lent to it again."""
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    names = [re.match(r"[\w-]+", dependency)[0] for dependency in PROJECT["dependencies"]]
+    (tmp_path / "none.txt").write_text("".join(f"{name}; sys_platform == 'none'\n" for name in names))
+    index = ["--offline", "--no-index", "--find-links", str(built), "--overrides", str(tmp_path / "none.txt")]
+    command = ["tool", "run", *index, "--python", sys.executable, "idefics-cli", "--version"]
+    said = run([sys.executable, "-m", "uv", *command], PYTHONPATH=sysconfig.get_path("purelib"))
+    assert said.strip() == f"idefics {idefics_cli.__version__}"
 
 
 def test_every_extra_is_in_the_readme() -> None:
