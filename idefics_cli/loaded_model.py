@@ -126,13 +126,13 @@ class LoadedModel:
         if device_map is not None and ranks is not None:
             raise IdeficsError("--device-map is for one process: start it without torchrun, or leave --device-map out")
         place = resolve_device(request.device) if ranks is None else device_of_process(request.device, ranks)
-        quantization.check(quantize, place, request.dtype, folder)
+        is_shared = ranks is not None or device_map is not None
+        quantization.check(quantize, place, request.dtype, is_shared)
         checkpoint = find_checkpoint(request)
         config, encoder, images = side_files(checkpoint)
         kind = quantization.kind_of(config, quantize)
-        quantization.check(kind, place, request.dtype, folder)
-        if kind is not None and (ranks is not None or device_map is not None):
-            raise IdeficsError("quantized weights are for one device: start it without torchrun and --device-map")
+        quantization.check(kind, place, request.dtype, is_shared)
+        quantization.check_saved(config, is_shared, folder is not None)
         number_format = resolve_dtype(request.dtype, place, None if kind else config)
         if ranks is not None:
             number_format = ranks.broadcast(number_format)

@@ -30,9 +30,10 @@ def test_weights_are_those_of_the_parameters() -> None:
     whole = sum(named.values()) - split
     assert fits.weights("fp32", 1) == (4 * (whole + split),) * 2
     assert fits.weights("bf16 or fp16", 2) == (2 * (whole + split), 2 * whole + split)
-    for kind, bits in (("int8", 8), ("nf4", 4)):
-        total, each = fits.weights(kind, 4)
-        assert total == each and split * bits / 8 < total < 2 * (whole + split), "quantized weights are not split"
+    total, each = fits.weights("nf4", 4)
+    assert total == each and split / 2 < total < 2 * (whole + split), "weights in nf4 are not split"
+    total, each = fits.weights("int8", 4)
+    assert total - each == round(split * 3 / 4)
 
 
 def test_what_does_not_fit_names_what_would() -> None:

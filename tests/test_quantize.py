@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_ranks import first_result
 from tiny_models import relative_error
 from torch import nn
+from transformers.integrations import accelerate
 
 from idefics_cli import Idefics
 from idefics_cli.checkpoint import quantize
@@ -18,8 +20,11 @@ from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
 from idefics_cli.checkpoint.load import load_config, load_network
 from idefics_cli.checkpoint.request import DEMO_FOLDER, ModelRequest
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+from idefics_cli.engine.prompt_source import IterableSource
 from idefics_cli.errors import IdeficsError
+from idefics_cli.loaded_model import LoadedModel
 from idefics_cli.model.packed_linear import PackedInt8Matrix, PackedLinear, pack_linears, packable_dtypes
+from idefics_cli.ranks import Ranks
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 needs_onednn = pytest.mark.skipif(torch.float32 not in packable_dtypes(), reason="oneDNN packs nothing on this machine")
@@ -96,13 +101,46 @@ def test_other_subclasses_of_tensors_are_passed_over() -> None:
     [
         ({"quantize": "nf4"}, "nf4 runs on CUDA, not on cpu: use --quantize int8"),
         ({"quantize": "int8", "dtype": "bf16"}, "computes in fp32 on the CPU: leave out --dtype bf16"),
-        ({"quantize": "int8", "adapter": "somewhere"}, "--adapter cannot be merged into quantized weights"),
+        ({"quantize": "nf4", "device": "auto", "device_map": "auto"}, "nf4 runs on CUDA"),
         ({"quantize": "int3"}, "unknown quantize 'int3': use int8 or nf4"),
     ],
 )
 def test_what_is_refused_before_a_weight_is_read(changes: dict, said: str) -> None:
     with pytest.raises(IdeficsError, match=said):
-        check_model_request(ModelRequest("demo", device="cpu", **changes))
+        check_model_request(ModelRequest(**{"model": "demo", "device": "cpu", **changes}))
+
+
+def test_nf4_is_for_one_device() -> None:
+    with pytest.raises(IdeficsError, match="nf4 weights are for one device: use --quantize int8"):
+        quantize.check("nf4", torch.device("cuda"), "auto", is_shared=True)
+
+
+@needs_torchao
+def test_int8_weights_are_not_moved_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate, "get_max_memory", lambda given=None: {"cpu": 1_000_000, "disk": 10**9})
+    with pytest.raises(IdeficsError, match="do not hold all of the quantized weights"):
+        Idefics.from_pretrained("demo", device_map="auto", quantize="int8")
+
+
+def captions_of_two(ranks: Ranks) -> list[tuple[str | None, float | None]]:
+    model = LoadedModel.from_pretrained("demo", device="cpu", quantize="int8", ranks=ranks)
+    if ranks.rank:
+        model.follow()
+    return captions_with_scores(model)
+
+
+def captions_with_scores(model: LoadedModel) -> list[tuple[str | None, float | None]]:
+    encoded = [model.encode([scene(EVALUATION_SEEDS + number).image], 12) for number in range(8)]
+    return [(each.text, each.score) for _, each in sorted(model.stream(IterableSource(encoded), max_new_tokens=12))]
+
+
+@needs_torchao
+def test_two_processes_write_in_int8_what_one_does() -> None:
+    """But for rounding: each quantizes what it has of a layer's inputs by itself."""
+    found = first_result(2, captions_of_two)
+    expected = captions_with_scores(LoadedModel.from_pretrained("demo", device="cpu", quantize="int8"))
+    assert [text for text, _ in found] == [text for text, _ in expected]
+    assert max(abs(one - other) for (_, one), (_, other) in zip(found, expected, strict=True)) < 0.01
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

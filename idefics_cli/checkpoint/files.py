@@ -203,6 +203,21 @@ def tensors_of(file: Path, is_pickled: bool, wanted: re.Pattern[str]) -> Iterato
         yield name, stored[name] if is_pickled else stored.get_tensor(name)
 
 
+def lazy_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All, by name; those of safetensors are slices, which are read when they are indexed."""
+    import torch
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for file in checkpoint.weight_files:
+        if checkpoint.is_pickled:
+            found |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            stored = safe_open(file, framework="pt")
+            found |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+    return found
+
+
 def first_few(names: list[str]) -> str:
     """The first few of many names."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""

@@ -27,7 +27,7 @@ def check_model_request(request: ModelRequest) -> None:
     """Raise what is wrong with dtype, device or a local folder. Reaches no network and reads no weight."""
     device = resolve_device(request.device)
     resolve_dtype(request.dtype, device)
-    quantize.check(request.quantize, device, request.dtype, request.adapter)
+    quantize.check(request.quantize, device, request.dtype, request.device_map is not None)
     folder = local_folder(request.model)
     if folder is not None:
         inspect_folder(folder, request.allow_pickle)

@@ -23,7 +23,7 @@ FORMATS = {  # the quantization and torch's dtype of all else, and how to ask fo
 
 @dataclass(frozen=True)
 class Fits:
-    """`model`, on the meta device, on devices of `memory` bytes each. Quantized weights are not split."""
+    """`model`, on the meta device, on devices of `memory` bytes each."""
 
     model: IdeficsForVisionText2Text
     memory: int
@@ -34,11 +34,10 @@ class Fits:
         import torch
 
         from idefics_cli.checkpoint.quantize import weight_bytes
-        from idefics_cli.model.parallel import bytes_of_process
 
         kind, dtype = FORMATS[name][0], getattr(torch, FORMATS[name][1])
-        total = weight_bytes(self.model, kind, dtype)
-        return total, total if kind else bytes_of_process(self.model, dtype.itemsize, number)
+        total, each = (weight_bytes(self.model, kind, dtype, size) for size in (1, number))
+        return total, each if can_share(name) else total
 
     def rows(self, name: str, number: int) -> int:
         """How many are decoded at a time beside the weights; 0: it does not fit."""
@@ -46,8 +45,8 @@ class Fits:
 
         from idefics_cli.engine.memory_budget import MemoryPlan
 
-        kind, dtype, _ = FORMATS[name]
-        plan = MemoryPlan.of(self.model.config, 0, getattr(torch, dtype).itemsize, 1 if kind else number)
+        _, dtype, _ = FORMATS[name]
+        plan = MemoryPlan.of(self.model.config, 0, getattr(torch, dtype).itemsize, number if can_share(name) else 1)
         return max(0, plan.rows_at_most(self.memory - self.weights(name, number)[1], self.is_cuda, NUM_BEAMS))
 
     def remedies(self, name: str, number: int) -> Iterator[str]:
@@ -55,17 +54,22 @@ class Fits:
         later = list(FORMATS)[list(FORMATS).index(name) + 1 :]
         yield from (FORMATS[each][2] for each in later if self.rows(each, number))
         numbers = (each for each in range(number + 1, MOST_DEVICES + 1) if can_split(self.model, each))
-        enough = None if FORMATS[name][0] else next((each for each in numbers if self.rows(name, each)), None)
+        enough = next((each for each in numbers if self.rows(name, each)), None) if can_share(name) else None
         if enough is not None:
             yield f"torchrun --nproc-per-node {enough}"
 
     def in_words(self, name: str, number: int) -> str:
         total, each = self.weights(name, number)
         rows, options = self.rows(name, number), " or ".join(self.remedies(name, number))
-        place = "on one device" if FORMATS[name][0] else "on each"
+        place = "on each" if can_share(name) else "on one device"
         other = options or ("a larger device" if FORMATS[name][0] else "--device-map auto, slowly")
         verdict = f"fits, {rows} rows at a time" if rows else f"does not fit: {other}"
         return f"{total / 1e6:,.1f} MB of weights, {each / 1e6:,.1f} MB {place}; {verdict}"
+
+
+def can_share(name: str) -> bool:
+    """Whether several processes can hold a part of such weights each."""
+    return FORMATS[name][0] != "nf4"
 
 
 def can_split(model: IdeficsForVisionText2Text, number: int) -> bool:

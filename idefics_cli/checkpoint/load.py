@@ -15,22 +15,19 @@ from idefics_cli.checkpoint.files import (
     CONFIG,
     LOADING_ERRORS,
     Checkpoint,
-    adapter_settings,
     first_few,
     read_json,
     require,
     stored_shapes,
-    tensors_of,
 )
 from idefics_cli.checkpoint.request import DEMO_FOLDER
-from idefics_cli.errors import CheckpointError
+from idefics_cli.errors import CheckpointError, DeviceError
 from idefics_cli.images.preprocess import SETTINGS_FILES, ImageProcessor, settings_file
 from idefics_cli.prompts.tokenize import PromptEncoder
 from idefics_cli.prompts.tokenizer_probe import probe
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import IdeficsConfig
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
 # Fields of a configuration that name another file of weights (even a pickle), or classes to put in place of ours, or
 # make a dictionary of as many labels as they say.
 LEFT_OUT = ("transformers_weights", "fusion_config", "auto_map", "num_labels", "id2label", "label2id")
-WRAPPED = "base_model.model."  # what PEFT puts before the names of a network's tensors
-OF_ADAPTERS = (".lora_", ".modules_to_save.", "trainable_tokens_delta")
 HEAD, ADDITIONAL_HEAD = "lm_head.weight", "lm_head.additional_fc.weight"
 ADDITIONAL_EMBEDDING = "model.embed_tokens.additional_embedding.weight"
 
@@ -159,9 +154,9 @@ def load_network(
     if device.type == "cuda":
         _choose_kernels()
     try:
-        with naming_memory_errors(), quantize.one_at_a_time(kind):
+        with naming_memory_errors(), quantize.one_at_a_time(kind is not None or checkpoint.adapter is not None):
             model = IdeficsForVisionText2Text.from_pretrained(
-                checkpoint.folder,
+                **_weights(checkpoint, config, dtype, device if device_map is None else torch.device("cpu")),
                 config=config,
                 dtype=dtype,
                 **placement,
@@ -171,15 +166,30 @@ def load_network(
                 generation_config=GenerationConfig(),
                 quantization_config=quantize.settings(kind, dtype),
             )
+            if kind is not None:
+                _require_stays(model)
             if ranks is not None:
                 join_ranks(model, ranks)
-            if checkpoint.adapter is not None:
-                model = _with_adapter(model, checkpoint.adapter)
     except torch.OutOfMemoryError as error:
         raise does_not_fit(num_bytes, device, dtype) from error
     except LOADING_ERRORS as error:
         raise _cannot_be_loaded(checkpoint, error) from error
     return model.eval().requires_grad_(False)
+
+
+def _weights(checkpoint: Checkpoint, config: IdeficsConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` reads: the files or, where an adapter is merged into them, tensors on their way."""
+    import torch
+
+    from idefics_cli.checkpoint.adapter import merged_tensors
+    from idefics_cli.model.modeling import IdeficsForVisionText2Text
+
+    if checkpoint.adapter is None:
+        return {"pretrained_model_name_or_path": checkpoint.folder}
+    with torch.device("meta"):
+        network = IdeficsForVisionText2Text(config)
+    tensors = merged_tensors(checkpoint, network, dtype, device)
+    return {"pretrained_model_name_or_path": None, "state_dict": tensors}
 
 
 def _placement(device: torch.device, ranks: Ranks | None, device_map: str | None) -> dict[str, Any]:
@@ -198,6 +208,15 @@ def _placement(device: torch.device, ranks: Ranks | None, device_map: str | None
     return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=PLAN)}
 
 
+def _require_stays(model: IdeficsForVisionText2Text) -> None:
+    """accelerate cannot move quantized weights for each step."""
+    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+        raise DeviceError(
+            "the devices do not hold all of the quantized weights, and these cannot be moved for each step: leave out"
+            " --quantize or --device-map"
+        )
+
+
 def _choose_kernels() -> None:
     """cuDNN's attention makes a plan for each number of keys, which changes in almost every step; and its convolutions
     would compute fp32 in TF32."""
@@ -205,47 +224,6 @@ def _choose_kernels() -> None:
 
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False
-
-
-def _with_adapter(model: IdeficsForVisionText2Text, adapter: Checkpoint) -> IdeficsForVisionText2Text:
-    import torch
-
-    from idefics_cli.model.parallel import adapter_part
-
-    stored = tensors_of(adapter.weight_files[0], adapter.is_pickled, re.compile(".*"))
-    if model.ranks is not None:
-        stored = ((name, adapter_part(name.removeprefix(WRAPPED), each, model.ranks)) for name, each in stored)
-    tensors = {
-        name: tensor.to(model.device, torch.float32 if ".lora_" in name else model.dtype)  # as PEFT has them
-        for name, tensor in stored
-    }
-    try:
-        return _merged(model, adapter_settings(adapter), tensors)
-    except torch.OutOfMemoryError:
-        raise
-    except LOADING_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"the adapter in {adapter.folder} does not fit the model ({reason})") from error
-
-
-def _merged(network: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    """The network with what PEFT's `merge_and_unload` makes of its weights.
-
-    Raises CheckpointError for tensors that have no place in it, or are missing; for wrong settings what PEFT raises.
-    """
-    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-
-    modules = {name.removeprefix(WRAPPED).partition(".lora_")[0] for name in tensors if ".lora_" in name}
-    config = LoraConfig(**settings, target_modules=sorted(modules), inference_mode=True)
-    adapted = PeftModel(network, config, low_cpu_mem_usage=True)
-    result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
-    missing = [name for name in result.missing_keys if any(part in name for part in OF_ADAPTERS)]
-    for kind, names in (("lacks", missing), ("has no place for", result.unexpected_keys)):
-        require(
-            not names,
-            f"the adapter does not fit the model: it {kind} {len(names)} tensors, such as {first_few(names[:1])}",
-        )
-    return adapted.merge_and_unload()
 
 
 def require_loadable(
@@ -261,7 +239,7 @@ def require_loadable(
     import torch
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
-    from idefics_cli.model.parallel import bytes_of_process, require_divisible
+    from idefics_cli.model.parallel import require_divisible
 
     try:
         with torch.device("meta"):
@@ -270,9 +248,7 @@ def require_loadable(
     except LOADING_ERRORS as error:
         raise _cannot_be_loaded(checkpoint, error) from error
     require_divisible(config, num_processes)
-    num_bytes = bytes_of_process(expected, dtype.itemsize, num_processes)
-    if (held := quantize.kind_of(config, kind)) is not None:
-        num_bytes = quantize.weight_bytes(expected, held, dtype)
+    num_bytes = quantize.weight_bytes(expected, quantize.kind_of(config, kind), dtype, num_processes)
     if device_map is None:
         require_fit(num_bytes, device, dtype)
     return num_bytes

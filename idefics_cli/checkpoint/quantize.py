@@ -29,16 +29,16 @@ NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # torchao warns of kernels for other processors as it is imported
 
 
-def check(quantize: str | None, device: torch.device, dtype: str, adapter: str | None) -> None:
-    """Raise IdeficsError, or a kind of it, for what cannot be run."""
+def check(quantize: str | None, device: torch.device, dtype: str, is_shared: bool) -> None:
+    """Raise IdeficsError, or a kind of it, for what cannot be run. `is_shared`: by several processes or devices."""
     if quantize is None:
         return
     if quantize not in PACKAGES:
         raise IdeficsError(f"unknown quantize {quantize!r}: use {' or '.join(PACKAGES)}")
-    if adapter is not None:
-        raise IdeficsError("--adapter cannot be merged into quantized weights: save the merged model first")
     if quantize == "nf4" and device.type != "cuda":
         raise DeviceError(f"--quantize nf4 runs on CUDA, not on {device}: use --quantize int8")
+    if quantize == "nf4" and is_shared:
+        raise DeviceError("nf4 weights are for one device: use --quantize int8, or leave out torchrun and --device-map")
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"--quantize int8 runs on the CPU and on CUDA, not on {device}: use --device cpu")
     if device.type == "cpu" and dtype not in ("auto", "fp32"):
@@ -73,6 +73,14 @@ def kind_of(config: IdeficsConfig, quantize: str | None = None) -> str | None:
     return saved or quantize
 
 
+def check_saved(config: IdeficsConfig, is_shared: bool, has_adapter: bool) -> None:
+    """Raise CheckpointError for what cannot be done with weights that were quantized before they were saved."""
+    kind = kind_of(config)
+    if kind is not None and (is_shared or has_adapter):
+        what = "is for one device, without torchrun and --device-map" if is_shared else "takes no --adapter"
+        raise CheckpointError(f"a model saved in {kind} {what}: use the one it was made of, with --quantize {kind}")
+
+
 def _saved_kind(saved: dict[str, Any] | None) -> str | None:
     if saved is None:
         return None
@@ -98,29 +106,33 @@ def plain_shapes(stored: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
     return {name: None if name in in_4_bits else shape for name, shape in named.items() if not extra.search(name)}
 
 
-def weight_bytes(network: nn.Module, kind: str | None, dtype: torch.dtype) -> int:
-    """Of all parameters, where the linear layers are quantized."""
+def weight_bytes(network: nn.Module, kind: str | None, dtype: torch.dtype, size: int = 1) -> int:
+    """Of all parameters in one of `size` processes, where the linear layers are quantized."""
     from torch import nn
 
-    left = LEFT.get(kind, ())
+    from idefics_cli.model.parallel import style_of
+
+    left = tuple(LEFT.get(kind, ()))
     linear = {
         id(module.weight)
         for name, module in network.named_modules()
-        if kind and isinstance(module, nn.Linear) and not name.startswith(tuple(left))
+        if kind and isinstance(module, nn.Linear) and not name.startswith(left)
     }
     return round(
         sum(
-            parameter.numel() * (BYTES[kind] if id(parameter) in linear else dtype.itemsize)
-            for parameter in network.parameters()
+            each.numel()
+            * (BYTES[kind] if id(each) in linear else dtype.itemsize)
+            / (size if style_of(name.removesuffix(".weight")) else 1)
+            for name, each in network.named_parameters()
         )
     )
 
 
 @contextmanager
-def one_at_a_time(kind: str | None) -> Iterator[None]:
-    """transformers' threads would read all tensors long before they are quantized."""
+def one_at_a_time(is_needed: bool) -> Iterator[None]:
+    """transformers' threads would read all tensors long before they are quantized or merged."""
     before = os.environ.get(NO_THREADS)
-    if kind is not None:
+    if is_needed:
         os.environ[NO_THREADS] = "1"
     try:
         yield

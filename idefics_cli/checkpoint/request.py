@@ -64,10 +64,8 @@ class ModelRequest:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.attention not in get_args(Attention):
             raise IdeficsError(f"unknown attention {self.attention!r}: use {', '.join(get_args(Attention))}")
-        if self.device_map is not None and (self.device != "auto" or self.adapter is not None):
-            useless = "--device" if self.device != "auto" else "--adapter"
-            remedy = "leave it out" if self.device != "auto" else "merge the adapter with PEFT's merge_and_unload"
-            raise IdeficsError(f"{useless} cannot be used with --device-map, which places the weights: {remedy}")
+        if self.device_map is not None and self.device != "auto":
+            raise IdeficsError("--device cannot be used with --device-map, which places the weights: leave it out")
         if self.device_map is not None and self.attention == "triton":
             raise IdeficsError("--attention triton cannot be used with --device-map: use auto or sdpa")
 

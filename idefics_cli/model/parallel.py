@@ -1,8 +1,8 @@
 """Tensor parallelism (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053): each process has a part of every layer.
 
 Of attention, to texts and to images, it has some of the heads, of an MLP some of the inner features; what they add up
-to is summed over the processes, once for each. transformers reads each process's part of the weights; here they become
-plain linear layers again, only smaller, so that packing, quantization and kernels need not know. Vision tower,
+to is summed over the processes, once for each. transformers reads each process's part of the weights, and quantizes it;
+here the layers become plain ones again, only smaller, so that packing and kernels need not know. Vision tower,
 resampler, embedding and head are whole everywhere.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from idefics_cli.errors import CheckpointError, DeviceError
+from idefics_cli.errors import DeviceError
 from idefics_cli.model.decoder import IdeficsAttention, IdeficsMLP
 from idefics_cli.model.memory_errors import naming_memory_errors
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
@@ -50,29 +50,6 @@ def style_of(name: str) -> str | None:
     return PLAN.get(re.sub(r"\.\d+\.", ".*.", name))
 
 
-def bytes_of_process(model: nn.Module, itemsize: int, size: int) -> int:
-    """What one of `size` processes holds of the network's weights."""
-    named = model.named_parameters()
-    numbers = (each.numel() // (size if style_of(name.removesuffix(".weight")) else 1) for name, each in named)
-    return sum(numbers) * itemsize
-
-
-def adapter_part(name: str, tensor: Tensor, ranks: Ranks) -> Tensor:
-    """This process's part of a tensor that PEFT has saved, so that what is merged is a part of what would be."""
-    module, kind = re.fullmatch(r"(.*?)\.(lora_.*|[^.]+)", name).groups()
-    style = style_of(module)
-    if style is None:
-        return tensor
-    if style == ROWS and "magnitude" in kind:
-        raise CheckpointError(
-            f"DoRA weights of {module} cannot be merged under torchrun: merge the adapter with PEFT's"
-            " merge_and_unload, and save the model"
-        )
-    if style == COLUMNS:
-        return tensor if "lora_A" in kind else tensor.chunk(ranks.size)[ranks.rank]
-    return tensor if "lora_B" in kind else tensor.chunk(ranks.size, dim=1)[ranks.rank]
-
-
 def join_ranks(model: IdeficsForVisionText2Text, ranks: Ranks) -> None:
     """The network with this process's part of the weights, as transformers has loaded it, works with the others."""
     for module in model.modules():
@@ -81,8 +58,8 @@ def join_ranks(model: IdeficsForVisionText2Text, ranks: Ranks) -> None:
             if isinstance(parameter, DTensor):
                 local = parameter.to_local().contiguous()
                 setattr(module, name, nn.Parameter(local, requires_grad=False))
-                module.out_features, module.in_features = local.shape
-    model._device_mesh = None  # PEFT would split again what is split
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
     blocks = [module for module in model.modules() if isinstance(module, (IdeficsAttention, IdeficsMLP))]
     for block in blocks:
         block.register_forward_hook(partial(_summed, ranks))

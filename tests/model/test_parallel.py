@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -11,13 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft
 import pytest
 import torch
 from in_ranks import first_result
 from PIL import Image
 from tiny_models import save_checkpoint, tiny_config
-from transformers import IdeficsForVisionText2Text as TheirIdefics
 from transformers.integrations import accelerate
 
 from idefics_cli.engine import kv_cache
@@ -25,11 +22,11 @@ from idefics_cli.engine.kv_cache import NO_PREFIX
 from idefics_cli.engine.prompt_source import IterableSource
 from idefics_cli.engine.tree_attention import PrefillMemory
 from idefics_cli.engine.varlen import PackedRows
-from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
+from idefics_cli.errors import DeviceError, IdeficsError
 from idefics_cli.loaded_model import LoadedModel
 from idefics_cli.model import modeling, vision
 from idefics_cli.model.decoder import IdeficsAttention, IdeficsMLP
-from idefics_cli.model.parallel import PLAN, adapter_part, require_divisible, style_of
+from idefics_cli.model.parallel import PLAN, require_divisible, style_of
 from idefics_cli.ranks import Ranks
 from idefics_cli.result import Result
 
@@ -146,10 +143,9 @@ def test_a_model_spread_over_memory_and_disk_writes_what_one_in_memory_does(
     assert model.model.device == torch.device("cpu") and model.engine.is_eager
 
 
-def test_what_cannot_be_spread_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    for option, value in (("device", "cpu"), ("adapter", tmp_path)):
-        with pytest.raises(IdeficsError, match=f"--{option} cannot be used with --device-map"):
-            LoadedModel.from_pretrained(checkpoint, device_map="auto", **{option: value})
+def test_what_cannot_be_spread_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(IdeficsError, match="--device cannot be used with --device-map"):
+        LoadedModel.from_pretrained(checkpoint, device_map="auto", device="cpu")
     with pytest.raises(IdeficsError, match="--device-map is for one process"):
         LoadedModel.from_pretrained(checkpoint, device_map="auto", ranks=SimpleNamespace())
 
@@ -206,44 +202,6 @@ def test_memory_that_ends_in_one_process_ends_in_all(checkpoint: Path, faults: t
     found, batch_size = first_result(2, without_memory, checkpoint, faults)
     assert_same(found, slowly(load(checkpoint), None))
     assert batch_size == 4 // 2 ** sum(name != "vision" for _, name, _ in faults)
-
-
-def with_adapter(ranks: Ranks, folder: Path, adapter: Path | None) -> Written:
-    model = load(folder, ranks, adapter=adapter, batch_size=None)
-    if ranks.rank:
-        model.follow()
-    return slowly(model, None)
-
-
-@pytest.mark.parametrize("is_merged", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapter", "merged"])
-def test_a_fine_tuned_model_is_split_too(checkpoint: Path, tmp_path: Path, is_merged: bool) -> None:
-    """Of an adapter's matrices each process merges its part; a checkpoint into which they are merged is like others."""
-    targets = ["q_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
-    settings = peft.LoraConfig(target_modules=targets, modules_to_save=["v_proj"], r=4, init_lora_weights=False)
-    adapted = peft.get_peft_model(TheirIdefics.from_pretrained(checkpoint), settings)
-    randomize_saved(adapted)
-    adapted.save_pretrained(tmp_path / "adapter")
-    merged = shutil.copytree(checkpoint, tmp_path / "merged")
-    adapted.merge_and_unload().save_pretrained(merged)
-    expected = slowly(load(merged), None)
-    assert expected != slowly(load(checkpoint), None)
-    asked = (merged, None) if is_merged else (checkpoint, tmp_path / "adapter")
-    assert_same(first_result(2, with_adapter, *asked), expected)
-
-
-def randomize_saved(adapted: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-
-
-def test_dora_over_a_split_input_is_refused() -> None:
-    name, two = "model.layers.0.mlp.down_proj.lora_magnitude_vector", SimpleNamespace(rank=1, size=2)
-    with pytest.raises(CheckpointError, match="merge the adapter with PEFT"):
-        adapter_part(name, torch.zeros(4), two)
-    kept = adapter_part(name.replace("down", "up"), torch.arange(4), two)
-    assert kept.tolist() == [2, 3], "each output's length is known where the output is"
 
 
 def test_heads_that_cannot_be_dealt_out_are_refused() -> None:
