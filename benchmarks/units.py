@@ -83,6 +83,8 @@ def main() -> None:
         cli.load_model = lambda request, batch_size: Waiting(0)
         warm = ["caption", str(manifest), "--limit", "1", "-o", f"{folder}/warm.jsonl"]
         cli.app(warm, standalone_mode=False)  # what is imported is not measured
+        import torch  # noqa: F401 (as in each process that has a model)
+
         for number in 1, 2, 4:
             units = "--unit-rows", str(given.unit_rows), "--processes", str(number)
             found[f"{number} processes"] = seconds(manifest, given.row_seconds, *units)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import shutil
+import threading
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from in_ranks import first_result
-from tiny_models import relative_error
+from tiny_models import relative_error, save_checkpoint
 from torch import nn
 from transformers.integrations import accelerate
 
@@ -55,7 +58,8 @@ def test_int8_is_packed_and_each_row_is_quantized_by_itself(bias: bool) -> None:
     assert not model(torch.full((1, 256), torch.nan)).isfinite().any()
     gc.disable()
     try:
-        assert not any(type(each).__name__ == "Int8Tensor" for each in gc.get_objects()), "held twice"
+        held = [each for each in gc.get_objects() if type(each).__name__ == "Int8Tensor"]
+        assert not any(each.shape == (384, 256) for each in held), "held twice"
     finally:
         gc.enable()
 
@@ -116,10 +120,15 @@ def test_nf4_is_for_one_device() -> None:
 
 
 @needs_torchao
-def test_int8_weights_are_not_moved_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerate, "get_max_memory", lambda given=None: {"cpu": 1_000_000, "disk": 10**9})
+@pytest.mark.parametrize("memory", [0, 3_000_000])
+def test_int8_weights_are_not_moved_for_each_step(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    """Whether transformers notices as it loads or not. Where all of them stay, they are as on one device."""
+    monkeypatch.setattr(accelerate, "get_max_memory", lambda given=None: {"cpu": memory, "disk": 10**9})
     with pytest.raises(IdeficsError, match="do not hold all of the quantized weights"):
         Idefics.from_pretrained("demo", device_map="auto", quantize="int8")
+    monkeypatch.undo()
+    image = scene(EVALUATION_SEEDS).image
+    assert Idefics.from_pretrained("demo", device_map="auto", quantize="int8").caption([image])[0].error is None
 
 
 def captions_of_two(ranks: Ranks) -> list[tuple[str | None, float | None]]:
@@ -163,3 +172,38 @@ def test_other_kinds_are_named(saved: dict, said: str) -> None:
 
     with pytest.raises(IdeficsError, match=said):
         quantize.kind_of(Config())
+
+
+def held() -> int:
+    """Bytes of memory that is no file's."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+
+def bytes_of_loading(folder: Path) -> tuple[int, int]:
+    """At the peak and afterwards, beside those of a small model that has been loaded in the same way."""
+    small = LoadedModel.from_pretrained("demo", device="cpu", quantize="int8")
+    before, peak, is_loaded = held(), [0], threading.Event()
+
+    def watch() -> None:
+        while not is_loaded.wait(0.002):
+            peak[0] = max(peak[0], held())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    model = LoadedModel.from_pretrained(folder, device="cpu", quantize="int8")
+    is_loaded.set()
+    watching.join()
+    assert model is not small
+    return peak[0] - before, held() - before
+
+
+@pytest.mark.slow
+@needs_torchao
+@needs_onednn
+def test_loading_holds_little_more_than_the_int8_weights(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 8, "num_attention_heads": 16}
+    folder = save_checkpoint(tmp_path / "large", sizes=sizes)
+    plain = (folder / "model.safetensors").stat().st_size
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        peak, afterwards = pool.submit(bytes_of_loading, folder).result()
+    assert plain > 500e6 and afterwards <= peak <= 0.35 * plain, (peak / plain, afterwards / plain)

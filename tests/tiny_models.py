@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tiny_tokenizers import BASE_TOKENS, INSTRUCT_TOKENS, llama_tokenizer
@@ -112,11 +114,17 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).detach())
 
 
-def save_checkpoint(folder: Path, instruct: bool = False, seed: int = 0, **saving: object) -> Path:
+def save_checkpoint(
+    folder: Path,
+    instruct: bool = False,
+    seed: int = 0,
+    sizes: Mapping[str, int] = MappingProxyType({}),
+    **saving: object,
+) -> Path:
     """A whole checkpoint folder with random weights and LLaMA's kind of tokenizer, in the published form."""
     tokenizer = llama_tokenizer(legacy=False, added=INSTRUCT_TOKENS if instruct else BASE_TOKENS)
     added = 3 if instruct else 2
-    config = tiny_config(Shape(additional_vocab_size=added), vocab_size=len(tokenizer) - added)
+    config = tiny_config(Shape(additional_vocab_size=added), vocab_size=len(tokenizer) - added, **sizes)
     randomize(IdeficsForVisionText2Text(config), seed).save_pretrained(folder, **saving)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_size": IMAGE_SIZE}), encoding="utf-8")

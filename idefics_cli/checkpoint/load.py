@@ -166,13 +166,15 @@ def load_network(
                 generation_config=GenerationConfig(),
                 quantization_config=quantize.settings(kind, dtype),
             )
-            if kind is not None:
-                _require_stays(model)
+            if kind is not None and {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+                raise _cannot_be_moved()
             if ranks is not None:
                 join_ranks(model, ranks)
     except torch.OutOfMemoryError as error:
         raise does_not_fit(num_bytes, device, dtype) from error
     except LOADING_ERRORS as error:
+        if kind is not None and device_map is not None and device.type == "cpu":  # transformers quantizes on CUDA
+            raise _cannot_be_moved() from error
         raise _cannot_be_loaded(checkpoint, error) from error
     return model.eval().requires_grad_(False)
 
@@ -208,13 +210,11 @@ def _placement(device: torch.device, ranks: Ranks | None, device_map: str | None
     return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=PLAN)}
 
 
-def _require_stays(model: IdeficsForVisionText2Text) -> None:
-    """accelerate cannot move quantized weights for each step."""
-    if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
-        raise DeviceError(
-            "the devices do not hold all of the quantized weights, and these cannot be moved for each step: leave out"
-            " --quantize or --device-map"
-        )
+def _cannot_be_moved() -> DeviceError:
+    return DeviceError(
+        "the devices do not hold all of the quantized weights, and these cannot be moved for each step: leave out"
+        " --quantize or --device-map"
+    )
 
 
 def _choose_kernels() -> None:

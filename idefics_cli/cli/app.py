@@ -392,7 +392,7 @@ def _run_units(
     job = Job(options, make_task, check_model, load_model)
 
     def do_here(units: Units) -> Iterator[Done]:
-        with Crew(job, processes_for(options), progress) as crew:
+        with Crew(job, processes_for(options, units.stop - units.first), progress) as crew:
             yield from crew.do(units.missing(), units.part)
 
     run = Run(options, make_task(), check_model, load_model, stats, progress)

@@ -330,11 +330,11 @@ class Run:
     def write_rows(
         self, stream: BinaryIO, rows: Iterator[InputRow], ready: tuple[Steps, int], first_may_fail: bool
     ) -> None:
-        """These rows of the inputs as JSON lines, for a run of many parts."""
+        """These rows as JSON lines, for a run of many parts."""
         steps, batch_size = ready
         flow = FlowOptions(batch_size, self.options.images.num_workers, None, ROWS_AT_ONCE, first_may_fail)
         write = self._writing(StreamWriter(stream))
-        run_rows(self.task.expand(rows), steps, write, flow, self.stats, self.observer.on_row)
+        run_rows(rows, steps, write, flow, self.stats, self.observer.on_row)
 
     def _writing(self, writer: RowWriter) -> Callable[[InputRow, Finished], None]:
         """Rows on stdout have the columns that are passed through; a file gets them in the end, and digests."""

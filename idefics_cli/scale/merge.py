@@ -10,7 +10,7 @@ from idefics_cli.columns import Column, json_text
 from idefics_cli.errors import InputError, OutputError
 from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.rows import ReadOptions
-from idefics_cli.scale.units import BOUNDS, Summary, read_parts, rows_of
+from idefics_cli.scale.units import BOUNDS, Summary, lines_of, read_parts
 from idefics_cli.storage.files import open_stream
 from idefics_cli.storage.unit_folder import UnitFolder, unfinished
 from idefics_cli.writers.formats import DIGEST, FAILED, NUM_ROWS, SETTINGS, Parquet, Passthrough, format_of
@@ -69,8 +69,7 @@ def _texts(folder: UnitFolder) -> Iterator[bytes]:
     """The run's own columns."""
     names = list(folder.header["columns"])
     for number in range(folder.num_units):
-        part = folder.part(number)
-        for row in format_of(Path(part.path)).rows(Path(part.path), names) if part.is_local else rows_of(part, names):
+        for row in lines_of(folder.part(number), names):
             yield json_text({**{name: row[name] for name in names}, DIGEST: ""})
 
 

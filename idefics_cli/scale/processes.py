@@ -33,9 +33,9 @@ EARLY_ENDS = 3  # of processes that have not got their model
 END_SECONDS = 5.0
 
 
-def processes_for(options: RunOptions) -> int:
-    """As many as were asked for, else one for each of several GPUs."""
-    if options.processes is not None or options.request.device not in ("auto", "cuda"):
+def processes_for(options: RunOptions, num_units: int) -> int:
+    """As many as were asked for, else one for each of several GPUs. torch is imported here to count these, only."""
+    if options.processes is not None or options.request.device not in ("auto", "cuda") or num_units < 2:
         return options.processes or 1
     import torch
 
@@ -47,7 +47,7 @@ class Crew:
 
     def __init__(self, job: Job, number: int, observer: Observer) -> None:
         self._observer, self._said = observer, set[str]()
-        self._members = [_Member(_own_job(job, place, number)) for place in range(number)]
+        self._members = [_Member(job, place, number) for place in range(number)]
         self._waiting: deque[tuple[Generator[Unit, bool, None], Unit]] = deque()
         self._early_ends = 0
 
@@ -129,23 +129,11 @@ class Crew:
         self._waiting.appendleft((tries, unit))
 
 
-def _own_job(job: Job, place: int, number: int) -> Job:
-    """Each process has a GPU of its own where there are several, and its share of the processors."""
-    options = job.options
-    if number > 1 and options.request.device in ("auto", "cuda"):
-        import torch
-
-        if (gpus := torch.cuda.device_count()) > 0:
-            options = replace(options, request=replace(options.request, device=f"cuda:{place % gpus}"))
-    images = replace(options.images, workers=options.images.workers or max(1, options.images.num_workers // number))
-    return replace(job, options=replace(options, images=images, processes=number))
-
-
 class _Member:
     """A process, and what it is doing."""
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._process = job, None
+    def __init__(self, job: Job, place: int, number: int) -> None:
+        self._work, self._process = (job, place, number), None
         self.pipe: Connection | None = None
         self.unit: Unit | None = None
         self._tries: Any = None
@@ -163,7 +151,7 @@ class _Member:
         context = multiprocessing.get_context(START)
         self.pipe, theirs = context.Pipe()
         self.is_ready = False
-        self._process = context.Process(target=_serve, args=(self._job, theirs, os.getpid()), name="idefics-units")
+        self._process = context.Process(target=_serve, args=(*self._work, theirs, os.getpid()), name="idefics-units")
         self._process.start()
         theirs.close()
 
@@ -218,8 +206,8 @@ class _Reporter(Observer):
         self.tell("done", done)
 
 
-def _serve(job: Job, pipe: Connection, driver: int) -> None:
-    """Units, until the driver closes the pipe. Ctrl-C is the driver's to react to."""
+def _serve(job: Job, place: int, number: int, pipe: Connection, driver: int) -> None:
+    """Units, until the driver closes the pipe, in one of a number of processes. Ctrl-C is the driver's to react to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -228,11 +216,10 @@ def _serve(job: Job, pipe: Connection, driver: int) -> None:
     if os.getppid() != driver:
         return
     quantize.silence()
-    _share_threads(job.options.processes or 1)
     reporter = _Reporter(pipe)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            with Worker(job, reporter) as worker:
+            with Worker(_own_share(job, place, number), reporter) as worker:
                 while (work := pipe.recv()) is not None:
                     reporter.done(worker.do(*work))
         except IdeficsError as error:
@@ -243,8 +230,15 @@ def _serve(job: Job, pipe: Connection, driver: int) -> None:
             reporter.tell("bug", f"{type(error).__name__}: {error}")
 
 
-def _share_threads(number: int) -> None:
-    if number > 1:
-        import torch
+def _own_share(job: Job, place: int, number: int) -> Job:
+    """Each process has a GPU of its own where there are several, and its share of the processors."""
+    if number == 1:
+        return job
+    import torch
 
-        torch.set_num_threads(max(1, torch.get_num_threads() // number))
+    options = job.options
+    torch.set_num_threads(max(1, torch.get_num_threads() // number))
+    if options.request.device in ("auto", "cuda") and (gpus := torch.cuda.device_count()) > 0:
+        options = replace(options, request=replace(options.request, device=f"cuda:{place % gpus}"))
+    images = replace(options.images, workers=options.images.workers or max(1, options.images.num_workers // number))
+    return replace(job, options=replace(options, images=images))

@@ -1,7 +1,8 @@
 """The units of a folder on a Ray cluster: one bar and one summary, as of one process. The only module that imports ray.
 
 An actor has a GPU, or a machine without, and there a `Crew` of one process with one model: a row that ends the process
-costs the actor nothing. An actor or a machine that is lost costs its unit another try, on whatever is left.
+costs the actor nothing. An actor or a machine that is lost costs its unit another try, on whatever is left; where that
+helps none, they are done one by one, and halves of them, until the rows are found that end their actor.
 Only counts come back. Units are sent in waves, so that the driver's memory does not grow with them.
 """
 
@@ -25,7 +26,7 @@ from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.scale.processes import Crew
-from idefics_cli.scale.units import Done, Job, Unit, Units
+from idefics_cli.scale.units import Done, Job, Unit, Units, attempts
 from idefics_cli.storage.unit_folder import UnitFolder
 
 WAVE = 2048  # units: models are loaded again in the next
@@ -61,20 +62,39 @@ def _do_wave(job: Job, units: Units, wave: dict[int, Unit]) -> Iterator[tuple[Do
 
     while num_left := len(wave):
         try:
-            for ended, messages in _ends(job, units, list(wave.values())):
-                if isinstance(ended, Exception):
-                    raise ended
-                del wave[ended.unit]
-                yield ended, messages
+            for done, messages in _ends(job, units, list(wave.values())):
+                del wave[done.unit]
+                yield done, messages
         except RayError as error:
             if len(wave) == num_left:
-                raise IdeficsError(
-                    f"the cluster has lost a unit of rows {RETRIES + 1} times, of units {min(wave)} to {max(wave)}"
-                    f" ({str(error).splitlines()[0]}): look at the memory of its machines"
-                ) from error
+                yield from _do_narrowly(job, units, wave.pop(min(wave)), error)
 
 
-def _ends(job: Job, units: Units, wave: list[Unit]) -> Iterator[tuple[Done | Exception, set[str]]]:
+def _do_narrowly(job: Job, units: Units, unit: Unit, lost: Exception) -> Iterator[tuple[Done, set[str]]]:
+    """By itself, down to the rows that end their actor."""
+    if not _try(job, units, replace(unit, only=(unit.begin.index, unit.begin.index))):
+        raise IdeficsError(
+            f"the cluster has lost unit {unit.number} {RETRIES + 1} times, and loses its actors without any row, too"
+            f" ({str(lost).splitlines()[0]}): look at the memory of its machines"
+        )
+    tries = attempts(unit)
+    trial = next(tries)
+    while not (found := _try(job, units, trial)) or trial.only is not None:
+        trial = tries.send(bool(found))
+    yield from found
+
+
+def _try(job: Job, units: Units, unit: Unit) -> list[tuple[Done, set[str]]]:
+    """Nothing where its actor has ended."""
+    from ray.exceptions import RayError
+
+    with suppress(RayError):
+        return list(_ends(job, units, [unit], retries=0))
+    return []
+
+
+def _ends(job: Job, units: Units, wave: list[Unit], retries: int = RETRIES) -> Iterator[tuple[Done, set[str]]]:
+    """Raises what an actor has raised, and RayError for a unit that is lost."""
     from ray.data import ActorPoolStrategy, from_items
 
     number, gpus = _actors(job.options, len(wave))
@@ -87,11 +107,14 @@ def _ends(job: Job, units: Units, wave: list[Unit]) -> Iterator[tuple[Done | Exc
         num_gpus=gpus,
         num_cpus=0.5,
         max_restarts=-1,
-        max_task_retries=RETRIES,
+        max_task_retries=retries,
         scheduling_strategy="SPREAD",
     )
     for row in ended.iter_rows():
-        yield pickle.loads(row["ended"])
+        done, messages = pickle.loads(row["ended"])
+        if isinstance(done, Exception):
+            raise done
+        yield done, messages
 
 
 def _actors(options: RunOptions, num_units: int) -> tuple[int, float]:

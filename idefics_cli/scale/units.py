@@ -51,7 +51,8 @@ BOUNDS = "--unit-rows", "--limit", "--format"  # settings of the folder, not of 
 class Unit:
     """The rows from `begin` to `end`. `fatal` are the indices of those that end their process, and become error rows.
 
-    With `only`, a range of indices, the others are passed over and no part is made: do these rows end their process?
+    With `is_retry` the part is there, and its rows without an error stand. With `only`, a range of indices, the others
+    are passed over and no part is made: do these rows end their process?
     """
 
     number: int
@@ -59,6 +60,7 @@ class Unit:
     end: Cut
     fatal: tuple[int, ...] = ()
     only: tuple[int, int] | None = None
+    is_retry: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -112,11 +114,17 @@ class Worker:
             self._task.check(run.options.request)
             self._ready = self._open.enter_context(run.steps(self._resolve))
             self._observer.on_start(inputs.total)
+        rows = self._task.expand(inputs.rows)
+        if unit.is_retry:
+            rows = map(_standing, rows, self._lines(unit))
         with tempfile.TemporaryFile() as spool:
-            run.write_rows(spool, _without_fatal(inputs.rows, unit), self._ready, first_may_fail=unit.number > 0)
+            run.write_rows(spool, _without_fatal(rows, unit), self._ready, first_may_fail=unit.number > 0)
             if unit.only is None:
                 self._publish(unit, run, spool)
         return Done(unit.number, stats.rows, dict(stats.failed), stats.failed_ids, stats.seconds_waited)
+
+    def _lines(self, unit: Unit) -> Iterator[Mapping[str, Any]]:
+        return lines_of(self._folder.part(unit.number), [column.name for column in self._run.form.columns])
 
     def _resolve(self, value: object, index: int = 0) -> ImageSource | RowError:
         return self._run.inputs.resolve(value, index)
@@ -136,6 +144,11 @@ class Worker:
                 yield from (line.rstrip(b"\n") for line in spool)
 
             format_of(Path(name)).write_to(file, texts, texts(), run.form.columns, run.passthrough, about)
+
+
+def _standing(row: InputRow, line: Mapping[str, Any]) -> InputRow:
+    """With its line in the part that is there, if that has no error."""
+    return row if line["error"] else replace(row, earlier={**line, "image": row.image})
 
 
 def _without_fatal(rows: Iterator[InputRow], unit: Unit) -> Iterator[InputRow]:
@@ -185,13 +198,18 @@ class Units:
     inputs: Inputs
     first: int
     stop: int
+    is_retry: bool = False
 
     def missing(self) -> Iterator[Unit]:
-        """Those whose part is not there, in order."""
+        """Those whose part is not there, in order; where failed rows are to be redone, those which hold any, too."""
         done = self.folder.done()
         for number, (begin, end) in enumerate(self.folder.bounds(self.first, self.stop), self.first):
-            if not done[number]:
-                yield Unit(number, _cut(begin), _cut(end))
+            has_failed = self.is_retry and done[number] and self._has_failed(number)
+            if has_failed or not done[number]:
+                yield Unit(number, _cut(begin), _cut(end), is_retry=bool(has_failed))
+
+    def _has_failed(self, number: int) -> bool:
+        return any(row["error"] for row in rows_of(self.folder.part(number), ["error"]))
 
     def part(self, unit: Unit) -> Inputs:
         return self.inputs.part(unit.begin, unit.end)
@@ -217,7 +235,8 @@ def drive(run: Run, shard: tuple[int, int], do: Do) -> Summary | None:
         with Claim(folder):
             folder.clear()
     _open_units(run, folder)
-    units = Units(folder, run.inputs, *(folder.num_units * place // shard[1] for place in (shard[0] - 1, shard[0])))
+    first, stop = (folder.num_units * place // shard[1] for place in (shard[0] - 1, shard[0]))
+    units = Units(folder, run.inputs, first, stop, options.retry_errors)
     with Claim(folder, units.first, units.stop):
         folder.remove_leftovers(units.first, units.stop)
         try:
@@ -238,6 +257,8 @@ def _do_missing(run: Run, units: Units, do: Do) -> None:
     rows_each = run.task.rows_each
     left = sum(unit.num_rows for unit in units.missing()) * rows_each
     total = units.num_rows() * rows_each
+    if left:
+        units.folder.remove(SUMMARY)
     stats.rows = stats.resumed = stats.safe = total - left
     run.observer.on_start(total)
     with closing(do(units)) as all_done:
@@ -317,7 +338,6 @@ def require_units(options: RunOptions) -> None:
     refused = {
         "--sidecar": options.sidecar,
         "--update": options.update,
-        "--retry-errors": options.retry_errors,
         "--format vqav2": options.format == "vqav2",
     }
     for flag in (flag for flag, given in refused.items() if given):
@@ -380,6 +400,11 @@ def read_parts(folder: UnitFolder, may_repeat_ids: bool) -> Summary:
                 f"{part.name} holds {num_rows} rows, not {expected}: remove it and run the command that made it again"
             )
     return summary
+
+
+def lines_of(part: File, columns: list[str]) -> Iterator[Mapping[str, Any]]:
+    """These columns as they were written."""
+    return format_of(Path(part.path)).rows(Path(part.path), columns) if part.is_local else rows_of(part, columns)
 
 
 def rows_of(part: File, columns: list[str]) -> Iterator[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_it_sees(demo: Idefics, num_shots: int, bare: bool) -> None:
         prompts, texts = zip(*asked_of(scenes, PromptOptions(task, num_shots=num_shots, bare=bare)), strict=True)
         found = [result.text for result in demo.generate(prompts)]
         assert sum(map(str.__eq__, found, texts)) > 0.9 * len(texts), task
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_it_sees_as_well_in_int8() -> None:
+    """Within one of a hundred captions, and of a hundred answers."""
+    scenes = [scene(seed) for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 100)]
+    models = [Idefics.from_pretrained("demo", batch_size=32, device="cpu", quantize=kind) for kind in (None, "int8")]
+    for task in "caption", "vqa":
+        prompts, texts = zip(*asked_of(scenes, PromptOptions(task)), strict=True)
+        plain, int8 = ([each.text for each in model.generate(prompts, num_beams=1)] for model in models)
+        right = [sum(map(str.__eq__, found, texts)) / len(texts) for found in (plain, int8)]
+        assert right[1] >= right[0] - 0.01, (task, right)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

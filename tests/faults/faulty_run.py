@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +77,7 @@ class Settings:
     fault: Fault | None = None
     changes: tuple[str, tuple[str, ...]] | None = None
     fatal: str | None = None  # a text that ends the process which is to write it
+    ends_parent: bool = False  # that ends the process above it instead
     temporary: str | None = None  # in place of what is random in the names of new files
 
 
@@ -135,7 +137,8 @@ def load_fake(settings: Settings, request: object, batch_size: int | None) -> Fa
 
     def logged(text: str) -> str:
         if text == settings.fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid() if settings.ends_parent else os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # it is to end with that one
         if settings.log:
             with open(settings.log, "a") as log:
                 log.write(f"{text}\n")

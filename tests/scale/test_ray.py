@@ -128,10 +128,14 @@ def test_parts_are_the_rows_of_one_process(
     assert again.exit_code == 3 and "is finished" in again.stderr
 
 
-def test_a_row_that_ends_its_process_costs_itself_only(run_fake: Run, cluster: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends_parent", [False, pytest.param(True, marks=slow)], ids=["process", "actor"])
+def test_a_row_that_ends_its_process_costs_itself_only(
+    run_fake: Run, cluster: str, tmp_path: Path, ends_parent: bool
+) -> None:
+    """The one in the actor, or the actor itself."""
     for i in range(6):
         save_image(tmp_path / f"images/{i}.png", i)
-    settings = Settings(fatal=expected_text(tmp_path / "images/3.png"))
+    settings = Settings(fatal=expected_text(tmp_path / "images/3.png"), ends_parent=ends_parent)
     options = "-o", f"{tmp_path}/parts/", "--format", "jsonl", "--unit-rows", 2, "--ray", cluster
     result = run_fake("caption", tmp_path / "images", *options, settings=settings)
     assert result.exit_code == 3 and "process_died: 1 row: 3.png" in result.stderr, result.output

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -14,15 +15,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import save_image
+from conftest import FakeCaptioner, save_image
 from pyarrow.fs import S3FileSystem
 from typer.testing import Result
 
+from idefics_cli import ranks
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.readers.inputs import Inputs
 from idefics_cli.rows import parse_shard
 from idefics_cli.scale import processes
+from idefics_cli.scale.claims import Claim, InUse
 from idefics_cli.scale.units import Done, Job, Unit, Units, Worker
 from idefics_cli.storage.unit_folder import UnitFolder
 from idefics_cli.writers.embeddings_file import EmbeddingFile
@@ -164,6 +167,7 @@ def test_a_folder_of_another_run_is_refused(run: Run, inputs: Path, tmp_path: Pa
         ("--prompt", "{image} x"): "--prompt: was",
         ("--unit-rows", "7"): "--unit-rows: was 20, now 7",
         ("--sidecar",): "--sidecar needs a single file",
+        ("--update",): "--update needs a single file",
         ("--overwrite", "--shard", "1/2"): "remove the folder instead",
         ("--shard", "0/3"): "counted from 1, as 1/3 for the first",
     }.items():
@@ -174,6 +178,67 @@ def test_a_folder_of_another_run_is_refused(run: Run, inputs: Path, tmp_path: Pa
     assert other.exit_code == 2 and "the input is not what it was" in other.stderr
     assert run("caption", tmp_path / "other", *options, "--overwrite").exit_code == 0
     assert len(parts(tmp_path / "parts")) == 1
+
+
+@pytest.mark.parametrize(("form", "processes"), [("jsonl", 2), ("parquet", 1)])
+def test_failed_rows_are_redone_and_no_others(
+    run: Run, inputs: Path, tmp_path: Path, form: str, processes: int
+) -> None:
+    folder = Path(shutil.copytree(inputs, tmp_path / "inputs"))
+    command = "caption", folder / "rows.jsonl", "--keep", "note"
+    options = "-o", f"{tmp_path}/parts/", "--format", form, "--unit-rows", 7, "--processes", processes
+    assert run(*command, *options).exit_code == 3
+    before = {path.name: path.stat().st_ino for path in parts(tmp_path / "parts")}
+    for i in range(3, NUM_ROWS, 17):
+        save_image(folder / f"images/{i:03}.png", i)
+    expected = run(*command, "-o", tmp_path / "alone.jsonl")
+    (folder / "images/004.png").unlink()  # of a row that stands beside a failed one
+    again = run(*command, *options, "--retry-errors")
+    assert again.exit_code == 3 and "row_invalid: 2 rows" in again.stderr, again.output
+    assert again.stderr.splitlines()[:-1] == expected.stderr.splitlines()[:-1]
+    assert run("merge", tmp_path / "parts", "-o", tmp_path / "merged.jsonl").exit_code == 0
+    assert (tmp_path / "merged.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    after = {path.name: path.stat().st_ino for path in parts(tmp_path / "parts")}
+    redone = {f"part-{number:05}.{form}" for number in (0, 1, 2, 4, 5, 7)}
+    assert {name for name in before if before[name] != after[name]} <= redone
+
+
+def test_a_retry_that_is_stopped_is_gone_on_with(run: Run, inputs: Path, tmp_path: Path) -> None:
+    """A part is the old one or the new one, and the folder as finished as it was."""
+    command = "caption", inputs / "images", "-o", f"{tmp_path}/parts/", "--format", "jsonl", "--unit-rows", 7
+    assert run(*command).exit_code == 3
+    expected = joined(tmp_path / "parts")
+    stopped = run(*command, "--retry-errors", "--max-errors", 1)
+    assert stopped.exit_code == 3 and left_over(tmp_path / "parts") == {"_run.json"}
+    again = run(*command)
+    assert again.exit_code == 3 and left_over(tmp_path / "parts") == {"_run.json", "_summary.json"}
+    assert joined(tmp_path / "parts") == expected
+
+
+def test_merged_parts_take_what_a_folder_does_not(run: Run, inputs: Path, tmp_path: Path) -> None:
+    """The way that the refusal of `--sidecar` and `--update` names."""
+    images = Path(shutil.copytree(inputs / "images", tmp_path / "images"))
+    merged = tmp_path / "merged.jsonl"
+    assert run("caption", images, "-o", f"{tmp_path}/parts/", "--unit-rows", 7).exit_code == 3
+    assert run("merge", tmp_path / "parts", "-o", merged).exit_code == 0
+    captioner = FakeCaptioner()
+    beside = run("caption", images, "-o", merged, "--sidecar", captioner=captioner)
+    assert beside.exit_code == 3 and not captioner.calls, beside.output
+    texts = [json.loads(line)["caption"] for line in merged.read_text().splitlines()]
+    assert (images / "000.txt").read_text() == f"{texts[0]}\n" and not (images / "003.txt").exists()
+    save_image(images / "100.png", 100)
+    updated = run("caption", images, "-o", merged, "--update", captioner=captioner)
+    assert updated.exit_code == 3 and sum(captioner.calls) == 1, updated.output
+    assert merged.read_bytes().count(b"\n") == NUM_ROWS + 1
+
+
+def test_torchrun_is_for_single_files(run: Run, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ranks.VARIABLES:
+        monkeypatch.setenv(name, "2")
+    for more in (), ("--ray",), ("--processes", "2"):
+        result = run("caption", inputs / "images", "-o", f"{tmp_path}/parts/", *more)
+        assert result.exit_code == 2 and "torchrun is for one model in several processes" in result.stderr, more
+        assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "parts").exists()
 
 
 def test_ids_that_come_twice_are_named_at_the_end(run: Run, inputs: Path, tmp_path: Path) -> None:
@@ -233,6 +298,17 @@ def test_parts_on_another_file_system(run: Run, inputs: Path, tmp_path: Path, bu
     assert merged.exit_code == 0, merged.output
     assert (tmp_path / "f.jsonl").read_bytes() == alone.stdout_bytes
     assert "is finished" in run(*command, "-o", folder, "--format", "jsonl", "--unit-rows", 25).stderr
+
+
+def test_of_two_drivers_on_another_file_system_the_second_is_refused(bucket: str) -> None:
+    folder = UnitFolder(bucket.format("/claimed/"))
+    folder.make()
+    with Claim(folder, 0, 5):
+        with Claim(folder, 5, 9):
+            assert len(list(folder.names())) == 2
+        with pytest.raises(InUse, match="another run is at work on"), Claim(folder, 4, 9):
+            raise AssertionError("both have it")
+    assert not list(folder.names())
 
 
 @pytest.fixture
