@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import shutil
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.int8 import loaded
 from in_ranks import first_result
 from tiny_models import relative_error, save_checkpoint
 from torch import nn
@@ -174,27 +174,8 @@ def test_other_kinds_are_named(saved: dict, said: str) -> None:
         quantize.kind_of(Config())
 
 
-def held() -> int:
-    """Bytes of memory that is no file's."""
-    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
-
-
-def bytes_of_loading(folder: Path) -> tuple[int, int]:
-    """At the peak and afterwards, beside those of a small model that has been loaded in the same way."""
-    small = LoadedModel.from_pretrained("demo", device="cpu", quantize="int8")
-    before, peak, is_loaded = held(), [0], threading.Event()
-
-    def watch() -> None:
-        while not is_loaded.wait(0.002):
-            peak[0] = max(peak[0], held())
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    model = LoadedModel.from_pretrained(folder, device="cpu", quantize="int8")
-    is_loaded.set()
-    watching.join()
-    assert model is not small
-    return peak[0] - before, held() - before
+def bytes_of_loading(folder: Path) -> dict[str, float]:
+    return loaded(folder, "int8")[1]
 
 
 @pytest.mark.slow
@@ -205,5 +186,5 @@ def test_loading_holds_little_more_than_the_int8_weights(tmp_path: Path) -> None
     folder = save_checkpoint(tmp_path / "large", sizes=sizes)
     plain = (folder / "model.safetensors").stat().st_size
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        peak, afterwards = pool.submit(bytes_of_loading, folder).result()
-    assert plain > 500e6 and afterwards <= peak <= 0.35 * plain, (peak / plain, afterwards / plain)
+        found = pool.submit(bytes_of_loading, folder).result()
+    assert plain > 500e6 and found["held"] <= found["peak"] <= 0.35 * plain, (plain, found)

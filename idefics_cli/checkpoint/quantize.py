@@ -6,6 +6,7 @@ is refused there.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -26,6 +27,9 @@ BYTES = {"int8": 1.0, "nf4": 0.55}  # of a weight, with its scale
 # What stays as it is. In int8 all linear layers are measured to be harmless, on the demo model.
 LEFT = {"int8": ["model.embed_tokens"], "nf4": ["lm_head", "model.vision_model", "model.perceiver_resampler"]}
 NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+SMALL_BYTES = 1 << 20  # of tensors that glibc may keep when they are freed
+LATER = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}  # what they come to by themselves
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # torchao warns of kernels for other processors as it is imported
 
 
@@ -130,13 +134,20 @@ def weight_bytes(network: nn.Module, kind: str | None, dtype: torch.dtype, size:
 
 @contextmanager
 def one_at_a_time(is_needed: bool) -> Iterator[None]:
-    """transformers' threads would read all tensors long before they are quantized or merged."""
-    before = os.environ.get(NO_THREADS)
+    """transformers' threads would read all tensors long before they are quantized or merged; and glibc would keep what
+    these leave free, between those that stay."""
+    before, mallopt = os.environ.get(NO_THREADS), getattr(ctypes.CDLL(None), "mallopt", None)
+    has_mallopt = is_needed and mallopt is not None
     if is_needed:
         os.environ[NO_THREADS] = "1"
+    if has_mallopt:
+        mallopt(M_MMAP_THRESHOLD, SMALL_BYTES)
     try:
         yield
     finally:
+        if has_mallopt:
+            for number, value in LATER.items():
+                mallopt(number, value)
         os.environ.pop(NO_THREADS, None)
         if before is not None:
             os.environ[NO_THREADS] = before

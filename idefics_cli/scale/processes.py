@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from idefics_cli.checkpoint import quantize
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer
@@ -35,11 +36,15 @@ END_SECONDS = 5.0
 
 def processes_for(options: RunOptions, num_units: int) -> int:
     """As many as were asked for, else one for each of several GPUs. torch is imported here to count these, only."""
-    if options.processes is not None or options.request.device not in ("auto", "cuda") or num_units < 2:
+    if options.processes is not None or not _chooses_gpu(options.request) or num_units < 2:
         return options.processes or 1
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def _chooses_gpu(request: ModelRequest) -> bool:
+    return request.device in ("auto", "cuda") and request.device_map is None
 
 
 class Crew:
@@ -238,7 +243,7 @@ def _own_share(job: Job, place: int, number: int) -> Job:
 
     options = job.options
     torch.set_num_threads(max(1, torch.get_num_threads() // number))
-    if options.request.device in ("auto", "cuda") and (gpus := torch.cuda.device_count()) > 0:
+    if _chooses_gpu(options.request) and (gpus := torch.cuda.device_count()) > 0:
         options = replace(options, request=replace(options.request, device=f"cuda:{place % gpus}"))
     images = replace(options.images, workers=options.images.workers or max(1, options.images.num_workers // number))
     return replace(job, options=replace(options, images=images))
