@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.int8 import loaded
 from in_ranks import first_result
 from tiny_models import relative_error, save_checkpoint
 from torch import nn
 from transformers.integrations import accelerate
 
+from benchmarks.int8 import loaded
 from idefics_cli import Idefics
 from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
