@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -14,12 +16,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import peft
 import pytest
 from conftest import expected_text, save_image
 from faulty_run import Settings, digest_of_fake, load_fake
 from runs import KILLED, Bench, make_bench, slow, wait_for
 from test_unit_faults import bench, is_alive, parts, start, verify, workers  # noqa: F401 (bench is a fixture)
 from test_units import COMMANDS, inputs, joined, left_over  # noqa: F401 (inputs is a fixture)
+from tiny_models import save_checkpoint
+from transformers import IdeficsForVisionText2Text as TheirIdefics
 from typer.testing import CliRunner, Result
 
 from idefics_cli.cli import app as cli
@@ -141,6 +146,52 @@ def test_a_row_that_ends_its_process_costs_itself_only(
     assert result.exit_code == 3 and "process_died: 1 row: 3.png" in result.stderr, result.output
     assert joined(tmp_path / "parts").count(b"image ") == 5
     assert left_over(tmp_path / "parts") == {"_run.json", "_summary.json"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--adapter", "--quantize"),
+        pytest.param(("--adapter",), marks=slow),
+        pytest.param((), marks=slow),
+        pytest.param(("--quantize",), marks=slow),
+    ],
+    ids=" ".join,
+)
+def test_a_fine_tuned_model_on_the_cluster(
+    cluster: str, photos: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """An adapter, or the checkpoint into which it is merged."""
+    pytest.importorskip("torchao")
+    adapted = peft.get_peft_model(
+        TheirIdefics.from_pretrained(save_checkpoint(tmp_path / "base")),
+        peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(tmp_path / "base", tmp_path / "merged")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    values = {"--adapter": tmp_path / "adapter", "--quantize": "int8"}
+    model = tmp_path / ("base" if "--adapter" in options else "merged")
+    command = [
+        "caption",
+        photos,
+        "-m",
+        model,
+        "--device",
+        "cpu",
+        *(each for name in options for each in (name, values[name])),
+    ]
+    ways = (tmp_path / "alone.jsonl",), (f"{tmp_path}/parts/", "--format", "jsonl", "--unit-rows", 2, "--ray", cluster)
+    for way in ways:
+        result = CliRunner().invoke(cli.app, [str(each) for each in (*command, "-o", *way)])
+        assert result.exit_code == 3, result.output
+    alone, rows = (
+        [json.loads(line) for line in data.splitlines()]
+        for data in ((tmp_path / "alone.jsonl").read_bytes(), joined(tmp_path / "parts"))
+    )
+    scores = [[each.pop("score") for each in found] for found in (alone, rows)]
+    assert rows == alone and any(row["caption"] for row in rows)
+    assert all(one == other or abs(one - other) < 1e-5 for one, other in zip(*scores, strict=True))
 
 
 def load_nothing(request: object, batch_size: int | None) -> None:
