@@ -84,7 +84,7 @@ def test_kills_of_workers_cost_nothing(bench: Bench, kills: int) -> None:
     verify(bench)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=slow)])
 def test_kills_of_drivers_take_their_workers_along_and_another_way_finishes(bench: Bench, kills: int) -> None:
     chance = random.Random(kills)
     for _ in range(kills):

@@ -243,26 +243,25 @@ def test_drivers_that_are_stopped_or_killed(bench: Bench, cluster: str, number: 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kills_of_actors_and_drivers_of_a_long_run(tmp_path: Path) -> None:
-    """Each driver has a cluster of its own, which ends with it."""
+    """20 and 5. Each driver has a cluster of its own, which ends with it."""
     made = make_bench(tmp_path, 5000, ".jsonl", output=tmp_path / "captions/x")
     made = replace(made, output=tmp_path / "captions")
     options, settings = ("--processes", "2", "--unit-rows", "100"), Settings(delay=0.1)
-    chance, kills = random.Random(0), 0
+    chance = random.Random(0)
     for _ in range(5):
         before = len(parts(made))
         started = start(made, *options, "--ray", "local", settings=settings)
         wait_for(lambda before=before: len(parts(made)) > before, 120)
         for _ in range(4):
             time.sleep(chance.uniform(0.5, 2))
-            if found := in_actors(started.process.pid):
-                os.kill(chance.choice(found), signal.SIGKILL)
-                kills += 1
+            wait_for(partial(in_actors, started.process.pid), 60)
+            os.kill(chance.choice(in_actors(started.process.pid)), signal.SIGKILL)
         time.sleep(chance.uniform(1, 4))
         mine = in_actors(started.process.pid)
         os.kill(started.process.pid, signal.SIGKILL)
         assert started.wait().code == KILLED
         wait_for(lambda mine=mine: not any(map(is_alive, mine)))
-    assert kills >= 18 and len(parts(made)) < 50
+    assert len(parts(made)) < 50
     ended = start(made, *options).wait(300)
     assert ended.code == 3, ended.stderr
     verify(made)
