@@ -109,13 +109,15 @@ class Crew:
         return None
 
     def _has_done(self, member: _Member, done: Done) -> Done | None:
-        tries, unit = member.take_back()
-        if unit.only is not None:
-            self._observer.on_row(-member.told)
-            self._waiting.appendleft((tries, tries.send(True)))
-            return None
-        self._observer.on_row(done.rows - member.told)
-        return done
+        tries, _ = member.take_back()
+        try:
+            unit = tries.send(True)
+        except StopIteration:
+            self._observer.on_row(done.rows - member.told)
+            return done
+        self._observer.on_row(-member.told)
+        self._waiting.appendleft((tries, unit))
+        return None
 
     def _has_ended(self, member: _Member) -> None:
         tries, unit = member.take_back()
