@@ -48,7 +48,7 @@ class Result:
         return self.error is None
 
     def raise_for_error(self) -> Self:
-        """The same; raises IdeficsError where there is no text."""
+        """The same; raises IdeficsError where the text is missing."""
         if self.error is not None:
             which = "" if self.index is None else f"input {self.index}: "
             raise IdeficsError(f"{which}{self.error}")

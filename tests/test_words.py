@@ -70,8 +70,8 @@ def test_help_and_pages_name_the_same_options() -> None:
     named = set(re.findall(r"(?<![\w-])--?[a-z0][a-z-]*", pages)) - {
         "--nproc-per-node",
         "--beside",
-        *("--address", "--head", "--port", "--index-url"),
-    }  # those of torchrun, a benchmark, Ray and pip
+        *("--address", "--head", "--port", "--index-url", "--sort", "--train", "--enable-beam-search", "--help"),
+    }  # those of torchrun, a benchmark, Ray, pip, tar, diffusers and SGLang, and what every command has
     assert not {flag for flag in named if flag.startswith("--")} - set().union(*options.values())
     for command in "caption", "vqa", "generate", "embed", "info":
         for parameter in COMMANDS[command].params:

@@ -25,6 +25,7 @@ IN_DOCS = {
     "gallery-light-wide": "report-gallery",
     "detail-dark-wide": "report-detail",
     "compare-light-wide": "report-compare",
+    "gallery-dark-phone": "report-phone",
 }
 SIZES = {"wide": (1280, 800), "phone": (390, 844)}
 SCENES = 24
