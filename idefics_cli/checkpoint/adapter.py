@@ -126,7 +126,7 @@ class MergedTensor:
             stored = self._tensors[f"{self._layer_name}.{name}"][...]
             setattr(base, name, nn.Parameter(stored.to(each.device, each.dtype, copy=True), requires_grad=False))
         self._layer.merge()
-        merged = getattr(base, self._name).data[place]
+        merged = getattr(base, self._name).data[place].clone()  # a part must not hold the whole
         for name, each in empty.items():
             setattr(base, name, each)
         self._layer.merged_adapters.clear()

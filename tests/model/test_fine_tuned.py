@@ -73,6 +73,8 @@ def in_two(ranks: Ranks, folder: Path, options: dict[str, Any]) -> Written:
     model = load(folder, ranks, batch_size=None, **options)
     if ranks.rank:
         model.follow()
+    plain = [each for each in model.model.parameters() if type(each) is torch.nn.Parameter]
+    assert all(each.untyped_storage().nbytes() == each.nbytes for each in plain), "a part holds the whole"
     return slowly(model, None)
 
 
