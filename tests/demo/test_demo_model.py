@@ -59,7 +59,8 @@ def test_it_sees(demo: Idefics, num_shots: int, bare: bool) -> None:
 def test_it_sees_as_well_in_int8() -> None:
     """Within one of a hundred captions, and of a hundred answers."""
     scenes = [scene(seed) for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 100)]
-    models = [Idefics.from_pretrained("demo", batch_size=32, device="cpu", quantize=kind) for kind in (None, "int8")]
+    options = {"batch_size": 32, "device": "cpu", "dtype": "fp32"}
+    models = [Idefics.from_pretrained("demo", quantize=kind, **options) for kind in (None, "int8")]
     for task in "caption", "vqa":
         prompts, texts = zip(*asked_of(scenes, PromptOptions(task)), strict=True)
         plain, int8 = ([each.text for each in model.generate(prompts, num_beams=1)] for model in models)

@@ -61,7 +61,7 @@ def test_an_adapter_gives_what_the_merged_checkpoint_does(
     else:
         options = {**options, "device": "cpu"}
     adapted, merged, base = (
-        LoadedModel.from_pretrained(folder, adapter=adapter, batch_size=4, **options)
+        LoadedModel.from_pretrained(folder, adapter=adapter, batch_size=4, dtype="fp32", **options)
         for folder, adapter in ((tuned.base, tuned.adapter), (tuned.merged, None), (tuned.base, None))
     )
     expected = slowly(merged, None)
@@ -70,7 +70,7 @@ def test_an_adapter_gives_what_the_merged_checkpoint_does(
 
 
 def in_two(ranks: Ranks, folder: Path, options: dict[str, Any]) -> Written:
-    model = load(folder, ranks, batch_size=None, **options)
+    model = load(folder, ranks, batch_size=None, dtype="fp32", **options)
     if ranks.rank:
         model.follow()
     plain = [each for each in model.model.parameters() if type(each) is torch.nn.Parameter]
@@ -82,12 +82,15 @@ def in_two(ranks: Ranks, folder: Path, options: dict[str, Any]) -> Written:
 def test_an_adapter_is_split_too(tuned: Tuned, options: dict[str, Any]) -> None:
     """Plain weights give what one process does. In int8 each process rounds the inputs of its part by itself."""
     found = first_result(2, in_two, tuned.base, {"adapter": tuned.adapter, **options})
-    assert_same(found, first_result(2, in_two, tuned.merged, options) if options else slowly(load(tuned.merged), None))
+    assert_same(
+        found,
+        first_result(2, in_two, tuned.merged, options) if options else slowly(load(tuned.merged, dtype="fp32"), None),
+    )
 
 
 @pytest.mark.slow
 def test_a_merged_checkpoint_is_split_like_others(tuned: Tuned) -> None:
-    assert_same(first_result(2, in_two, tuned.merged, {}), slowly(load(tuned.merged), None))
+    assert_same(first_result(2, in_two, tuned.merged, {}), slowly(load(tuned.merged, dtype="fp32"), None))
 
 
 @needs_torchao

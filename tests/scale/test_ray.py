@@ -172,15 +172,8 @@ def test_a_fine_tuned_model_on_the_cluster(
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     values = {"--adapter": tmp_path / "adapter", "--quantize": "int8"}
     model = tmp_path / ("base" if "--adapter" in options else "merged")
-    command = [
-        "caption",
-        photos,
-        "-m",
-        model,
-        "--device",
-        "cpu",
-        *(each for name in options for each in (name, values[name])),
-    ]
+    chosen = [each for name in options for each in (name, values[name])]
+    command = ["caption", photos, "-m", model, "--device", "cpu", "--dtype", "fp32", *chosen]
     unit_rows = 4096 if "--quantize" in options else 2
     parts_there = f"{tmp_path}/parts/", "--format", "jsonl", "--unit-rows", unit_rows, "--ray", cluster
     ways = (tmp_path / "alone.jsonl",), parts_there
