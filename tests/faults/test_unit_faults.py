@@ -142,8 +142,10 @@ def test_signals_end_all_processes_and_leave_nothing(bench: Bench, number: int) 
 def test_of_two_drivers_the_second_is_refused(bench: Bench) -> None:
     first = start(bench, settings=Settings(delay=0.2))
     wait_for(lambda: parts(bench))
+    first.send(signal.SIGSTOP)  # on a busy machine it would be done before the second begins
     for options in (), ("--shard", "2/2"):
         second = start(bench, *options).wait()
         assert second.code == 2 and "another run is at work on" in second.said, second.stderr
+    first.send(signal.SIGCONT)
     assert first.wait(60).code == 3
     verify(bench)

@@ -23,7 +23,7 @@ from idefics_cli.loaded_model import LoadedModel
 from idefics_cli.ranks import Ranks
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-INT8 = pytest.param({"quantize": "int8"}, marks=needs_torchao, id="int8")
+INT8 = {"quantize": "int8"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     return made
 
 
-@pytest.mark.parametrize("options", [INT8, pytest.param({"device_map": "auto"}, id="device_map")])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(INT8, marks=needs_torchao, id="int8"), pytest.param({"device_map": "auto"}, id="device_map")],
+)
 def test_an_adapter_gives_what_the_merged_checkpoint_does(
     tuned: Tuned, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +81,9 @@ def in_two(ranks: Ranks, folder: Path, options: dict[str, Any]) -> Written:
     return slowly(model, None)
 
 
-@pytest.mark.parametrize("options", [pytest.param({}, id="plain"), INT8])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="plain"), pytest.param(INT8, marks=[needs_torchao, pytest.mark.slow], id="int8")]
+)
 def test_an_adapter_is_split_too(tuned: Tuned, options: dict[str, Any]) -> None:
     """Plain weights give what one process does. In int8 each process rounds the inputs of its part by itself."""
     found = first_result(2, in_two, tuned.base, {"adapter": tuned.adapter, **options})
