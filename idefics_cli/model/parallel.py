@@ -12,6 +12,7 @@ import re
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -56,7 +57,7 @@ def join_ranks(model: IdeficsForVisionText2Text, ranks: Ranks) -> None:
         vars(module).pop("forward", None)  # transformers' own, around the class's
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
-                local = parameter.to_local().contiguous()
+                local = parameter.to_local().clone(memory_format=torch.contiguous_format)  # not a view of the whole
                 setattr(module, name, nn.Parameter(local, requires_grad=False))
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
