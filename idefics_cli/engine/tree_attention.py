@@ -18,7 +18,7 @@ from transformers import IdeficsConfig
 from idefics_cli.engine.kv_cache import KeyValues, KVStore, Prefix
 from idefics_cli.engine.varlen import PackedRows
 from idefics_cli.errors import IdeficsError
-from idefics_cli.model.fused import LIBRARY, has_triton, rotate
+from idefics_cli.model.fused import LIBRARY, has_triton, one_launch, rotate
 from idefics_cli.model.kv_interface import AttentionOutput, PositionEmbeddings, on_device
 
 LIBRARY.define(  # of a CUDA device with Triton alone: `tree_kernel.py`
@@ -43,48 +43,48 @@ def resolve_attention(attention: str, config: IdeficsConfig, device: torch.devic
         raise IdeficsError(f"--attention triton needs {' and '.join(lacks)}: use auto or sdpa")
     if attention == "sdpa" or lacks:
         return "sdpa"
-    import_module("idefics_cli.engine.tree_kernel")  # it enters its operator
+    import_module("idefics_cli.engine.tree_kernel")  # it enters its operators
     return "triton"
 
 
 def attend_part(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Attention over one part of the keys: output (rows, heads, queries, head_dim) and the log-sum-exp of its scores.
+    """Attention over one part of the keys: output (rows, heads, queries, head_dim) and the log-sum-exp of its scores,
+    both in fp32 at least, so that what is merged is rounded once.
 
-    `mask` is additive and broadcasts to (rows, heads, queries, keys). Scores are held in fp32, by fused kernels a few
-    at a time.
+    `mask` (rows, 1, queries, keys) is 0 or -inf. Scores are held in fp32, by fused kernels a few at a time.
     """
-    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
+    if query.dtype in (torch.bfloat16, torch.float16):
+        return part_attention(query, key, value, mask, scaling, is_causal)
+    if query.device.type == "cpu" and query.dtype == torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling
         )
     if query.device.type == "cuda" and query.shape[-1] % ALIGNED == 0:
-        return _attend_part_on_cuda(query, key, value, mask, scaling, is_causal)
-    scores = (query.float() * scaling) @ key.float().transpose(-1, -2)
+        bias = None if mask is None else aligned(mask).expand(*query.shape[:3], key.shape[2])
+        output, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, 0.0, is_causal, scale=scaling
+        )
+        return output, log_sum[..., : query.shape[2]]  # it is padded
+    scores = (query * scaling) @ key.transpose(-1, -2)
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
     if mask is not None:
         scores = scores + mask
     log_sum = scores.logsumexp(dim=-1)
-    return (scores - log_sum[..., None]).exp().to(value.dtype) @ value, log_sum
+    return (scores - log_sum[..., None]).exp() @ value, log_sum
 
 
-def _attend_part_on_cuda(
+@one_launch("(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, bool is_causal) -> (Tensor, Tensor)")
+def part_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """FlashAttention where it can: in half precision, without a mask. (Dao et al. 2022; Rabe & Staats 2021.)"""
-    if mask is None and query.dtype != torch.float32:
-        output, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, is_causal, False, scale=scaling
-        )
-        return output, log_sum
-    bias = None if mask is None else aligned(mask).expand(*query.shape[:3], key.shape[2])
-    output, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, 0.0, is_causal, scale=scaling
+    """`attend_part` of half precision: torch's kernels would round the output."""
+    return attend_part(
+        query.float(), key.float(), value.float(), None if mask is None else mask.float(), scaling, is_causal
     )
-    return output, log_sum[..., : query.shape[2]]  # it is padded
 
 
 def aligned(mask: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ def merge_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> 
     """Attention over two parts together, from each part's output and log-sum-exp (Milakov & Gimelshein 2018)."""
     (output, log_sum), (other_output, other_log_sum) = first, second
     # Each part's share of the whole sum of exponentials; a sigmoid stays exact where one of them vanishes.
-    share = torch.sigmoid(log_sum.float() - other_log_sum.float()).unsqueeze(-1)
-    return (output.float() * share + other_output.float() * (1 - share)).to(output.dtype)
+    share = torch.sigmoid(log_sum - other_log_sum).unsqueeze(-1)
+    return output * share + other_output * (1 - share)
 
 
 def attend_prefix(prefix: Prefix, layer: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class PrefillMemory:
             )
         else:
             own = attend_part(query, key, value, self.mask, scaling, is_causal)
-            output = merge_parts(own, attend_prefix(self.prefix, layer, query))
+            output = merge_parts(own, attend_prefix(self.prefix, layer, query)).to(query.dtype)
         return self.rows.pack(output.transpose(1, 2)), None  # (1, packed, heads, head_dim)
 
     def attend_image(
@@ -220,7 +220,7 @@ class DecodeMemory:
             output = attend_few(query, key, value, self.mask, layer.scaling)
         else:
             own = attend_part(query, key, value, self.mask, layer.scaling)
-            output = merge_parts(own, attend_prefix(self.prefix, layer, query))
+            output = merge_parts(own, attend_prefix(self.prefix, layer, query)).to(query.dtype)
         return self.rows.pack(output.transpose(1, 2)), None  # (1, packed, heads, head_dim)
 
     def _attend_in_one_launch(

@@ -1,9 +1,10 @@
-"""A decode step's attention of one layer in one launch, written for Triton (`tree_attention.py` has it in plain torch).
+"""Attention written for Triton: a decode step's in one launch for a layer, and that over one part of the keys, whose
+output is not rounded yet (`tree_attention.py` has both in plain torch).
 
-A program is one row and one head, and nobody else reads or writes its slots. It rotates the beams' queries and keys,
-stores the new keys and values, and reads each slot of the row's prompt and tree once for all beams (an online softmax,
-Milakov & Gimelshein 2018). Lengths are read on the device and shapes are those of the storage, so that a CUDA graph
-holds whatever slots are in use. With TRITON_INTERPRET=1 it runs on the CPU, to be tested.
+In a decode step a program is one row and one head, and nobody else reads or writes its slots. It rotates the beams'
+queries and keys, stores the new keys and values, and reads each slot of the row's prompt and tree once for all beams
+(an online softmax, Milakov & Gimelshein 2018). Lengths are read on the device and shapes are those of the storage, so
+that a CUDA graph holds whatever slots are in use. With TRITON_INTERPRET=1 it all runs on the CPU, to be tested.
 """
 
 from __future__ import annotations
@@ -18,18 +19,17 @@ from idefics_cli.model.triton_kernels import enter
 
 @triton.jit
 def attend_block(
-    q, top, total, acc, key_ptr, value_ptr, slots, visible, d, scale, DIM: tl.constexpr, PRECISION: tl.constexpr
+    q, top, total, acc, key_ptr, value_ptr, keys, values, visible, d, scale, DIM: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Slots that no beam sees are not read: they may hold anything."""
-    places = slots[:, None] * DIM + d[None, :]
+    """`keys` and `values` (slots,) are their places. Those that no query sees are not read: they may hold anything."""
     is_read = (tl.max(visible.to(tl.int32), 0) > 0)[:, None] & (d < DIM)[None, :]
-    key = tl.load(key_ptr + places, mask=is_read, other=0.0)
-    scores = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale  # (beams, slots)
+    key = tl.load(key_ptr + keys[:, None] + d[None, :], mask=is_read, other=0.0)
+    scores = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale  # (queries, slots)
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp(scores - new_top[:, None])
     fade = tl.exp(top - new_top)
-    value = tl.load(value_ptr + places, mask=is_read, other=0.0)
+    value = tl.load(value_ptr + values[:, None] + d[None, :], mask=is_read, other=0.0)
     acc = acc * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
     return new_top, total * fade + tl.sum(weights, 1), acc
 
@@ -93,17 +93,19 @@ def tree_attention_kernel(
     first = prompt_slots - tl.load(widths_ptr + row).to(tl.int32)
     for at in range(0, length, SLOT_BLOCK):
         visible = (at + n < length)[None, :] & is_beam[:, None]
+        slots = (first + at + n) * DIM
         top, total, acc = attend_block(
-            q, top, total, acc, keys, values, first + at + n, visible, d, scale, DIM, PRECISION
+            q, top, total, acc, keys, values, slots, slots, visible, d, scale, DIM, PRECISION
         )  # fmt: skip
     for at in range(0, tree_slots, SLOT_BLOCK):
         slot = at + n
         is_known = is_beam[:, None] & (slot < tree_slots)[None, :]
         path = ancestors_ptr + (token * tree_slots)[:, None] + slot[None, :]
         visible = (tl.load(path, mask=is_known, other=0) != 0) & (slot[None, :] != newest[:, None])
+        slots = (prompt_slots + slot) * DIM
         if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
             top, total, acc = attend_block(
-                q, top, total, acc, keys, values, prompt_slots + slot, visible, d, scale, DIM, PRECISION
+                q, top, total, acc, keys, values, slots, slots, visible, d, scale, DIM, PRECISION
             )  # fmt: skip
     out = (token * HEADS + head)[:, None] * DIM + d[None, :]
     tl.store(out_ptr + out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
@@ -153,4 +155,75 @@ def tree_attention(
     return out
 
 
+@triton.jit
+def part_attention_kernel(
+    query_ptr, key_ptr, value_ptr, mask_ptr, out_ptr, log_sum_ptr,
+    query_row_stride, query_head_stride, query_stride, key_row_stride, key_head_stride, key_stride,
+    value_row_stride, value_head_stride, value_stride, mask_row_stride, mask_query_stride,
+    heads, queries, keys, scale,
+    DIM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    first, head, row = tl.program_id(0) * QUERY_BLOCK, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    d, n = tl.arange(0, DIM_BLOCK), tl.arange(0, SLOT_BLOCK)
+    query = first + tl.arange(0, QUERY_BLOCK)
+    is_query = query < queries
+    inside = is_query[:, None] & (d < DIM)[None, :]
+    here = query_ptr + row * query_row_stride + head * query_head_stride
+    q = tl.load(here + query.to(tl.int64)[:, None] * query_stride + d[None, :], mask=inside, other=0.0)
+    top = tl.full((QUERY_BLOCK,), -1.0e30, tl.float32)  # finite: a block of keys may be hidden
+    total = tl.zeros((QUERY_BLOCK,), tl.float32)
+    acc = tl.zeros((QUERY_BLOCK, DIM_BLOCK), tl.float32)
+    key_ptr += row * key_row_stride + head * key_head_stride
+    value_ptr += row * value_row_stride + head * value_head_stride
+    end = tl.minimum(keys, first + QUERY_BLOCK) if IS_CAUSAL else keys
+    for at in range(0, end, SLOT_BLOCK):
+        slot = at + n
+        visible = is_query[:, None] & (slot < keys)[None, :]
+        if IS_CAUSAL:
+            visible = visible & (slot[None, :] <= query[:, None])
+        if HAS_MASK:
+            said = mask_ptr + row * mask_row_stride + query[:, None] * mask_query_stride + slot[None, :]
+            visible = visible & (tl.load(said, mask=visible, other=0.0).to(tl.float32) == 0.0)
+        top, total, acc = attend_block(
+            q, top, total, acc, key_ptr, value_ptr, slot * key_stride, slot * value_stride, visible, d, scale,
+            DIM, PRECISION,
+        )  # fmt: skip
+    place = (row * heads + head) * queries + query
+    tl.store(log_sum_ptr + place, top + tl.log(total), mask=is_query)
+    tl.store(out_ptr + place[:, None] * DIM + d[None, :], acc / total[:, None], mask=inside)
+
+
+def part_constants(query: Tensor) -> dict[str, object]:
+    """What the kernel is compiled for."""
+    queries, dim = query.shape[2:]
+    return {
+        "DIM": dim,
+        "QUERY_BLOCK": 16 if queries <= 16 else 32,  # more spill registers
+        "DIM_BLOCK": max(16, triton.next_power_of_2(dim)),
+        "SLOT_BLOCK": 32,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
+
+
+def part_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    rows, heads, queries, _ = query.shape
+    assert query.stride(3) == key.stride(3) == value.stride(3) == 1, (query.stride(), key.stride(), value.stride())
+    assert not is_causal or queries == key.shape[2], (query.shape, key.shape)
+    assert mask is None or (mask.stride(3), mask.shape[1]) == (1, 1), (mask.shape, mask.stride())
+    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    log_sum = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    of_mask = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+    constants = part_constants(query)
+    part_attention_kernel[(triton.cdiv(queries, constants["QUERY_BLOCK"]), heads, rows)](
+        query, key, value, mask, out, log_sum,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *of_mask, heads, queries, key.shape[2], scaling,
+        **constants, IS_CAUSAL=is_causal, HAS_MASK=mask is not None, num_warps=constants["QUERY_BLOCK"] // 4,
+    )  # fmt: skip
+    return out, log_sum
+
+
 enter(tree_attention)
+enter(part_attention)

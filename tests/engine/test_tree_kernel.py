@@ -30,7 +30,9 @@ def test_kernels_interpreted_are_plain_torch() -> None:
 def resources(kernel: Any, constants: dict[str, Any], arch: int, path: Path, num_warps: int = 4) -> tuple[int, int]:
     """Registers and bytes of spilled ones of a bf16 kernel, compiled for a compute capability."""
     types = {"newest_ptr": "*i64", "widths_ptr": "*i64", "lengths_ptr": "*i64", "position_ptr": "*i64"}
-    types |= {"ancestors_ptr": "*u8", "start_log_sum_ptr": "*fp32", "inv_freq_ptr": "*fp32"}
+    types |= {"ancestors_ptr": "*u8", "inv_freq_ptr": "*fp32"}
+    types |= dict.fromkeys(("start_ptr", "start_log_sum_ptr", "log_sum_ptr"), "*fp32")
+    types |= {"out_ptr": "*fp32"} if kernel is tree_kernel.part_attention_kernel else {}
     types |= dict.fromkeys(("scale", "eps", "scaling"), "fp32")
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
@@ -61,6 +63,21 @@ def test_tree_attention_compiles_without_spilling(arch: int, has_start: bool, tm
     constants = {**shape, "ROTATES": not has_start, "HAS_START": has_start, "PRECISION": "tf32"}
     constants |= no("cos_ptr", "sin_ptr") if has_start else no("start_ptr", "start_log_sum_ptr")
     registers, spilled = resources(tree_kernel.tree_attention_kernel, constants, arch, tmp_path / "kernel")
+    assert registers <= LARGEST_PROGRAM and spilled == 0, (registers, spilled)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("queries", "is_causal", "has_mask"), [(16, False, False), (32, True, False), (32, False, True)]
+)
+def test_attention_over_a_part_compiles(
+    arch: int, queries: int, is_causal: bool, has_mask: bool, tmp_path: Path
+) -> None:
+    shape = {"DIM": 128, "QUERY_BLOCK": queries, "DIM_BLOCK": 128, "SLOT_BLOCK": 32, "PRECISION": "tf32"}
+    constants = {**shape, "IS_CAUSAL": is_causal, "HAS_MASK": has_mask} | ({} if has_mask else no("mask_ptr"))
+    registers, spilled = resources(
+        tree_kernel.part_attention_kernel, constants, arch, tmp_path / "kernel", num_warps=queries // 4
+    )
     assert registers <= LARGEST_PROGRAM and spilled == 0, (registers, spilled)
 
 
