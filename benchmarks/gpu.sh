@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# What to measure first on a CUDA GPU, in six calls of under ten minutes each, from a checkout's root:
+# What to measure first on a CUDA GPU, in seven calls of under ten minutes each, from a checkout's root:
 #   OUT=gpu-results bash benchmarks/gpu.sh A    versions, correctness, 0-shot beside transformers
 #   OUT=gpu-results bash benchmarks/gpu.sh B    4-shot beside transformers, 32 shots
 #   OUT=gpu-results bash benchmarks/gpu.sh C    running out of memory, the demo from end to end
 #   OUT=gpu-results bash benchmarks/gpu.sh D    the tests of the device, and 0-shot without graphs
 #   OUT=gpu-results bash benchmarks/gpu.sh E    from JPEG files: the share of the time in which the GPU works; greedy
 #   OUT=gpu-results bash benchmarks/gpu.sh F    a step's attention by Triton's kernel and by torch's, 0-shot and 4-shot
+#   OUT=gpu-results bash benchmarks/gpu.sh G    one row at a time, and 64
 # Needs torch with CUDA and the extra `test`. A part that fails or runs out of time leaves its log, and the next one
-# starts; after each, gpu-results.tgz in OUT holds all that is there so far. Try it without a GPU:
-#   DEVICE=cpu DTYPE=fp32 SIZE=tiny CHECKED=tiny SCENES=8 PHOTOS=8 ROWS=8 ATTENTIONS=sdpa bash benchmarks/gpu.sh A
+# starts; after each, gpu-results.tgz in OUT holds all that is there so far. Try it without a GPU, with 5 times the time:
+#   PATIENCE=5 DEVICE=cpu DTYPE=fp32 SIZE=tiny CHECKED=tiny SCENES=8 PHOTOS=8 ROWS=8 ATTENTIONS=sdpa bash benchmarks/gpu.sh A
 set -u
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 project=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 out=$(mkdir -p "${OUT:-gpu-results}" && realpath "${OUT:-gpu-results}")
 python=${PYTHON:-python3} device=${DEVICE:-cuda} dtype=${DTYPE:-bf16} size=${SIZE:-9b} checked=${CHECKED:-mid} scenes=${SCENES:-2000}
 attentions=${ATTENTIONS:-triton sdpa} # without a GPU: sdpa alone
-photos=${PHOTOS:-512} rows=${ROWS:-192} tests=${TESTS:-tests/device}
+batches=${BATCHES:-1 64} photos=${PHOTOS:-512} rows=${ROWS:-192} tests=${TESTS:-tests/device}
 cd "$project" || exit 1
 
 part() { # name, seconds, command...
-  local name=$1 limit=$2 start=$SECONDS rc
+  local name=$1 limit=$(($2 * ${PATIENCE:-1})) start=$SECONDS rc
   shift 2
   timeout -k 10 "$limit" "$@" >"$out/$name.json" 2>"$out/$name.log"
   rc=$?
@@ -67,8 +68,13 @@ F)
     bench "4shot-$attention" 140 --random "$size" --dtype "$dtype" --shots 4 --num-beams 3 --batch-size 16 --max-new-tokens 15 --repeats 1 --attention "$attention"
   done
   ;;
+G)
+  for batch in $batches; do
+    bench "batch-$batch" 240 --random "$size" --dtype "$dtype" --num-beams 3 --batch-size "$batch" --max-new-tokens 20 --repeats 1
+  done
+  ;;
 *)
-  echo "usage: bash benchmarks/gpu.sh A|B|C|D|E|F" >&2
+  echo "usage: bash benchmarks/gpu.sh A|B|C|D|E|F|G" >&2
   exit 2
   ;;
 esac

@@ -25,6 +25,7 @@ from idefics_cli.demo.scene import scene
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
+from idefics_cli.engine.scheduler import stream
 
 CPU = torch.device("cpu")
 SPARE_BYTES = (512 << 20, 128 << 20, 48 << 20)
@@ -38,8 +39,7 @@ def subject_on(device: torch.device, dtype: torch.dtype, size: str, rows: int, s
 
 def texts(subject: Subject, prompts: Sequence[EncodedPrompt], decoding: DecodingOptions, rows: int) -> list[Any]:
     """Token ids of each prompt's best text, or its error."""
-    engine = subject.engine(rows)
-    found = dict(engine.generate(prompts, decoding))
+    found = dict(stream(subject.engine(rows), IterableSource(prompts), decoding))
     return [found[i][0].token_ids if isinstance(found[i], list) else str(found[i]) for i in range(len(prompts))]
 
 

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint.find import find_checkpoint
-from idefics_cli.checkpoint.load import load_network, side_files
+from idefics_cli.checkpoint.load import choose_kernels, load_network, side_files
 from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import Vocabulary
@@ -208,6 +208,8 @@ class Subject:
 
 def random_subject(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Subject:
     assert options.random is not None, options
+    if device.type == "cuda":
+        choose_kernels()
     model = random_model(options.random, device, dtype, options.seed)
     fake, image = model.config.vocab_size, model.config.vocab_size + 1
     vocabulary = Vocabulary(RANDOM_ENDS, (image, fake), PAD, image)

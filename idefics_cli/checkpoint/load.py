@@ -152,7 +152,7 @@ def load_network(
     size = 1 if ranks is None else ranks.size
     num_bytes = require_loadable(checkpoint, config, device, dtype, size, device_map, kind)
     if device.type == "cuda":
-        _choose_kernels()
+        choose_kernels()
     try:
         with naming_memory_errors(), quantize.one_at_a_time(kind is not None or checkpoint.adapter is not None):
             model = IdeficsForVisionText2Text.from_pretrained(
@@ -217,9 +217,9 @@ def _cannot_be_moved() -> DeviceError:
     )
 
 
-def _choose_kernels() -> None:
-    """cuDNN's attention makes a plan for each number of keys, which changes in almost every step; and its convolutions
-    would compute fp32 in TF32."""
+def choose_kernels() -> None:
+    """Of CUDA. cuDNN's attention makes a plan for each number of keys, which changes in almost every step; and its
+    convolutions would compute fp32 in TF32."""
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -7,9 +7,11 @@ compute nothing that is used. Knows where a step's state lies, and nothing of wh
 from __future__ import annotations
 
 import operator
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,12 +20,19 @@ from idefics_cli.engine.beam_search import BeamState
 from idefics_cli.engine.kv_cache import KVStore, Prefix
 
 LADDER = (1, 2, 4, *range(8, 1025, 8))
+CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 Compute = Callable[[BeamState, Tensor], BeamState]  # state and context of some rows -> their next state
 
 
 def rung_of(num_rows: int) -> int:
     """The number of rows that a step over so many is captured for."""
     return next((rung for rung in LADDER if rung >= num_rows), num_rows)
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Torch's own one is of the device that was current when something was first captured: on another, nothing is."""
+    return torch.cuda.Stream(device)
 
 
 class DecodeGraphs:
@@ -78,8 +87,14 @@ class DecodeGraphs:
 
     def _captured(self, rung: int) -> torch.cuda.CUDAGraph:
         pool = next((graph.pool() for graph in self._graphs.values()), None)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        graph, device = torch.cuda.CUDAGraph(), self._context.device
+        capture = torch.cuda.graph(
+            graph,
+            pool=pool,
+            stream=capture_stream(device),
+            capture_error_mode="thread_local",  # other threads may use the device meanwhile
+        )
+        with CAPTURING, torch.cuda.device(device), capture:
             self._run(rung)
         return graph
 

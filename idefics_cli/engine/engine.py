@@ -69,7 +69,8 @@ class Engine:
         attention: str = "auto",
     ):
         self.model, self.vocabulary, self.pixel_of_byte = model, vocabulary, pixel_of_byte
-        self.is_eager = eager or model.device.type != "cuda" or is_spread(model)
+        is_captured = model.device.type == "cuda" and not is_spread(model) and not model.model.rotary_emb.asks_positions
+        self.is_eager = eager or not is_captured
         attention = "sdpa" if is_spread(model) else attention
         self.has_tree_kernel = resolve_attention(attention, model.config, model.device) == "triton"
         self._is_bounded = batch_size is None and model.device.type == "cuda"

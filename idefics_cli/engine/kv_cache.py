@@ -113,7 +113,7 @@ SLOT_STEP = 32  # prompt slots are rounded up to this, so that storage seldom gr
 # Beams share most of their past: at first the tree has space for one path, and for what each beam has of its own.
 PATH_SLOTS, OWN_SLOTS = 32, 6
 TREE_STEP = 3  # tokens of every beam that the tree's storage grows by
-TABLES = ("prompt_lengths", "prompt_widths", "ancestors", "newest")  # a store's, (rows, ...) each
+TABLES = ("prompt_lengths", "prompt_widths", "ancestors", "newest", "in_use")  # a store's, (rows, ...) each
 
 
 class KVStore:
@@ -143,6 +143,8 @@ class KVStore:
         self.prompt_widths = empty(0, of=torch.long)
         self.ancestors = empty(0, self.num_beams, 0, of=torch.bool)
         self.newest = empty(0, self.num_beams, of=torch.long)  # the slot of each beam's newest token
+        # What the host asks after a step: how many tree slots there are up to the last in use, -1 where a row is over.
+        self.in_use = empty(0, of=torch.long)
 
     def reserve(self, rows: int, prompt_length: int = 0, expected: int = 0) -> None:
         """Make space for so many rows, for prompts of this length, and for every beam's next token.
@@ -190,17 +192,21 @@ class KVStore:
         self.widths += [max(prompt_lengths)] * len(prompt_lengths)
         self.ancestors[rows] = False
 
-    def advance(self, rows: slice, parents: Tensor) -> None:
+    def advance(self, rows: slice, parents: Tensor, done: Tensor) -> None:
         """Each beam takes over its parent's path and gets a slot for its newest token, the first that no path holds.
 
-        `parents` (rows, beams) are indices among the row's old beams. There must be as many free slots.
+        `parents` (rows, beams) are indices among the row's old beams. There must be as many free slots. `done` (rows,)
+        says which rows are over.
         """
         table = self.ancestors[rows]
         table = table.gather(1, parents[:, :, None].expand(-1, -1, self.tree_slots))
         places = torch.arange(self.tree_slots, device=table.device)
         in_order = places + table.any(dim=1) * self.tree_slots  # (rows, slots): those in use come last
         self.newest[rows] = in_order.topk(self.num_beams, dim=1, largest=False).indices
-        self.ancestors[rows] = table.scatter(2, self.newest[rows][:, :, None], True)
+        table = table.scatter(2, self.newest[rows][:, :, None], True)
+        self.ancestors[rows] = table
+        in_use = (table.any(dim=1) * (places + 1)).amax(dim=1)
+        self.in_use[rows] = in_use.masked_fill(done, -1)
 
     def fill_spare(self, rows: slice) -> None:
         """Rows that no prompt has: each beam sees the tree's slots, which hold numbers, and no prompt."""
@@ -212,11 +218,6 @@ class KVStore:
         """(rows, longest): which of the last prompt slots hold a token of the row's prompt."""
         from_start = torch.arange(-longest, 0, device=self.prompt_widths.device) + self.prompt_widths[:num_rows, None]
         return (from_start >= 0) & (from_start < self.prompt_lengths[:num_rows, None])
-
-    def slots_in_use(self, num_rows: int) -> Tensor:
-        """(rows,): how many tree slots there are up to the last that a path holds."""
-        numbers = torch.arange(1, self.tree_slots + 1, device=self.ancestors.device)
-        return (self.ancestors[:num_rows].any(dim=1) * numbers).amax(dim=1)
 
     def erase(self, rows: list[int]) -> None:
         """Zeros in place of non-finite values: no mask hides them from the row that uses these slots next."""

@@ -133,7 +133,7 @@ class Scheduler:
         start = BeamState.start(self._draws(group), self.options)
         logits = logits[:, None].expand(-1, self.options.num_paths, -1)  # (rows, beams, vocabulary)
         state, parents = step(logits, start, self.rules, context)
-        self.store.advance(rows, parents)
+        self.store.advance(rows, parents, state.done)
         self.state = BeamState.join(self.state, state)
         self.context = join_contexts(self.context, context)
         self.rows = self.rows + group
@@ -153,7 +153,7 @@ class Scheduler:
         """One token for every beam of the rows of `state`: on the device alone. Slots as in `DecodeMemory.of`."""
         next_logits = self._next_logits(state, longest, used)
         state, parents = step(next_logits, state, self.rules, context)
-        self.store.advance(slice(len(state.done)), parents)
+        self.store.advance(slice(len(state.done)), parents, state.done)
         return state
 
     def _next_state_anywhere(self, state: BeamState, context: Tensor) -> BeamState:
@@ -163,9 +163,9 @@ class Scheduler:
     @torch.inference_mode()
     def evict(self) -> list[tuple[int, Outcome]]:
         """Take out the rows whose search is over, and compact the rest."""
-        known = torch.stack([self.state.done.long(), self.store.slots_in_use(len(self.rows))])
-        done, slots_in_use = known.tolist()  # the one thing that the device is asked in a step
-        self.store.used = max((slots for row, slots in enumerate(slots_in_use) if not done[row]), default=0)
+        in_use = self.store.in_use[: len(self.rows)].tolist()  # the one thing that the device is asked in a step
+        self.store.used = max(0, *in_use)
+        done = [slots < 0 for slots in in_use]
         ended = [row for row, is_done in enumerate(done) if is_done]
         if not ended:
             return []

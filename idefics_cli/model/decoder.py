@@ -84,6 +84,11 @@ class IdeficsRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    @property
+    def asks_positions(self) -> bool:
+        """Whether the host waits for positions, on which the angles depend: that cannot be captured as a graph."""
+        return "dynamic" in self.rope_type
+
     @staticmethod
     def compute_default_rope_parameters(config: IdeficsConfig, *_: object, **__: object) -> tuple[Tensor, float]:
         """theta**(-2i/head_dim) for i in [0, head_dim/2), not scaled; the name is the one transformers looks for."""

@@ -37,12 +37,15 @@ SAMPLES = DecodingOptions(do_sample=True, num_return_sequences=2, max_new_tokens
 MIXED = [*some_prompts(4, images=2), *some_prompts(5), EncodedPrompt([1, 5, 6, 7])]
 SHOTS = EncodedPrompt([1, FAKE_ID, IMAGE_ID, FAKE_ID, *range(3, 20)], (IMAGES[6],))
 AFTER_SHOTS = [after_shots(SHOTS, prompt) for prompt in some_prompts(5)]
-QUESTIONS = [
-    EncodedChoices(
-        prompt.input_ids, prompt.pixels, choices=("a", "b", "c"), choice_ids=((5,), (6, 7, 8), (9, number + 10))
-    )
-    for number, prompt in enumerate(some_prompts(4))
-]
+QUESTIONS, QUESTIONS_AFTER_SHOTS = (
+    [
+        EncodedChoices(
+            prompt.input_ids, prompt.pixels, choices=("a", "b", "c"), choice_ids=((5,), (6, 7, 8), (9, number + 10))
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    for prompts in (some_prompts(4), AFTER_SHOTS)
+)
 
 
 @contextmanager
@@ -99,6 +102,7 @@ WORK: dict[str, Callable[[Network], list[Any]]] = {
     "torch's attention after shots": lambda network: texts(network, AFTER_SHOTS, BEAMS, eager=True, attention="sdpa"),
     "eager steps": lambda network: texts(network, AFTER_SHOTS, BEAMS, eager=True),
     "choices": lambda network: scores(network, QUESTIONS),
+    "choices after shots": lambda network: scores(network, QUESTIONS_AFTER_SHOTS),
     "latents": latents,
     "texts from latents": texts_from_latents,
 }

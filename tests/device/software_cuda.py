@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -39,6 +40,7 @@ from idefics_cli.engine import tree_attention
 from idefics_cli.model import fused
 
 aten = torch.ops.aten
+NAME = "a GPU in software"
 TOTAL_BYTES, FREE_BYTES = 80 << 30, 64 << 30
 Answer = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -167,10 +169,11 @@ class SoftwareCuda(TorchDispatchMode):
         self.copies: list[tuple[str, int, str]] = []  # (direction, bytes, line)
         self.launches: Counter[str] = Counter()
         self.launched_at: Counter[str] = Counter()
-        self.largest: dict[str, int] = {}  # elements of the largest result, by operation
-        self.attention_shapes: set[Any] = set()
+        self.results: Counter[tuple[int, ...]] = Counter()  # shapes
+        self.current = 0  # the current device
         self.allocated = self.peak = 0
         self.captures = 0
+        self.capture_modes: set[str] = set()
         self.captured = 0  # launches of the last graph
         self.capturing: Graph | None = None
         self._queue: list[Callable[[], None]] = []
@@ -179,7 +182,7 @@ class SoftwareCuda(TorchDispatchMode):
 
     def clear(self) -> None:
         """Count from here on."""
-        for each in (self.waits, self.copies, self.launches, self.launched_at, self.largest, self.attention_shapes):
+        for each in (self.waits, self.copies, self.launches, self.launched_at, self.results):
             each.clear()
 
     # ---- life
@@ -209,7 +212,9 @@ class SoftwareCuda(TorchDispatchMode):
             self._undo.close()
 
     def _torch_cuda(self) -> dict[str, Any]:
-        """What stands in torch.cuda meanwhile. Device 0 is the current one."""
+        """What stands in torch.cuda meanwhile. Device 0 is the current one, until another is entered."""
+
+        gpu = self
 
         def synchronize(device: Any = None) -> None:
             if self._is_this(device):
@@ -221,33 +226,58 @@ class SoftwareCuda(TorchDispatchMode):
         def reset_peak(device: Any = None) -> None:
             self.peak = self.allocated
 
+        class CurrentDevice:
+            def __init__(self, device: Any):
+                self.idx = gpu._index(device)
+
+            def __enter__(self) -> None:
+                self.before, gpu.current = gpu.current, self.idx
+
+            def __exit__(self, *exception: Any) -> None:
+                gpu.current = self.before
+
         return {
             "_lazy_init": lambda: None,
             "is_available": lambda: True,
             "device_count": lambda: self.device.index + 1,
-            "current_device": lambda: 0,
+            "current_device": lambda: self.current,
             "synchronize": synchronize,
             "empty_cache": lambda: None,
             "mem_get_info": lambda device=None: (FREE_BYTES - self.allocated, TOTAL_BYTES),
             "memory_allocated": ours(lambda: self.allocated),
             "max_memory_allocated": ours(lambda: self.peak),
             "reset_peak_memory_stats": reset_peak,
-            "get_device_name": lambda device=None: "a GPU in software",
+            "get_device_properties": lambda device=None: SimpleNamespace(name=NAME, total_memory=TOTAL_BYTES),
+            "set_per_process_memory_fraction": lambda fraction, device=None: None,
+            "get_device_name": lambda device=None: NAME,
             "get_device_capability": lambda device=None: (9, 0),
             "is_bf16_supported": lambda *args, **kwargs: True,
             "CUDAGraph": lambda: Graph(self),
-            "graph": lambda graph, **kwargs: graph.capture(),
-            "Stream": lambda *args, **kwargs: Stream(self),
+            "graph": self._graph,
+            "Stream": lambda device=None, **kwargs: Stream(self, self._index(device)),
             "Event": lambda *args, **kwargs: Event(self),
-            "device": lambda device=None: contextlib.nullcontext(),
-            "stream": lambda stream: contextlib.nullcontext(),
-            "current_stream": lambda device=None: Stream(self),
+            "device": CurrentDevice,
+            "stream": lambda stream: CurrentDevice(stream.index),
+            "current_stream": lambda device=None: Stream(self, self._index(device)),
             "is_current_stream_capturing": lambda: self.capturing is not None,
         }
 
+    def _index(self, device: Any) -> int:
+        index = device if device is None or isinstance(device, int) else torch.device(device).index
+        return self.current if index is None else index
+
     def _is_this(self, device: Any) -> bool:
-        index = 0 if device is None else torch.device(device).index if not isinstance(device, int) else device
-        return (index or 0) == self.device.index
+        return self._index(device) == self.device.index
+
+    def _graph(
+        self, graph: Graph, pool: Any = None, stream: Stream | None = None, capture_error_mode: str = "global"
+    ) -> contextlib.AbstractContextManager[Any]:
+        """A stream captures what is computed on its own device, and in "global" mode forbids other threads to wait."""
+        stream = stream or Stream(self, 0)
+        if stream.index != self.device.index:
+            raise CaptureError("the CUDA graph is empty: it was captured on a stream of another device")
+        self.capture_modes.add(capture_error_mode)
+        return graph.capture()
 
     # ---- the queue, and the host that waits for it
 
@@ -272,8 +302,7 @@ class SoftwareCuda(TorchDispatchMode):
     def count(self, name: str, results: list[Any]) -> None:
         self.launches[name] += 1
         self.launched_at[line_of_caller()] += 1
-        sizes = [each.numel() for each in results if isinstance(each, Tensor)]
-        self.largest[name] = max([self.largest.get(name, 0), *sizes])
+        self.results.update(tuple(each.shape) for each in results if isinstance(each, Tensor))
 
     # ---- operations
 
@@ -533,8 +562,8 @@ class Graph:
 
 
 class Stream:
-    def __init__(self, gpu: SoftwareCuda):
-        self.gpu = gpu
+    def __init__(self, gpu: SoftwareCuda, index: int):
+        self.gpu, self.index = gpu, index
 
     def synchronize(self) -> None:
         self.gpu.wait("stream.synchronize")
@@ -582,7 +611,6 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
         raise RuntimeError(f"Expected attn_mask dtype to be bool or to match query dtype, got {attn_mask.dtype}")
     gpu, (rows, heads, queries, _) = query.gpu, query.shape
-    gpu.attention_shapes.add(tuple((tuple(each.shape), each.stride()) for each in tensors))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         found = torch.nn.functional.scaled_dot_product_attention(
@@ -616,14 +644,6 @@ def attention_with_log_sum(query, key, value, attn_bias, scale, is_causal) -> tu
     return (weights @ value.float()).to(query.dtype), log_sum
 
 
-def flash_attention(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        raise RuntimeError(f"FlashAttention only supports fp16 and bf16, not {query.dtype}")
-    output, log_sum = attention_with_log_sum(query, key, value, None, scale, is_causal)
-    none = log_sum.new_empty(0)
-    return output, log_sum, none, none, query.shape[2], key.shape[2], none, none, none
-
-
 def efficient_attention(
     query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None
 ):
@@ -644,7 +664,6 @@ def log_softmax(values: Tensor, dim: int, half_to_float: bool) -> Tensor:
 
 EMULATED = {
     aten._log_softmax.default: log_softmax,
-    aten._scaled_dot_product_flash_attention.default: flash_attention,
     aten._scaled_dot_product_efficient_attention.default: efficient_attention,
     torch.ops.idefics.tree_attention.default: plain_tree_attention,
 }

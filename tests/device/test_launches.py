@@ -43,7 +43,8 @@ def first_step(shots: int, rows: int, beams: int) -> tuple[int, int]:
         return gpu.launches.total() - gpu.captured, gpu.captured
 
 
-@pytest.mark.parametrize(("shots", "rows", "beams", "eager", "in_graph"), [(0, 2, 3, 650, 460), (4, 4, 5, 700, 500)])
-def test_a_step_of_9b_has_few_launches(shots: int, rows: int, beams: int, eager: int, in_graph: int) -> None:
-    by_itself, captured = first_step(shots, rows, beams)
+@pytest.mark.parametrize(("shots", "eager", "in_graph"), [(0, 650, 460), (4, 700, 500)])
+def test_a_step_of_9b_has_few_launches_whatever_the_rows_and_beams(shots: int, eager: int, in_graph: int) -> None:
+    by_itself, captured = first_step(shots, rows=2, beams=3)
     assert by_itself <= eager and captured <= in_graph, (by_itself, captured)
+    assert first_step(shots, rows=8, beams=5) == (by_itself, captured)

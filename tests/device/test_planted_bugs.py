@@ -98,8 +98,8 @@ PLANTS = [
     Plant(
         "the CPU's kernel is called",
         tree_attention.attend_part,
-        'query.device.type == "cpu" and query.dtype in',
-        "query.dtype in",
+        'query.device.type == "cpu" and query.dtype ==',
+        "query.dtype ==",
         same("shots"),
     ),
     Plant(
@@ -129,8 +129,8 @@ PLANTS = [
     Plant(
         "a result is read before it is there",
         scheduler.Scheduler.evict,
-        "known.tolist()",
-        "known.to('cpu', non_blocking=True).tolist()",
+        ".tolist()  #",
+        ".to('cpu', non_blocking=True).tolist()  #",
         same("beams"),
     ),
     Plant(
@@ -192,8 +192,8 @@ PLANTS = [
     Plant(
         "the order of beams is looked up on the host",
         kv_cache.KVStore.advance,
-        "self.ancestors[rows] = table.scatter(2, self.newest[rows][:, :, None], True)",
-        "slots = self.newest[rows].tolist()\n    self.ancestors[rows] = table.scatter(2, torch.tensor(slots, device="
+        "table = table.scatter(2, self.newest[rows][:, :, None], True)",
+        "slots = self.newest[rows].tolist()\n    table = table.scatter(2, torch.tensor(slots, device="
         "table.device)[:, :, None], True)",
         waits_of_a_step,
     ),
@@ -217,6 +217,13 @@ PLANTS = [
         "if state is not self._given:",
         "if self._given is None:",
         same("greedy"),
+    ),
+    Plant(
+        "a graph is captured on device 0",
+        decode_graph.DecodeGraphs._captured,
+        "stream=capture_stream(device)",
+        "stream=None",
+        same("beams", index=1),
     ),
     Plant(
         "device 0 is taken for the model's",
