@@ -26,7 +26,7 @@ from idefics_cli.prompts.templates import (
 )
 from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.tasks.embed import StoredLatents, without_names
-from idefics_cli.tasks.few_shot import chosen_for_all, open_shots, opened, read_shots
+from idefics_cli.tasks.few_shot import chosen_for_all, identity_of, open_shots, opened, read_shots
 from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
 from idefics_cli.tasks.result_rows import text_form
 from idefics_cli.tasks.similar_shots import SimilarShots
@@ -73,7 +73,9 @@ class CaptionVqa(Task):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return without_names(by_option(self.options), shots_file=self._shots_file, embeddings_file=self.embeddings)
+        options, pool = by_option(self.options), self.options.shots.pool
+        files = without_names(options, shots_file=self._shots_file, embeddings_file=self.embeddings)
+        return files | ({"--shots": identity_of(pool)} if pool else {})
 
     def check(self, request: ModelRequest) -> None:
         """Raises InputError for a bad shot, and for another model's embeddings."""

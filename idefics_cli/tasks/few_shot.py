@@ -5,13 +5,18 @@ Knows no network; `similar_shots.py` finds shots with similar images.
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
 from idefics_cli.errors import InputError, RowError, first_error
+from idefics_cli.pipeline.earlier import image_identity
 from idefics_cli.prompts.templates import TEXT_ONLY_SHOTS, Shot, field_text, shot_answer
 from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.references import references_of
@@ -102,6 +107,17 @@ def _with_fields(shot: Shot, place: str, options: CaptionVqaOptions) -> Shot:
     if without is not None:
         raise InputError(f"{place} has no text in the column {without!r}, which the prompt needs: add it")
     return shot
+
+
+def identity_of(pool: Sequence[Shot]) -> str:
+    """What decides the rows after shots that the caller has made: of images in files, size and time."""
+    digest = blake2b(digest_size=8)
+    for shot in pool:
+        digest.update(json.dumps([shot.answer, dict(shot.texts), len(shot.images)], sort_keys=True).encode())
+        for image in shot.images:
+            in_file = isinstance(image, str | os.PathLike) and os.path.exists(image)
+            digest.update(image_identity(image) if in_file else pickle.dumps(image))
+    return f"{len(pool)} examples ({digest.hexdigest()})"
 
 
 def opened(shot: Shot, prepare: Callable[[Any], Any | RowError], place: str) -> Shot:

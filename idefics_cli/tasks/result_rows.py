@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from idefics_cli.prompts.postprocess import PostProcess
 
 
+SCORE_DIGITS = 6  # after the point: further ones depend, in fp32, on which rows share a batch
+
+
 def text_form(
     text_column: Literal["caption", "answer", "text"],
     postprocess: PostProcess,
@@ -27,7 +30,7 @@ def text_form(
     """
 
     def told(found: Result | Candidate) -> dict[str, Any]:
-        return {"text": postprocess(found.text), "score": finite(found.score), "tokens": found.tokens}
+        return {"text": postprocess(found.text), "score": _shown_score(found.score), "tokens": found.tokens}
 
     def row(row: InputRow, outcome: Outcome) -> dict[str, Any]:
         error = error_of(outcome)
@@ -45,3 +48,8 @@ def text_form(
     text = [Column(text_column, "text"), Column("score", "real"), Column("tokens", "count"), Column("error", "text")]
     candidates = [Column("candidates", "candidates")] if has_candidates else []
     return Form(text_column, [Column("id", "text"), Column("image", "text"), *question, *text, *candidates], row)
+
+
+def _shown_score(score: float | None) -> float | None:
+    score = finite(score)
+    return None if score is None else round(score, SCORE_DIGITS) + 0.0  # no -0.0

@@ -37,6 +37,12 @@ def test_a_score_that_is_no_number_is_null(score: float) -> None:
     assert row["score"] is None and row["candidates"][0]["score"] is None
 
 
+@pytest.mark.parametrize(("score", "shown"), [(-1.8047807316179387e-05, -1.8e-05), (-0.25, -0.25), (-1e-9, 0.0)])
+def test_a_score_is_shown_without_the_digits_that_a_batch_decides(score: float, shown: float) -> None:
+    row = text_form("caption", FINISH).row(ROW, FakeResult("a", score, 1))
+    assert str(row["score"]) == str(shown)
+
+
 def test_questions_and_candidates_have_their_places() -> None:
     form = text_form("answer", FINISH, question_of=lambda row: row.values["question"], has_candidates=True)
     row = form.row(ROW, RESULT)
