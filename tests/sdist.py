@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 DOWNLOAD_SECONDS = 240
+KEPT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idefics-cli-tests"  # not the tests' own
 
 
 def sdist(package: str, version: str) -> Path:
     """The unpacked source distribution of `package`, kept between runs; or the test is skipped."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "idefics-cli-tests" / f"{package}-{version}"
+    folder = KEPT / f"{package}-{version}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import random_inputs, save_checkpoint, tiny_config
 
+from idefics_cli.checkpoint import devices
 from idefics_cli.checkpoint.devices import resolve_dtype
 from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
 from idefics_cli.checkpoint.load import load_config, load_network
@@ -295,18 +296,29 @@ def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("has_amx", "bf16_seconds", "expected"), [(False, 0.1, "32"), (True, 0.9, "32"), (True, 0.5, "b")]
+    ("has_amx", "bf16_seconds", "smallest", "expected"),
+    [(False, 0.1, 0, "32"), (True, 0.9, 0, "32"), (True, 0.5, 0, "b"), (True, 0.5, 1 << 20, "32")],
 )
 def test_bf16_on_a_cpu_that_is_measured_to_be_faster_in_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, has_amx: bool, bf16_seconds: float, expected: str
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_amx: bool,
+    bf16_seconds: float,
+    smallest: int,
+    expected: str,
 ) -> None:
-    """The capability and the times of AMX are made up."""
+    """The capability and the times of AMX are made up. What was once measured counts later, whatever the clock says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(devices, "SMALLEST_MATRIX", smallest)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
     monkeypatch.setattr(packed_linear, "seconds_of_layer", lambda hidden, wide, rows, dtype: seconds[dtype])
     model = Idefics.from_pretrained(folder, device="cpu")
     assert model.model.dtype is {"32": torch.float32, "b": torch.bfloat16}[expected]
+    seconds[torch.bfloat16] = 1.4 - bf16_seconds  # now the other one is faster
+    assert Idefics.from_pretrained(folder, device="cpu").model.dtype is model.model.dtype
     assert Idefics.from_pretrained(folder, device="cpu", dtype="fp32").model.dtype is torch.float32
 
 

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from idefics_cli.errors import DeviceError, IdeficsError
+from idefics_cli.storage.once_per_machine import once_per_machine
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 BF16_GAIN = 1.25  # bf16 is less exact: it has to be worth it
+SMALLEST_MATRIX = 1 << 20  # numbers in a layer's largest: in smaller models calls count, not products
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -71,11 +73,13 @@ def resolve_dtype(dtype: str, device: torch.device, config: IdeficsConfig | None
 
 
 def bf16_gain(config: IdeficsConfig) -> float:
-    """How many times faster than in fp32 the processor multiplies in bf16: 1 where it has no instructions for that, and
-    otherwise what is measured with the weights of one layer of text and one of vision."""
+    """How many times faster than in fp32 the processor multiplies in bf16: 1 where it has no instructions for that, or
+    the layers are small, and otherwise what was once measured with the weights of one layer of text and one of vision.
+    """
     import torch
 
-    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+    is_small = config.hidden_size * config.intermediate_size < SMALLEST_MATRIX
+    if is_small or not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return 1.0
     from idefics_cli.model.packed_linear import DECODE_ROWS, IMAGE_ROWS, seconds_of_layer
 
@@ -84,8 +88,13 @@ def bf16_gain(config: IdeficsConfig) -> float:
         (config.hidden_size, config.intermediate_size, DECODE_ROWS),
         (vision.embed_dim, vision.intermediate_size, IMAGE_ROWS),
     )
-    fp32, bf16 = (sum(seconds_of_layer(*layer, dtype) for layer in layers) for dtype in (torch.float32, torch.bfloat16))
-    return fp32 / bf16
+
+    def measure() -> float:
+        formats = torch.float32, torch.bfloat16
+        fp32, bf16 = (sum(seconds_of_layer(*layer, dtype) for layer in layers) for dtype in formats)
+        return fp32 / bf16
+
+    return once_per_machine(f"bf16 {layers} {torch.__version__} {torch.get_num_threads()}", measure)
 
 
 def require_fit(num_bytes: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from idefics_cli.storage.once_per_machine import once_per_machine
+
 # Each call costs some 10 µs beside the product itself; a matrix with a shorter side does not earn that back.
 SHORTEST_SIDE = 128
 # oneDNN is told for how many rows to lay a weight out. Measured from 8 to 2,056, all hints serve all sizes alike.
@@ -240,7 +242,7 @@ def pack_linears(model: nn.Module) -> None:
         id(module.weight) for module in model.modules() if _is_packable(module, dtypes) and uses[id(module.weight)] == 1
     }
     groups = list(_groups(model, packable))
-    plain = _faster_plain({_shapes(group): group for group in groups})
+    plain = _known_faster_plain({_shapes(group): group for group in groups})
     packed = [group for group in groups if _shapes(group) not in plain]
     if packed:
         taken = {id(parent.get_submodule(name).weight) for parent, names, _ in packed for name in names}
@@ -331,6 +333,18 @@ def _pack(parent: nn.Module, names: Sequence[str], sizes_recur: bool) -> None:
 
 
 # ---- which is faster
+
+
+def _known_faster_plain(groups: Mapping[Hashable, Group]) -> set[Hashable]:
+    """`_faster_plain`, as it was once found on this machine."""
+    shapes = list(groups)
+    measured = f"plain {shapes} {torch.__version__} {torch.get_num_threads()}"
+
+    def measure() -> list[int]:
+        found = _faster_plain(groups)
+        return [place for place, shape in enumerate(shapes) if shape in found]
+
+    return {shapes[place] for place in once_per_machine(measured, measure)}
 
 
 def _faster_plain(groups: Mapping[Hashable, Group]) -> set[Hashable]:

@@ -21,6 +21,7 @@ from idefics_cli.errors import InputError
 from idefics_cli.pipeline.earlier import image_identity
 from idefics_cli.prompts.templates import Shot
 from idefics_cli.rows import RemoteFile
+from idefics_cli.storage.once_per_machine import cache_folder
 from idefics_cli.tasks.options import ShotOptions
 from idefics_cli.writers.formats import replacing
 
@@ -138,8 +139,7 @@ def _kept_vectors(pool: Sequence[Shot], fingerprint: str) -> Path:
             name = "" if isinstance(source, bytes) else getattr(source, "path", source)
             is_remote = isinstance(source, RemoteFile)  # to ask for more than its address takes a round trip for each
             digest.update(b"\0%s\0%s" % (os.fsencode(name), b"" if is_remote else image_identity(source)))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "idefics" / "shots" / f"{digest.hexdigest()}.npy"
+    return cache_folder() / "shots" / f"{digest.hexdigest()}.npy"
 
 
 def _read_vectors(path: Path, number: int) -> Tensor | None:

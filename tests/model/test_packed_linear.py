@@ -269,16 +269,20 @@ def faked_seconds(monkeypatch: pytest.MonkeyPatch, plain: dict[tuple[int, int], 
 )
 @torch.inference_mode()
 def test_the_faster_product_of_each_shape_is_taken(
-    plain: dict, stay_plain: set[str], timed: list[int], monkeypatch: pytest.MonkeyPatch
+    plain: dict, stay_plain: set[str], timed: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, inputs = Sizes(), torch.randn(3, 512)
     state, expected = copied_state(model), model(inputs)
     counted = faked_seconds(monkeypatch, plain)
     pack_linears(model)
     assert layers(model, nn.Linear) == stay_plain and counted == timed
     assert layers(model, PackedLinear) == {"0", "1", "2"} - stay_plain
-    assert relative_error(model(inputs), expected) <= TOLERANCE[torch.float32]
+    assert relative_error(model(inputs), expected) <= 3 * TOLERANCE[torch.float32]  # of each layer
     assert_same_state(model, state)
+    again = Sizes()
+    pack_linears(again)
+    assert layers(again, nn.Linear) == stay_plain and counted == timed  # measured once
 
 
 @torch.inference_mode()
