@@ -168,11 +168,11 @@ class DelimitedOptions:
 
     delimiter: Annotated[
         str | None,
-        Help("Delimiter of CSV", metavar="C|tab", parse=parse_delimiter, default="what splits the header"),
+        Help("Of CSV, as ; or tab", metavar="C|tab", parse=parse_delimiter, default="what splits the header"),
     ] = None
     encoding: Annotated[
         str | None,
-        Help("Encoding of CSV, such as cp1252", metavar="NAME", parse=parse_encoding, default="utf-8, or by its mark"),
+        Help("Of CSV, as cp1252", metavar="NAME", parse=parse_encoding, default="utf-8, or by its mark"),
     ] = None
 
 
@@ -189,21 +189,22 @@ class ReadOptions:
     cannot be used stands in its place among the row's sources. Without `needs_id` ids are numbers.
     """
 
-    recursive: Annotated[bool, Help("Skip the sub-folders of folders", flags=("--no-recursive",))] = True
+    recursive: Annotated[bool, Help("Leave sub-folders out", flags=("--no-recursive",))] = True
     null: Annotated[bool, Help("Paths on stdin end with NUL, not with a line break", flags=("-0", "--null"))] = False
     stdin: Annotated[
         Literal["paths", "jsonl"] | None,
-        Help("What stands on stdin", default="jsonl where it begins with {, else paths"),
+        Help("What stdin holds", metavar="paths|jsonl", default="jsonl where it begins with {, else paths"),
     ] = None
     image_column: Annotated[
         str | None,
         Help(
-            "Column of the images; several as a,b or image_*; or a path made of columns, as val/{image_id:012d}.jpg",
-            metavar="NAME|PATH",
+            "Column of images; several as a,b or image_*; or a path of columns, as val/{image_id:012d}.jpg",
+            metavar="NAME",
             default="image, else the only one of images",
+            panel="Images",
         ),
     ] = None
-    allow_no_image: Annotated[bool, Help("Ask about rows without an image too, in text alone")] = False
+    allow_no_image: Annotated[bool, Help("Ask about rows without an image too, in text alone", panel="Images")] = False
     usual_image_columns: tuple[str, ...] = ("image", "images")
     id_column: Annotated[str | None, Help("Column of the ids", metavar="NAME", default="id, else the row's number")] = (
         None
@@ -214,26 +215,27 @@ class ReadOptions:
             "Folder of a manifest's images; no path may lead out of it",
             metavar="FOLDER",
             default="the manifest's folder",
+            panel="Images",
         ),
     ] = None
     follow_links: Annotated[
-        bool, Help("Read images through links that lead out of their folder, and in linked folders")
+        bool, Help("Follow links that lead out of their folder, and to folders", panel="Images")
     ] = False
     json_key: Annotated[
-        str | None, Help("Key of a .json file's list of rows", metavar="KEY", default="the only list of objects")
+        str | None, Help("Where a .json file has its list of rows", metavar="KEY", default="the only list of objects")
     ] = None
     delimited: DelimitedOptions = field(default_factory=DelimitedOptions)
     columns: tuple[str | tuple[str, ...], ...] = ()
     list_columns: tuple[str, ...] = ()
     keep: Annotated[
         tuple[str, ...] | Literal["all"],
-        Help("Columns of the manifest to pass through", metavar="A,B|all", parse=parse_keep),
+        Help("Columns of the manifest that the output has too", metavar="A,B|all", parse=parse_keep),
     ] = ()
     limit: Annotated[int | None, Help("Only the first N rows", min=1, max=sys.maxsize)] = None
     shard: Annotated[
         tuple[int, int] | None,
         Help(
-            "The I-th of N contiguous ranges of rows; auto: as the scheduler says",
+            "Only the I-th of N ranges of rows; auto: as SLURM, PBS, LSF or Kubernetes says",
             metavar="I/N|auto",
             parse=parse_shard,
         ),
@@ -256,21 +258,22 @@ class ImageOptions:
     `allow_truncated` a file may end early. Of an animated image, or a TIFF of many pages, `frame` is taken.
     """
 
-    max_pixels: Annotated[int, Help("Skip images with more pixels than this", min=1, max=10**12)] = 64_000_000
-    draft: Annotated[bool, Help("Decode large JPEGs at reduced size: faster, nearly the same")] = False
+    max_pixels: Annotated[int, Help("Larger images are error rows", min=1, max=10**12)] = 64_000_000
+    draft: Annotated[bool, Help("Large JPEGs at reduced size: faster, nearly the same texts")] = False
     decode_timeout: Annotated[
-        float, Help("Skip images that take longer than this to decode", metavar="SECONDS", min=0.1, max=86_400.0)
+        float, Help("Images that take longer to decode are error rows", metavar="SECONDS", min=0.1, max=86_400.0)
     ] = 30.0
     workers: Annotated[
-        int | None, Help("Processes that decode images", min=1, default=f"processors, at most {MAX_WORKERS}")
+        int | None,
+        Help("Processes that decode images", min=1, default=f"one for each processor, at most {MAX_WORKERS}"),
     ] = None
     max_bytes: int = 256 * 1024 * 1024
-    allow_truncated: Annotated[bool, Help("Take what there is of images whose files end early")] = False
+    allow_truncated: Annotated[bool, Help("Take what there is of a file that ends early")] = False
     frame: Annotated[
         int | Literal["middle"],
         Help(
-            "Which frame of an animated image or page of a TIFF, counted from 1",
-            metavar="first|middle|N",
+            "Which frame of an animated image, or page of a TIFF: first, middle or a number from 1",
+            metavar="WHICH",
             default="first",
             parse=parse_frame,
         ),

@@ -26,6 +26,7 @@ class Help:
 
     A field without it is not shown: the program sets it. `flags` are its names where they are not the field's own,
     `default` is what help shows in place of the default (False: nothing), `parse` turns what is typed into the value.
+    `panel` is where help shows it, if not with the others of its dataclass.
     """
 
     text: str
@@ -35,7 +36,7 @@ class Help:
     flags: tuple[str, ...] = ()
     default: str | bool = True
     parse: Callable[[str], Any] | None = None
-    envvar: str | None = None
+    panel: str | None = None
 
 
 def option_name(field: str, about: Help) -> str:

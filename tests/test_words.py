@@ -25,7 +25,8 @@ WORDS = (
     "(?:is|are) no ",
 )
 FORBIDDEN = re.compile(rf"\b(?:{'|'.join(WORDS)})", re.IGNORECASE)
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GROUP = typer.main.get_command(app)
+COMMANDS = GROUP.commands  # type: ignore[attr-defined]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 MODULES = sorted((ROOT / "idefics_cli").rglob("*.py"))
 
@@ -64,7 +65,7 @@ def test_pages(page: str) -> None:
 def test_help_and_pages_name_the_same_options() -> None:
     options = {
         name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
-        for name, command in COMMANDS.items()
+        for name, command in ({"": GROUP} | COMMANDS).items()
     }
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     named = set(re.findall(r"(?<![\w-])--?[a-z0][a-z-]*", pages)) - {

@@ -24,10 +24,12 @@ class BenchOptions:
     """
 
     request: ModelRequest = field(default_factory=ModelRequest)
-    random: Annotated[RandomSize | None, Help("Use random weights of this size instead of a model")] = None
-    shots: Annotated[int, Help("Examples that all prompts start with", min=0)] = 0
+    random: Annotated[
+        RandomSize | None, Help("Random weights of this size in place of a model", metavar="tiny|mid|9b", panel="Model")
+    ] = None
+    shots: Annotated[int, Help("Examples that all prompts start with", min=0, panel="Prompt")] = 0
     questions_per_image: Annotated[
-        int, Help("Prompts about each image; more than one asks a model questions", min=1)
+        int, Help("Prompts about each image; more than one: questions", min=1, panel="Prompt")
     ] = 1
     rows: Annotated[int | None, Help("Prompts in each run", min=1, default="one batch")] = None
     scenes: Annotated[int | None, Help("Images in each run, instead of --rows", min=1)] = None
@@ -35,14 +37,16 @@ class BenchOptions:
     length: Annotated[
         Literal["fixed", "varied"] | None,
         Help(
-            "fixed: decode the maximum of tokens for every row; varied: let texts end where they end",
+            "fixed: all texts have the most tokens; varied: they end where they end",
+            metavar="fixed|varied",
             default="fixed for random weights, varied for a model",
+            panel="Decoding",
         ),
     ] = None
-    embeddings: Annotated[bool, Help("Give our engine precomputed image embeddings")] = False
+    embeddings: Annotated[bool, Help("Our engine gets the images' latents instead", panel="Images")] = False
     batch_size: Annotated[int, Help("Prompts decoded together", min=1)] = 8
-    repeats: Annotated[int, Help("Timed runs of each side, in turn; medians are reported", min=1)] = 3
-    seed: Annotated[int, Help("Random seed of weights, images and prompts", min=0)] = 0
+    repeats: Annotated[int, Help("Timed runs of each side, in turn; medians are shown", min=1)] = 3
+    seed: Annotated[int, Help("Of weights, images and prompts", min=0)] = 0
     threads: Annotated[int | None, Help("CPU threads", min=1, max=1024, default="torch's own choice")] = None
 
     def __post_init__(self) -> None:

@@ -27,36 +27,33 @@ class ModelRequest:
     model: Annotated[
         str | None,
         Help(
-            "Hub id, local folder, or `demo` (coloured shapes only, runs anywhere)",
+            "Hub id, local folder, or demo (knows coloured shapes, runs anywhere)",
             metavar="MODEL",
             flags=("-m", "--model"),
-            envvar="IDEFICS_MODEL",
             default=f"{DEFAULT_MODEL}, or the adapter's base",
         ),
     ] = None
     revision: Annotated[str | None, Help("Branch, tag or commit of the hub model", metavar="NAME")] = None
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
-        Help(
-            "Number format of the weights; auto: bf16 or fp16 on CUDA, fp16 on MPS, fp32 on the CPU, or bf16 if faster"
-        ),
+        Help("Number format: auto, bf16, fp16 or fp32; on the CPU auto is fp32, or bf16 if that is faster", "FORMAT"),
     ] = "auto"
-    device: Annotated[str, Help("Where the model runs", metavar="auto|cuda|cuda:N|cpu|mps")] = "auto"
-    allow_pickle: Annotated[bool, Help("Load pickled weights (weights only) if the model has no safetensors")] = False
-    adapter: Annotated[str | None, Help("Folder of LoRA weights (PEFT) to merge into the model", metavar="DIR")] = None
+    device: Annotated[str, Help("Where the model runs: auto, cuda, cuda:N, cpu or mps", metavar="DEVICE")] = "auto"
+    allow_pickle: Annotated[bool, Help("Load pickled weights (as weights only) if there are no safetensors")] = False
+    adapter: Annotated[str | None, Help("Folder of LoRA weights (PEFT), merged into the model", metavar="DIR")] = None
     device_map: Annotated[
         Literal["auto", "balanced", "sequential"] | None,
-        Help("Spread a model over all GPUs and, where these are full, the CPU and the disk"),
+        Help("Spread the model over GPUs, CPU and disk: auto, balanced or sequential", metavar="HOW"),
     ] = None
     quantize: Annotated[
         Literal["int8", "nf4"] | None,
-        Help("Weights of 8 bits (on the CPU and CUDA) or 4 (on CUDA), quantized as they are read", metavar="int8|nf4"),
+        Help("Smaller weights: of 8 bits (CPU, CUDA) or 4 (CUDA)", metavar="int8|nf4"),
     ] = None
     attention: Annotated[
         Attention,
-        Help("A decode step's attention: one kernel (triton, on CUDA), torch's (sdpa), or the former where it can be"),
+        Help("Attention of a decode step: one kernel on CUDA (triton), torch's (sdpa), or auto", metavar="KIND"),
     ] = "auto"
-    eager: Annotated[bool, Help("On CUDA: launch a decode step's operations one by one, not as a graph")] = False
+    eager: Annotated[bool, Help("On CUDA: no graph of a decode step, its operations one by one")] = False
 
     def __post_init__(self) -> None:
         if self.model is None:

@@ -16,12 +16,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from idefics_cli import __version__
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.request import ModelRequest
+from idefics_cli.cli.completion import model_names
 from idefics_cli.cli.console import (
     EXIT_BUG,
     EXIT_FAILED_ROWS,
@@ -39,6 +39,7 @@ from idefics_cli.cli.console import (
     show,
     silence,
 )
+from idefics_cli.cli.help import HelpfulCommand, HelpfulGroup, tries
 from idefics_cli.cli.options import flattened
 from idefics_cli.errors import IdeficsError
 from idefics_cli.evaluation.options import ScoreOptions
@@ -47,22 +48,30 @@ from idefics_cli.ranks import is_first, is_launched, join, joined, leave_signals
 from idefics_cli.report.options import ReportOptions
 from idefics_cli.storage.filenames import counted
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
+from idefics_cli.validation import Help
 
 if TYPE_CHECKING:
-    import torch
-
-    from idefics_cli.engine.memory_budget import MemoryPlan
     from idefics_cli.loaded_model import LoadedModel
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
     from idefics_cli.pipeline.task import Task
 
 RUNS = ("caption", "vqa", "generate", "embed")  # what several processes can do together
+DESCRIBE, RESULTS, MACHINE = "Describe images", "Results", "This machine"  # panels of commands
+TEXT_FORMATS = {"format": Help("Of the rows; auto: by the output's name, Parquet in a folder", "auto|jsonl|parquet")}
+LATENTS_FILE = {
+    "output": Help(
+        "Where latents go: a .parquet file, or a folder for numbered parts (DIR/): needed",
+        metavar="FILE",
+        flags=("-o", "--output"),
+        default=False,
+    )
+}
 
 app = typer.Typer(
-    add_completion=False,
+    cls=HelpfulGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain usage and errors: one line that says what is wrong stays one line
 )
@@ -89,6 +98,10 @@ def load_model(request: ModelRequest, batch_size: int | None) -> LoadedModel:
 # Commands
 
 
+def command_names(incomplete: str) -> list[str]:
+    return [each.callback.__name__ for each in app.registered_commands if each.callback.__name__.startswith(incomplete)]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"idefics {__version__}")
@@ -99,16 +112,29 @@ def _show_version(wanted: bool) -> None:
 def idefics(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            *("-V", "--version"),
+            callback=_show_version,
+            is_eager=True,
+            help="Show the version and exit.",
+            rich_help_panel="Run",
+        ),
     ] = False,
 ) -> None:
-    """Describe images with IDEFICS: data on stdout or in -o, everything else on stderr."""
+    """Describe images with IDEFICS, and answer questions about them, in bulk.
+
+    Data goes to stdout or into -o, everything else to stderr.
+    """
+    if context.invoked_subcommand is None:
+        print(*tries(), sep="\n")
+        raise typer.Exit()
     if is_launched() and context.invoked_subcommand not in RUNS:
         with exit_codes(debug=False):
             raise IdeficsError(f"torchrun is for {', '.join(RUNS)}: run {context.invoked_subcommand} without it")
 
 
-class RunCommand(TyperCommand):
+class RunCommand(HelpfulCommand):
     """`--ray` may stand alone. What comes next is its address only where it looks like one, and an input otherwise."""
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
@@ -117,8 +143,8 @@ class RunCommand(TyperCommand):
         return super().parse_args(context, named)
 
 
-@app.command(cls=RunCommand)
-@flattened("questions", "question_column", task="caption", max_new_tokens=30)
+@app.command(cls=RunCommand, rich_help_panel=DESCRIBE)
+@flattened("questions", "question_column", helps=TEXT_FORMATS, task="caption", max_new_tokens=30)
 def caption(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     """Describe images: one row for each, in input order.
 
@@ -129,7 +155,7 @@ def caption(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> No
     _ask(run, options, signals)
 
 
-@app.command(cls=RunCommand)
+@app.command(cls=RunCommand, rich_help_panel=DESCRIBE)
 @flattened(task="vqa", max_new_tokens=15)
 def vqa(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     """Answer questions about images: those of a manifest's column `question`, or the same with -q about every image.
@@ -140,8 +166,8 @@ def vqa(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
     _ask(run, options, signals)
 
 
-@app.command(cls=RunCommand)
-@flattened("answers_column", max_new_tokens=100)
+@app.command(cls=RunCommand, rich_help_panel=DESCRIBE)
+@flattened("answers_column", helps=TEXT_FORMATS, max_new_tokens=100)
 def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and images, or a conversation.
 
@@ -154,9 +180,11 @@ def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> Non
     _run(run, partial(Generate, options), signals)
 
 
-@app.command(cls=RunCommand)
+@app.command(cls=RunCommand, rich_help_panel=DESCRIBE)
 @flattened(
     *("answers_column", "sidecar", "sidecar_existing", "sidecar_ext", "allow_no_image", "show_prompt", "format"),
+    *("attention", "eager"),
+    helps=LATENTS_FILE,
 )
 def embed(run: RunOptions, signals: Signals) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
@@ -170,11 +198,14 @@ def embed(run: RunOptions, signals: Signals) -> None:
     _run(run, partial(Embed, run.request), signals)
 
 
-@app.command()
+@app.command(cls=HelpfulCommand, rich_help_panel=RESULTS)
 @flattened()
 def score(
     results: Annotated[
-        str, typer.Argument(metavar="RESULTS", help="Result file of caption or vqa, or folder of its parts.")
+        str,
+        typer.Argument(
+            metavar="RESULTS", help="Result file of caption or vqa, or folder of its parts.", rich_help_panel="Input"
+        ),
     ],
     options: ScoreOptions,
 ) -> None:
@@ -185,13 +216,15 @@ def score(
     _print_scores(results, options)
 
 
-@app.command()
+@app.command(cls=HelpfulCommand, rich_help_panel=RESULTS)
 @flattened("recursive", "null", "stdin", "allow_no_image", "shard", "draft", keep="all", draft=True)
 def report(
     results: Annotated[
         str,
         typer.Argument(
-            metavar="RESULTS", help="Result file (.jsonl, .json, .csv, .parquet), folder of parts, or - for JSON lines."
+            metavar="RESULTS",
+            help="Result file (.jsonl, .json, .csv, .parquet), folder of parts, or - for JSON lines.",
+            rich_help_panel="Input",
         ),
     ],
     options: ReportOptions,
@@ -204,13 +237,23 @@ def report(
     _write_report(results, options, signals)
 
 
-@app.command()
+@app.command(cls=HelpfulCommand, rich_help_panel=RESULTS)
 @flattened()
 def salvage(
-    part: Annotated[str, typer.Argument(metavar="F.part", help="What a stopped run has left beside its output.")],
+    part: Annotated[
+        str,
+        typer.Argument(
+            metavar="F.part", help="What a stopped run has left beside its output.", rich_help_panel="Input"
+        ),
+    ],
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="F", help="Where the rows go; by default the name before .part."),
+        typer.Option(
+            *("-o", "--output"),
+            metavar="FILE",
+            help="Where the rows go. [default: the name before .part]",
+            rich_help_panel="Output",
+        ),
     ] = None,
 ) -> None:
     """Make a file of the rows that a stopped run has finished, where it cannot be resumed: its input is gone, for one.
@@ -230,11 +273,17 @@ def salvage(
     say(f"{counted(counts['rows'], 'row')} in {target}, {sum(counts['failed'].values())} failed.")
 
 
-@app.command()
+@app.command(cls=HelpfulCommand, rich_help_panel=RESULTS)
 @flattened()
 def merge(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of parts, as -o DIR/ makes them.")],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="F", help="Where all rows go.")],
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="A folder of parts, as -o DIR/ makes them.", rich_help_panel="Input"),
+    ],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="FILE", help="Where all rows go: needed.", rich_help_panel="Output"),
+    ],
 ) -> None:
     """Join the parts of a folder into one file: none missing, each with its rows and of one run, no id twice.
 
@@ -248,7 +297,7 @@ def merge(
     say(f"{counted(found.rows, 'row')} in {output}, {sum(found.failed.values())} failed.")
 
 
-@app.command()
+@app.command(cls=HelpfulCommand, rich_help_panel=MACHINE)
 @flattened(
     *("min_new_tokens", "length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences"),
     *("repetition_penalty", "do_sample", "temperature", "top_k", "top_p", "device_map", "quantize"),
@@ -272,26 +321,55 @@ def bench(context: typer.Context, options: BenchOptions) -> None:
     print_data(json.dumps(found))
 
 
-@app.command()
+@app.command(cls=HelpfulCommand, rich_help_panel=MACHINE)
 @flattened("model", "eager", "device_map", "attention")
 def info(
     request: ModelRequest,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Hub id, local folder or `demo`.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hub id, local folder or demo.",
+            rich_help_panel="Model",
+            autocompletion=model_names,
+        ),
     ] = None,
     device_count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Say in which formats MODEL fits on N devices.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Say in which formats MODEL fits on N devices.", rich_help_panel="Model"),
     ] = None,
     device_memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="Memory of each.  [default: what is free on this one]")
+        float | None,
+        typer.Option(metavar="GB", help="Memory of each. [default: what is free on this one]", rich_help_panel="Model"),
     ] = None,
 ) -> None:
     """Show versions, devices and, for a model, whether and how it would run here."""
-    facts = _machine_facts(request)
+    from idefics_cli.cli.info import fit_facts, machine_facts, model_facts
+
+    facts = machine_facts(request)
     if model is not None or request.adapter is not None:
         request = replace(request, model=model or request.model)
-        facts |= _model_facts(request) if device_count is None else _fit_facts(request, device_count, device_memory)
+        facts |= model_facts(request) if device_count is None else fit_facts(request, device_count, device_memory)
     print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
+
+
+@app.command("help", cls=HelpfulCommand, rich_help_panel=MACHINE)
+def show_help(
+    context: typer.Context,
+    command: Annotated[
+        str,
+        typer.Argument(
+            metavar="COMMAND", help="One of the commands.", rich_help_panel="Run", autocompletion=command_names
+        ),
+    ] = "",
+) -> None:
+    """Show what a command takes, with examples."""
+    about = context.parent
+    assert about is not None and isinstance(about.command, HelpfulGroup)
+    if command:
+        name, found, _ = about.command.resolve_command(about, [command])
+        about = typer.Context(found, info_name=name, parent=about)
+    print(about.get_help())
 
 
 # Runs
@@ -425,97 +503,13 @@ def _print_scores(results: str, options: ScoreOptions) -> None:
     print_data(json.dumps(scores.as_dict(), ensure_ascii=False))
 
 
-def _machine_facts(request: ModelRequest) -> dict[str, str]:
-    import platform
-    from importlib import metadata
-
-    import torch
-
-    from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
-
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    packages = ("torch", "transformers", "pillow", "pyarrow")
-    device = resolve_device(request.device)
-    return {
-        "idefics": __version__,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
-        "cuda": ", ".join(cuda) or "none",
-        "threads": str(torch.get_num_threads()),
-        "device": str(device),
-        "dtype": str(resolve_dtype(request.dtype, device)).removeprefix("torch."),
-    }
-
-
-def _model_facts(request: ModelRequest) -> dict[str, str]:
-    """Raises what a run with the model would."""
-    import torch
-
-    from idefics_cli.checkpoint.devices import DTYPES, dtype_name, resolve_device, resolve_dtype
-    from idefics_cli.checkpoint.find import bytes_to_fetch, check_model_request, find_checkpoint
-    from idefics_cli.checkpoint.load import require_loadable, side_files
-    from idefics_cli.engine.memory_budget import MemoryPlan, free_bytes
-
-    check_model_request(request)
-    if (size := bytes_to_fetch(request)) is not None:
-        return {"model": f"{request.model}, not cached: {size / 1e6:,.1f} MB of weights are fetched when it is used"}
-    device = resolve_device(request.device)
-    checkpoint = find_checkpoint(request)
-    config, *_ = side_files(checkpoint)
-    stored = sum(file.stat().st_size for file in checkpoint.weight_files)
-    dtype = resolve_dtype(request.dtype, device, None if request.quantize else config)
-    kind = quantize.kind_of(config, request.quantize)
-    needed = require_loadable(checkpoint, config, device, dtype, kind=request.quantize)
-    held = kind or dtype_name(dtype)
-    adapter = "" if request.adapter is None else f", with the adapter {request.adapter}"
-    free = free_bytes(device)
-    fact = (
-        f"{checkpoint.folder}, {stored / 1e6:,.1f} MB of weights{adapter}; takes {needed / 1e6:,.1f} MB in "
-        f"{held} of the {free / 1e6:,.1f} MB free on {device}"
-    )
-    if kind:
-        return {"model": fact}
-    plans = {
-        f"memory plan in {name}": MemoryPlan.of(config, needed // dtype.itemsize, getattr(torch, full).itemsize)
-        for name, full in DTYPES.items()
-    }
-    return {**{name: _shown_plan(plan, free, device) for name, plan in plans.items()}, "model": fact}
-
-
-def _fit_facts(request: ModelRequest, number: int, gigabytes: float | None) -> dict[str, str]:
-    """Of a model that need not be on this machine; of one on the hub only its configuration is fetched."""
-    import torch
-
-    from idefics_cli.checkpoint.devices import resolve_device
-    from idefics_cli.checkpoint.find import find_checkpoint
-    from idefics_cli.checkpoint.fit import on_devices
-    from idefics_cli.checkpoint.load import load_config
-    from idefics_cli.engine.memory_budget import free_bytes
-    from idefics_cli.model.modeling import IdeficsForVisionText2Text
-
-    device = resolve_device(request.device)
-    config = load_config(find_checkpoint(request, with_weights=False))
-    with torch.device("meta"):
-        model = IdeficsForVisionText2Text(config)
-    shared = 1 if device.type == "cuda" else number  # processes on CPUs have one memory
-    memory = free_bytes(device) // shared if gigabytes is None else int(gigabytes * 1e9)
-    return on_devices(model, number, memory, is_cuda=gigabytes is not None or device.type == "cuda")
-
-
-def _shown_plan(plan: MemoryPlan, free: int, device: torch.device) -> str:
-    rows = [plan.rows(free - plan.weights, device.type == "cuda", beams) for beams in (1, 3)]
-    parts = {
-        "of weights": plan.weights,
-        "for a token of a row": plan.slot,
-        "while that is read": plan.token,
-        "for a row's image": plan.image,
-        "for a beam": plan.query,
-        "in the vision tower": plan.vision,
-        "in caches at most": plan.caches,
-    }
-    shown = ", ".join(f"{size / 1e6:,.2f} MB {name}" for name, size in parts.items())
-    fits = f"{rows[0]} rows at a time, {rows[1]} with 3 beams" if free > plan.weights else f"does not fit on {device}"
-    return f"{shown}; {fits}"
+def command_line() -> Any:
+    """The app, whose options of completion are as quick as the others: a default of None has Typer import pydantic."""
+    group = typer.main.get_command(app)
+    for each in group.params:
+        if each.name.endswith("_completion") and each.is_flag:
+            each.default, each.rich_help_panel = False, "Run"
+    return group
 
 
 def main() -> None:
@@ -525,7 +519,7 @@ def main() -> None:
         silence()
         leave_signals_to_first()
     try:
-        app(prog_name="idefics")
+        command_line()(prog_name="idefics")
     except SystemExit as end:
         if joined() is not None:
             joined().end(end.code or 0)

@@ -1,34 +1,62 @@
 """A command's options: the fields of the dataclasses that the library takes.
 
 `flattened` shows Typer each field that has a `Help` as an option, and gives the command the dataclasses made from what
-was typed. A field that is a dataclass itself is shown by its own fields. Imports nothing heavy.
+was typed. A field that is a dataclass itself is shown by its own fields, in the panel of its kind. Imports nothing
+heavy.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from idefics_cli.bench.options import BenchOptions
+from idefics_cli.checkpoint.request import ModelRequest
+from idefics_cli.cli.completion import MODEL, TEMPLATE, model_names, template_names, words_of
 from idefics_cli.cli.console import Signals, exit_codes
+from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError
+from idefics_cli.evaluation.options import ScoreOptions
+from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.prompts.choices import ChoiceOptions
+from idefics_cli.prompts.postprocess import PostProcess
+from idefics_cli.prompts.templates import PromptOptions
+from idefics_cli.report.options import ReportOptions
+from idefics_cli.rows import DelimitedOptions, ImageOptions, ReadOptions
+from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions, ShotOptions
 from idefics_cli.validation import Help, gathered, help_of, keyword, option_name
 
+PANELS = {  # where help shows the fields of each, unless their own Help says otherwise
+    **dict.fromkeys((DelimitedOptions, ReadOptions, ScoreOptions), "Input"),
+    ImageOptions: "Images",
+    **dict.fromkeys((PostProcess, ReportOptions, RunOptions), "Output"),
+    ModelRequest: "Model",
+    **dict.fromkeys((CaptionVqaOptions, ChoiceOptions, GenerateOptions, PromptOptions, ShotOptions), "Prompt"),
+    DecodingOptions: "Decoding",
+    BenchOptions: "Run",
+}
 METAVARS = {int: "N", float: "X"}
+NO_HELP: Mapping[str, Help] = MappingProxyType({})
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-DEBUG_FLAG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+DEBUG_FLAG = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.", rich_help_panel="Run")
+]
 DEBUG = inspect.Parameter("debug", KEYWORD, default=False, annotation=DEBUG_FLAG)
 
 
-def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def flattened(
+    *left_out: str, helps: Mapping[str, Help] = NO_HELP, **own: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command, its end as `exit_codes` has it, with the options of its dataclass parameters and
     `--debug` for Typer to read.
 
-    Fields named in `left_out` are not shown. `own` holds the command's own defaults of fields, shown or not.
+    Fields named in `left_out` are not shown. `helps` and `own` hold the command's own help and defaults of fields.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
@@ -43,7 +71,7 @@ def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Cal
                     }
                 )
 
-        shown = [each for name in parameters for each in _shown(parameters[name], hints[name], left_out, own)]
+        shown = [each for name in parameters for each in _shown(parameters[name], hints[name], left_out, helps, own)]
         shown = list({each.name: each for each in (*shown, DEBUG)}.values())  # what two dataclasses have is one option
         flat.__name__, flat.__doc__ = command.__name__, command.__doc__
         flat.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
@@ -54,7 +82,11 @@ def flattened(*left_out: str, **own: Any) -> Callable[[Callable[..., None]], Cal
 
 
 def _shown(
-    parameter: inspect.Parameter, hint: Any, left_out: tuple[str, ...], own: Mapping[str, Any]
+    parameter: inspect.Parameter,
+    hint: Any,
+    left_out: tuple[str, ...],
+    helps: Mapping[str, Help],
+    own: Mapping[str, Any],
 ) -> Iterator[inspect.Parameter]:
     if hint is Signals:
         return
@@ -63,6 +95,7 @@ def _shown(
         return
     for option in _options(hint):
         if option.field not in left_out:
+            option = replace(option, help=helps.get(option.field, option.help))
             yield option.parameter(own.get(option.field, option.default))
 
 
@@ -78,7 +111,8 @@ def _options(options: type) -> Iterator[Option]:
         if is_dataclass(hints[field.name]):
             yield from _options(hints[field.name])
         elif (about := help_of(hints[field.name])) is not None:
-            yield Option(field.name, hints[field.name].__origin__, field.default, about)
+            panel = about.panel or PANELS.get(options, "Run")
+            yield Option(field.name, hints[field.name].__origin__, field.default, about, panel)
 
 
 def _made(options: type, typed: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
@@ -96,6 +130,7 @@ class Option:
     of: Any
     default: Any
     help: Help
+    panel: str = "Run"
 
     @property
     def parameter_name(self) -> str:
@@ -141,12 +176,29 @@ class Option:
     def _about(self, default: Any) -> Any:
         about = self.help
         number = next((name for of, name in METAVARS.items() if of in (self._typed, *get_args(self._typed))), None)
-        text = f"{about.text}."
-        if isinstance(about.default, str):
-            text += f"  [default: {about.default}]"  # Typer would show it in brackets of its own
-        texts = {"help": text, "metavar": about.metavar or number, "show_default": about.default is True}
+        metavar = about.metavar or number or self._choices or "TEXT"
+        text = " ".join((f"{about.text}.", *self._shown_default(default)))
+        shown = {"help": text, "metavar": metavar, "show_default": False, "rich_help_panel": self.panel}
         if default is MISSING:
-            return typer.Argument(**texts)
+            return typer.Argument(**shown)
         is_switch = self._typed is bool and default is False
         flags = about.flags or ((option_name(self.field, about),) if is_switch else ())
-        return typer.Option(*flags, **texts, min=about.min, max=about.max, envvar=about.envvar)
+        return typer.Option(*flags, **shown, min=about.min, max=about.max, autocompletion=self._completion(metavar))
+
+    @property
+    def _choices(self) -> str:
+        """Those of a field that has no other values."""
+        kinds = (self.of, *get_args(self.of))
+        return "|".join(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+
+    def _shown_default(self, default: Any) -> Iterator[str]:
+        shown = self.help.default
+        if shown is True:
+            is_given = not any(default is none for none in (None, False, "", MISSING))
+            shown = is_given and (option_name(self.field, self.help) if default is True else f"{default}")
+        if shown:
+            yield f"[default: {shown}]"
+
+    def _completion(self, metavar: str) -> Callable[[str], list[str]] | None:
+        known = {MODEL: model_names, TEMPLATE: template_names}.get(self.parameter_name)
+        return known or (words_of(metavar) if "|" in metavar else None)

@@ -27,26 +27,25 @@ class DecodingOptions:
     """
 
     num_beams: Annotated[
-        int | None, Help("Number of beams; 1 is greedy decoding", min=1, default=f"{NUM_BEAMS}, 1 with --do-sample")
+        int | None, Help("Beams; 1 is greedy decoding", min=1, default=f"{NUM_BEAMS}, 1 with --do-sample")
     ] = None
-    max_new_tokens: Annotated[int, Help("Maximum new tokens", min=1)] = 30
-    min_new_tokens: Annotated[int, Help("Minimum new tokens", min=0)] = 0
-    length_penalty: Annotated[float, Help("Scores are divided by length to this power")] = 1.0
+    max_new_tokens: Annotated[int, Help("Longest text, in tokens", min=1)] = 30
+    min_new_tokens: Annotated[int, Help("Shortest text, in tokens", min=0)] = 0
+    length_penalty: Annotated[float, Help("Scores are divided by the length to this power")] = 1.0
     early_stopping: Annotated[
-        bool | Literal["never"], Help("Stop as soon as there are as many finished texts as beams")
+        bool | Literal["never"],
+        Help("Stop once as many texts as beams have ended, or while none is likely to be better"),
     ] = True
-    no_repeat_ngram_size: Annotated[int, Help("Never repeat an n-gram of this size; 0 allows repetition", min=0)] = 0
-    repetition_penalty: Annotated[
-        float, Help("Above 1: tokens of the prompt and of the text so far become less likely")
-    ] = 1.0
-    num_return_sequences: Annotated[
-        int, Help("Texts per row, best first; more than one adds a `candidates` column", min=1)
-    ] = 1
-    do_sample: Annotated[bool, Help("Draw tokens by their probability")] = False
-    temperature: Annotated[float, Help("With --do-sample: below 1 is less random, above 1 more")] = 1.0
-    top_k: Annotated[int, Help("With --do-sample: only the K likeliest tokens; 0 is all", min=0)] = TOP_K
-    top_p: Annotated[float, Help("With --do-sample: only the likeliest tokens, up to this probability")] = 1.0
-    seed: Annotated[int, Help("Random seed of --do-sample", min=0)] = 0
+    no_repeat_ngram_size: Annotated[int, Help("No n tokens in a row come twice; 0: they may", min=0)] = 0
+    repetition_penalty: Annotated[float, Help("Above 1: tokens that the prompt or the text has become less likely")] = (
+        1.0
+    )
+    num_return_sequences: Annotated[int, Help("Texts for each row, best first, in a column `candidates`", min=1)] = 1
+    do_sample: Annotated[bool, Help("Draw each token by its probability")] = False
+    temperature: Annotated[float, Help("Of --do-sample: below 1 less random, above 1 more")] = 1.0
+    top_k: Annotated[int, Help("Of --do-sample: only the K likeliest tokens; 0: all", min=0)] = TOP_K
+    top_p: Annotated[float, Help("Of --do-sample: only the likeliest tokens, to this sum of probability")] = 1.0
+    seed: Annotated[int, Help("Of --do-sample", min=0)] = 0
 
     def __post_init__(self) -> None:
         if self.num_beams is None:

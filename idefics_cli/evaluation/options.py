@@ -18,16 +18,16 @@ class ScoreOptions:
     by: Annotated[str | None, Help("Group scores by this column", metavar="NAME")] = None
     metric: Annotated[
         Literal["auto", "vqa", "cider", "exact"],
-        Help("auto: VQA accuracy for answers, CIDEr for captions; exact match always"),
+        Help("vqa (VQA accuracy), cider, exact, or auto; exact match always", metavar="WHICH"),
     ] = "auto"
     tokenization: Annotated[
         Literal["ptb", "treebank"],
-        Help("How CIDEr splits words; ptb: as published, needs Java; treebank: without Java"),
+        Help("How CIDEr splits words: ptb (as published, needs Java) or treebank", metavar="HOW"),
     ] = "ptb"
     delimited: DelimitedOptions = field(default_factory=DelimitedOptions)
     choices: Annotated[
         tuple[str, ...],
-        Help("Choices of all rows: a reference may be the number or letter of one", metavar="A,B", parse=parse_choices),
+        Help("Of all rows: references may be numbers or letters of these", metavar="A,B", parse=parse_choices),
     ] = ()
     choices_column: Annotated[
         str | None, Help("Column of each row's choices", metavar="NAME", default="choices, if there is one")

@@ -50,27 +50,34 @@ class RunOptions:
     inputs: Annotated[
         tuple[str, ...],
         Help(
-            "Image files, folders, manifests (.parquet, .arrow, .feather; .jsonl, .json, .csv, .tsv, also .gz),"
-            " .tar, .tar.gz, or - for paths or JSON lines on stdin",
+            "Images, folders, manifests (.parquet, .arrow, .feather, .jsonl, .json, .csv, .tsv) and archives (.tar),"
+            " also on s3:// and the like, or - for paths or JSON lines on stdin",
             metavar="INPUT",
+            panel="Input",
         ),
     ]
     output: Annotated[
         str,
         Help(
-            "Where rows go; a folder gets numbered parts",
-            metavar="F.jsonl|F.parquet|F.csv|DIR/|-",
+            "Where rows go: a .jsonl, .parquet or .csv file, a folder for numbered parts (DIR/), or - for stdout",
+            metavar="FILE",
             flags=("-o", "--output"),
         ),
     ] = STDOUT
     format: Annotated[
         Literal["auto", "jsonl", "parquet", "vqav2"],
-        Help("auto: by the output's name, Parquet in a folder; vqav2: the array that VQAv2's evaluation takes"),
+        Help("auto: by the output's name, Parquet in a folder; vqav2: the array that VQAv2's evaluation takes", "KIND"),
     ] = "auto"
-    unit_rows: Annotated[int, Help("Rows of each part of a folder, about", min=1, max=10**9)] = UNIT_ROWS
+    unit_rows: Annotated[int, Help("About how many rows each part of a folder has", min=1, max=10**9)] = UNIT_ROWS
     processes: Annotated[
         int | None,
-        Help("Processes with a model each that work on a folder's parts", min=1, max=1024, default="one for each GPU"),
+        Help(
+            "How many processes work on a folder's parts, each with a model",
+            min=1,
+            max=1024,
+            default="one for each GPU",
+            panel="Run",
+        ),
     ] = None
     ray: Annotated[
         str | None,
@@ -78,6 +85,7 @@ class RunOptions:
             "Work on a folder's parts by a Ray cluster: the one at ADDRESS, else one that runs here, else this machine",
             metavar="[ADDRESS]",
             parse=parse_ray_address,
+            panel="Run",
         ),
     ] = None
     request: ModelRequest = field(default_factory=ModelRequest)
@@ -85,27 +93,33 @@ class RunOptions:
     images: ImageOptions = field(default_factory=ImageOptions)
     batch_size: Annotated[
         int | None,
-        Help("Rows that the model works on together", metavar="auto|N", default="auto", parse=parse_batch_size),
+        Help(
+            "Rows that the model works on together; auto: as many as memory holds",
+            metavar="auto|N",
+            default="auto",
+            parse=parse_batch_size,
+            panel="Run",
+        ),
     ] = None
-    max_errors: Annotated[int | None, Help("Stop after N failed rows", min=1)] = None
+    max_errors: Annotated[int | None, Help("Stop after N failed rows", min=1, panel="Run")] = None
     overwrite: Annotated[bool, Help("Start over and replace the existing output")] = False
     update: Annotated[
-        bool, Help("Do what is new or changed in the input of an existing output, and keep the other rows")
+        bool, Help("Do what is new or changed in the input since, and keep the other rows of the output")
     ] = False
     retry_errors: Annotated[bool, Help("Redo the failed rows of a finished output")] = False
-    sidecar: Annotated[bool, Help("Also write each text into a .txt file beside its image")] = False
+    sidecar: Annotated[bool, Help("Also write each text beside its image, as a.txt beside a.jpg")] = False
     sidecar_existing: Annotated[
         Literal["error", "skip", "overwrite", "append", "prepend"],
-        Help("What becomes of a text that is there already; skip: it is the row's, and the image is not looked at"),
+        Help(
+            "What becomes of texts already there: error, skip (do only the others), overwrite, append, prepend", "HOW"
+        ),
     ] = "error"
-    sidecar_ext: Annotated[str, Help("Suffix of these files", metavar=".EXT", default=".txt", parse=parse_suffix)] = (
-        ".txt"
-    )
+    sidecar_ext: Annotated[str, Help("Their suffix", metavar=".EXT", default=".txt", parse=parse_suffix)] = ".txt"
     show_prompt: Annotated[
-        int | None, Help("Print the prompts of the first N rows, as text and token ids, and end", min=1)
+        int | None, Help("Print the prompts of the first N rows, as text and token ids, and end", min=1, panel="Run")
     ] = None
     answers_column: Annotated[
-        str | None, Help("Column of right answers: kept, and scored at the end", metavar="NAME")
+        str | None, Help("Column of right answers: kept, and scored at the end", metavar="NAME", panel="Input")
     ] = None
 
     def __post_init__(self) -> None:

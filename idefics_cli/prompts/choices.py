@@ -33,7 +33,7 @@ class ChoiceOptions:
     words: Annotated[
         tuple[str, ...],
         Help(
-            "Rank these answers by likelihood instead of decoding; the best is the text",
+            "Rank these answers by likelihood, and decode nothing; the best is the text",
             metavar="A,B",
             flags=("--choices",),
             parse=parse_choices,
@@ -42,7 +42,10 @@ class ChoiceOptions:
     column: Annotated[
         str | None, Help("Column of each row's own answers to rank", metavar="NAME", flags=("--choices-column",))
     ] = None
-    norm: Annotated[ChoiceNorm, Help("What an answer's likelihood is divided by", flags=("--choice-norm",))] = "none"
+    norm: Annotated[
+        ChoiceNorm,
+        Help("Divide likelihoods by an answer's tokens or bytes, or by nothing", "BY", flags=("--choice-norm",)),
+    ] = "none"
 
     def __post_init__(self) -> None:
         if self.words and self.column is not None:

@@ -25,15 +25,15 @@ class PostProcess:
     cut_words: Annotated[
         tuple[str, ...] | None,
         Help(
-            "Cut each text at the first of these words; '' for none",
+            "Cut texts at the first of these words; '': never",
             metavar="A,B",
             flags=("--stop-words",),
             default="those of the published protocol",
             parse=parse_words,
         ),
     ] = None
-    prefix: Annotated[str, Help("Prepended to each output", metavar="TEXT", default=False)] = ""
-    suffix: Annotated[str, Help("Appended to each output", metavar="TEXT", default=False)] = ""
+    prefix: Annotated[str, Help("Written before each text", metavar="TEXT", default=False)] = ""
+    suffix: Annotated[str, Help("Written after each text", metavar="TEXT", default=False)] = ""
 
     def __post_init__(self) -> None:
         for name, text in (("--prefix", self.prefix), ("--suffix", self.suffix)):

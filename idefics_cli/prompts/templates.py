@@ -183,7 +183,7 @@ class PromptOptions:
     template: Annotated[
         str | None,
         Help(
-            "Official prompt: caption, vqa, vizwiz, instruct-caption, instruct-vqa",
+            "An official prompt: caption, vqa, vizwiz, instruct-caption, instruct-vqa",
             metavar="NAME",
             default="the model's own",
         ),
@@ -191,13 +191,13 @@ class PromptOptions:
     text: Annotated[
         str | None,
         Help(
-            "Prompt instead of the official one: {image} stands for the images, {name} for a column",
+            "A prompt of your own: {image} stands for the images, {name} for a column",
             metavar="TEXT",
             flags=("--prompt",),
         ),
     ] = None
     num_shots: int = 0
-    bare: Annotated[bool, Help("No examples at all, not even the two of the published zero-shot prompts")] = False
+    bare: Annotated[bool, Help("No examples, not even the two of the published zero-shot prompt")] = False
 
     def __post_init__(self) -> None:
         assert self.task in TASKS, f"unknown task {self.task!r}"

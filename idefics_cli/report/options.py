@@ -15,9 +15,11 @@ from idefics_cli.validation import Help
 class ReportOptions:
     """`output` "-" is stdout. `reading` holds for the results, and for the input that `images_from` names."""
 
-    output: Annotated[str, Help("Where the page goes", metavar="R.html|-", flags=("-o", "--output"))] = ""
+    output: Annotated[str, Help("Where the page goes, or - for stdout", metavar="R.html", flags=("-o", "--output"))] = (
+        ""
+    )
     compare: Annotated[
-        str | None, Help("Show the texts of this result file beside those of RESULTS, by id", metavar="OTHER")
+        str | None, Help("Show the texts of this result file beside the others, by id", metavar="OTHER", panel="Input")
     ] = None
     images_from: Annotated[
         str | None,
@@ -26,15 +28,20 @@ class ReportOptions:
             metavar="INPUT",
             flags=("--images",),
             default="the paths in the results",
+            panel="Images",
         ),
     ] = None
-    link: Annotated[bool, Help("Link the images' files and embed no thumbnails, for many rows")] = False
-    thumbnail: Annotated[int, Help("Longest side of the embedded images, in pixels", min=16, max=1024)] = 256
+    link: Annotated[bool, Help("Link the images' files and embed no thumbnails, for many rows", panel="Images")] = False
+    thumbnail: Annotated[
+        int, Help("Longest side of the embedded images, in pixels", min=16, max=1024, panel="Images")
+    ] = 256
     answers_column: Annotated[
-        str | None, Help("Column of the references", metavar="NAME", default="answers, if there is one")
+        str | None,
+        Help("Column of the references", metavar="NAME", default="answers, if there is one", panel="Input"),
     ] = None
     choices_column: Annotated[
-        str | None, Help("Column of each row's choices", metavar="NAME", default="choices, if there is one")
+        str | None,
+        Help("Column of each row's choices", metavar="NAME", default="choices, if there is one", panel="Input"),
     ] = None
     overwrite: Annotated[bool, Help("Replace an existing page")] = False
     reading: ReadOptions = field(default_factory=partial(ReadOptions, keep="all"))

@@ -17,7 +17,7 @@ from idefics_cli.validation import Help, by_option
 QUESTION = "question"
 DEFAULT_SHOTS = 4
 EmbeddingsFile = Annotated[
-    str | None, Help("File of `idefics embed`, used by id instead of the rows' images", metavar="E.parquet")
+    str | None, Help("Output of `idefics embed`, read by id in place of images", metavar="FILE", panel="Images")
 ]
 
 
@@ -41,10 +41,14 @@ class ShotOptions:
     ] = None
     selection: Annotated[
         Literal["first", "random", "similar"],
-        Help("Which examples; similar: with the images nearest to the row's", flags=("--shot-selection",)),
+        Help(
+            "Which examples: first, random, or similar (with images most like the row's)",
+            metavar="HOW",
+            flags=("--shot-selection",),
+        ),
     ] = "first"
-    seed: Annotated[int, Help("Random seed of --do-sample and of --shot-selection random", min=0)] = 0
-    allow_self: Annotated[bool, Help("Similar examples may be of the row's own image")] = False
+    seed: Annotated[int, Help("Of --do-sample and --shot-selection random", min=0, panel="Decoding")] = 0
+    allow_self: Annotated[bool, Help("Similar examples may show the row's own image")] = False
     pool: tuple[Shot, ...] = ()
     image_column: str | None = None
     allow_no_image: bool = False
@@ -79,9 +83,9 @@ class CaptionVqaOptions:
     decoding: DecodingOptions
     questions: Annotated[
         tuple[str, ...],
-        Help("Question about every image; may be repeated", metavar="TEXT", flags=("-q", "--question")),
+        Help("Ask this about every image; may be repeated", metavar="TEXT", flags=("-q", "--question")),
     ] = ()
-    question_column: Annotated[str, Help("Column of a manifest's questions", metavar="NAME")] = QUESTION
+    question_column: Annotated[str, Help("Column of a manifest's questions", metavar="NAME", panel="Input")] = QUESTION
     shots: ShotOptions = field(default_factory=ShotOptions)
     choices: ChoiceOptions = field(default_factory=ChoiceOptions)
     postprocess: PostProcess = field(default_factory=PostProcess)
@@ -154,9 +158,10 @@ class GenerateOptions:
 
     decoding: DecodingOptions
     prompt_column: Annotated[
-        str, Help("Column of the prompts", metavar="NAME", default="prompt, messages or conversations")
+        str,
+        Help("Column of the prompts", metavar="NAME", default="prompt, messages or conversations", panel="Input"),
     ] = "prompt"
-    text_only: Annotated[bool, Help("Strings are texts, whatever they name, and no column of images is read")] = False
+    text_only: Annotated[bool, Help("Strings are texts, whatever they name; no column of images is read")] = False
     postprocess: PostProcess = field(default_factory=PostProcess)
     embeddings: EmbeddingsFile = None
 
