@@ -39,7 +39,7 @@ class ModelRequest:
         Help("Number format: auto, bf16, fp16 or fp32; on the CPU auto is fp32, or bf16 if that is faster", "FORMAT"),
     ] = "auto"
     device: Annotated[str, Help("Where the model runs: auto, cuda, cuda:N, cpu or mps", metavar="DEVICE")] = "auto"
-    allow_pickle: Annotated[bool, Help("Load pickled weights (as weights only) if there are no safetensors")] = False
+    allow_pickle: Annotated[bool, Help("Load pickled weights (as weights only) where safetensors are missing")] = False
     adapter: Annotated[str | None, Help("Folder of LoRA weights (PEFT), merged into the model", metavar="DIR")] = None
     device_map: Annotated[
         Literal["auto", "balanced", "sequential"] | None,

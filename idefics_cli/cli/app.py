@@ -406,6 +406,9 @@ def _run(
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
 
+    if options.dry_run:
+        _show_plan(options, make_task)
+        return
     _meet(options)
     stats, model, form, shows = RunStats(), (check_model, load_model), None, options.show_prompt is not None
     if shows:
@@ -433,6 +436,20 @@ def _run(
         _print_scores(options.output, replace(scoring, answers_column=answers, choices_column=choices))
     if stats.num_failed:
         raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+def _show_plan(options: RunOptions, make_task: Callable[[], Task]) -> None:
+    from idefics_cli.cli.dry_run import dry_run_facts
+    from idefics_cli.pipeline.prefetch import RunStats
+    from idefics_cli.pipeline.run import Run
+    from idefics_cli.pipeline.task import Observer
+    from idefics_cli.scale.units import require_units
+
+    if options.has_parts:
+        require_units(options)
+    stdin = getattr(sys.stdin, "buffer", None)
+    run = Run(options, make_task(), check_model, load_model, RunStats(), Observer(), stdin)
+    print_data(*(f"{name}: {fact}" for name, fact in dry_run_facts(run)))
 
 
 def _write_report(results: str, options: ReportOptions, signals: Signals) -> None:

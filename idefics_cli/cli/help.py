@@ -186,7 +186,7 @@ def _row(param: Any) -> tuple[Text, Text]:
     short = [each for each in param.opts if not each.startswith("--")]
     long = [each for each in param.opts if each.startswith("--")]
     names = Text.assemble((f"{short[0]}, " if short else SHORT, "bold green"), (", ".join(long), "bold cyan"))
-    for each in param.secondary_opts:
+    for each in param.secondary_opts if param.default else ():  # of other switches it is for --config alone
         names.append(f"\n{SHORT}{each}", "bold cyan")
     if not param.is_flag:
         is_long = len(names) + 1 + len(param.metavar) > NAMES_WIDTH

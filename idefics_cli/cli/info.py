@@ -36,8 +36,8 @@ def machine_facts(request: ModelRequest) -> dict[str, str]:
     }
 
 
-def model_facts(request: ModelRequest) -> dict[str, str]:
-    """Raises what a run with the model would."""
+def model_facts(request: ModelRequest, as_run: bool = False) -> dict[str, str]:
+    """Raises what a run with the model would. With `as_run` the memory plan is that of the run's own dtype alone."""
     import torch
 
     from idefics_cli.checkpoint.devices import DTYPES, dtype_name, resolve_device, resolve_dtype
@@ -67,6 +67,7 @@ def model_facts(request: ModelRequest) -> dict[str, str]:
     plans = {
         f"memory plan in {name}": MemoryPlan.of(config, needed // dtype.itemsize, getattr(torch, full).itemsize)
         for name, full in DTYPES.items()
+        if not as_run or name == held
     }
     return {**{name: _shown_plan(plan, free, device) for name, plan in plans.items()}, "model": fact}
 

@@ -18,6 +18,7 @@ import typer
 
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint.request import ModelRequest
+from idefics_cli.cli import config
 from idefics_cli.cli.completion import MODEL, TEMPLATE, model_names, template_names, words_of
 from idefics_cli.cli.console import Signals, exit_codes
 from idefics_cli.engine.options import DecodingOptions
@@ -48,13 +49,25 @@ DEBUG_FLAG = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.", rich_help_panel="Run")
 ]
 DEBUG = inspect.Parameter("debug", KEYWORD, default=False, annotation=DEBUG_FLAG)
+CONFIG_FILE = Annotated[
+    str | None,
+    typer.Option(
+        *("--config",),
+        metavar="F.toml",
+        is_eager=True,
+        callback=config.use,
+        help="Options from a file, by their names; the command line wins, and IDEFICS_... variables do.",
+        rich_help_panel="Run",
+    ),
+]
+CONFIG = inspect.Parameter(config.CONFIG, KEYWORD, default=None, annotation=CONFIG_FILE)
 
 
 def flattened(
     *left_out: str, helps: Mapping[str, Help] = NO_HELP, **own: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator: the command, its end as `exit_codes` has it, with the options of its dataclass parameters and
-    `--debug` for Typer to read.
+    """A decorator: the command, its end as `exit_codes` has it, with the options of its dataclass parameters and of all
+    commands for Typer to read.
 
     Fields named in `left_out` are not shown. `helps` and `own` hold the command's own help and defaults of fields.
     """
@@ -62,7 +75,7 @@ def flattened(
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         parameters, hints = inspect.signature(command).parameters, _hints(command)
 
-        def flat(debug: bool, **typed: Any) -> None:
+        def flat(debug: bool, config: str | None = None, **typed: Any) -> None:
             with exit_codes(debug) as typed["signals"]:
                 command(
                     **{
@@ -72,7 +85,9 @@ def flattened(
                 )
 
         shown = [each for name in parameters for each in _shown(parameters[name], hints[name], left_out, helps, own)]
-        shown = list({each.name: each for each in (*shown, DEBUG)}.values())  # what two dataclasses have is one option
+        shown = list(
+            {each.name: each for each in (*shown, CONFIG, DEBUG)}.values()
+        )  # what two dataclasses have is one option
         flat.__name__, flat.__doc__ = command.__name__, command.__doc__
         flat.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         flat.__annotations__ = {each.name: each.annotation for each in shown}
@@ -181,9 +196,18 @@ class Option:
         shown = {"help": text, "metavar": metavar, "show_default": False, "rich_help_panel": self.panel}
         if default is MISSING:
             return typer.Argument(**shown)
-        is_switch = self._typed is bool and default is False
-        flags = about.flags or ((option_name(self.field, about),) if is_switch else ())
-        return typer.Option(*flags, **shown, min=about.min, max=about.max, autocompletion=self._completion(metavar))
+        return typer.Option(
+            *self._flags(default), **shown, min=about.min, max=about.max, autocompletion=self._completion(metavar)
+        )
+
+    def _flags(self, default: Any) -> tuple[str, ...]:
+        """Of a switch also the name that turns it off, whatever a file or a variable says."""
+        *short, name = self.help.flags or (option_name(self.field, self.help),)
+        if self._typed is bool and default is False:
+            bare = name.removeprefix("--")
+            off = bare.removeprefix("no-") if bare.startswith("no-") else f"no-{bare}"
+            return (*short, f"{name}/--{off}")
+        return (*short, name) if self._typed is not bool else ()
 
     @property
     def _choices(self) -> str:

@@ -118,6 +118,9 @@ class RunOptions:
     show_prompt: Annotated[
         int | None, Help("Print the prompts of the first N rows, as text and token ids, and end", min=1, panel="Run")
     ] = None
+    dry_run: Annotated[
+        bool, Help("Show rows, columns, the first prompt, memory and disk needed, and end; load nothing", panel="Run")
+    ] = False
     answers_column: Annotated[
         str | None, Help("Column of right answers: kept, and scored at the end", metavar="NAME", panel="Input")
     ] = None

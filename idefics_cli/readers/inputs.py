@@ -135,8 +135,8 @@ class Inputs:
 
     `rows` gives them once; `total` is how many will come, where that is known; `is_streaming`: some may be long in
     coming. `identity` says what the inputs are: equal as long as they are unchanged. `passthrough` are the columns that
-    are passed through, in order, with their Arrow types (None where a manifest declares none). `are_manifests` tells
-    the inputs with columns from the others.
+    are passed through, in order, with their Arrow types (None where a manifest declares none), `chosen` all that are
+    read, by their role. `are_manifests` tells the inputs with columns from the others.
     """
 
     def __init__(self, inputs: Sequence[Sequence[Source]], options: ReadOptions) -> None:
@@ -149,6 +149,7 @@ class Inputs:
         self._kept = self._limit
         self.is_streaming = any(source.is_streaming for source in self._sources)
         self.identity = [dict(source.identity) for source in self._sources]
+        self.chosen = {role: names for source in self._sources for role, names in source.chosen.items() if names}
         self.passthrough = _merged([source.passthrough for source in self._sources])
         self._begin, self._end, self._num_rows = Cut(), None, None
         self._is_watched = True

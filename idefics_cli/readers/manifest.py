@@ -151,6 +151,8 @@ class Manifest(Source):
         for name in (*columns, *keep):
             require_column(file.name, table, name)
         self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
+        ids = () if self._id is None else (self._id,)
+        self.chosen = {"images": self._images.names, "ids": ids, "prompts": tuple(columns), "kept": tuple(keep)}
         self._lists = [name for name in (*self._images.own, *options.list_columns) if name in table.columns]
         self._values = list(dict.fromkeys((*columns, *keep)))
         self._resolve = open_root(file.parent, options, say)

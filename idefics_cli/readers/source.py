@@ -47,13 +47,15 @@ class Source:
 
     `size` is None while it is not known: at the end of `rows` and of `places` it is. `prefix` makes a row's number
     unique among inputs; `is_numbered`: rows have no other id. `identity` is equal while the input is unchanged.
-    `passthrough` are the columns that are passed through, with their Arrow types.
+    `passthrough` are the columns that are passed through, with their Arrow types. `chosen` are those that are read, by
+    what they are read as.
     """
 
     size: int | None = None
     prefix = ""
     is_streaming = is_numbered = False
     passthrough: Mapping[str, Any] = NO_VALUES
+    chosen: Mapping[str, tuple[str, ...]] = NO_VALUES
     identity: Mapping[str, Any]
 
     def rows(self, span: Span) -> Iterator[InputRow]:

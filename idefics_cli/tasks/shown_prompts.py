@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from idefics_cli.checkpoint.request import ModelRequest
-from idefics_cli.errors import RowError
+from idefics_cli.errors import IdeficsError, RowError
 from idefics_cli.loaded_model import LoadedModel
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Form
@@ -36,6 +36,17 @@ def prompts_alone(options: RunOptions) -> RunOptions:
 def prompt_viewer(request: ModelRequest, batch_size: int | None = None) -> PromptViewer:
     """Weights are read only where shots are chosen by what the model sees."""
     return PromptViewer(LoadedModel.without_network(request), lambda: LoadedModel.from_pretrained(**vars(request)))
+
+
+class NeedsWeights(IdeficsError):
+    """The prompt is not known without the network."""
+
+
+def weightless_viewer(request: ModelRequest, batch_size: int | None = None) -> PromptViewer:
+    def load() -> LoadedModel:
+        raise NeedsWeights("known to the model alone, which compares images: --show-prompt 1 loads it")
+
+    return PromptViewer(LoadedModel.without_network(request), load)
 
 
 class PromptViewer:

@@ -6,12 +6,12 @@ import contextlib
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import typer
 from conftest import FakeCaptioner, save_image
 from typer.testing import CliRunner, Result
