@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from idefics_cli.checkpoint import quantize as quantization
-from idefics_cli.checkpoint.devices import device_of_process, resolve_device, resolve_dtype
+from idefics_cli.checkpoint.devices import device_of_process, dtype_name, resolve_device, resolve_dtype
 from idefics_cli.checkpoint.files import Checkpoint
 from idefics_cli.checkpoint.find import find_checkpoint
 from idefics_cli.checkpoint.fingerprint import vision_fingerprint
@@ -158,6 +158,12 @@ class LoadedModel:
     def batch_size(self) -> int:
         """How many rows are decoded together at most."""
         return self._batch_size or self.engine.batch_size.wanted
+
+    @property
+    def place(self) -> tuple[str, str] | None:
+        """Its device, and the number format of its weights; None where nothing is computed."""
+        kind = quantization.kind_of(self.model.config)
+        return str(self.model.device), kind or dtype_name(self.model.dtype)
 
     @property
     def _pixel_of_byte(self) -> torch.Tensor:

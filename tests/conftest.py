@@ -107,6 +107,7 @@ class FakeCaptioner:
     is_instruct: bool = False
     delay: float = 0.0
     room: int = 100_000
+    place: tuple[str, str] | None = None
     fingerprint: str = "fake"
     before_call: Callable[[Sequence[Any]], None] = lambda prompts: None
     answer: Callable[[str], str] = str

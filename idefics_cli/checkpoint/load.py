@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,8 @@ def load_network(
     if device.type == "cuda":
         choose_kernels()
     try:
-        with naming_memory_errors(), quantize.one_at_a_time(kind is not None or checkpoint.adapter is not None):
+        one_at_a_time = quantize.one_at_a_time(kind is not None or checkpoint.adapter is not None)
+        with naming_memory_errors(), _without_bars(), one_at_a_time:
             model = IdeficsForVisionText2Text.from_pretrained(
                 **_weights(checkpoint, config, dtype, device if device_map is None else torch.device("cpu")),
                 config=config,
@@ -177,6 +179,18 @@ def load_network(
             raise _cannot_be_moved() from error
         raise _cannot_be_loaded(checkpoint, error) from error
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' own would stand among the lines of whoever loads the model."""
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda make, given, named: make(*given, **{**named, "disable": True}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _weights(checkpoint: Checkpoint, config: IdeficsConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def settings(quantize: str | None, dtype: torch.dtype) -> Any:
     if quantize == "nf4":
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=left, **options)
+    silence()
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     return TorchAoConfig(Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), modules_to_not_convert=left)

@@ -26,27 +26,25 @@ from idefics_cli.cli.console import (
     EXIT_BUG,
     EXIT_FAILED_ROWS,
     EXIT_MISTAKE,
-    Progress,
     Signals,
+    TalkOptions,
     exit_codes,
     is_terminal,
     print_data,
-    rows_so_far,
     say,
-    say_failures,
-    say_finished,
-    say_summary,
+    say_error,
     show,
     silence,
 )
 from idefics_cli.cli.help import HelpfulCommand, HelpfulGroup, tries
 from idefics_cli.cli.options import flattened
+from idefics_cli.cli.status import Progress, rows_so_far, say_failures, say_finished, say_summary
 from idefics_cli.errors import IdeficsError
 from idefics_cli.evaluation.options import ScoreOptions
 from idefics_cli.pipeline.options import RAY_ADDRESS, RunOptions
 from idefics_cli.ranks import is_first, is_launched, join, joined, leave_signals_to_first
 from idefics_cli.report.options import ReportOptions
-from idefics_cli.storage.filenames import counted
+from idefics_cli.storage.filenames import counted, shown_place
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 from idefics_cli.validation import Help
 
@@ -145,30 +143,30 @@ class RunCommand(HelpfulCommand):
 
 @app.command(cls=RunCommand, rich_help_panel=DESCRIBE)
 @flattened("questions", "question_column", helps=TEXT_FORMATS, task="caption", max_new_tokens=30)
-def caption(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
+def caption(run: RunOptions, options: CaptionVqaOptions, talk: TalkOptions, signals: Signals) -> None:
     """Describe images: one row for each, in input order.
 
     A folder stands for every image below it, sorted by path, without hidden and system files and linked folders. An
     image that cannot be read gives a row with an error and never stops the run. The same command again continues a run
     that was stopped.
     """
-    _ask(run, options, signals)
+    _ask(run, options, talk, signals)
 
 
 @app.command(cls=RunCommand, rich_help_panel=DESCRIBE)
 @flattened(task="vqa", max_new_tokens=15)
-def vqa(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
+def vqa(run: RunOptions, options: CaptionVqaOptions, talk: TalkOptions, signals: Signals) -> None:
     """Answer questions about images: those of a manifest's column `question`, or the same with -q about every image.
 
     One row for each question, in input order. An image that cannot be read, or a row without a question, gives a row
     with an error and never stops the run. The same command again continues a run that was stopped.
     """
-    _ask(run, options, signals)
+    _ask(run, options, talk, signals)
 
 
 @app.command(cls=RunCommand, rich_help_panel=DESCRIBE)
 @flattened("answers_column", helps=TEXT_FORMATS, max_new_tokens=100)
-def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> None:
+def generate(run: RunOptions, options: GenerateOptions, talk: TalkOptions, signals: Signals) -> None:
     """Continue free prompts: manifest rows whose `prompt` is a list of texts and images, or a conversation.
 
     An image is bytes, a struct (`{"image": "a.jpg"}`, `{bytes, path}`), a string that names one, or `<image>` in a text
@@ -177,7 +175,7 @@ def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> Non
     """
     from idefics_cli.tasks.generate import Generate
 
-    _run(run, partial(Generate, options), signals)
+    _run(run, partial(Generate, options), talk, signals)
 
 
 @app.command(cls=RunCommand, rich_help_panel=DESCRIBE)
@@ -186,7 +184,7 @@ def generate(run: RunOptions, options: GenerateOptions, signals: Signals) -> Non
     *("attention", "eager"),
     helps=LATENTS_FILE,
 )
-def embed(run: RunOptions, signals: Signals) -> None:
+def embed(run: RunOptions, talk: TalkOptions, signals: Signals) -> None:
     """Run the vision side once: each image's latents into a Parquet file, by id.
 
     `caption`, `vqa` and `generate` take it with --embeddings instead of the images.
@@ -195,7 +193,7 @@ def embed(run: RunOptions, signals: Signals) -> None:
 
     if not (run.output.endswith(".parquet") or run.has_parts):
         raise IdeficsError("embed writes Parquet: add -o E.parquet")
-    _run(run, partial(Embed, run.request), signals)
+    _run(run, partial(Embed, run.request), talk, signals)
 
 
 @app.command(cls=HelpfulCommand, rich_help_panel=RESULTS)
@@ -317,7 +315,7 @@ def bench(context: typer.Context, options: BenchOptions) -> None:
         raise IdeficsError(f"-m has no effect on --random {options.random}: leave it out")
     found = run(options, say)
     for table in (comparison_table(found), phase_table(found["phases"])):
-        show(table, soft_wrap=False)
+        show(table)
     print_data(json.dumps(found))
 
 
@@ -375,12 +373,12 @@ def show_help(
 # Runs
 
 
-def _ask(run: RunOptions, options: CaptionVqaOptions, signals: Signals) -> None:
+def _ask(run: RunOptions, options: CaptionVqaOptions, talk: TalkOptions, signals: Signals) -> None:
     from idefics_cli.tasks.caption_vqa import CaptionVqa
 
     make_task = partial(CaptionVqa.over_files, options, run.reading)
     scoring = None if run.answers_column is None else _closing_scores(run.answers_column, options)
-    _run(run, make_task, signals, scoring)
+    _run(run, make_task, talk, signals, scoring)
 
 
 def _meet(run: RunOptions) -> None:
@@ -401,7 +399,11 @@ def _meet(run: RunOptions) -> None:
 
 
 def _run(
-    options: RunOptions, make_task: Callable[[], Task], signals: Signals, scoring: ScoreOptions | None = None
+    options: RunOptions,
+    make_task: Callable[[], Task],
+    talk: TalkOptions,
+    signals: Signals,
+    scoring: ScoreOptions | None = None,
 ) -> None:
     from idefics_cli.pipeline.prefetch import RunStats
     from idefics_cli.pipeline.run import Run
@@ -416,7 +418,7 @@ def _run(
 
         options, model, form, scoring = prompts_alone(options), (lambda request: None, prompt_viewer), FORM, None
     signals.safe_rows = lambda condition: rows_so_far(stats, options.output, options.overwrite, condition)
-    with Progress(stats, signals) as progress:
+    with Progress(stats, signals, talk, ", ".join(map(shown_place, options.inputs)), options.output) as progress:
         if options.has_parts and not shows:
             run, had_work = _run_units(options, make_task, stats, progress)
         else:
@@ -458,7 +460,7 @@ def _write_report(results: str, options: ReportOptions, signals: Signals) -> Non
 
     if options.output == "-" and is_terminal(sys.stdout):
         raise IdeficsError("a page is not for a terminal: name a file with -o R.html")
-    with Progress(RunStats(), signals) as progress:
+    with Progress(RunStats(), signals, TalkOptions(status_every=0)) as progress:
         progress.on_start(None)
         stdin, stdout = (getattr(stream, "buffer", None) for stream in (sys.stdin, sys.stdout))
         counts = write_report(results, options, stdin, stdout, progress.on_row)
@@ -542,5 +544,5 @@ def main() -> None:
             joined().end(end.code or 0)
         raise
     except OSError as error:  # commands handle their own errors: help, or the version, could not be written
-        say(f"cannot write to stdout: {error.strerror}", label="Error: ")
+        say_error(f"cannot write to stdout: {error.strerror}", debug=False, code=EXIT_MISTAKE)
         sys.exit(EXIT_MISTAKE)

@@ -1,44 +1,63 @@
-"""How commands talk and how they end: lines, tables and a bar on stderr, signals, exit codes.
+"""How commands talk and how they end: lines and tables on stderr, signals, exit codes.
 
-Rows are written by the pipeline; other data for stdout goes through `print_data`. No colour and no bar where stderr is
-not a terminal. rich and tqdm are imported when they show something.
+Rows are written by the pipeline; other data for stdout goes through `print_data`. No colour where stderr is not a
+terminal. A line is an event with a name: with --log-json it is a JSON object. rich is imported when it shows something.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import logging
 import os
 import signal
 import sys
+import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from idefics_cli.errors import IdeficsError, StreamClosed, one_line
-from idefics_cli.pipeline.task import Observer
 from idefics_cli.ranks import STOPPING, joined
-from idefics_cli.storage.filenames import counted, is_unit_folder, json_for_terminal, printable, shortened
+from idefics_cli.storage.filenames import json_for_terminal, printable
+from idefics_cli.validation import NOTHING, Help
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
-    from rich.text import Text
-    from tqdm import tqdm
-
-    from idefics_cli.pipeline.prefetch import RunStats
 
 EXIT_BUG = 1
 EXIT_MISTAKE = 2
 EXIT_FAILED_ROWS = 3
 LONGEST_LINE = 2_000  # characters
 EXIT_SIGNAL = 128  # and the signal's number
-REMEDIES = {  # by the code of failed rows
-    "duplicate_id": "leave such rows out, or name a manifest's column of unique ids with --id-column"
-}
+
+
+@dataclass(frozen=True)
+class TalkOptions:
+    """How much is said on stderr, and in which form."""
+
+    quiet: Annotated[bool, Help("Say nothing but what ends the run")] = False
+    verbose: Annotated[bool, Help("Also show each failed row, and what libraries log", flags=("-v", "--verbose"))] = (
+        False
+    )
+    log_json: Annotated[bool, Help("On stderr, a JSON object for each event")] = False
+    status_every: Annotated[
+        float,
+        Help("Where stderr is not a terminal, how often a status line comes; 0: never", metavar="SECONDS", min=0),
+    ] = 60.0
+
+
+ALWAYS = ("error", "stopped")  # events that --quiet lets through
+_talk = TalkOptions()  # of the command that runs
+_aside: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext  # what else stands on the terminal's line
 
 # ---- endings
 
@@ -96,12 +115,14 @@ class Signals:
 
 
 @contextlib.contextmanager
-def exit_codes(debug: bool) -> Iterator[Signals]:
+def exit_codes(debug: bool, talk: TalkOptions = TalkOptions()) -> Iterator[Signals]:
     """Turn whatever ends a command into one line on stderr and an exit code; `debug` adds the traceback."""
+    global _talk
+    _talk = talk
     _quiet_libraries(debug)
     with Signals() as signals:
         try:
-            with naming_failed_ranks():
+            with _hearing_logs(), naming_failed_ranks():
                 yield signals
         except typer.Exit:
             raise
@@ -110,18 +131,18 @@ def exit_codes(debug: bool) -> Iterator[Signals]:
             code = 0
         except Interrupted as stop:
             _leave_stdout()
-            say(f"Stopped by {signal.Signals(stop.number).name}. {signals.safe_rows('')}")
-            code = EXIT_SIGNAL + stop.number
+            code, name = EXIT_SIGNAL + stop.number, signal.Signals(stop.number).name
+            say(f"Stopped by {name}. {signals.safe_rows('')}", event="stopped", facts={"signal": name, "exit": code})
         except OtherProcessFailed as failed:
-            say_error(f"{failed}. {signals.safe_rows('')}", debug)
             code = failed.code
+            say_error(f"{failed}. {signals.safe_rows('')}", debug, code)
         except IdeficsError as error:
-            say_error(f"{error}. {signals.safe_rows(' once that is fixed')}", debug)
             code = EXIT_MISTAKE
+            say_error(f"{error}. {signals.safe_rows(' once that is fixed')}", debug, code)
         except Exception as error:
             report = "" if debug else " Please report it with the traceback that --debug shows."
-            say_error(f"a bug: {type(error).__name__}: {error}.{report} {signals.safe_rows('')}", debug)
             code = EXIT_BUG
+            say_error(f"a bug: {type(error).__name__}: {error}.{report} {signals.safe_rows('')}", debug, code)
         else:
             return
     raise typer.Exit(code)
@@ -150,15 +171,41 @@ def silence() -> None:
 
 
 def _quiet_libraries(debug: bool) -> None:
-    """Before they are imported: none of their warnings among our lines, and bars on a terminal only."""
+    """Before they are imported: no bars of theirs, and none of their warnings among our lines but with --debug."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time needs no threads
-    if not is_terminal(sys.stderr):
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+class _Said(logging.Handler):
+    """What the package logs is said as everything else is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        facts = {"logger": record.name, "level": record.levelname}
+        say(record.getMessage(), event="log", facts=facts)
+
+
+@contextlib.contextmanager
+def _hearing_logs() -> Iterator[None]:
+    """Warnings of the package and, with -v, all that it and its libraries have to say."""
+    heard = ("idefics_cli", *(("transformers", "huggingface_hub") if _talk.verbose else ()))
+    handler = _Said(logging.NOTSET if _talk.verbose else logging.WARNING)
+    logs = [logging.getLogger(name) for name in heard]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.addHandler(handler)
+        if _talk.verbose:
+            log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.removeHandler(handler)
+            log.setLevel(level)
 
 
 def _leave_stdout() -> None:
@@ -185,18 +232,61 @@ def console(stream: TextIO) -> Console:
     return Listened(file=stream, force_terminal=is_terminal(stream), soft_wrap=True, highlight=False)
 
 
-def say(message: str, label: str = "") -> None:
-    """One line on stderr, whatever names it has; of a very long one the beginning, and the end with the remedy."""
-    from rich.text import Text
+def say(message: str, label: str = "", event: str = "message", facts: Mapping[str, Any] = NOTHING) -> None:
+    """One line on stderr, whatever names it has; of a very long one the beginning, and the end with the remedy.
 
+    On a terminal lines break between words. With --log-json it is an object of time, event, the facts and the text.
+    """
+    if _talk.quiet and event not in ALWAYS:
+        return
     text = printable(one_line(message))
     if len(text) > LONGEST_LINE:
         text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
-    show(Text.assemble((label, "bold red"), text))
+    with _aside():
+        if _talk.log_json:
+            _write(json.dumps({"time": now(), "event": event, **facts, "text": text}))
+        elif is_terminal(sys.stderr):
+            _say_on_terminal(text, label)
+        else:
+            _write(f"{label}{text}")
 
 
-def show(shown: Table | Text, *, soft_wrap: bool = True) -> None:
-    """On stderr. Without `soft_wrap` no wider than the terminal."""
+@contextlib.contextmanager
+def standing_aside(aside: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """While a bar is shown: `aside` clears it for each line."""
+    global _aside
+    _aside = aside
+    try:
+        yield
+    finally:
+        _aside = contextlib.nullcontext
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _write(line: str) -> None:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):  # the log's disk is full, or its reader gone
+            print(line, file=sys.stderr, flush=True)
+
+
+def _say_on_terminal(text: str, label: str) -> None:
+    from rich.text import Text
+
+    width = max(console(sys.stderr).width - 1, 1)
+    lines = textwrap.wrap(f"{label}{text}", width, break_long_words=False, break_on_hyphens=False) or [""]
+    _print(Text.assemble((label, "bold red"), "\n".join(lines).removeprefix(label)), soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """On stderr, no wider than the terminal; for people alone."""
+    if not _talk.quiet and not _talk.log_json:
+        _print(table, soft_wrap=False)
+
+
+def _print(shown: RenderableType, soft_wrap: bool) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):  # the log's disk is full
             console(sys.stderr).print(shown, soft_wrap=soft_wrap)
@@ -213,111 +303,7 @@ def print_data(*lines: str) -> None:
         write_through(stream, shown.encode(errors="backslashreplace"))
 
 
-def say_error(message: str, debug: bool) -> None:
+def say_error(message: str, debug: bool, code: int) -> None:
     if debug:
         traceback.print_exc()
-    say(message, label="Error: ")
-
-
-# ---- runs
-
-
-class StdoutOnTerminal:
-    """stdout where it is a terminal: nothing in a row is a command to it, and the bar is cleared for each row."""
-
-    def __init__(self, stream: BinaryIO, bar: tqdm[NoReturn]) -> None:
-        self._stream, self._bar = stream, bar
-
-    def write(self, data: bytes) -> int:
-        self._bar.clear()
-        self._stream.write(json_for_terminal(data.decode()).encode())
-        return len(data)
-
-    def flush(self) -> None:
-        self._stream.flush()
-        self._bar.refresh()
-
-
-class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
-    """A bar that follows a run, on a terminal only."""
-
-    def __init__(self, stats: RunStats, signals: Signals) -> None:
-        from tqdm import tqdm
-
-        self._stats, self._signals = stats, signals
-        hidden = not is_terminal(sys.stderr)
-        self._bar = tqdm(unit="row", file=sys.stderr, disable=hidden, dynamic_ncols=True, leave=False)
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def stdout(self) -> BinaryIO | None:
-        stream = getattr(sys.stdout, "buffer", None)
-        return StdoutOnTerminal(stream, self._bar) if stream is not None and is_terminal(sys.stdout) else stream
-
-    def on_start(self, total: int | None) -> None:
-        self._bar.reset(total)
-        self._bar.initial = self._bar.n = self._stats.rows
-        self._bar.refresh()
-
-    def say(self, message: str) -> None:
-        self._bar.clear()
-        say(message)
-        self._bar.refresh()
-
-    def on_row(self, number: int = 1) -> None:
-        if not self._bar.disable:
-            self._bar.set_postfix(failed=self._stats.num_failed, refresh=False)
-            self._bar.update(number)
-        self._signals.check()
-
-
-def say_failures(stats: RunStats) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("error", "rows", "first ids", title="Failed rows", title_justify="left")
-    for code, number in stats.failed.most_common():
-        first = stats.failed_ids[code]
-        ids = ", ".join(map(shortened, first)) + (", ..." if number > len(first) else "")
-        if is_terminal(sys.stderr):
-            table.add_row(code, str(number), Text(printable(ids)))
-        else:
-            say(f"{code}: {counted(number, 'row')}: {ids}")
-    if table.rows:
-        show(table, soft_wrap=False)
-    for code in stats.failed.keys() & REMEDIES.keys():
-        say(f"{code}: {REMEDIES[code]}.")
-
-
-def say_summary(stats: RunStats, output: str, made: str) -> None:
-    """What went wrong, then the closing line with the counts; `made` is what good rows have."""
-    say_failures(stats)
-    if stats.stopped_early:
-        say(f"Stopped early by --max-errors. {rows_so_far(stats, output)}")
-    earlier = f", {stats.resumed} of them done before" if stats.resumed else ""
-    say(
-        f"{counted(stats.rows, 'row')}{earlier}: {stats.rows - stats.num_failed} with {made},"
-        f" {stats.num_failed} failed,"
-        f" in {stats.seconds:.1f} s ({stats.rate:.1f} per second);"
-        f" the model waited for images {stats.waited_share:.0%} of the time."
-    )
-
-
-def say_finished(stats: RunStats, output: str) -> None:
-    """There was nothing to do."""
-    failed = f", {stats.num_failed} of them failed (--retry-errors redoes these)" if stats.num_failed else ""
-    say(f"{output} is finished: {counted(stats.rows, 'row')}{failed}. Use --overwrite to start over.")
-
-
-def rows_so_far(stats: RunStats, output: str, overwrite: bool = False, condition: str = "") -> str:
-    if not stats.safe:
-        return ""
-    if output == "-":
-        return f"{counted(stats.safe, 'row')} written so far."
-    if is_unit_folder(output):
-        part = output
-    elif not os.path.exists(part := f"{output}.part"):
-        return f"{output} is finished." if os.path.exists(output) else ""
-    again = "The same command without --overwrite" if overwrite else "The same command"
-    return f"{counted(stats.safe, 'row')} finished so far: safe in {part}. {again} continues from there{condition}."
+    say(message, label="Error: ", event="error", facts={"exit": code})

@@ -20,7 +20,7 @@ from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import config
 from idefics_cli.cli.completion import MODEL, TEMPLATE, model_names, template_names, words_of
-from idefics_cli.cli.console import Signals, exit_codes
+from idefics_cli.cli.console import Signals, TalkOptions, exit_codes
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError
 from idefics_cli.evaluation.options import ScoreOptions
@@ -76,7 +76,8 @@ def flattened(
         parameters, hints = inspect.signature(command).parameters, _hints(command)
 
         def flat(debug: bool, config: str | None = None, **typed: Any) -> None:
-            with exit_codes(debug) as typed["signals"]:
+            talk = _made(TalkOptions, typed, own) if TalkOptions in hints.values() else TalkOptions()
+            with exit_codes(debug, talk) as typed["signals"]:
                 command(
                     **{
                         name: _made(hints[name], typed, own) if is_dataclass(hints[name]) else typed[name]

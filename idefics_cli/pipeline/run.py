@@ -26,7 +26,7 @@ from idefics_cli.errors import InputError, OutputError, RowError
 from idefics_cli.pipeline.earlier import DECIDING, Changes, EarlierRows, is_duplicate, row_digest, stands
 from idefics_cli.pipeline.options import STDIN, STDOUT, RunOptions
 from idefics_cli.pipeline.prefetch import Finished, FirstRowsFailed, FlowOptions, RunStats, Steps, run_rows
-from idefics_cli.pipeline.task import Observer, Task
+from idefics_cli.pipeline.task import About, Observer, Task
 from idefics_cli.readers.inputs import Inputs, open_inputs
 from idefics_cli.readers.manifest import is_manifest
 from idefics_cli.readers.references import references_of
@@ -323,7 +323,12 @@ class Run:
     @contextmanager
     def steps(self, resolve: Callable[[object, int], ImageSource | RowError]) -> Iterator[tuple[Steps, int]]:
         """What becomes of rows, with the model and the processes of images, and how many the model works on at once."""
-        model = self._load_model(self.options.request, self.options.batch_size)
+        request = self.options.request
+        self.observer.on_loading(f"{request.model}")
+        model = self._load_model(request, self.options.batch_size)
+        if model.place is not None:
+            beams = self.task.settings.get("--num-beams")
+            self.observer.on_ready(About(f"{request.model}", *model.place, beams, model.batch_size))
         with model.image_workers(self.options.images) as images:
             yield self.task.begin(model, images, resolve, self.observer), model.batch_size
 

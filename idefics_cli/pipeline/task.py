@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from idefics_cli.errors import RowError
 from idefics_cli.pipeline.prefetch import Steps
@@ -25,12 +25,26 @@ if TYPE_CHECKING:
 Decode: TypeAlias = "Callable[[PromptSource], Iterator[tuple[int, Outcome]]]"
 
 
+class About(NamedTuple):
+    """What a run works with, once its model is loaded. `beams` None: it decodes nothing."""
+
+    model: str
+    device: str
+    dtype: str
+    beams: int | None
+    rows_at_once: int
+
+
 class Observer:
-    """Follows a run: told how many rows will come (None: not known), what users should know, and of rows that have
-    ended.
+    """Follows a run: told how many rows will come (None: not known), which model is being loaded, what users should
+    know, and of rows that have ended.
 
     `say` may be called from several threads. This one does nothing.
     """
+
+    def on_loading(self, model: str) -> None: ...
+
+    def on_ready(self, about: About) -> None: ...
 
     def on_start(self, total: int | None) -> None: ...
 
@@ -40,6 +54,40 @@ class Observer:
         """The row as it has been written."""
 
     def on_row(self, number: int = 1) -> None: ...
+
+
+class Relay(Observer):
+    """In a process whose driver talks: `tell` hands on what is told, as a kind and a value, and the driver gives it to
+    `told`. Of rows that fail, the first of each code."""
+
+    def __init__(self) -> None:
+        self._codes = set[str]()
+
+    def tell(self, kind: str, value: Any) -> None:
+        raise NotImplementedError
+
+    def on_loading(self, model: str) -> None:
+        self.tell("loading", model)
+
+    def on_ready(self, about: About) -> None:
+        self.tell("about", about)
+
+    def say(self, message: str) -> None:
+        self.tell("say", message)
+
+    def on_result(self, row: Mapping[str, Any]) -> None:
+        code = row["error"] and row["error"].partition(":")[0]
+        if code and code not in self._codes:
+            self._codes.add(code)
+            self.tell("failed", (row["id"], row["error"]))
+
+
+def told(observer: Observer, kind: str, value: Any) -> None:
+    """What a Relay has handed on."""
+    if kind == "failed":
+        observer.on_result(dict(zip(("id", "error"), value, strict=True)))
+    else:
+        {"loading": observer.on_loading, "about": observer.on_ready, "say": observer.say}[kind](value)
 
 
 @dataclass(frozen=True)

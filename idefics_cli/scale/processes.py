@@ -23,7 +23,7 @@ from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions
-from idefics_cli.pipeline.task import Observer
+from idefics_cli.pipeline.task import Observer, Relay, told
 from idefics_cli.readers.inputs import Inputs
 from idefics_cli.scale.units import Done, Job, Unit, Worker, attempts
 
@@ -51,7 +51,7 @@ class Crew:
     """Up to `number` processes, which begin when there is a unit for them. A context, which ends them."""
 
     def __init__(self, job: Job, number: int, observer: Observer) -> None:
-        self._observer, self._said = observer, set[str]()
+        self._observer, self._said = observer, set[tuple[str, Any]]()
         self._members = [_Member(job, place, number) for place in range(number)]
         self._waiting: deque[tuple[Generator[Unit, bool, None], Unit]] = deque()
         self._early_ends = 0
@@ -97,15 +97,15 @@ class Crew:
         elif kind == "rows":
             member.told += value
             self._observer.on_row(value)
-        elif kind == "say" and value not in self._said:
-            self._said.add(value)
-            self._observer.say(value)
         elif kind == "mistake":
             raise value
         elif kind == "bug":
             raise RuntimeError(f"in the process of a unit: {value}")
         elif kind == "done":
             return self._has_done(member, value)
+        elif (kind, value) not in self._said:
+            self._said.add((kind, value))
+            told(self._observer, kind, value)
         return None
 
     def _has_done(self, member: _Member, done: Done) -> Done | None:
@@ -185,10 +185,11 @@ class _Member:
 # ---- in the process
 
 
-class _Reporter(Observer):
-    """Tells the driver of rows, now and then."""
+class _Reporter(Relay):
+    """Tells the driver of rows, now and then, and all else at once."""
 
     def __init__(self, pipe: Connection) -> None:
+        super().__init__()
         self._pipe, self._rows, self._told_at = pipe, 0, 0.0
         self._sending = threading.Lock()
 
@@ -198,9 +199,6 @@ class _Reporter(Observer):
 
     def on_start(self, total: int | None) -> None:
         self.tell("ready")
-
-    def say(self, message: str) -> None:
-        self.tell("say", message)
 
     def on_row(self, number: int = 1) -> None:
         self._rows += number

@@ -24,7 +24,7 @@ from typing import Any
 
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions
-from idefics_cli.pipeline.task import Observer
+from idefics_cli.pipeline.task import Observer, Relay, told
 from idefics_cli.scale.processes import Crew
 from idefics_cli.scale.units import Done, Job, Unit, Units, attempts
 from idefics_cli.storage.unit_folder import UnitFolder
@@ -45,18 +45,19 @@ def require_ray(options: RunOptions) -> None:
 
 def do_on_cluster(job: Job, observer: Observer, units: Units) -> Iterator[Done]:
     """In the order of finishing. Raises what a worker raises."""
-    missing, said = units.missing(), set[str]()
+    missing, said = units.missing(), set[tuple[str, Any]]()
+    observer.on_loading(f"{job.options.request.model}")
     with _connected(job.options.ray):
         while wave := {unit.number: unit for unit in islice(missing, WAVE)}:
-            for done, messages in _do_wave(job, units, wave):
-                for message in messages - said:
-                    observer.say(message)
-                said |= messages
+            for done, words in _do_wave(job, units, wave):
+                for kind, value in words - said:
+                    told(observer, kind, value)
+                said |= words
                 observer.on_row(done.rows)
                 yield done
 
 
-def _do_wave(job: Job, units: Units, wave: dict[int, Unit]) -> Iterator[tuple[Done, set[str]]]:
+def _do_wave(job: Job, units: Units, wave: dict[int, Unit]) -> Iterator[tuple[Done, set[tuple[str, Any]]]]:
     """What is lost more often than Ray tries again is sent again, as long as anything is done."""
     from ray.exceptions import RayError
 
@@ -70,7 +71,7 @@ def _do_wave(job: Job, units: Units, wave: dict[int, Unit]) -> Iterator[tuple[Do
                 yield from _do_narrowly(job, units, wave.pop(min(wave)), error)
 
 
-def _do_narrowly(job: Job, units: Units, unit: Unit, lost: Exception) -> Iterator[tuple[Done, set[str]]]:
+def _do_narrowly(job: Job, units: Units, unit: Unit, lost: Exception) -> Iterator[tuple[Done, set[tuple[str, Any]]]]:
     """By itself, down to the rows that end their actor."""
     if not _try(job, units, replace(unit, only=(unit.begin.index, unit.begin.index))):
         raise IdeficsError(
@@ -84,7 +85,7 @@ def _do_narrowly(job: Job, units: Units, unit: Unit, lost: Exception) -> Iterato
     yield from found
 
 
-def _try(job: Job, units: Units, unit: Unit) -> list[tuple[Done, set[str]]]:
+def _try(job: Job, units: Units, unit: Unit) -> list[tuple[Done, set[tuple[str, Any]]]]:
     """Nothing where its actor has ended."""
     from ray.exceptions import RayError
 
@@ -93,7 +94,9 @@ def _try(job: Job, units: Units, unit: Unit) -> list[tuple[Done, set[str]]]:
     return []
 
 
-def _ends(job: Job, units: Units, wave: list[Unit], retries: int = RETRIES) -> Iterator[tuple[Done, set[str]]]:
+def _ends(
+    job: Job, units: Units, wave: list[Unit], retries: int = RETRIES
+) -> Iterator[tuple[Done, set[tuple[str, Any]]]]:
     """Raises what an actor has raised, and RayError for a unit that is lost."""
     from ray.data import ActorPoolStrategy, from_items
 
@@ -183,20 +186,21 @@ def _version() -> str:
 # ---- on the cluster
 
 
-class Actor(Observer):
+class Actor(Relay):
     """Units, one after the other, in a process of its own. What that raises is a value, which is not tried again."""
 
     def __init__(self, job: Job, folder: str, threads: str | None, version: str) -> None:
+        super().__init__()
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray would have one thread for half a processor
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = threads
         with suppress(OSError):  # where all names are absolute, it is not needed
             os.chdir(folder)
-        self._job, self._version, self._said = job, version, set[str]()
+        self._job, self._version, self._said = job, version, set[tuple[str, Any]]()
         self._crew = Crew(_own_share(job), 1, self)
 
-    def say(self, message: str) -> None:
-        self._said.add(message)
+    def tell(self, kind: str, value: Any) -> None:
+        self._said.add((kind, value))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         (item,) = batch["unit"]

@@ -52,6 +52,8 @@ def weightless_viewer(request: ModelRequest, batch_size: int | None = None) -> P
 class PromptViewer:
     """A model whose results are the prompts. `load` gives the same one with its network."""
 
+    place = None
+
     def __init__(self, model: LoadedModel, load: Callable[[], LoadedModel]) -> None:
         self._model, self._load = model, load
 
