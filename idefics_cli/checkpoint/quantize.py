@@ -53,6 +53,7 @@ def check(quantize: str | None, device: torch.device, dtype: str, is_shared: boo
 
 def settings(quantize: str | None, dtype: torch.dtype) -> Any:
     """What transformers takes as `quantization_config`."""
+    silence()  # it may import these libraries by itself, for weights saved in such a kind
     if quantize is None:
         return None
     from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -61,7 +62,6 @@ def settings(quantize: str | None, dtype: torch.dtype) -> Any:
     if quantize == "nf4":
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=left, **options)
-    silence()
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     return TorchAoConfig(Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), modules_to_not_convert=left)
