@@ -8,30 +8,32 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 from idefics_cli.checkpoint.request import DEFAULT_MODEL, DEMO
 from idefics_cli.prompts.templates import TEMPLATES
 
-MODEL, TEMPLATE = "model", "template"
 CACHED = "models--"
+
+
+Completion: TypeAlias = Callable[[str], list[str]]
 
 
 def model_names(incomplete: str) -> list[str]:
     return [name for name in (DEMO, DEFAULT_MODEL, *_cached()) if name.startswith(incomplete)]
 
 
-def template_names(incomplete: str) -> list[str]:
-    return [name for name in TEMPLATES if name.startswith(incomplete)]
-
-
-def words_of(metavar: str) -> Callable[[str], list[str]]:
-    """Those that are typed as they stand in `auto|N`."""
-    words = [word for word in metavar.split("|") if word.islower()]
-
+def one_of(*words: str) -> Completion:
     def completed(incomplete: str) -> list[str]:
         return [word for word in words if word.startswith(incomplete)]
 
     return completed
+
+
+def completion_of(name: str, metavar: str) -> Completion | None:
+    """Of an option's values: those of its name, or words that are typed as they stand in `auto|N`."""
+    words = [word for word in metavar.split("|") if word.islower()]
+    return BY_NAME.get(name) or (one_of(*words) if words else None)
 
 
 def _cached() -> Iterator[str]:
@@ -42,3 +44,11 @@ def _cached() -> Iterator[str]:
         name = folder.name.removeprefix(CACHED).replace("--", "/")
         if name != DEFAULT_MODEL:
             yield name
+
+
+BY_NAME = {
+    "model": model_names,
+    "template": one_of(*TEMPLATES),
+    "device": one_of("auto", "cuda", "cpu", "mps"),
+    "frame": one_of("first", "middle"),
+}

@@ -19,7 +19,7 @@ import typer
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import config
-from idefics_cli.cli.completion import MODEL, TEMPLATE, model_names, template_names, words_of
+from idefics_cli.cli.completion import completion_of
 from idefics_cli.cli.console import Signals, TalkOptions, exit_codes
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError
@@ -198,7 +198,11 @@ class Option:
         if default is MISSING:
             return typer.Argument(**shown)
         return typer.Option(
-            *self._flags(default), **shown, min=about.min, max=about.max, autocompletion=self._completion(metavar)
+            *self._flags(default),
+            **shown,
+            min=about.min,
+            max=about.max,
+            autocompletion=completion_of(self.parameter_name, metavar),
         )
 
     def _flags(self, default: Any) -> tuple[str, ...]:
@@ -223,7 +227,3 @@ class Option:
             shown = is_given and (option_name(self.field, self.help) if default is True else f"{default}")
         if shown:
             yield f"[default: {shown}]"
-
-    def _completion(self, metavar: str) -> Callable[[str], list[str]] | None:
-        known = {MODEL: model_names, TEMPLATE: template_names}.get(self.parameter_name)
-        return known or (words_of(metavar) if "|" in metavar else None)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from idefics_cli.errors import RowError
-from idefics_cli.pipeline.prefetch import Steps
 from idefics_cli.rows import ImageSource, InputRow
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from idefics_cli.engine.prompt_source import PromptSource
     from idefics_cli.images.worker_pool import WorkerPool
     from idefics_cli.loaded_model import LoadedModel
+    from idefics_cli.pipeline.prefetch import Steps
     from idefics_cli.result import Outcome
 
 Decode: TypeAlias = "Callable[[PromptSource], Iterator[tuple[int, Outcome]]]"
