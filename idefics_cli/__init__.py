@@ -22,6 +22,9 @@ __all__ = ["Candidate", "Idefics", "IdeficsError", "Result", "RowError", "Shot",
 def __getattr__(name: str) -> Any:
     if name != "Idefics":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from idefics_cli.checkpoint.quantize import silence
+
+    silence()  # before transformers imports torchao
     from idefics_cli.idefics import Idefics
 
     return Idefics

@@ -87,10 +87,7 @@ def load_model(request: ModelRequest, batch_size: int | None) -> LoadedModel:
     """Read the weights. Tests put a fake in place of this and of `check_model`."""
     from idefics_cli.loaded_model import LoadedModel
 
-    model = LoadedModel.from_pretrained(**vars(request), batch_size=batch_size, ranks=joined())
-    if request.dtype == "auto" and str(model.model.device) == "cpu" and model.model.dtype.itemsize == 2:
-        say("In bf16, which this processor is measured to be faster in; --dtype fp32 is exact.")
-    return model
+    return LoadedModel.from_pretrained(**vars(request), batch_size=batch_size, ranks=joined())
 
 
 # Commands

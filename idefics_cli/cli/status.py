@@ -90,11 +90,12 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
     def on_ready(self, about: About) -> None:
         """Several processes tell it, of which the first is heard."""
         if self._loading:
-            self._loading = ""
+            self._loading, self._began = "", time.monotonic()
             inputs, output = self._place
             beams = f", {counted(about.beams, 'beam')}" if about.beams else ""
             rows = counted(about.rows_at_once, "row")
-            where = f"{about.model} on {about.device} in {about.dtype}{beams}, {rows} at a time"
+            exact = " (--dtype fp32 is exact)" if about[1:3] == ("cpu", "bf16") else ""
+            where = f"{about.model} on {about.device} in {about.dtype}{exact}{beams}, {rows} at a time"
             facts = {**about._asdict(), "input": inputs, "output": output}
             say(f"{where}: {inputs} to {'stdout' if output == '-' else output}.", event="start", facts=facts)
 
@@ -148,7 +149,7 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
             self._bar.refresh()
 
     def _say_status(self) -> None:
-        if self._loading and not self._has_started:
+        if self._loading:
             say(f"{now()} loading {self._loading}", event="status", facts={"loading": self._loading})
         elif self._has_started:
             facts = self._status()
