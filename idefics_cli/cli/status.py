@@ -60,19 +60,26 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
 
         self._stats, self._signals, self._talk, self._place = stats, signals, talk, (inputs, output)
         self._is_shown = is_terminal(sys.stderr) and not talk.quiet and not talk.log_json
-        self._bar = tqdm(unit="row", file=sys.stderr, disable=not self._is_shown, dynamic_ncols=True, leave=False)
+        look = {"unit": "row", "dynamic_ncols": True, "leave": False, "bar_format": "{desc}"}
+        self._bar = tqdm(file=sys.stderr, disable=not self._is_shown, **look)
         self._loading, self._has_started, self._codes = "", False, set[str]()
         self._rows = self._first = 0
         self._total: int | None = None
         self._began = time.monotonic()
         self._ended, self._aside = threading.Event(), standing_aside(self._without_bar)
-        self._aside.__enter__()
         self._frames = cycle(FRAMES)
-        if self._is_shown or talk.status_every:
-            threading.Thread(target=self._beat, name="status", daemon=True).start()
+        self._beats = threading.Thread(target=self._beat, name="status", daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._aside.__enter__()
+        if self._is_shown or self._talk.status_every:
+            self._beats.start()
+        return self
 
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
+        if self._beats.is_alive():
+            self._beats.join()
         self._aside.__exit__(None, None, None)
         self._bar.close()
 
@@ -87,10 +94,11 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
         if self._talk.log_json:
             say(f"Loading {model}.", event="loading", facts={"model": model})
 
-    def on_ready(self, about: About) -> None:
+    def on_ready(self, about: About | None) -> None:
         """Several processes tell it, of which the first is heard."""
-        if self._loading:
-            self._loading, self._began = "", time.monotonic()
+        was_loading, self._loading = self._loading, ""
+        if was_loading and about is not None:
+            self._began = time.monotonic()
             inputs, output = self._place
             beams = f", {counted(about.beams, 'beam')}" if about.beams else ""
             rows = counted(about.rows_at_once, "row")
@@ -102,6 +110,7 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
     def on_start(self, total: int | None) -> None:
         self._has_started, self._total, self._began = True, total, time.monotonic()
         self._rows = self._first = self._stats.rows
+        self._bar.bar_format = None
         self._bar.reset(total)
         self._bar.initial = self._bar.n = self._rows
         self._bar.refresh()
@@ -138,7 +147,6 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
 
     def _turn(self) -> None:
         loading = f"{next(self._frames)} loading {self._loading} " if self._loading else ""
-        self._bar.bar_format = None if self._has_started else "{desc}"
         self._bar.set_description_str(loading, refresh=True)
 
     @contextlib.contextmanager
@@ -158,7 +166,7 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
     def _status(self) -> dict[str, Any]:
         done, seconds = self._rows - self._first, time.monotonic() - self._began
         rate = done / seconds if seconds else 0.0
-        left = None if self._total is None or not rate else (self._total - self._rows) / rate
+        left = None if self._total is None or not rate else max(0, self._total - self._rows) / rate
         return {
             "rows": self._rows,
             "total": self._total,
@@ -190,7 +198,7 @@ def _resident(process: int) -> int:
     folder = Path(f"/proc/{process}")
     try:
         pages = int((folder / "statm").read_text().split()[1])
-        children = (folder / "task" / f"{process}" / "children").read_text().split()
+        children = [child for each in folder.glob("task/*/children") for child in each.read_text().split()]
     except (OSError, IndexError, ValueError):  # it has ended, or there is no /proc
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(_resident(int(child)) for child in children)

@@ -326,9 +326,9 @@ class Run:
         request = self.options.request
         self.observer.on_loading(f"{request.model}")
         model = self._load_model(request, self.options.batch_size)
-        if model.place is not None:
-            beams = self.task.settings.get("--num-beams")
-            self.observer.on_ready(About(f"{request.model}", *model.place, beams, model.batch_size))
+        beams = self.task.settings.get("--num-beams")
+        place = model.place
+        self.observer.on_ready(place and About(f"{request.model}", *place, beams, model.batch_size))
         with model.image_workers(self.options.images) as images:
             yield self.task.begin(model, images, resolve, self.observer), model.batch_size
 

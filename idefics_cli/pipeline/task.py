@@ -26,7 +26,7 @@ Decode: TypeAlias = "Callable[[PromptSource], Iterator[tuple[int, Outcome]]]"
 
 
 class About(NamedTuple):
-    """What a run works with, once its model is loaded. `beams` None: it decodes nothing."""
+    """What a run works with, once its model is loaded; None where that computes nothing. `beams` None: no decoding."""
 
     model: str
     device: str
@@ -44,7 +44,7 @@ class Observer:
 
     def on_loading(self, model: str) -> None: ...
 
-    def on_ready(self, about: About) -> None: ...
+    def on_ready(self, about: About | None) -> None: ...
 
     def on_start(self, total: int | None) -> None: ...
 
@@ -69,7 +69,7 @@ class Relay(Observer):
     def on_loading(self, model: str) -> None:
         self.tell("loading", model)
 
-    def on_ready(self, about: About) -> None:
+    def on_ready(self, about: About | None) -> None:
         self.tell("about", about)
 
     def say(self, message: str) -> None:

@@ -46,9 +46,10 @@ def require_ray(options: RunOptions) -> None:
 def do_on_cluster(job: Job, observer: Observer, units: Units) -> Iterator[Done]:
     """In the order of finishing. Raises what a worker raises."""
     missing, said = units.missing(), set[tuple[str, Any]]()
-    observer.on_loading(f"{job.options.request.model}")
     with _connected(job.options.ray):
         while wave := {unit.number: unit for unit in islice(missing, WAVE)}:
+            if not said:
+                observer.on_loading(f"{job.options.request.model}")
             for done, words in _do_wave(job, units, wave):
                 for kind, value in words - said:
                     told(observer, kind, value)
