@@ -93,10 +93,6 @@ def load_model(request: ModelRequest, batch_size: int | None) -> LoadedModel:
 # Commands
 
 
-def command_names(incomplete: str) -> list[str]:
-    return [each.callback.__name__ for each in app.registered_commands if each.callback.__name__.startswith(incomplete)]
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"idefics {__version__}")
@@ -346,25 +342,6 @@ def info(
         request = replace(request, model=model or request.model)
         facts |= model_facts(request) if device_count is None else fit_facts(request, device_count, device_memory)
     print_data(*(f"{name}: {fact}" for name, fact in facts.items()))
-
-
-@app.command("help", cls=HelpfulCommand, rich_help_panel=MACHINE)
-def show_help(
-    context: typer.Context,
-    command: Annotated[
-        str,
-        typer.Argument(
-            metavar="COMMAND", help="One of the commands.", rich_help_panel="Run", autocompletion=command_names
-        ),
-    ] = "",
-) -> None:
-    """Show what a command takes, with examples."""
-    about = context.parent
-    assert about is not None and isinstance(about.command, HelpfulGroup)
-    if command:
-        name, found, _ = about.command.resolve_command(about, [command])
-        about = typer.Context(found, info_name=name, parent=about)
-    print(about.get_help())
 
 
 # Runs

@@ -84,11 +84,6 @@ EXAMPLES = {
         ("whether and how a model runs here", "idefics info HuggingFaceM4/idefics-9b-instruct"),
         ("what it would take on two GPUs of 80 GB", "idefics info demo --device-count 2 --device-memory 80"),
     ),
-    "help": (
-        ("all commands", "idefics help"),
-        ("one of them", "idefics help caption"),
-        ("the same", "idefics caption --help"),
-    ),
 }
 
 
@@ -120,6 +115,12 @@ class HelpfulCommand(Helpful, TyperCommand):
 
 
 class HelpfulGroup(Helpful, TyperGroup):
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """`help CMD` is `CMD --help`."""
+        if args[:1] == ["help"]:
+            args = [*args[1:2], "--help"]
+        return super().parse_args(context, args)
+
     def collect_usage_pieces(self, context: Any) -> list[str]:
         return ["COMMAND", "[OPTIONS]"]
 
@@ -129,7 +130,7 @@ def tries() -> Iterator[str]:
     yield "Captions for images and answers about them, with IDEFICS. Three commands to try:"
     for about, command in TRY:
         yield from ("", f"  {command}", f"      {about}")
-    yield from ("", "All commands: idefics --help. One of them: idefics help caption.", f"Docs: {DOCS}")
+    yield from ("", "All commands: idefics help. One of them: idefics help caption.", f"Docs: {DOCS}")
 
 
 def _arguments(command: Any) -> Iterator[str]:

@@ -26,7 +26,7 @@ def asked(shell: str, line: str) -> list[str]:
     environment |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
     result = CliRunner().invoke(app, [], env=environment, prog_name="idefics")
     assert result.exit_code == 0, result.output
-    return result.stdout.splitlines()
+    return [line for line in result.stdout.splitlines() if line]
 
 
 @pytest.mark.parametrize(

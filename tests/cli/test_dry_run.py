@@ -20,7 +20,6 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli, "load_model", never)
     monkeypatch.setattr("idefics_cli.loaded_model.load_network", never)
-    monkeypatch.setattr("safetensors.safe_open", never)
 
 
 @pytest.fixture

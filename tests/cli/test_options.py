@@ -79,6 +79,7 @@ def test_fields_are_shown_one_by_one() -> None:
         "plain": False,
         "no_deep": False,
         "early": True,
+        "config": None,
         "debug": False,
     }
     shown = {name: each.annotation.__metadata__[0] for name, each in parameters.items()}

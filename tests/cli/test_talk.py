@@ -190,7 +190,7 @@ def test_lines_break_between_words(photos: Path, tmp_path: Path, width: int) -> 
     output = tmp_path / "a-name-with-hyphens.jsonl"
     code, shown = terminal_output("caption", photos, "-o", output, "--status-every", "0", width=width)
     lines = shown_lines(shown)
-    begin = next(number for number, line in enumerate(lines) if line.startswith("image_unreadable:"))
+    begin = next(number for number, line in enumerate(lines) if line.startswith("image_unreadable: 1"))
     end = " ".join(line for line in lines[begin:] if line)
     assert code == 3
     assert re.fullmatch(
