@@ -308,7 +308,7 @@ def bench(context: typer.Context, options: BenchOptions) -> None:
         raise IdeficsError(f"-m has no effect on --random {options.random}: leave it out")
     found = run(options, say)
     for table in (comparison_table(found), phase_table(found["phases"])):
-        show(table)
+        show(table, soft_wrap=False)
     print_data(json.dumps(found))
 
 

@@ -280,10 +280,10 @@ def _say_on_terminal(text: str, label: str) -> None:
     _print(Text.assemble((label, "bold red"), "\n".join(lines).removeprefix(label)), soft_wrap=True)
 
 
-def show(table: Table) -> None:
-    """On stderr, no wider than the terminal; for people alone."""
+def show(table: Table, *, soft_wrap: bool = True) -> None:
+    """On stderr, for people alone. Without `soft_wrap` no wider than the terminal."""
     if not _talk.quiet and not _talk.log_json:
-        _print(table, soft_wrap=False)
+        _print(table, soft_wrap)
 
 
 def _print(shown: RenderableType, soft_wrap: bool) -> None:

@@ -32,7 +32,10 @@ from idefics_cli.cli import app as cli
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")))
 SESSION = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
-VARYING = re.compile(r"-?\d+\.\d+(?:e-?\d+)?|\d+(?=%)|(?<=parameters=)[\d,]+")  # scores, seconds, shares
+VARYING = re.compile(  # scores, seconds, shares; of runs in processes of their own also what suits the machine
+    r"-?\d+\.\d+(?:e-?\d+)?|\d+(?=%)|(?<=parameters=)[\d,]+|\d+(?= rows? at a time)"
+    r"|(?<= on cpu in )(?:fp32|bf16 \(--dtype fp32 is exact\))"
+)
 CLIENT = """
 import sys, os
 from multiprocessing.connection import Client
