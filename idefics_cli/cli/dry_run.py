@@ -79,7 +79,7 @@ def _first_prompt(run: Run, task: Task) -> str:
         viewed.run(page)
     except NeedsWeights as error:
         return f"{error}"
-    row = json.loads(page.getvalue())
+    row = json.loads(page.getvalue().splitlines()[0])  # of several questions the first
     if row["error"]:
         return f"none: {row['error']}"
     return f"{json.dumps(row['prompt'], ensure_ascii=False)} ({counted(len(row['token_ids']), 'token')})"

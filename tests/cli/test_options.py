@@ -83,7 +83,7 @@ def test_fields_are_shown_one_by_one() -> None:
         "debug": False,
     }
     shown = {name: each.annotation.__metadata__[0] for name, each in parameters.items()}
-    assert (shown["size"].help, shown["size"].min, shown["size"].metavar) == ("How many.", 1, "N")
+    assert (shown["size"].help, shown["size"].min, shown["size"].metavar) == ("How many. [default: 9]", 1, "N")
     flags = [shown[name].default for name in ("words", "plain", "no_deep", "early")]
     assert flags == ["-w", "--plain/--no-plain", "--no-deep/--deep", ...]
     assert isinstance(shown["names"], typer.models.ArgumentInfo)
