@@ -20,12 +20,15 @@ from pyarrow.fs import S3FileSystem
 from typer.testing import Result
 
 from idefics_cli import ranks
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.errors import IdeficsError
+from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.readers.inputs import Inputs
 from idefics_cli.rows import parse_shard
 from idefics_cli.scale import processes
 from idefics_cli.scale.claims import Claim, InUse
+from idefics_cli.scale.processes import processes_for
 from idefics_cli.scale.units import Done, Job, Unit, Units, Worker
 from idefics_cli.storage.unit_folder import UnitFolder
 from idefics_cli.writers.embeddings_file import EmbeddingFile
@@ -239,6 +242,17 @@ def test_torchrun_is_for_single_files(run: Run, inputs: Path, tmp_path: Path, mo
         result = run("caption", inputs / "images", "-o", f"{tmp_path}/parts/", *more)
         assert result.exit_code == 2 and "torchrun is for one model in several processes" in result.stderr, more
         assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "parts").exists()
+
+
+def test_as_many_processes_as_gpus_where_these_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def number(num_units: int, processes: int | None = None, **request: str) -> int:
+        options = RunOptions(("x",), "parts/", processes=processes, request=ModelRequest("demo", **request))
+        return processes_for(options, num_units)
+
+    assert (number(5), number(1), number(5, processes=3)) == (2, 1, 3)
+    assert number(5, device_map="auto") == number(5, device="cpu") == 1
 
 
 def test_ids_that_come_twice_are_named_at_the_end(run: Run, inputs: Path, tmp_path: Path) -> None:
