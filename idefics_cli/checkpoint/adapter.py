@@ -65,7 +65,13 @@ def _without_memory(network: nn.Module, dtype: torch.dtype, device: torch.device
         for name, parameter in module.named_parameters(recurse=False):
             nothing = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
             setattr(module, name, nn.Parameter(nothing, requires_grad=False))
+            getattr(module, name).is_unread = True
     return network
+
+
+def _is_unread(parameter: Tensor) -> bool:
+    """Whether the checkpoint has what belongs here, and the adapter has not."""
+    return getattr(parameter, "is_unread", False)
 
 
 def _adapted(network: nn.Module, adapter: Checkpoint) -> nn.Module:
@@ -105,6 +111,10 @@ def _changed(adapted: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(module, BaseTunerLayer):
             for each, _ in module.get_base_layer().named_parameters(recurse=False):
                 changed[f"{name}.{each}"] = MergedTensor(module, name, each, tensors)
+        else:  # biases may be trained everywhere
+            for each, tensor in module.named_parameters(prefix=name, recurse=False):
+                if each in tensors and not _is_unread(tensor):
+                    changed.setdefault(each, tensor.detach())
     return changed
 
 
@@ -121,13 +131,13 @@ class MergedTensor:
         from torch import nn
 
         base = self._layer.get_base_layer()
-        empty = {name: each for name, each in base.named_parameters(recurse=False) if not any(each.stride())}
-        for name, each in empty.items():
+        unread = {name: each for name, each in base.named_parameters(recurse=False) if _is_unread(each)}
+        for name, each in unread.items():
             stored = self._tensors[f"{self._layer_name}.{name}"][...]
             setattr(base, name, nn.Parameter(stored.to(each.device, each.dtype, copy=True), requires_grad=False))
         self._layer.merge()
         merged = getattr(base, self._name).data[place].clone()  # a part must not hold the whole
-        for name, each in empty.items():
+        for name, each in unread.items():
             setattr(base, name, each)
         self._layer.merged_adapters.clear()
         return merged

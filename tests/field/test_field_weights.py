@@ -265,8 +265,8 @@ def train_adapter(base: Path, folder: Path, seed: int = 5, **config: object) -> 
     adapted = peft.get_peft_model(TheirIdefics.from_pretrained(base), peft.LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in sorted(adapted.named_parameters()):
-            if "lora_" in name or "modules_to_save" in name:
+        for _, parameter in sorted(adapted.named_parameters(), key=lambda named: named[0]):
+            if parameter.requires_grad:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(folder)
     return adapted.merge_and_unload()
@@ -287,6 +287,7 @@ def texts(model: Idefics) -> list[str]:
     [
         {},
         {"target_modules": "all-linear", "use_dora": True, "bias": "lora_only"},
+        {"bias": "all"},
         {"target_modules": ["embed_tokens", "up_proj"], "use_rslora": True, "rank_pattern": {"up_proj": 2}},
         {"modules_to_save": ["lm_head"], "alpha_pattern": {"layers.1.self_attn.q_proj": 3}, "lora_dropout": 0.1},
     ],
