@@ -160,6 +160,8 @@ class PackedInt8Matrix(PackedMatrix):
         parts = [part for linear in linears for part in parts_of(linear)]
         weights, biases = [part.weight for part in parts], [part.bias for part in parts]
         values = torch.cat([weight.qdata for weight in weights])
+        for linear in linears:  # so that no more than two copies are there
+            linear.weight.qdata = values[:0].clone()
         self.out_features, self.in_features = values.shape
         self.dtype = weights[0].dtype
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
