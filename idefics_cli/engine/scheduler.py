@@ -164,6 +164,7 @@ class Scheduler:
     def evict(self) -> list[tuple[int, Outcome]]:
         """Take out the rows whose search is over, and compact the rest."""
         in_use = self.store.in_use[: len(self.rows)].tolist()  # the one thing that the device is asked in a step
+        assert max(in_use) <= self.store.tree_slots, (in_use, self.store.tree_slots)
         self.store.used = max(0, *in_use)
         done = [slots < 0 for slots in in_use]
         ended = [row for row, is_done in enumerate(done) if is_done]
