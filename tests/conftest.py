@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
+from produced_errors import pytest_configure, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
 from real_llama import RealLlama, fetch_real_llama
 from typer.testing import CliRunner, Result
 

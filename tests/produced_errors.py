@@ -20,8 +20,6 @@ from idefics_cli.errors import IdeficsError, RowError
 from tools.docs.errors import Site, catalogue
 
 PACKAGE = str(Path(idefics_cli.__file__).parent)
-# What no machine of these tests can be brought to: by the beginning of the message.
-ELSEWHERE: dict[str, str] = {}
 produced: defaultdict[str, set[int]] = defaultdict(set)
 
 
@@ -48,6 +46,7 @@ def remember(frame: FrameType | None) -> None:
         produced[frame.f_code.co_filename.removeprefix(f"{PACKAGE}/")].add(frame.f_lineno)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """One of xdist's processes has ended."""
     for file, lines in getattr(node, "workeroutput", {}).get("produced", {}).items():
@@ -59,17 +58,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(config, "workeroutput"):
         config.workeroutput["produced"] = {file: sorted(lines) for file, lines in produced.items()}
         return
-    is_whole = config.args_source == config.ArgsSource.TESTPATHS and not config.option.keyword
-    if is_whole and session.exitstatus == pytest.ExitCode.OK and (missing := never_produced()):
+    if is_whole(config) and session.exitstatus == pytest.ExitCode.OK and (missing := never_produced()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         lines = [f"{site.file}:{site.first}: {site.kind}: {site.message}" for site in missing]
         print("\nMessages that no test produces:", *lines, sep="\n")
 
 
+def is_whole(config: pytest.Config) -> bool:
+    """Whether the usual tests run, and all of them."""
+    told = config.option
+    is_usual = config.args_source == config.ArgsSource.TESTPATHS and told.markexpr == "not slow and not grid"
+    return is_usual and not (told.keyword or told.collectonly or getattr(told, "lf", False))
+
+
 def never_produced() -> list[Site]:
-    return [
-        site
-        for site in catalogue()
-        if not produced[site.file].intersection(range(site.first, site.last + 1))
-        and not site.message.startswith(tuple(ELSEWHERE))
-    ]
+    return [site for site in catalogue() if not produced[site.file].intersection(range(site.first, site.last + 1))]

@@ -38,6 +38,7 @@ ELSEWHERE = re.compile(
     r"^(python3? |pip |ray |torchrun |sbatch |export |source |zensical |idefics merge )|-o [^ ]+/( |$)|"
     r"--(ray|processes|shard|adapter|device-count)\b|tuned\.jsonl|gs://|minio|s3://bucket/captions"
 )
+TESTED = {*docs.MADE, "docs/formats.md"}  # the latter by tests/field/test_field_layouts.py
 needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 
 
@@ -74,15 +75,15 @@ def test_every_message_says_what_to_do() -> None:
 
 
 def test_the_rows_page_has_the_columns_and_codes_of_the_code() -> None:
-    page = TEXTS["docs/rows.md"]
-    types = dict(re.findall(r"^\| `(\w+)` \| ([\w ]+?) \| (?:all|texts|`)", page, re.MULTILINE))
+    columns_part, codes_part = TEXTS["docs/rows.md"].split("## Error codes")
+    types = dict(re.findall(r"^\| `(\w+)` \| ([\w ]+?) \| ", columns_part, re.MULTILINE))
     texts = ("caption", "answer", "text")
     forms = [text_form(each, PostProcess(), lambda row: row, has_candidates=True) for each in texts]
     columns = [column for form in (*forms, Embed.form) for column in form.columns]
     assert types.keys() == {column.name for column in columns}
     for column in columns:
         assert types[column.name].split()[0] in str(arrow_type(column)), column
-    assert re.findall(r"^\| `(\w+)` \|", page.split("## Error codes")[1], re.MULTILINE) == list(ROW_ERROR_CODES)
+    assert re.findall(r"^\| `(\w+)` \|", codes_part, re.MULTILINE) == list(ROW_ERROR_CODES)
 
 
 # ---- what is shown is printed
@@ -138,7 +139,7 @@ def typed(text: str) -> Iterator[list[str]]:
 
 
 @needs_jq
-@pytest.mark.parametrize("page", [page for page in PAGES if SCRIPT.search(TEXTS[page]) and page not in docs.MADE])
+@pytest.mark.parametrize("page", [page for page in PAGES if SCRIPT.search(TEXTS[page]) and page not in TESTED])
 def test_the_commands_of_a_page_run(
     page: str, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +155,8 @@ def test_the_commands_of_a_page_run(
 
 
 def make_what_pages_name(folder: Path) -> None:
-    """Small stand-ins, under the names that the pages use."""
+    """The examples, and small stand-ins under the names that the pages use."""
+    shutil.copytree(ROOT / "examples", folder / "examples")
     for name in "imgs", "images", "photos", "dataset":
         for number in range(3):
             save_image(folder / name / f"{number}.jpg", number)
@@ -163,11 +165,14 @@ def make_what_pages_name(folder: Path) -> None:
         pq.write_table(questions, folder / f"{name}.parquet")
     rows = [{"id": f"{n}.jpg", "image": f"imgs/{n}.jpg", "question": "What?", "answer": "a", "answers": ["a"] * 3,
              "captions": ["a", "b"], "caption": "a"} for n in range(3)]  # fmt: skip
-    for name in "test", "train", "mine", "new", "old", "captions-marked":
+    for name in "test", "train", "new", "old", "captions-marked":
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "mine.jsonl").write_text("".join(f"{json.dumps({**row, 'id': k})}\n" for k, row in enumerate(rows * 2)))
     v2 = "v2_OpenEnded_mscoco_{}2014_questions.json", "v2_mscoco_{}2014_annotations.json"
     for part in "val", "train":
         test_field_layouts.vqa_files(folder, *(name.format(part) for name in v2))
+    pool = json.loads((folder / v2[0].format("train")).read_text())
+    (folder / v2[0].format("train")).write_text(json.dumps({**pool, "questions": pool["questions"] * 2}))
     shutil.copytree(folder / "val2014", folder / "train2014")
     (folder / "train2014/COCO_val2014_000000000042.jpg").rename(folder / "train2014/COCO_train2014_000000000042.jpg")
     test_field_layouts.LAYOUTS["TextVQA"](folder)

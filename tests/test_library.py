@@ -200,6 +200,8 @@ def test_shots_may_be_examples_or_a_file(model: Idefics, tmp_path: Path) -> None
     assert given == model.render_prompt("vqa", asked, shots=file, num_shots=2)
     assert given.count("<image>") == 3 and given.count(HOW_MANY) == 3 and f"Answer: {COUNTS[2]}\n" in given
     assert model.render_prompt("vqa", asked, shots=shots, num_shots=1).count("<image>") == 2
+    with pytest.raises(IdeficsError, match=r"nothing can be asked \(image_missing"):
+        model.render_prompt("caption", "gone.png")
     for options in {}, {"num_shots": 1}, {"shot_selection": "similar"}, {"shot_selection": "random"}:
         assert model.answer(*asked, shots=shots, **options).text == COUNTS[0]
     captioned = [Shot(image=IMAGES[1], answer=CAPTIONS[1])]

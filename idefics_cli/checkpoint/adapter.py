@@ -43,7 +43,8 @@ def merged_tensors(checkpoint: Checkpoint, network: nn.Module, dtype: torch.dtyp
     except LOADING_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"the adapter in {checkpoint.adapter.folder} does not fit the model ({reason})"
+            f"the adapter in {checkpoint.adapter.folder} does not fit the model ({reason}): name the one that it was"
+            " trained on with -m"
         ) from error
     tensors = lazy_tensors(checkpoint)
     changed = _changed(adapted, tensors)

@@ -69,7 +69,7 @@ class Run:
         inputs: Inputs | None = None,
     ) -> None:
         if options.format == VQAV2 and (task.command != "vqa" or task.rows_each > 1):
-            raise OutputError("--format vqav2 is for vqa, with one question in each row of a manifest")
+            raise OutputError("--format vqav2 is for vqa, with one question in each row of a manifest: leave it out")
         options = replace(options, reading=_reading(options, task))
         self.options, self.task, self.form, self.stats, self.observer = options, task, task.form, stats, observer
         self.check_model, self._load_model = check_model, load_model

@@ -134,7 +134,8 @@ def bucket() -> Iterator[dict[str, str]]:
     of_keys = {"access_key": "key", "secret_key": "secret", "region": "us-east-1", "scheme": "http"}
     remote = S3FileSystem(**of_keys, endpoint_override=place, allow_bucket_creation=True)
     remote.create_dir("bucket")
-    pq.write_table(questions(), "bucket/questions.parquet", filesystem=remote)
+    for name in "questions.parquet", "table/part-0.parquet":
+        pq.write_table(questions(), f"bucket/{name}", filesystem=remote)
     yield {
         **{"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"},
         **{"AWS_ENDPOINT_URL": f"http://{place}", "AWS_EC2_METADATA_DISABLED": "true"},
