@@ -245,8 +245,8 @@ def say_finished(stats: RunStats, output: str) -> None:
 
 
 def _summary(stats: RunStats, output: str) -> dict[str, Any]:
-    counts = {"rows": stats.rows, "resumed": stats.resumed, "failed": stats.num_failed, "seconds": stats.seconds}
-    shares = {"rate": round(stats.rate, 3), "idle": round(stats.waited_share, 3)}
+    counts = {"rows": stats.rows, "resumed": stats.resumed, "failed": stats.num_failed}
+    shares = {"seconds": round(stats.seconds, 3), "rate": round(stats.rate, 3), "idle": round(stats.waited_share, 3)}
     return {**counts, **shares, "stopped_early": stats.stopped_early, "output": output}
 
 

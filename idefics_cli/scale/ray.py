@@ -51,7 +51,7 @@ def do_on_cluster(job: Job, observer: Observer, units: Units) -> Iterator[Done]:
             if not said:
                 observer.on_loading(f"{job.options.request.model}")
             for done, words in _do_wave(job, units, wave):
-                for kind, value in words - said:
+                for kind, value in sorted(words - said, key=str):
                     told(observer, kind, value)
                 said |= words
                 observer.on_row(done.rows)
