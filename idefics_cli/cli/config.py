@@ -38,8 +38,7 @@ def use(context: typer.Context, file: str | None) -> None:
 
 
 def _of_file(context: typer.Context, file: str) -> dict[str, Any]:
-    commands = context.find_root().command.commands  # type: ignore[attr-defined]
-    known = {name: _names(command) for name, command in commands.items()}
+    known = {name: _names(command) for name, command in _commands(context).items()}
     found, own = _read(file), context.info_name or ""
     tables = {name: value for name, value in found.items() if isinstance(value, dict)}
     general = {name: value for name, value in found.items() if name not in tables}
@@ -54,6 +53,12 @@ def _of_file(context: typer.Context, file: str) -> dict[str, Any]:
             _require_known(_spelled(name), known[table], f"{file}: [{table}] does not take")
     general = {name: value for name, value in general.items() if _spelled(name) in known[own]}
     return dict(_values(context, {**general, **tables.get(own, {})}, file))
+
+
+def _commands(context: typer.Context) -> dict[str, Any]:
+    """Those of the group, or the one that is run by itself."""
+    root = context.find_root().command
+    return getattr(root, "commands", {f"{context.info_name}": context.command})
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def _values(context: typer.Context, given: Mapping[str, Any], file: str) -> Iter
 
 def _of_environment(context: typer.Context) -> dict[str, Any]:
     given = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and value}
-    commands = context.find_root().command.commands.values()  # type: ignore[attr-defined]
+    commands = _commands(context).values()
     known = {f"{PREFIX}{each.name.upper()}" for command in commands for each in command.params if _is_option(each)}
     known.add(f"{PREFIX}CONFIG")
     for name in sorted(given.keys() - known):

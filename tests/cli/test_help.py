@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from conftest import FakeCaptioner, save_image
 from typer.testing import CliRunner, Result
 from written_manifests import write_manifest
@@ -85,8 +83,7 @@ def test_examples_are_commands(example: str) -> None:
     """The options are there, and take what they are given."""
     (words,) = (shlex.split(each) for each in example.split("|") if each.split()[0] == "idefics")
     name, *arguments = words[1:]
-    with contextlib.suppress(typer.Exit):  # of --help
-        COMMANDS[name].make_context(name, arguments)
+    COMMANDS[name].make_context(name, arguments)
 
 
 def test_the_address_of_the_docs_is_that_of_the_package() -> None:

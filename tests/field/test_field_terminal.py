@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import Result
 
-from idefics_cli.cli import console
+from idefics_cli.cli import console, status
 from idefics_cli.storage.filenames import json_for_terminal
 
 CONTROLS = ["\x9b2J", "\x7f", "\x1b[31m", "\u202egnp", "\u2066", "\u061c", "\u2028", "\U000e0041", "\x00", "\x85"]
@@ -24,7 +24,11 @@ LIVELY = "d\u00e9j\u00e0 \u732b \U0001f600 \u0645\u06cc\u200c\u062e\u0648\u0627\
 
 @pytest.fixture
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(console, "is_terminal", lambda stream: True)
+    def shown() -> None:
+        for module in console, status:
+            monkeypatch.setattr(module, "is_terminal", lambda stream: True)
+
+    return shown
 
 
 def test_rows_on_a_terminal_are_escaped_and_mean_the_same(
