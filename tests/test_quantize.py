@@ -70,6 +70,7 @@ def test_texts_of_int8_are_those_of_fp32() -> None:
     images = [scene(EVALUATION_SEEDS + number).image for number in range(6)]
     plain, model = (Idefics.from_pretrained("demo", device="cpu", quantize=kind) for kind in (None, "int8"))
     assert [each.text for each in model.caption(images)] == [each.text for each in plain.caption(images)]
+    assert quantize.kind_of(model.model.config) == "int8"
     packed = [layer for layer in model.model.modules() if isinstance(layer, PackedLinear)]
     assert len(packed) == 93 and all(type(layer.joint) is PackedInt8Matrix for layer in packed)
 

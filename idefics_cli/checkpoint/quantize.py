@@ -72,7 +72,8 @@ def kind_of(config: IdeficsConfig, quantize: str | None = None) -> str | None:
 
     Raises CheckpointError where these differ, and for what was saved in another kind.
     """
-    saved = _saved_kind(getattr(config, "quantization_config", None))
+    about = getattr(config, "quantization_config", None)  # of a network that is loaded, not a dict
+    saved = _saved_kind(about.to_dict() if hasattr(about, "to_dict") else about)
     if saved is not None and quantize not in (None, saved):
         raise CheckpointError(f"the model is saved in {saved}: leave out --quantize {quantize}")
     return saved or quantize
