@@ -58,8 +58,8 @@ class Ended:
 
     @property
     def said(self) -> str:
-        """The one line on stderr."""
-        (line,) = self.stderr.splitlines()
+        """The one line on stderr, apart from the first errors of rows, which come as they happen."""
+        (line,) = (each for each in self.stderr.splitlines() if not each.startswith("First "))
         return line
 
 
