@@ -29,7 +29,7 @@ BATCH = 8
 class Waiting:
     """A model whose batches take `seconds` for each row."""
 
-    is_instruct, batch_size = False, BATCH
+    is_instruct, batch_size, place = False, BATCH, None
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
