@@ -119,7 +119,9 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
 def test_the_commands_of_a_page_are_accepted(page: str) -> None:
     """Their options, the options' values, and how many inputs there are."""
     for name, *arguments in typed(TEXTS[page]):
-        if not name.isupper():  # COMMAND
+        if name == "help":
+            assert {*arguments} <= options.commands().keys()
+        elif not name.isupper() and not name.startswith("-"):  # COMMAND
             options.commands()[name].make_context(name, arguments)
 
 

@@ -132,13 +132,8 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-NEEDS_MORE = {
-    "--processes",
-    "--ray",
-    "--unit-rows",
-    "--format",
-    "--adapter",
-}  # processes, folders, weights: tried in their own tests
+# Processes, folders and weights, which tests of their own have.
+NEEDS_MORE = {"--processes", "--ray", "--unit-rows", "--format", "--adapter", "--embeddings"}
 FILE = ("-o", "out.jsonl")
 WITH: dict[str, tuple[str, ...]] = {  # what options take, and what they need beside them
     **dict.fromkeys(("--overwrite", "--update", "--retry-errors"), FILE),
@@ -205,7 +200,7 @@ def tried(command: str, option: Any) -> list[str]:
         )
         values = ("out.parquet",) if name == "--output" else values
     asks = ["-q", "Q?"] if command == "vqa" and source == "-" else []
-    if command == "vqa" and name in ("--template", "--prompt"):
+    if name in ("--template", "--prompt"):
         values = ("vqa",) if name == "--template" else ("{image} {question}",)
     return [command, source, name, *values, *asks]
 
@@ -220,7 +215,7 @@ class Scoring(FakeCaptioner):
         return self.stream(source)
 
 
-@pytest.mark.parametrize("command", ["caption", "vqa", "generate", "embed"])
+@pytest.mark.parametrize("command", ["vqa", "generate", "embed"])  # caption has those of vqa
 def test_a_shown_option_is_not_refused(
     run: Callable[..., Result], inputs: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
