@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
 def remember(frame: FrameType | None) -> None:
     """The line, in the package, that has made an error, or has asked `require` for it."""
-    while frame is not None and frame.f_code.co_name in ("require", "__init__"):
+    while frame is not None and frame.f_code.co_name == "require":
         frame = frame.f_back
     if frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
         produced[frame.f_code.co_filename.removeprefix(f"{PACKAGE}/")].add(frame.f_lineno)

@@ -116,8 +116,11 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_are_accepted(page: str) -> None:
-    """Their options, the options' values, and how many inputs there are."""
+def test_the_commands_of_a_page_are_accepted(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their options, the options' values, and how many inputs there are; and the file that `--config` names."""
+    monkeypatch.chdir(tmp_path)
+    for name, found in re.findall(r"^```toml\n# (\S+)\n(.*?)^```", TEXTS[page], re.MULTILINE | re.DOTALL):
+        Path(name).write_text(found)
     for name, *arguments in typed(TEXTS[page]):
         if name == "help":
             assert {*arguments} <= options.commands().keys()

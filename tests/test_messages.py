@@ -21,7 +21,10 @@ from tiny_tokenizers import llama_tokenizer
 from typer.testing import Result
 
 from idefics_cli.bench import compare
-from idefics_cli.checkpoint import devices, files, quantize
+from idefics_cli.checkpoint import adapter, devices, files, quantize
+from idefics_cli.checkpoint.files import Checkpoint
+from idefics_cli.checkpoint.load import _load_encoder
+from idefics_cli.checkpoint.request import ModelRequest, base_of
 from idefics_cli.cli import app as cli
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.tree_attention import resolve_attention
@@ -92,8 +95,39 @@ def test_attention() -> None:
     )
 
 
-def test_a_file_of_a_model_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_files_of_a_model(tmp_path: Path) -> None:
     assert "check your access to it" in refusal(files.require_no_pointer, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert "has no weight_map" in refusal(files.weight_files, tmp_path, "model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "has no weights: expected" in refusal(files.inspect_adapter, str(tmp_path), False)
+    assert "names no base model: add -m MODEL" in refusal(base_of, str(tmp_path))
+    assert "cannot be read" in refusal(_load_encoder, Checkpoint(tmp_path, (), is_pickled=False))
+
+
+def test_an_adapter_of_shared_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in ("_without_memory", None), ("_adapted", None), ("lazy_tensors", {}), ("_changed", {"head": 1}):
+        monkeypatch.setattr(adapter, name, lambda *given, found=found: found)
+    checkpoint: Any = SimpleNamespace(adapter=None)
+    said = refusal(adapter.merged_tensors, checkpoint, torch.nn.Identity(), torch.float32, CPU)
+    assert "the adapter changes head, which the model shares with another layer" in said
+
+
+def test_a_list_of_the_wrong_kind_in_a_file(tmp_path: Path, photos: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "run.toml").write_text("question = [1]")
+    assert "question takes TEXT, not [1]" in refused("vqa", photos, "--config", tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"attention": "none"}, "unknown attention 'none'"),
+        ({"device_map": "auto", "device": "cpu"}, "--device cannot be used with --device-map"),
+        ({"device_map": "auto", "attention": "triton"}, "--attention triton cannot be used with --device-map"),
+    ],
+)
+def test_model_requests(options: dict[str, Any], said: str) -> None:
+    assert said in refusal(ModelRequest, **options)
 
 
 def test_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:

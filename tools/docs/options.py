@@ -17,6 +17,10 @@ HEAD = """# Options
 
 All options of all commands. Made from the program by `python -m tools.docs`; `idefics COMMAND --help` shows the same.
 *Runs* are `caption`, `vqa`, `generate` and `embed`. A default that differs between commands stands with each of them.
+
+![idefics --help: the commands in panels](help.svg)
+
+![idefics score --help: its options in panels, and examples](help-score.svg)
 """
 GROUP = "Further options"
 RUNS = ("caption", "vqa", "generate", "embed")
