@@ -341,7 +341,7 @@ def test_threads_take_turns(model: Idefics) -> None:
 
 def test_a_model_says_what_it_is_and_can_be_closed() -> None:
     with Idefics.from_pretrained("demo", batch_size=3) as model:
-        shown = "Idefics('demo', device=cpu, dtype=float32, parameters=2,964,616, batch_size=3)"
+        shown = "Idefics('demo', device=cpu, dtype=float32, parameters=2,964,872, batch_size=3)"
         assert repr(model) == shown and model.caption(IMAGES[:2])[0].ok
         (pool,) = model._pools.values()
         workers = [worker.process for worker in pool._running]

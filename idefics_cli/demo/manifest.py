@@ -39,8 +39,13 @@ def unseen_rows(number: int, all_questions: bool) -> Iterator[dict[str, Any]]:
 
 
 def question_kind(question: str) -> str:
-    """Its first two words; questions about left or right are a kind of their own."""
-    return "left or right" if " on the far " in question else " ".join(question.split()[:2]).lower()
+    """Its first two words, or more where these ask different things."""
+    if question.startswith("Is the "):
+        return "left or right of"
+    if " on the far " in question:
+        return "left or right"
+    by_shape = " object" not in question and question.startswith(("Is there", "What color"))
+    return " ".join(question.split()[:2]).lower() + " by shape" * by_shape
 
 
 def write_rows(path: Path, numbers: Iterable[int], all_questions: bool) -> None:

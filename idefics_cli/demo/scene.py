@@ -56,7 +56,11 @@ class SceneObject:
 
     @property
     def name(self) -> str:
-        return f"{self.size} {self.color} {self.shape}"
+        return f"{self.size} {self.pair}"
+
+    @property
+    def pair(self) -> str:
+        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def _apart(first: SceneObject, second: SceneObject) -> bool:
 
 
 def _questions(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Colour, shape, size, count, existence (once with each answer), and left or right where there are two sides."""
+    """Of each kind one that has no doubt: attributes, counts, existence (once with each answer) and sides."""
     colors, shapes = [item.color for item in objects], [item.shape for item in objects]
     where, item = _one_end(objects, generator)
     yield f"What color is the object{where}?", item.color
@@ -136,6 +140,31 @@ def _questions(objects: tuple[SceneObject, ...], generator: np.random.Generator)
         where, item = _one_end(objects, generator)
         kind = str(generator.choice(["size", "shape"]))
         yield f"What {kind} is the object{where}?", getattr(item, kind)
+    yield from _questions_of_pairs(objects, generator)
+
+
+def _questions_of_pairs(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """An object found by its shape, by colour and shape together, and one object beside another."""
+    shapes, pairs = [item.shape for item in objects], [item.pair for item in objects]
+    for item in _shuffled(objects, generator):
+        if shapes.count(item.shape) == 1:
+            yield f"What color is the {item.shape}?", item.color
+            break
+    yield f"Is there a {generator.choice(pairs)}?", "yes"
+    yield f"Is there a {generator.choice(_near_misses(objects))}?", "no"
+    known = [item for item in _shuffled(objects, generator) if pairs.count(item.pair) == 1]
+    if len(known) > 1:
+        (item, other), side = known[:2], str(generator.choice(["left", "right"]))
+        answer = "yes" if (item.x < other.x) == (side == "left") else "no"
+        yield f"Is the {item.pair} to the {side} of the {other.pair}?", answer
+
+
+def _near_misses(objects: tuple[SceneObject, ...]) -> list[str]:
+    """Pairs that are not there although their colour and their shape are; or, where there are none, one of the two."""
+    colors, shapes = {item.color for item in objects}, {item.shape for item in objects}
+    absent = [(c, s) for c in COLORS for s in SHAPES if f"{c} {s}" not in {item.pair for item in objects}]
+    near = [pair for pair in absent if pair[0] in colors and pair[1] in shapes]
+    return [f"{c} {s}" for c, s in near or absent if c in colors or s in shapes]
 
 
 def _one_end(objects: tuple[SceneObject, ...], generator: np.random.Generator) -> tuple[str, SceneObject]:

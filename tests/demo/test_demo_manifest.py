@@ -42,7 +42,8 @@ def test_scenes_are_unseen_and_no_shot_is_among_them(manifests: tuple[Path, Path
 
 def test_every_kind_of_question_comes_up(manifests: tuple[Path, Path]) -> None:
     kinds = pq.read_table(manifests[0], columns=["kind"])["kind"].to_pylist()
-    assert set(kinds) == {"how many", "is there", "left or right", "what color", "what shape", "what size"}
+    lookups = {"is there by shape", "left or right of", "what color by shape"}
+    assert set(kinds) == {"how many", "is there", "left or right", "what color", "what shape", "what size"} | lookups
 
 
 def test_all_questions_are_rows_of_their_own(tmp_path: Path) -> None:

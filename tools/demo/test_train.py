@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from transformers import IdeficsConfig
 
 from idefics_cli.checkpoint.request import DEMO_FOLDER
-from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
+from idefics_cli.demo.manifest import question_kind
+from idefics_cli.demo.scene import EVALUATION_SEEDS, SHAPES, scene
 from idefics_cli.idefics import Idefics
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.prompts.templates import PromptOptions, build_prompt, leading_shots
 from idefics_cli.prompts.tokenize import PromptEncoder
 from tools.demo import train
-from tools.demo.lessons import IGNORED, LessonPlan
+from tools.demo.lessons import IGNORED, LessonPlan, mentions
 from tools.demo.tokenizer import build_tokenizer
 from tools.demo.train import IMAGE_SIZE, Stage, Training, patch_targets, rate
 
@@ -34,6 +35,7 @@ def short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "stages", lambda scale: SHORT)
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
     monkeypatch.setattr(train, "RECORD_EVERY", 1)
+    monkeypatch.setattr(train, "QUIZ_SCENES", 4)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_stopping_and_resuming_changes_nothing_and_makes_an_ordinary_checkpoint(
     for name, weight in straight.pupil.state_dict().items():
         assert torch.equal(weight, resumed.pupil.state_dict()[name]), name
     curves = [(tmp_path / run / "curve.jsonl").read_text().count("\n") for run in ("straight", "stopped")]
-    assert curves == [5, 5]
+    assert curves == [7, 7], "a line for each lesson, and one for each stage's quiz of texts"
     (result,) = Idefics.from_pretrained(tmp_path / "stopped" / "checkpoint").caption([scene(1).image], max_new_tokens=3)
     assert result.error is None
 
@@ -93,7 +95,7 @@ def test_a_finished_checkpoint_can_go_through_the_last_stage_alone(short_stages:
     training = Training(tmp_path, "cpu", 1.0, 1, start=DEMO_FOLDER)
     training.run()
     curve = (tmp_path / "curve.jsonl").read_text().splitlines()
-    assert [json.loads(line)["stage"] for line in curve] == ["default"]
+    assert [json.loads(line)["stage"] for line in curve] == ["default", "default"]
     before = load_file(DEMO_FOLDER / "model.safetensors")
     after = load_file(tmp_path / "checkpoint" / "model.safetensors")
     learned = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
@@ -102,7 +104,8 @@ def test_a_finished_checkpoint_can_go_through_the_last_stage_alone(short_stages:
 
 def test_training_never_draws_what_measures_it() -> None:
     for stage in train.stages(1.0):
-        assert stage.first_seed + stage.steps * stage.scenes < EVALUATION_SEEDS
+        assert stage.first_seed + stage.steps * stage.scenes < train.QUIZ_SEED
+    assert train.QUIZ_SEED + train.QUIZ_SCENES < EVALUATION_SEEDS
 
 
 def test_rates_rise_and_fall() -> None:
@@ -130,6 +133,36 @@ def answers_in(labels: list[int], end: int) -> list[list[int]]:
     runs = [list(run) for asked, run in itertools.groupby(labels, lambda label: label != IGNORED) if asked]
     assert all(run[-1] == end and end not in run[:-1] for run in runs)
     return [run[:-1] for run in runs]
+
+
+def test_the_words_that_mean_objects_are_marked_with_what_they_mean(encoder: PromptEncoder) -> None:
+    questions = plan(encoder)[2].texts[1]
+    nouns = {*SHAPES, "object", "left", "right", *(f"{shape}s" for shape in SHAPES), "objects", "crosses"}
+    assert len(questions.places) >= 8
+    for row, place in questions.places.tolist():
+        assert encoder.decode([int(questions.input_ids[row, place])]) in nouns
+    objects = scene(0).objects  # a large green cross, a small white star and a large white triangle
+    cases = {
+        "What color is the cross?": [1, 1, 4, 0, 1],
+        "Is there a white object?": [IGNORED, 5, IGNORED, IGNORED, 2],
+        "Is there a green star?": [IGNORED, IGNORED, IGNORED, IGNORED, 0],
+        "What shape is the object on the far right?": [1, 5, 2, 2, 1],
+        "How many stars are there?": [0, 5, 3, 1, 1],
+    }
+    assert {question: [meant for _, meant in mentions(question, objects)] for question in cases} == {
+        question: [meant] for question, meant in cases.items()
+    }
+    first, second = mentions("Is the white star to the left of the green cross?", objects)
+    assert (first[0], second[0]) == (len("Is the white star"), len("Is the white star to the left of the green cross"))
+
+
+def test_a_quiz_asks_every_kind_alone(encoder: PromptEncoder) -> None:
+    texts = LessonPlan(ImageProcessor(image_size=IMAGE_SIZE), encoder, 12, 0, range(1)).quiz()[1]
+    assert set(texts) == {
+        "caption",
+        *(question_kind(question) for n in range(12) for question, _ in scene(n).questions),
+    }
+    assert all(rows.images.shape[1] == 1 for rows in texts.values()) and len(texts["caption"].input_ids) == 12
 
 
 def test_the_groups_of_texts(encoder: PromptEncoder) -> None:

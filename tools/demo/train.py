@@ -30,11 +30,12 @@ from idefics_cli.demo.scene import EVALUATION_SEEDS, MAX_OBJECTS
 from idefics_cli.images.preprocess import ImageProcessor
 from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.prompts.tokenize import PromptEncoder
-from tools.demo.lessons import ATTRIBUTES, IGNORED, Lesson, LessonPlan, Texts
+from tools.demo.lessons import ATTRIBUTES, IGNORED, MEANT, Lesson, LessonPlan, Texts
 from tools.demo.tokenizer import build_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
-RECORD_EVERY, SAVE_EVERY = 20, 40
+RECORD_EVERY, SAVE_EVERY, QUIZ_EVERY = 50, 100, 200
+QUIZ_SEED, QUIZ_SCENES = 990_000_000, 96
 TEXT_GROUPS = ("caption", "question", "shots", "published caption", "published question")
 
 
@@ -64,12 +65,19 @@ class Stage:
 
 def stages(scale: float) -> tuple[Stage, ...]:
     """All stages; `scale` shortens or lengthens them."""
-    see = Stage("see", round(4500 * scale), first_seed=0, easy_steps=round(600 * scale))
-    speak = Stage("speak", round(3000 * scale), first_seed=500_000_000, eyes_share=0.15, captions=64, questions=1)
-    answer = Stage("answer", round(800 * scale), first_seed=800_000_000, eyes_share=0.15, captions=16, questions=3)
+    see = Stage("see", round(2000 * scale), first_seed=0, easy_steps=round(300 * scale))
+    speak = Stage(
+        "speak",
+        round(1500 * scale),
+        first_seed=500_000_000,
+        scenes=32,
+        eyes_share=0.15,
+        captions=16,
+        questions=6,
+    )
     default = Stage(
         "default",
-        round(320 * scale),
+        round(480 * scale),
         first_seed=900_000_000,
         scenes=32,
         matrix_rate=0.01,
@@ -77,10 +85,10 @@ def stages(scale: float) -> tuple[Stage, ...]:
         eyes_share=0.0,
         decay=0.7,
         captions=8,
-        questions=1,
+        questions=2,
         published=24,
     )
-    return see, speak, answer, default
+    return see, speak, default
 
 
 def demo_config(vocab_size: int) -> IdeficsConfig:
@@ -130,7 +138,8 @@ class Tutor(nn.Module):
         self.patch_heads = nn.ModuleDict(
             {name: nn.Linear(dim, count) for name, count in {**kinds, "rank": MAX_OBJECTS, "covered": 2}.items()}
         )
-        self.slot_heads = nn.ModuleDict({name: nn.Linear(dim, count + 1) for name, count in kinds.items()})
+        slot_kinds = {**kinds, "pair": kinds["color"] * kinds["shape"]}
+        self.slot_heads = nn.ModuleDict({name: nn.Linear(dim, count + 1) for name, count in slot_kinds.items()})
 
     def forward(self, patches: Tensor, latents: Tensor, objects: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """`patches` (scenes, patches, dim), `latents` (scenes, latents, dim) -> loss and the share of right answers."""
@@ -139,9 +148,7 @@ class Tutor(nn.Module):
             logits = self.patch_heads[name](patches)  # (scenes, patches, classes)
             losses.append(cross_entropy(logits, target))
             right[f"patch {name}"] = share_right(logits, target)
-        for index, (name, kinds) in enumerate(ATTRIBUTES.items()):
-            target = objects[:, :, 3 + index].long()  # (scenes, MAX_OBJECTS)
-            target = torch.where(target == IGNORED, len(kinds), target)
+        for name, target in slot_targets(objects).items():
             # Readouts of length one: what is read must be large in the latents, so that attention finds it as well.
             head = self.slot_heads[name]
             readouts = nn.functional.normalize(head.weight, dim=-1)
@@ -149,6 +156,15 @@ class Tutor(nn.Module):
             losses.append(cross_entropy(logits, target))
             right[f"slot {name}"] = share_right(logits, target)
         return torch.stack(losses).mean(), right
+
+
+def slot_targets(objects: Tensor) -> dict[str, Tensor]:
+    """(scenes, MAX_OBJECTS, 6) -> for each answer (scenes, MAX_OBJECTS): the class, the last one where no object is."""
+    kinds = {name: objects[:, :, 3 + index].long() for index, name in enumerate(ATTRIBUTES)}
+    counts = {name: len(values) for name, values in ATTRIBUTES.items()}
+    kinds["pair"] = kinds["color"] * counts["shape"] + kinds["shape"]
+    counts["pair"] = counts["color"] * counts["shape"]
+    return {name: torch.where(objects[:, :, 3] == IGNORED, counts[name], kind) for name, kind in kinds.items()}
 
 
 def patch_targets(objects: Tensor) -> dict[str, Tensor]:
@@ -169,22 +185,51 @@ def patch_targets(objects: Tensor) -> dict[str, Tensor]:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=IGNORED)
+    """The mean over what is asked; 0 where nothing is."""
+    logits, target = logits.flatten(0, -2).float(), target.flatten()
+    total = nn.functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum")
+    return total / (target != IGNORED).sum().clamp(min=1)
 
 
 def share_right(logits: Tensor, target: Tensor) -> Tensor:
     asked = target != IGNORED
-    return (logits.argmax(dim=-1) == target)[asked].float().mean()
+    return (logits.argmax(dim=-1) == target)[asked].sum() / asked.sum().clamp(min=1)
+
+
+class ReadingTutor(nn.Module):
+    """Heads that ask the decoder, after half of its layers and at the words that mean objects, what these are.
+
+    An answer alone says little of how it is found: a lookup is learned where it has to happen, before it is used.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, count) for name, count in MEANT.items()})
+
+    def forward(self, hidden_states: Tensor, meant: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden_states` (mentions, dim), `meant` (mentions, MEANT) -> loss and the share of right answers."""
+        asked = [
+            (head(hidden_states), target) for head, target in zip(self.heads.values(), meant.unbind(1), strict=True)
+        ]
+        losses, right = zip(*[(cross_entropy(*pair), share_right(*pair)) for pair in asked], strict=True)
+        return torch.stack(losses).mean(), torch.stack(right).mean()
 
 
 class Pupil(nn.Module):
-    """The model with its tutor: a lesson in, a loss and shares of right answers out."""
+    """The model with its tutors: a lesson in, a loss and shares of right answers out."""
 
     def __init__(self, model: IdeficsForVisionText2Text):
         super().__init__()
         self.model = model
         self.tutor = Tutor(model.config.vision_config.embed_dim)
+        self.reading_tutor = ReadingTutor(model.config.hidden_size)
         self.eyes_learn = True
+        self.halfway: Tensor | None = None
+        layers = model.model.layers
+        layers[(len(layers) - 1) // 2].register_forward_hook(self._keep_halfway)
+
+    def _keep_halfway(self, layer: nn.Module, arguments: tuple, hidden_states: Tensor) -> None:
+        self.halfway = hidden_states
 
     def forward(self, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         network = self.model.model
@@ -195,9 +240,19 @@ class Pupil(nn.Module):
         for name, texts in zip(TEXT_GROUPS, lesson.texts, strict=False):
             text_loss, right[f"{name} tokens"] = self._read(latents, texts)
             loss = loss + text_loss
+            if len(texts.places):
+                rows, places = texts.places.unbind(1)
+                meant_loss, right[f"{name} meant"] = self.reading_tutor(self.halfway[rows, places], texts.meant)
+                loss = loss + meant_loss
         return loss, right
 
     def _read(self, latents: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+        logits, target = self.answers(latents, texts)
+        asked = target != IGNORED
+        return cross_entropy(logits, target[asked]), share_right(logits, target[asked])
+
+    def answers(self, latents: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+        """(answer tokens, vocabulary), and what stands there: (rows, tokens)."""
         hidden_states = self.model.model(
             input_ids=texts.input_ids,
             attention_mask=texts.attention_mask,
@@ -207,8 +262,21 @@ class Pupil(nn.Module):
         ).last_hidden_state
         target = texts.labels[:, 1:]
         asked = target != IGNORED
-        logits = self.model.lm_head(hidden_states[:, :-1][asked])  # (answer tokens, vocabulary)
-        return cross_entropy(logits, target[asked]), share_right(logits, target[asked])
+        return self.model.lm_head(hidden_states[:, :-1][asked]), target
+
+    @torch.no_grad()
+    def quiz(self, pixel_values: Tensor, texts: dict[str, Texts]) -> dict[str, float]:
+        """The share of texts of each kind that are right to the last token."""
+        network = self.model.model
+        latents = network.perceiver_resampler(network.vision_model(pixel_values).last_hidden_state)
+        shares = {}
+        for kind, rows in texts.items():
+            logits, target = self.answers(latents, rows)
+            wrong = torch.zeros(target.shape, dtype=torch.bool, device=target.device)
+            asked = target != IGNORED
+            wrong[asked] = logits.argmax(dim=-1) != target[asked]
+            shares[kind] = 1 - float(wrong.any(dim=1).float().mean())
+        return shares
 
 
 def optimizers(pupil: Pupil, stage: Stage) -> list[torch.optim.Optimizer]:
@@ -286,6 +354,8 @@ class Training:
                 bar.update()
                 if done % RECORD_EVERY == 0:
                     self._record(stage, done, measured, bar)
+                if stage.questions and (done % QUIZ_EVERY == 0 or done == stage.steps):
+                    self._record(stage, done, self._quiz(stage), bar)
                 if done % SAVE_EVERY == 0:
                     self._save(index, done, both)
         self._save(index + 1, 0, [])
@@ -307,7 +377,11 @@ class Training:
         return DataLoader(plan, batch_size=None, num_workers=1, prefetch_factor=8)
 
     def _step(self, stage: Stage, step: int, lesson: Lesson, both: list[torch.optim.Optimizer]) -> dict[str, float]:
-        lesson = to_device(lesson, self.device)
+        lesson = Lesson(
+            lesson.pixel_values.to(self.device),
+            lesson.objects.to(self.device),
+            tuple(to_device(texts, self.device) for texts in lesson.texts),
+        )
         share = rate(stage, step)
         for optimizer, full in zip(both, (stage.matrix_rate, stage.other_rate), strict=True):
             for group in optimizer.param_groups:
@@ -321,6 +395,14 @@ class Training:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return {"loss": float(loss.detach()), **{name: float(value) for name, value in right.items()}}
+
+    def _quiz(self, stage: Stage) -> dict[str, float]:
+        """On scenes that are neither in the lessons nor among those that measure the finished model."""
+        plan = LessonPlan(self.images, self.encoder, QUIZ_SCENES, QUIZ_SEED, range(1), published=stage.published)
+        pixels, texts = plan.quiz()
+        on_device = {kind: to_device(rows, self.device) for kind, rows in texts.items()}
+        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16):
+            return self.pupil.quiz(pixels.to(self.device), on_device)
 
     def _record(self, stage: Stage, step: int, measured: dict[str, float], bar: tqdm) -> None:
         """One line of the curve, printed and kept."""
@@ -365,13 +447,8 @@ def write_preprocessor_config(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def to_device(lesson: Lesson, device: str) -> Lesson:
-    def move(texts: Texts) -> Texts:
-        return Texts(**{name: value.to(device) for name, value in vars(texts).items()})
-
-    return Lesson(
-        lesson.pixel_values.to(device), lesson.objects.to(device), tuple(move(texts) for texts in lesson.texts)
-    )
+def to_device(texts: Texts, device: str) -> Texts:
+    return Texts(**{name: value.to(device) for name, value in vars(texts).items()})
 
 
 def main() -> None:
