@@ -39,6 +39,7 @@ class Claim:
         host = re.sub(r"\W", "_", platform.node(), flags=re.ASCII)[:60]
         self._name = f"_claim-{first}-{stop}-{pid}-{began_of(pid)}-{self._machine}-{host}-{secrets.token_hex(4)}"
         self._released = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="claim", daemon=True)
 
     def __enter__(self) -> Claim:
         self._folder.touch(self._name)
@@ -50,11 +51,12 @@ class Claim:
         except BaseException:
             self._folder.remove(self._name)
             raise
-        threading.Thread(target=self._beat, name="claim", daemon=True).start()
+        self._beating.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._released.set()
+        self._beating.join()  # a beat that is under way would make the claim again
         self._folder.remove(self._name)
 
     def _overlaps(self, other: re.Match[str]) -> bool:

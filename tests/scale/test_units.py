@@ -8,6 +8,8 @@ import json
 import pickle
 import shutil
 import tarfile
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.readers.inputs import Inputs
 from idefics_cli.rows import parse_shard
-from idefics_cli.scale import processes
+from idefics_cli.scale import claims, processes
 from idefics_cli.scale.claims import Claim, InUse
 from idefics_cli.scale.processes import processes_for
 from idefics_cli.scale.units import Done, Job, Unit, Units, Worker
@@ -327,6 +329,24 @@ def test_of_two_drivers_on_another_file_system_the_second_is_refused(bucket: str
             assert len(list(folder.names())) == 2
         with pytest.raises(InUse, match="another run is at work on"), Claim(folder, 4, 9):
             raise AssertionError("both have it")
+    assert not list(folder.names())
+
+
+def test_a_claim_that_is_released_while_it_beats_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, beats, touch = UnitFolder(str(tmp_path / "parts")), threading.Event(), UnitFolder.touch
+    folder.make()
+
+    def late(self: UnitFolder, name: str) -> None:
+        if threading.current_thread().name == "claim":
+            beats.set()
+            time.sleep(0.1)
+        touch(self, name)
+
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(UnitFolder, "touch", late)
+    with Claim(folder):
+        assert beats.wait(10)
+    time.sleep(0.2)
     assert not list(folder.names())
 
 
