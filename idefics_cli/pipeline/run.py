@@ -369,10 +369,11 @@ class Run:
 
     def _with_text_beside(self, row: InputRow) -> InputRow:
         """The row; one with a text beside its image that is to be kept has that, and is done."""
-        if row.error is not None:
+        if row.error is not None or (row.earlier is not None and row.earlier["error"] is not None):
             return row
         assert self.sidecars is not None and self.form.text_column is not None, self.form
-        found = self.sidecars.before(_own_file(row), row.index, is_done=row.earlier is not None)
+        done = None if row.earlier is None else row.earlier[self.form.text_column]
+        found = self.sidecars.before(_own_file(row), row.index, done)
         if isinstance(found, str):
             nothing = self.form.row(row, RowError("row_invalid", ""))
             return replace(row, earlier={**nothing, self.form.text_column: found, "error": None})

@@ -43,22 +43,25 @@ class SidecarWriter:
         self._using = threading.RLock()  # rows are read and written by different threads
         self._unsynced: set[Path] = set()
 
-    def before(self, image: Path, row: int, is_done: bool = False) -> str | RowError | None:
+    def before(self, image: Path, row: int, done: str | None = None) -> str | RowError | None:
         """What is known before the `row` of this index is done: the text to be kept in its place, or what keeps any
-        from being written; None: nothing. One that `is_done` has its text already, or gets it later."""
+        from being written; None: nothing. One that is `done` has that text already, unless somebody has corrected it,
+        or gets it later."""
         with _refusing(image), self._using:
             target = self._target(image)
             if len(os.fsencode(target.name)) > self._folder(image.parent)[2]:
                 return RowError("row_invalid", f"the name of its text, {shown(target.name)}, is too long: shorten it")
             first = self._first_row(target, row)
-            there = None if is_done or first != row else read_text(target)
-        if there and self.existing == "error":
+            there = None if first != row else read_text(target)
+        if not there or (done is not None and self._has(there, _data(done))):
+            return None
+        if self.existing == "error":
             raise _exists(target)
-        return there.decode(errors="replace").removesuffix("\n") if there and self.existing == "skip" else None
+        return there.decode(errors="replace").removesuffix("\n") if self.existing == "skip" else None
 
     def write(self, image: Path, text: str, row: int) -> None:
         """The text of a row that is safe. Written again it changes nothing."""
-        data = text.encode(errors="replace") + b"\n"
+        data = _data(text)
         with _refusing(image), self._using:
             target = self._target(image)
             there = read_text(target)
@@ -117,6 +120,10 @@ class SidecarWriter:
 
 def _refusing(image: Path) -> AbstractContextManager[None]:
     return refusing("write a text beside", image, ", or leave --sidecar out")
+
+
+def _data(text: str) -> bytes:
+    return text.encode(errors="replace") + b"\n"
 
 
 def read_text(path: Path) -> bytes | None:

@@ -67,6 +67,26 @@ def test_skipped_images_are_rows_with_their_texts_and_are_not_looked_at(
     assert texts_beside(images) == {**KEPT, **{f"0{2 * i}.txt": f"{text}\n" for i, text in enumerate(new)}}
 
 
+def test_a_corrected_text_is_kept_and_known_before_the_model_is_loaded(
+    images: Path, tmp_path: Path, refused: Callable[..., str], run: Run
+) -> None:
+    for name in KEPT:
+        (images / name).unlink()
+    command = ["caption", images, "--sidecar", "-o", tmp_path / "f.jsonl"]
+    assert run(*command).exit_code == 0
+    (images / "01.txt").write_text("corrected\n")
+    save_image(images / "05.png", 5)
+    assert "01.txt exists already" in refused(*command, "--update")
+    captioner = FakeCaptioner()
+    ended = run(*command, "--update", "--sidecar-existing", "skip", captioner=captioner)
+    assert ended.exit_code == 0 and sum(captioner.calls) == 1
+    rows = rows_of((tmp_path / "f.jsonl").read_bytes())
+    expected = {**made(images), "01.txt": "corrected"}
+    assert [row["caption"] for row in rows] == list(expected.values())
+    assert [row["score"] is None for row in rows] == [number == 1 for number in range(6)]
+    assert texts_beside(images) == {name: f"{text}\n" for name, text in expected.items()}
+
+
 JOINED = {
     "overwrite": lambda old, new: f"{new}\n",
     "append": lambda old, new: f"{old.rstrip()}\n{new}\n" if old else f"{new}\n",
