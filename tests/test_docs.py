@@ -174,12 +174,12 @@ def make_what_pages_name(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (folder / "mine.jsonl").write_text("".join(f"{json.dumps({**row, 'id': k})}\n" for k, row in enumerate(rows * 2)))
     v2 = "v2_OpenEnded_mscoco_{}2014_questions.json", "v2_mscoco_{}2014_annotations.json"
-    for part in "val", "train":
-        test_field_layouts.vqa_files(folder, *(name.format(part) for name in v2))
+    for part, image in ("val", 42), ("train", 43):
+        test_field_layouts.vqa_files(folder, *(name.format(part) for name in v2), image)
     pool = json.loads((folder / v2[0].format("train")).read_text())
     (folder / v2[0].format("train")).write_text(json.dumps({**pool, "questions": pool["questions"] * 2}))
-    shutil.copytree(folder / "val2014", folder / "train2014")
-    (folder / "train2014/COCO_val2014_000000000042.jpg").rename(folder / "train2014/COCO_train2014_000000000042.jpg")
+    (folder / "train2014").mkdir()
+    (folder / "val2014/COCO_val2014_000000000043.jpg").rename(folder / "train2014/COCO_train2014_000000000043.jpg")
     test_field_layouts.LAYOUTS["TextVQA"](folder)
 
 

@@ -63,15 +63,15 @@ def coco(folder: Path) -> int:
     return 2
 
 
-def vqa_files(folder: Path, questions: str, annotations: str) -> int:
-    asked = [{"image_id": 42, "question": f"What is {k}?", "question_id": 42000 + k} for k in range(3)]
+def vqa_files(folder: Path, questions: str, annotations: str, image: int = 42) -> int:
+    asked = [{"image_id": image, "question": f"What is {k}?", "question_id": 42000 + k} for k in range(3)]
     answers = [{"answer": "net", "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
     right = [{"question_type": "what", "multiple_choice_answer": "net", "answers": answers, "answer_type": "other"}]
     ids = [{name: row[name] for name in ("image_id", "question_id")} for row in asked]
     head = {"info": {"version": "2.0"}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {"name": "by"}}
     write(folder / questions, {**head, "data_subtype": "val2014", "questions": asked})
     write(folder / annotations, {**head, "annotations": [{**right[0], **each} for each in reversed(ids)]})
-    save_image(folder / "val2014/COCO_val2014_000000000042.jpg", 42)
+    save_image(folder / f"val2014/COCO_val2014_{image:012}.jpg", image)
     return 3
 
 
