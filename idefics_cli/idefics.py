@@ -242,6 +242,8 @@ class Idefics(LoadedModel):
 
         An image in several pairs is encoded once. A row {"image": ..., "question": ...} may stand for a pair.
         """
+        if not isinstance(question, str | None):
+            raise IdeficsError(f"the question must be a text, not {type(question).__name__}: write [(image, question)]")
         is_one = isinstance(asked, Mapping) if question is None else self._is_image(asked)
         given: Any = [asked] if is_one else several("answer's pairs", asked, "(image, question)")
         if question is not None:
@@ -376,6 +378,8 @@ class Idefics(LoadedModel):
         The same call again resumes a run that was stopped, and does nothing where it is finished. `on_row` gets each
         row as it is written; what it raises ends the run. Returns how many rows there are, and how many failed.
         """
+        if task not in ("caption", "vqa", "generate", "embed"):
+            raise IdeficsError(f"unknown task {task!r}: use 'caption', 'vqa', 'generate' or 'embed'")
         names = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
         told = {**options, "inputs": [os.fspath(each) for each in names], "output": os.fspath(output)}
         kind = GenerateOptions if task == "generate" else CaptionVqaOptions

@@ -9,6 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -99,7 +100,8 @@ def gathered(options: type[Options], given: Mapping[str, Any], own: Mapping[str,
 def require_keywords(given: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise IdeficsError(f"unknown option {', '.join(unknown)}: use {', '.join(known)}")
+        near = [name for each in unknown for name in get_close_matches(each, known, 1)]
+        raise IdeficsError(f"unknown option {', '.join(unknown)}: use {', '.join(near or known)}")
 
 
 def fitting(name: str, value: Any, hint: Any, about: Help) -> Any:

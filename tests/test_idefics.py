@@ -248,6 +248,11 @@ def test_what_is_no_list_of_pairs_is_told(base: Idefics, pairs: Any) -> None:
         base.score(pairs)
 
 
+def test_questions_are_not_given_beside_the_images(base: Idefics) -> None:
+    with pytest.raises(IdeficsError, match=r"the question must be a text, not list: write \[\(image, question\)\]"):
+        base.answer([image(), image()], ["a?", "b?"])  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize("question", ["", " ", "\t\n", None])
 def test_a_question_that_asks_nothing_is_an_error_among_others(base: Idefics, question: str | None) -> None:
     results = base.answer([(image(), "What?"), (image(), question), (image(), "Why?")], max_new_tokens=2)

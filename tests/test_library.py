@@ -138,7 +138,7 @@ def test_iterators_may_feed_each_other(model: Idefics) -> None:
 
 
 def test_options_are_looked_at_before_the_first_result_is_taken(model: Idefics) -> None:
-    with pytest.raises(IdeficsError, match="unknown option nun_beams: use num_beams"):
+    with pytest.raises(IdeficsError, match=r"unknown option nun_beams: use num_beams$"):
         model.caption_iter(IMAGES, nun_beams=2)  # type: ignore[call-arg]
     with pytest.raises(IdeficsError, match=r"caption's images must be a list.*write \[image\]"):
         model.caption_iter("cat.jpg")
@@ -466,5 +466,7 @@ def test_other_tasks_run_and_wrong_options_are_told(model: Idefics, tmp_path: Pa
         model.run("caption", [FOLDER], tmp_path / "a.jsonl", batch_size=3)  # type: ignore[call-arg]
     with pytest.raises(IdeficsError, match="cannot read gone"):
         model.run("caption", ["gone"], tmp_path / "a.jsonl")
+    with pytest.raises(IdeficsError, match="unknown task 'captions': use 'caption', 'vqa', 'generate' or 'embed'"):
+        model.run("captions", [FOLDER], tmp_path / "a.jsonl")  # type: ignore[arg-type]
     with pytest.raises(IdeficsError, match="is a folder of parts, which the command line makes: name a file"):
         model.run("caption", [FOLDER], f"{tmp_path}/parts/")
