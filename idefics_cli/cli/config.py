@@ -148,4 +148,9 @@ def _checked(context: typer.Context, param: Any, value: Any, where: str) -> Any:
     try:
         return param.process_value(context, value if isinstance(value, bool | list) else f"{value}")
     except typer.BadParameter as error:
-        raise IdeficsError(f"{where} is {value!r}: {error.message}") from error
+        raise IdeficsError(f"{where} is {value!r}: {said(error)}") from error
+
+
+def said(error: typer.BadParameter) -> str:
+    """Its message, without the kind of error that pydantic writes before it."""
+    return error.message.removeprefix("Value error, ")

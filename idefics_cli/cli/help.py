@@ -11,7 +11,10 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
+
+from idefics_cli.cli.config import said
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -111,7 +114,12 @@ class Helpful:
 
 
 class HelpfulCommand(Helpful, TyperCommand):
-    pass
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, args)
+        except BadParameter as error:
+            error.message = said(error)
+            raise
 
 
 class HelpfulGroup(Helpful, TyperGroup):

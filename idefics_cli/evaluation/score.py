@@ -196,7 +196,9 @@ def find_text_column(columns: Sequence[str], options: ScoreOptions) -> str:
 def require_columns(columns: Sequence[str], *names: str | None) -> None:
     for name in names:
         if name is not None and name not in columns:
-            raise InputError(f"the results have no column {name!r}: use one of {listed(columns)}")
+            raise InputError(
+                f"the results have no column {name!r}: use one of {listed(columns)}, or make them with --keep {name}"
+            )
 
 
 def text_column_of(columns: Sequence[str], answers_column: str | None) -> str:

@@ -61,7 +61,7 @@ def test_switches_lists_and_words(run: Run, photos: Path, config: Callable[[str]
         ("num-beams = true", "num-beams takes N, not true."),
         ("num-beams = 0", "num-beams is 0: "),
         ("num-beams = {}", "no command is called [num-beams]"),
-        ("dtype = 'int3'", "dtype is 'int3': "),
+        ("dtype = 'int3'", "dtype is 'int3': 'int3' is not one of 'auto', "),
         ("bare = 'yes'", "bare is a switch: write true or false, not 'yes'."),
         ("keep = ['a,b', 'c']", "keep has a comma within a word: write all as one text"),
         ("batch-size = 'all'", "--batch-size: invalid batch size 'all'"),

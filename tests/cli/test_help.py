@@ -115,6 +115,12 @@ def test_a_missing_input_shows_how_the_command_is_used() -> None:
     assert result.stderr.splitlines()[-1] == "Error: Missing argument 'INPUT'."
 
 
+def test_a_value_that_is_not_one_of_a_few_is_told_with_those_that_are() -> None:
+    result = CliRunner().invoke(app, ["caption", "a.png", "--dtype", "fp8"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("Error: Invalid value for '--dtype': 'fp8' is not one of 'auto', ")
+
+
 # ---- no option that the command refuses
 
 
