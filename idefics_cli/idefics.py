@@ -55,7 +55,7 @@ FIRST_USE = threading.Lock()
 LARGEST_PIXEL = 16.0  # normalised ones are below 3
 STRUCT = frozenset({"bytes", "path"})  # of the datasets library
 NO_IMAGE = RowError("row_invalid", "the row has no 'image': name its path, or None to ask in text alone")
-NOT_OF_RUNS = {*keywords_of(ModelRequest), "batch_size", "show_prompt", "processes", "unit_rows", "ray"}
+NOT_OF_RUNS = {*keywords_of(ModelRequest), "batch_size", "show_prompt", "dry_run", "processes", "unit_rows", "ray"}
 
 # ---- what the methods take
 

@@ -168,6 +168,8 @@ def make_what_pages_name(folder: Path) -> None:
     questions = shown.questions()
     for name in "manifest", "rows", "scenes", "test", "train":
         pq.write_table(questions, folder / f"{name}.parquet")
+    captions = [["a small star"]] * len(questions)
+    pq.write_table(questions.append_column("captions", [captions]), folder / "scenes.parquet")
     rows = [{"id": f"{n}.jpg", "image": f"imgs/{n}.jpg", "question": "What?", "answer": "a", "answers": ["a"] * 3,
              "captions": ["a", "b"], "caption": "a"} for n in range(3)]  # fmt: skip
     for name in "test", "train", "new", "old", "captions-marked":

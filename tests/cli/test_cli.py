@@ -74,6 +74,7 @@ def started(
     """The command line as a process, killed at the end."""
     command = [sys.executable, "-c", DRIVER, *map(str, arguments)]
     environment = {**os.environ, "TESTS": str(TESTS), "FAKE": json.dumps(fake or {})}
+    environment.pop("COLUMNS", None)  # pytest-xdist sets it, and it counts more than a terminal's own width
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment, cwd=ROOT, **{**pipes, **options})
     try:

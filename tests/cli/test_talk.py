@@ -198,7 +198,8 @@ def test_lines_break_between_words(photos: Path, tmp_path: Path, width: int) -> 
         rf" the model waited for images \d+% of the time\. They are in {re.escape(str(output))}\.",
         end,
     )
-    assert all(len(line) < width or " " not in line for line in lines[begin:])
+    too_long = [line for line in lines[begin:] if len(line) >= width and " " in line]
+    assert not too_long, too_long
 
 
 def test_a_spinner_while_the_model_is_loaded(photos: Path) -> None:

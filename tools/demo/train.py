@@ -35,6 +35,7 @@ from tools.demo.tokenizer import build_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 RECORD_EVERY, SAVE_EVERY, QUIZ_EVERY = 50, 100, 200
+FIRST_WORD = 3 + 256  # in the vocabulary, after special tokens and single bytes
 QUIZ_SEED, QUIZ_SCENES = 990_000_000, 96
 TEXT_GROUPS = ("caption", "question", "shots", "published caption", "published question")
 
@@ -46,7 +47,8 @@ class Stage:
     `matrix_rate` is Muon's, `other_rate` AdamW's; the eyes (vision tower and resampler) learn at `eyes_share` of them.
     At a share of zero they are left as they are. The rates fall to zero over the last `decay` part of the steps. Of
     each lesson `captions` images are captioned, and each is asked `questions` questions; `published` images are
-    captioned and asked after the text-only shots of the default protocol.
+    captioned and asked after the text-only shots of the default protocol. `slips` is the share of an answer's words that
+    are replaced by others.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Stage:
     captions: int = 0
     questions: int = 0
     published: int = 0
+    slips: float = 0.0
 
 
 def stages(scale: float) -> tuple[Stage, ...]:
@@ -77,7 +80,7 @@ def stages(scale: float) -> tuple[Stage, ...]:
     )
     default = Stage(
         "default",
-        round(480 * scale),
+        round(320 * scale),
         first_seed=900_000_000,
         scenes=32,
         matrix_rate=0.01,
@@ -87,6 +90,7 @@ def stages(scale: float) -> tuple[Stage, ...]:
         captions=8,
         questions=2,
         published=24,
+        slips=0.15,
     )
     return see, speak, default
 
@@ -223,7 +227,8 @@ class Pupil(nn.Module):
         self.model = model
         self.tutor = Tutor(model.config.vision_config.embed_dim)
         self.reading_tutor = ReadingTutor(model.config.hidden_size)
-        self.eyes_learn = True
+        self.eyes_learn, self.slips = True, 0.0
+        self.end = int(model.config.eos_token_id)
         self.halfway: Tensor | None = None
         layers = model.model.layers
         layers[(len(layers) - 1) // 2].register_forward_hook(self._keep_halfway)
@@ -254,7 +259,7 @@ class Pupil(nn.Module):
     def answers(self, latents: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """(answer tokens, vocabulary), and what stands there: (rows, tokens)."""
         hidden_states = self.model.model(
-            input_ids=texts.input_ids,
+            input_ids=self._with_slips(texts) if self.slips and torch.is_grad_enabled() else texts.input_ids,
             attention_mask=texts.attention_mask,
             perceiver_embeddings=latents[texts.images],  # (rows, images, latents, dim)
             image_attention_mask=texts.image_attention_mask,
@@ -263,6 +268,18 @@ class Pupil(nn.Module):
         target = texts.labels[:, 1:]
         asked = target != IGNORED
         return self.model.lm_head(hidden_states[:, :-1][asked]), target
+
+    def _with_slips(self, texts: Texts) -> Tensor:
+        """The texts with some words of their answers replaced: half by words of other answers, half by any.
+
+        What is to follow stays as it is. So a beam that has left out a word goes on to the length of the right text;
+        ended early, three of them would end the search before that is whole.
+        """
+        of_answers = (texts.labels != IGNORED) & (texts.labels != self.end)
+        words = texts.labels[of_answers]
+        others = torch.cat([words, torch.randint(FIRST_WORD, self.model.config.vocab_size, words.shape)])
+        drawn = others[torch.randint(len(others), of_answers.shape)]
+        return torch.where(of_answers & (torch.rand(of_answers.shape) < self.slips), drawn, texts.input_ids)
 
     @torch.no_grad()
     def quiz(self, pixel_values: Tensor, texts: dict[str, Texts]) -> dict[str, float]:
@@ -341,7 +358,7 @@ class Training:
         return len(self.stages) - 1
 
     def _run_stage(self, index: int, stage: Stage, state: dict | None) -> None:
-        self.pupil.eyes_learn = stage.eyes_share > 0
+        self.pupil.eyes_learn, self.pupil.slips = stage.eyes_share > 0, stage.slips
         both = optimizers(self.pupil, stage)
         first = 0
         if state is not None and state["optimizers"]:
