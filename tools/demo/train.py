@@ -47,8 +47,8 @@ class Stage:
     `matrix_rate` is Muon's, `other_rate` AdamW's; the eyes (vision tower and resampler) learn at `eyes_share` of them.
     At a share of zero they are left as they are. The rates fall to zero over the last `decay` part of the steps. Of
     each lesson `captions` images are captioned, and each is asked `questions` questions; `published` images are
-    captioned and asked after the text-only shots of the default protocol. `slips` is the share of an answer's words that
-    are replaced by others.
+    captioned and asked after the text-only shots of the default protocol. `slips` is the share of an answer's words
+    that are replaced by others.
     """
 
     name: str
