@@ -27,6 +27,7 @@ from idefics_cli.engine.prompt_source import IterableSource
 from idefics_cli.errors import IdeficsError
 from idefics_cli.loaded_model import LoadedModel
 from idefics_cli.model.packed_linear import PackedInt8Matrix, PackedLinear, pack_linears, packable_dtypes
+from idefics_cli.prompts.templates import CAPTION, Shot, few_shot_prompt
 from idefics_cli.ranks import Ranks
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -140,7 +141,8 @@ def captions_of_two(ranks: Ranks) -> list[tuple[str | None, float | None]]:
 
 
 def captions_with_scores(model: LoadedModel) -> list[tuple[str | None, float | None]]:
-    encoded = [model.encode([scene(EVALUATION_SEEDS + number).image], 12) for number in range(8)]
+    queries = [Shot(scene(EVALUATION_SEEDS + number).image) for number in range(8)]
+    encoded = [model.encode(few_shot_prompt(CAPTION, [], query), 12) for query in queries]
     return [(each.text, each.score) for _, each in sorted(model.stream(IterableSource(encoded), max_new_tokens=12))]
 
 
