@@ -242,7 +242,7 @@ class Idefics(LoadedModel):
 
         An image in several pairs is encoded once. A row {"image": ..., "question": ...} may stand for a pair.
         """
-        if not isinstance(question, str | None):
+        if not isinstance(question, str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise IdeficsError(f"the question must be a text, not {type(question).__name__}: write [(image, question)]")
         is_one = isinstance(asked, Mapping) if question is None else self._is_image(asked)
         given: Any = [asked] if is_one else several("answer's pairs", asked, "(image, question)")
