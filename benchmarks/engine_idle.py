@@ -26,7 +26,7 @@ import torch
 from benchmarks.image_decoding import find_images
 from idefics_cli.bench.options import SIZES, BenchOptions
 from idefics_cli.bench.subjects import random_subject
-from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
+from idefics_cli.checkpoint.devices import resolve_device
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import DecodingOptions
@@ -72,9 +72,9 @@ def rows_of(paths: Sequence[Path]) -> Iterator[InputRow]:
 
 def measure(paths: Sequence[Path], options: WaitOptions) -> dict[str, Any]:
     assert len(paths) == 2 * options.rows, f"{len(paths)} photographs for two runs of {options.rows}"
-    asked = BenchOptions(ModelRequest(""), random=options.size, batch_size=options.batch_size)
+    asked = BenchOptions(ModelRequest("", dtype=options.dtype), random=options.size, batch_size=options.batch_size)
     device = resolve_device(options.device)
-    subject = random_subject(asked, device, resolve_dtype(options.dtype, device))
+    subject = random_subject(asked, device)
     if device.type == "cpu":
         pack_linears(subject.model)
     (prompt, *_) = subject.prompts.draw(0)

@@ -21,6 +21,8 @@ from PIL import Image
 
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import Subject, random_subject
+from idefics_cli.checkpoint.devices import DTYPES
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.demo.scene import scene
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.options import DecodingOptions
@@ -31,9 +33,10 @@ CPU = torch.device("cpu")
 SPARE_BYTES = (512 << 20, 128 << 20, 48 << 20)
 
 
-def subject_on(device: torch.device, dtype: torch.dtype, size: str, rows: int, shots: int = 0) -> Subject:
+def subject_on(device: torch.device, dtype: str, size: str, rows: int, shots: int = 0) -> Subject:
     """The weights are drawn on the CPU, since each device draws its own numbers."""
-    subject = random_subject(BenchOptions(random=size, rows=rows, shots=shots), CPU, dtype)
+    options = BenchOptions(ModelRequest("", dtype=dtype), random=size, rows=rows, shots=shots)
+    subject = random_subject(options, CPU)
     return replace(subject, model=subject.model.to(device))
 
 
@@ -56,18 +59,18 @@ def correct(device: torch.device, size: str) -> dict[str, Any]:
     torch.backends.cudnn.allow_tf32 = False
     report: dict[str, Any] = {}
     for shots, beams in ((0, 3), (4, 3), (0, 5), (2, 1)):
-        host, decoding = subject_on(CPU, torch.float32, size, 16, shots), DecodingOptions(beams, 12)
+        host, decoding = subject_on(CPU, "fp32", size, 16, shots), DecodingOptions(beams, 12)
         prompts = host.prompts.draw(1)
         expected = texts(host, prompts, decoding, 8)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in DTYPES:
             found = texts(subject_on(device, dtype, size, 16, shots), prompts, decoding, 8)
             same = sum(a == b for a, b in zip(found, expected, strict=True))
-            report[f"{shots} shots, {beams} beams, {str(dtype)[6:]}: same"] = same / len(expected)
+            report[f"{shots} shots, {beams} beams, {DTYPES[dtype]}: same"] = same / len(expected)
     return report | {"largest difference of latents": latents_difference(device, size)}
 
 
 def latents_difference(device: torch.device, size: str) -> float:
-    host, other = (subject_on(each, torch.float32, size, 8) for each in (CPU, device))
+    host, other = (subject_on(each, "fp32", size, 8) for each in (CPU, device))
     images = [EncodedImage((prompt.pixels[-1],)) for prompt in host.prompts.draw(3)]
     first, second = (
         torch.stack([found for _, found in embed(each.engine(4), IterableSource(images))]) for each in (host, other)
@@ -77,7 +80,7 @@ def latents_difference(device: torch.device, size: str) -> float:
 
 def memory(device: torch.device, size: str) -> dict[str, Any]:
     """More rows than fit: the same texts, with fewer rows at a time."""
-    subject, decoding = subject_on(device, torch.float32, size, 64), DecodingOptions(3, 12)
+    subject, decoding = subject_on(device, "fp32", size, 64), DecodingOptions(3, 12)
     prompts = subject.prompts.draw(1)
     expected = texts(subject, prompts, decoding, 4)
     report = {}

@@ -15,7 +15,7 @@ import torch
 from idefics_cli.bench.compare import Bench, Pair, Run, agreement, timed_runs, warm_up
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import checkpoint_subject, random_subject, require_space
-from idefics_cli.checkpoint.devices import resolve_device, resolve_dtype
+from idefics_cli.checkpoint.devices import resolve_device
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,9 +29,8 @@ def run(options: BenchOptions, say: Callable[[str], None] = lambda line: None) -
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = resolve_device(options.request.device)
-    dtype = resolve_dtype(options.request.dtype, device)
     prepare = checkpoint_subject if options.random is None else random_subject
-    subject = prepare(options, device, dtype)
+    subject = prepare(options, device)
     require_space(subject, options)
     bench = Bench(subject, options)
     warm = warm_up(bench, say)

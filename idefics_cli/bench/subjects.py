@@ -17,6 +17,7 @@ from transformers import IdeficsConfig
 from transformers.initialization import no_init_weights
 
 from idefics_cli.bench.options import BenchOptions
+from idefics_cli.checkpoint.devices import resolve_dtype
 from idefics_cli.checkpoint.find import find_checkpoint
 from idefics_cli.checkpoint.load import choose_kernels, load_network, side_files
 from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
@@ -206,8 +207,9 @@ class Subject:
         return self.model.config.vision_config.image_size
 
 
-def random_subject(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Subject:
+def random_subject(options: BenchOptions, device: torch.device) -> Subject:
     assert options.random is not None, options
+    dtype = resolve_dtype(options.request.dtype, device, random_config(options.random))
     if device.type == "cuda":
         choose_kernels()
     model = random_model(options.random, device, dtype, options.seed)
@@ -217,10 +219,11 @@ def random_subject(options: BenchOptions, device: torch.device, dtype: torch.dty
     return Subject(model, vocabulary, RandomPrompts(model.config, options), images)
 
 
-def checkpoint_subject(options: BenchOptions, device: torch.device, dtype: torch.dtype) -> Subject:
+def checkpoint_subject(options: BenchOptions, device: torch.device) -> Subject:
     checkpoint = find_checkpoint(options.request)
     config, encoder, images = side_files(checkpoint)
     prompts = ScenePrompts(encoder, images, options)
+    dtype = resolve_dtype(options.request.dtype, device, config)
     model = load_network(checkpoint, config, device, dtype)
     return Subject(model, vocabulary_of(encoder), prompts, images)
 

@@ -42,7 +42,7 @@ ONE_TEST = "tests/device/test_on_device.py::test_a_step_is_one_graph"
 
 
 def test_the_checks_take_the_engine_as_it_is() -> None:
-    subject = gpu_check.subject_on(gpu_check.CPU, torch.float32, "tiny", 2)
+    subject = gpu_check.subject_on(gpu_check.CPU, "fp32", "tiny", 2)
     found = gpu_check.texts(subject, subject.prompts.draw(1), DecodingOptions(2, 3), 2)
     assert [type(ids) for ids in found] == [tuple, tuple], found
     assert gpu_check.latents_difference(gpu_check.CPU, "tiny") == 0.0

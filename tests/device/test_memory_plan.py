@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from software_cuda import SoftwareCuda
 
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.bench.subjects import random_subject
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.memory_budget import VISION_BATCH, MemoryPlan
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.engine.prompt_source import IterableSource
@@ -16,12 +16,12 @@ from idefics_cli.engine.scheduler import Scheduler
 WITHIN = (0.6, 1.1)  # counted, of what was planned over the weights
 
 
-@pytest.mark.parametrize(("dtype", "rows", "beams"), [(torch.bfloat16, 24, 1), (torch.float32, 8, 3)])
-def test_memory_is_as_planned(dtype: torch.dtype, rows: int, beams: int) -> None:
+@pytest.mark.parametrize(("dtype", "rows", "beams"), [("bf16", 24, 1), ("fp32", 8, 3)])
+def test_memory_is_as_planned(dtype: str, rows: int, beams: int) -> None:
     with SoftwareCuda(shapes_only=True) as gpu:
-        subject = random_subject(BenchOptions(random="mid", rows=rows), gpu.device, dtype)
+        subject = random_subject(BenchOptions(ModelRequest("", dtype=dtype), random="mid", rows=rows), gpu.device)
         weights = gpu.allocated
-        plan = MemoryPlan.of(subject.model.config, subject.model.num_parameters(), dtype.itemsize)
+        plan = MemoryPlan.of(subject.model.config, subject.model.num_parameters(), subject.model.dtype.itemsize)
         assert weights == pytest.approx(plan.weights, rel=0.01)
         prompts, decoding = IterableSource(subject.prompts.draw(0)), DecodingOptions(num_beams=beams, max_new_tokens=20)
         scheduler = Scheduler(subject.engine(rows), prompts, decoding, subject.vocabulary)

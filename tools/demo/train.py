@@ -1,12 +1,11 @@
 """Make the `demo` model from nothing: `python -m tools.demo.train`.
 
-Four stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
+Three stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
 lies where: for each patch the shape it belongs to, and in the first latents the shapes from left to right. *Speak*:
-the whole model learns to caption and to answer, in the official prompt templates. *Answer*: it is asked more, because
-captions are learned sooner than answers. *Default*: with its eyes as they are, it learns to do so after the text-only
-shots of the default protocol. Scenes are drawn from seeds in order, so a run can stop anywhere and resumes from its
-last saved state; seeds from `EVALUATION_SEEDS` on are never drawn here. With `--start`, a finished checkpoint goes
-through the last stage alone.
+the whole model learns to caption and to answer, in the official prompt templates. *Default*: with its eyes as they are,
+it learns to do so after the text-only shots of the default protocol, and to finish texts that have gone wrong. Scenes
+are drawn from seeds in order, so a run can stop anywhere and resumes from its last saved state; seeds from
+`EVALUATION_SEEDS` on are never drawn here.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -80,7 +78,7 @@ def stages(scale: float) -> tuple[Stage, ...]:
     )
     default = Stage(
         "default",
-        round(320 * scale),
+        round(600 * scale),
         first_seed=900_000_000,
         scenes=32,
         matrix_rate=0.01,
@@ -323,10 +321,10 @@ def rate(stage: Stage, step: int) -> float:
 class Training:
     """One run: its model, where it stands, and its checkpoint in `folder`."""
 
-    def __init__(self, folder: Path, device: str, scale: float, threads: int, start: Path | None = None):
+    def __init__(self, folder: Path, device: str, scale: float, threads: int):
         torch.manual_seed(0)
         torch.set_num_threads(threads)
-        self.folder, self.device, self.start = folder, device, start
+        self.folder, self.device = folder, device
         self.stages = stages(scale)
         self.tokenizer = build_tokenizer()
         self.encoder = PromptEncoder(self.tokenizer)
@@ -345,17 +343,10 @@ class Training:
 
     def _resume(self) -> tuple[int, dict | None]:
         if not self.state_file.exists():
-            return self._begin(), None
+            return 0, None
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
         self.pupil.load_state_dict(state["pupil"])
         return state["stage"], state
-
-    def _begin(self) -> int:
-        """How many stages a new run skips: none, or all but the last if it starts from a checkpoint."""
-        if self.start is None:
-            return 0
-        self.pupil.model.load_state_dict(load_file(self.start / "model.safetensors", device=self.device))
-        return len(self.stages) - 1
 
     def _run_stage(self, index: int, stage: Stage, state: dict | None) -> None:
         self.pupil.eyes_learn, self.pupil.slips = stage.eyes_share > 0, stage.slips
@@ -476,18 +467,12 @@ def main() -> None:
         default=Path("demo-training"),
         help="where the run keeps its state, its curve and the finished checkpoint",
     )
-    parser.add_argument(
-        "--start",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="train this finished checkpoint in the last stage only, not a new one in all of them",
-    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="lengthen or shorten all stages")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     try:
-        Training(options.folder, options.device, options.scale, options.threads, options.start).run()
+        Training(options.folder, options.device, options.scale, options.threads).run()
     except KeyboardInterrupt:
         sys.exit(f"stopped: the same command resumes, losing at most {SAVE_EVERY} lessons")
 
