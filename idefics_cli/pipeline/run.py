@@ -148,7 +148,7 @@ class Run:
             chunk = list(islice(rows, len(olds)))
             for (old, known), row, digest in zip_longest(olds, chunk, self._digests(chunk)):
                 matters = known and not is_retry and (self.options.update or not old["error"])
-                if row is None or row.id != old["id"] or (matters and digest != known):
+                if row is None or row.id != old["id"] or (matters and digest != known) or self._is_corrected(row, old):
                     return False
                 self._write_beside(row, old)
                 self.stats.add_earlier(old)
@@ -169,6 +169,8 @@ class Run:
                 changes.add("changed", row.id)
             elif old is None and not is_duplicate(row.error) and output.is_finished:
                 changes.add("new", row.id)
+            elif old is not None and self._is_corrected(row, old[0]):
+                changes.add("corrected", row.id)
         gone, failed, ids = earlier.never_found()
         changes.add("gone", *ids, number=gone)
         is_retried = mode == GOOD and gone == failed >= changes.numbers["new"]
@@ -378,6 +380,12 @@ class Run:
             nothing = self.form.row(row, RowError("row_invalid", ""))
             return replace(row, earlier={**nothing, self.form.text_column: found, "error": None})
         return row if found is None else replace(row, error=found)
+
+    def _is_corrected(self, row: InputRow, old: Mapping[str, Any]) -> bool:
+        """Whether an update takes over a text beside the row's image that is not what the row became."""
+        if not (self.options.update and self.sidecars) or row.error or old["error"]:
+            return False
+        return isinstance(self.sidecars.before(_own_file(row), row.index, old[self.form.text_column]), str)
 
     def _close_beside(self) -> None:
         if self.sidecars is not None:

@@ -96,10 +96,10 @@ class SidecarWriter:
         return row if first is None else first
 
     def _has(self, there: bytes, data: bytes) -> bool:
-        """Whether the text is there, perhaps written by a run that was killed."""
+        """Whether the text is there, perhaps written by a run that was killed, or by an editor without a line break."""
         if self.existing == "append":
             return there == data or there.endswith(b"\n" + data)
-        return there.startswith(data) if self.existing == "prepend" else there == data
+        return there.startswith(data) if self.existing == "prepend" else there.removesuffix(b"\n") + b"\n" == data
 
     def _joined(self, there: bytes | None, data: bytes, target: Path) -> bytes:
         if not there or self.existing == "overwrite":

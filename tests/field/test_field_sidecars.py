@@ -87,6 +87,24 @@ def test_a_corrected_text_is_kept_and_known_before_the_model_is_loaded(
     assert texts_beside(images) == {name: f"{text}\n" for name, text in expected.items()}
 
 
+@pytest.mark.parametrize("line_break", ["", "\n"])
+def test_an_update_takes_corrected_texts_over_without_a_new_image_or_a_model(
+    images: Path, tmp_path: Path, run: Run, line_break: str
+) -> None:
+    command = ["caption", images, "--sidecar", "--sidecar-existing", "skip", "-o", tmp_path / "f.jsonl"]
+    assert run(*command).exit_code == 0
+    (images / "02.txt").write_text(f"corrected{line_break}")
+    assert "is finished" in run(*command).stderr
+    captioner = FakeCaptioner()
+    ended = run(*command, "--update", captioner=captioner)
+    assert ended.exit_code == 0 and not captioner.calls and "done: 1 row corrected (02.png)" in ended.stderr
+    rows = rows_of((tmp_path / "f.jsonl").read_bytes())
+    expected = {**made(images), "01.txt": "mine", "02.txt": "corrected", "03.txt": "also mine"}
+    assert [row["caption"] for row in rows] == list(expected.values())
+    assert (images / "02.txt").read_text() == f"corrected{line_break}"
+    assert "is finished" in run(*command, "--update").stderr
+
+
 JOINED = {
     "overwrite": lambda old, new: f"{new}\n",
     "append": lambda old, new: f"{old.rstrip()}\n{new}\n" if old else f"{new}\n",
