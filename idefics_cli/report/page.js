@@ -800,6 +800,7 @@ function crc32(bytes) {
   for (const byte of bytes) sum = CRC[(sum ^ byte) & 255] ^ (sum >>> 8);
   return ~sum >>> 0;
 }
+const MOST_FILES = 65535; // of a zip archive
 function zipped(files) {
   // A zip archive without compression: names are UTF-8.
   const parts = [], directory = [], encoder = new TextEncoder();
@@ -819,18 +820,31 @@ function zipped(files) {
   const size = directory.reduce((sum, part) => sum + part.length, 0), count = directory.length / 2;
   return [...parts, ...directory, block(22, [[0, 4, 0x06054b50], [8, 2, count], [10, 2, count], [12, 4, size], [16, 4, place]])];
 }
+const imagePath = (i) => {
+  // Below the folder that was captioned, where the id says so, else as the row has it; it leads out of no folder.
+  const image = String(detailsOf(i).image || D.id[i]), id = D.id[i];
+  const parts = (image.endsWith(`/${id}`) ? id : image).split("/").filter((part) => part && part !== "." && part !== "..");
+  return parts.map((part) => part.replace(/[\0-\x1f\\:*?"<>|]/g, "_")).join("/") || "row";
+};
+const bare = (path) => path.replace(/([^/])\.[^./]+$/, "$1");
+let stems = null; // how many names of all images are this one, or this one with a suffix
+function sharesStem(path) {
+  if (!stems) {
+    stems = new Map();
+    const paths = new Set(Array.from({ length: N }, (_, i) => imagePath(i)));
+    for (const each of paths) for (const name of new Set([each, bare(each)])) stems.set(name, (stems.get(name) || 0) + 1);
+  }
+  return stems.get(bare(path)) > 1;
+}
 function sidecars(rows) {
-  // The name of each text is that of its image; of two images with one stem both keep their suffix.
-  const names = rows.map((i) => (String(detailsOf(i).image || D.id[i]).split("/").pop() || "row").replace(/[\0-\x1f\\:*?"<>|]/g, "_"));
-  const bare = (name) => name.replace(/\.[^.]+$/, "");
-  const seen = new Map();
-  for (const name of names) seen.set(bare(name), (seen.get(bare(name)) || 0) + 1);
+  // Each text is where --sidecar writes it: beside its image; of images with one stem each keeps its suffix.
   const used = new Set();
-  return rows.map((i, n) => {
-    let name = seen.get(bare(names[n])) > 1 ? names[n] : bare(names[n]);
-    for (let again = 2; used.has(name); again++) name = `${names[n]}-${again}`;
+  return rows.filter((i) => textOf(i) !== null).slice(0, MOST_FILES).map((i) => {
+    const path = imagePath(i), own = sharesStem(path) ? path : bare(path);
+    let name = own;
+    for (let again = 2; used.has(name); again++) name = `${path}-${again}`;
     used.add(name);
-    return [`${name}.txt`, textOf(i) || ""];
+    return [`${name}.txt`, `${textOf(i)}\n`];
   });
 }
 function openExport() {
@@ -848,12 +862,12 @@ function openExport() {
     line(marks.size ? N - marked.length : 0, "All but the marked", "What remains where the marked rows are left out.",
       ["other ids .txt", () => download(`${stem}-others.txt`, ids(others()), NOTE)],
       ["other rows .jsonl", () => download(`${stem}-others.jsonl`, jsonLines(others().map(textRow)), LINES)]),
-    line(edited.length, "Edited texts", "As rows; or a text file for each image, in an archive.",
+    line(edited.length, "Edited texts", "As rows; or a text file for each image, in an archive to be unpacked over their folder.",
       ["edited .jsonl", () => download(`${stem}-edited.jsonl`, jsonLines(edited.map(textRow)), LINES)],
       ["edited .txt files", () => download(`${stem}-edited.zip`, zipped(sidecars(edited)), "application/zip")]),
-    line(state.shown.length, "Rows in view", "All rows that pass the filters, with edited texts.",
+    line(state.shown.length, "Rows in view", `All rows that pass the filters, with edited texts${state.shown.length > MOST_FILES ? `; the archive has the first ${MOST_FILES.toLocaleString("en")}` : ""}.`,
       ["rows .jsonl", () => download(`${stem}-rows.jsonl`, jsonLines(state.shown.map(textRow)), LINES)],
-      ["rows .txt files", () => download(`${stem}-texts.zip`, zipped(sidecars(state.shown.slice(0, 65535))), "application/zip")]),
+      ["rows .txt files", () => download(`${stem}-texts.zip`, zipped(sidecars(state.shown)), "application/zip")]),
     h("p", { class: "later" }, h("button", { disabled: !marks.size && !edits.size, onclick: () => { markFacet.only = true; $("export").close(); refresh(); } }, "Show marked and edited rows"),
       h("button", { disabled: !marks.size && !edits.size, onclick: () => { if (confirm("Remove all marks and edits?")) { marks.clear(); edits.clear(); keep(); redraw(); openExport(); } } }, "Remove all marks and edits")));
   if (!$("export").open) $("export").showModal();

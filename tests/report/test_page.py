@@ -243,11 +243,38 @@ def test_marks_and_edits_are_kept_and_exported(captions, tmp_path):
     edited = {"id": "001.png", "image": "imgs/1.png", "caption": "corrected <b>text</b>\nö"}
     assert rows_of(saved("edited .jsonl").read_text()) == [edited]
     with zipfile.ZipFile(saved("edited .txt files")) as archive:
-        assert archive.testzip() is None and archive.namelist() == ["1.txt"]
-        assert archive.read("1.txt").decode() == edited["caption"]
+        assert archive.testzip() is None and archive.namelist() == ["imgs/1.txt"]
+        assert archive.read("imgs/1.txt").decode() == f"{edited['caption']}\n"
     captions.on("dialog", lambda dialog: dialog.accept())
     captions.click("text=Remove all marks and edits")
     assert captions.evaluate("marks.size + edits.size") == 0
+
+
+def test_exported_texts_lie_beside_their_images_and_nowhere_else(browser, tmp_path):
+    """As --sidecar writes them, below the folder that was captioned; failed rows have none."""
+    beside = {
+        "10_cat/a.png": ("set/10_cat/a.png", "10_cat/a.txt"),
+        "5_dog/a.png": ("set/5_dog/a.png", "5_dog/a.txt"),
+        "5_dog/b.png": ("set/5_dog/b.png", "5_dog/b.png.txt"),
+        "5_dog/b.jpg": ("set/5_dog/b.jpg", "5_dog/b.jpg.txt"),
+        "5_dog/c.png": ("set/5_dog/c.png", "5_dog/c.txt"),
+        "5_dog/c.png.jpg": ("set/5_dog/c.png.jpg", "5_dog/c.png.jpg.txt"),
+        "1": ("imgs/v1.2/d", "imgs/v1.2/d.txt"),
+        "2": ("../../up/./e.png", "up/e.txt"),
+        "3": ("/root/f.png", "root/f.txt"),
+        "4": ("C:\\g\0.png", "C__g_.txt"),
+        "5": ("imgs/v1.2/d", "imgs/v1.2/d-2.txt"),
+        "6": ("..", "row.txt"),
+        "7": ("imgs/.png", "imgs/.png.txt"),
+    }
+    rows = [{"id": name, "image": image, "caption": name, "error": None} for name, (image, _) in beside.items()]
+    rows.append({"id": "h.png", "image": "set/h.png", "caption": None, "error": "image_unreadable: broken"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(str(tmp_path / "a.jsonl"), ReportOptions(output=str(tmp_path / "a.html"), link=True))
+    for page in opened(browser, tmp_path / "a.html"):
+        texts = {name: f"{row}\n" for row, (_, name) in beside.items()}
+        assert dict(page.evaluate("sidecars(state.shown)")) == texts
+        assert page.evaluate("sidecars([3])") == [["5_dog/b.jpg.txt", "5_dog/b.jpg\n"]]  # whatever else is exported
 
 
 def test_two_runs(answers):
