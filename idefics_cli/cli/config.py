@@ -3,7 +3,7 @@ it.
 
 At the top of the file stand options of all commands that have them, in a table, as `[caption]`, those of one command.
 They are called as on the command line: `num-beams = 5`, or `num_beams`. What a command would not take is refused by
-name, with the nearest that it does take; a variable that no command takes is told of and ignored.
+name, with what it takes that is spelled like it; a variable that no command takes is told of and ignored.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def _of_file(context: typer.Context, file: str) -> dict[str, Any]:
     for table, options in tables.items():
         for name in options:
             _require_known(_spelled(name), known[table], f"{file}: [{table}] does not take")
+    for options in general, *tables.values():
+        _require_one_spelling(options, file)
     general = {name: value for name, value in general.items() if _spelled(name) in known[own]}
     return dict(_values(context, {**general, **tables.get(own, {})}, file))
 
@@ -88,8 +90,20 @@ def _names(command: Any) -> dict[str, tuple[Any, bool]]:
 
 def _require_known(name: str, known: Any, said: str, shape: str = "{}") -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise IdeficsError(f"{said} {shape.format(name)}: the nearest is {shape.format(near[0])}")
+        remedy = next((f"the nearest is {shape.format(near)}" for near in _near(name, known)), "leave it out")
+        raise IdeficsError(f"{said} {shape.format(name)}: {remedy}")
+
+
+def _near(name: str, known: Any) -> list[str]:
+    """The one that is spelled like it, if any is."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+
+
+def _require_one_spelling(options: Mapping[str, Any], file: str) -> None:
+    written: dict[str, str] = {}
+    for name in options:
+        if (other := written.setdefault(_spelled(name), name)) != name:
+            raise IdeficsError(f"{file}: {other} and {name} are one option: keep one of them")
 
 
 def _values(context: typer.Context, given: Mapping[str, Any], file: str) -> Iterator[tuple[str, Any]]:
@@ -109,11 +123,12 @@ def _values(context: typer.Context, given: Mapping[str, Any], file: str) -> Iter
 def _of_environment(context: typer.Context) -> dict[str, Any]:
     given = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and value}
     commands = _commands(context).values()
-    known = {f"{PREFIX}{each.name.upper()}" for command in commands for each in command.params if _is_option(each)}
-    known.add(f"{PREFIX}CONFIG")
-    for name in sorted(given.keys() - known):
-        near = difflib.get_close_matches(name, known, n=1)
-        say(f"{name} is ignored: no command takes it{f'; the nearest is {near[0]}' if near else ''}.")
+    known = {each.name.upper() for command in commands for each in command.params if _is_option(each)}
+    known.add(CONFIG.upper())
+    for name in sorted(given):
+        if (own_name := name.removeprefix(PREFIX)) not in known:
+            nearest = "".join(f"; the nearest is {PREFIX}{near}" for near in _near(own_name, known))
+            say(f"{name} is ignored: no command takes it{nearest}.")
     own = {f"{PREFIX}{each.name.upper()}": each for each in context.command.params if _is_option(each)}
     return {
         own[name].name: _of_variable(context, own[name], name, value) for name, value in given.items() if name in own
@@ -152,5 +167,5 @@ def _checked(context: typer.Context, param: Any, value: Any, where: str) -> Any:
 
 
 def said(error: typer.BadParameter) -> str:
-    """Its message, without the kind of error that pydantic writes before it."""
-    return error.message.removeprefix("Value error, ")
+    """Its message, without the kind of error that pydantic writes before it, and the full stop."""
+    return error.message.removeprefix("Value error, ").removesuffix(".")

@@ -187,6 +187,8 @@ class Option:
             return str | None
         if get_origin(self.of) is tuple:
             return list[str]
+        if get_origin(self.of) is Literal and "|" in (self.help.metavar or ""):  # perhaps not all, as a command says
+            return Literal[tuple(self.help.metavar.split("|"))]
         return bool if bool in get_args(self.of) else self.of
 
     def _about(self, default: Any) -> Any:

@@ -115,10 +115,21 @@ def test_a_missing_input_shows_how_the_command_is_used() -> None:
     assert result.stderr.splitlines()[-1] == "Error: Missing argument 'INPUT'."
 
 
-def test_a_value_that_is_not_one_of_a_few_is_told_with_those_that_are() -> None:
-    result = CliRunner().invoke(app, ["caption", "a.png", "--dtype", "fp8"])
+@pytest.mark.parametrize(
+    ("command", "option", "value", "taken"),
+    [
+        ("caption", "--dtype", "fp8", "'auto', 'bf16', 'fp16', 'fp32', 'bfloat16', 'float16', 'float32'"),
+        ("caption", "--format", "csv", "'auto', 'jsonl', 'parquet'"),
+        ("vqa", "--format", "csv", "'auto', 'jsonl', 'parquet', 'vqav2'"),
+    ],
+)
+def test_a_value_that_is_not_one_of_a_few_is_told_with_those_that_are(
+    command: str, option: str, value: str, taken: str
+) -> None:
+    result = CliRunner().invoke(app, [command, "a.png", option, value])
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1].startswith("Error: Invalid value for '--dtype': 'fp8' is not one of 'auto', ")
+    said = result.stderr.splitlines()[-1]
+    assert said == f"Error: Invalid value for '{option}': '{value}' is not one of {taken}"
 
 
 # ---- no option that the command refuses
