@@ -70,10 +70,10 @@ def test_help_and_pages_name_the_same_options() -> None:
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     named = set(re.findall(r"(?<![\w-])--?[a-z0][a-z-]*", pages)) - {
         "--nproc-per-node",
-        "--beside",
+        *("--beside", "--beams", "--tokens"),
         *("--folder", "--threads", "--all-questions"),
         *("--address", "--head", "--port", "--index-url", "--sort", "--train", "--enable-beam-search", "--help"),
-    }  # those of torchrun, a benchmark, our tools, Ray, pip, tar, diffusers, SGLang, and what every command has
+    }  # those of torchrun, benchmarks, our tools, Ray, pip, tar, diffusers, SGLang, and what every command has
     assert not {flag for flag in named if flag.startswith("--")} - set().union(*options.values())
     for command in "caption", "vqa", "generate", "embed", "info":
         for parameter in COMMANDS[command].params:
