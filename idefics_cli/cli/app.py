@@ -21,7 +21,7 @@ from idefics_cli import __version__
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.request import ModelRequest
-from idefics_cli.cli.completion import model_names
+from idefics_cli.cli.completion import SHELLS, model_names
 from idefics_cli.cli.console import (
     EXIT_BUG,
     EXIT_FAILED_ROWS,
@@ -502,6 +502,7 @@ def command_line() -> Any:
     for each in group.params:
         if each.name.endswith("_completion") and each.is_flag:
             each.default, each.rich_help_panel = False, "Run"
+            each.help = f"{each.name.partition('_')[0].title()} completion of this shell, or of {', '.join(SHELLS)}."
     return group
 
 

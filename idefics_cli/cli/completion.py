@@ -14,6 +14,7 @@ from idefics_cli.checkpoint.request import DEFAULT_MODEL, DEMO
 from idefics_cli.prompts.templates import TEMPLATES
 
 CACHED = "models--"
+SHELLS = ("bash", "zsh", "fish")
 
 
 Completion: TypeAlias = Callable[[str], list[str]]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
+from idefics_cli.cli.completion import SHELLS
 from idefics_cli.cli.config import said
 
 if TYPE_CHECKING:
@@ -124,9 +125,14 @@ class HelpfulCommand(Helpful, TyperCommand):
 
 class HelpfulGroup(Helpful, TyperGroup):
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
-        """`help CMD` is `CMD --help`."""
+        """`help CMD` is `CMD --help`. After an option of completion may be a shell, not a command."""
         if args[:1] == ["help"]:
             args = [*args[1:2], "--help"]
+        for option in self.params if len(args) == 2 else ():
+            if args[0] in option.opts and option.name.endswith("_completion"):
+                if args[1] not in SHELLS:
+                    raise BadParameter(f"{args[1]!r} is not one of {', '.join(map(repr, SHELLS))}", param=option)
+                option.callback(context, option, args[1])
         return super().parse_args(context, args)
 
     def collect_usage_pieces(self, context: Any) -> list[str]:

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from idefics_cli.cli.app import app
+from idefics_cli.cli.completion import SHELLS
 from idefics_cli.prompts.templates import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
-SHELLS = ("bash", "zsh", "fish")
 
 
 def asked(shell: str, line: str) -> list[str]:
@@ -93,6 +93,27 @@ def test_scripts_are_shown_and_installed(shell_home: dict[str, str], shell: str)
     installed = said("idefics --install-completion").splitlines()[0]
     assert installed.startswith(f"{shell} completion installed in {shell_home['HOME']}/")
     assert Path(installed.rpartition(" ")[2]).read_text().strip() == script.strip()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    """Whatever shell this is: in a container there may be none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    runner = CliRunner()
+
+    def said(*words: str) -> str:
+        ended = runner.invoke(app, words, prog_name="idefics")
+        assert ended.exit_code == 0, ended.output
+        return ended.stdout
+
+    script = said("--show-completion", shell)
+    assert f"_IDEFICS_COMPLETE=complete_{shell}" in script
+    installed = said("--install-completion", shell).splitlines()[0]
+    assert installed.startswith(f"{shell} completion installed in {tmp_path}/")
+    assert Path(installed.rpartition(" ")[2]).read_text().strip() == script.strip()
+    refused = runner.invoke(app, ["--install-completion", "csh"], prog_name="idefics")
+    assert refused.exit_code == 2
+    assert refused.stderr.endswith("'--install-completion': 'csh' is not one of 'bash', 'zsh', 'fish'\n")
 
 
 def test_bash_completes(shell_home: dict[str, str]) -> None:
