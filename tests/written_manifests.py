@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,13 +75,3 @@ def refusal(*inputs: str | Path, stdin: bytes | None = None, **options: Any) -> 
         read(*inputs, stdin=stdin, **options)
     assert "\n" not in str(caught.value) and str(caught.value).encode()
     return str(caught.value)
-
-
-def unescape_name(text: str) -> str:
-    """The name that `escape_name` made `text` from; `os.fsencode` of it gives the name's bytes."""
-
-    def restore(match: re.Match[str]) -> str:
-        byte = int(match[1], 16)
-        return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
-
-    return re.sub(r"\\x(5c|[89a-f][0-9a-f])", restore, text)

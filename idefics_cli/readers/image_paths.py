@@ -32,6 +32,7 @@ from idefics_cli.storage.filenames import (
     is_utf8,
     shown,
     shown_address,
+    unescape_name,
 )
 from idefics_cli.storage.files import MAX_PIECE_BYTES, File, place
 from idefics_cli.storage.regular_file import real_folder
@@ -94,7 +95,8 @@ class LocalRoot:
         if refusal:
             return refusal
         if (not path.isascii() or "\\" in path or path[1:3] == ":/") and not self._is_there(path):
-            path = self._spelled_as_here(path) or path
+            name = unescape_name(path)  # as our own rows have one that is not UTF-8
+            path = name if self._is_there(name) else self._spelled_as_here(path) or path
             if WINDOWS_ROOT.match(path):
                 return RowError(
                     "image_missing", f"{shown(path)} is a path of Windows: write it relative to --image-root"

@@ -54,6 +54,16 @@ def escape_name(name: str) -> str:
     return escaped
 
 
+def unescape_name(text: str) -> str:
+    """The name that `escape_name` made `text` from."""
+
+    def restored(escape: re.Match[str]) -> str:
+        byte = int(escape[1], 16)
+        return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
+
+    return ESCAPED_BYTE.sub(restored, text)
+
+
 def is_utf8(text: str) -> bool:
     """Whether `text` can be encoded: half of a surrogate pair cannot."""
     return text.isascii() or text.encode(errors="ignore").decode() == text

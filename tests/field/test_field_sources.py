@@ -106,6 +106,18 @@ def test_paths_of_windows_and_accents_of_macos_find_the_one_file_they_mean(
     assert result.stderr.count(" is read as ") == 1
 
 
+def test_the_rows_of_a_run_name_images_whose_names_are_not_utf8(run: Callable, tmp_path: Path) -> None:
+    """As a manifest, and as the page of `report` finds them."""
+    image = save_image(tmp_path / "in" / os.fsdecode(b"lat\xe9.png"))
+    assert run("caption", tmp_path / "in", "-o", tmp_path / "rows.jsonl").exit_code == 0
+    again = run("caption", tmp_path / "rows.jsonl", "--image-root", "/")
+    assert [row["caption"] for row in rows_of(again.stdout)] == [expected_text(image)]
+    assert " is read as " not in again.stderr
+    assert run("report", tmp_path / "rows.jsonl", "--image-root", "/", "-o", tmp_path / "page.html").stderr == (
+        f"1 row in {tmp_path / 'page.html'}.\n"
+    )
+
+
 def test_two_files_that_a_path_may_mean_are_not_guessed(run: Callable, tmp_path: Path) -> None:
     nfc, nfd = "\u00e9\u00fc.png", "e\u0301u\u0308.png"
     for name in nfc, nfd:

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import rows_of, save_image
 from typer.testing import Result
-from written_manifests import TABLE_FORMATS, unescape_name, write_manifest
+from written_manifests import TABLE_FORMATS, write_manifest
+
+from idefics_cli.storage.filenames import unescape_name
 
 ADDRESSES = ["https://a.example/1.png", "HTTP://a.example", "data:image/png;base64,aGk=", "file:///etc/passwd"]
 

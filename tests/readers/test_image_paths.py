@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from conftest import save_image
-from written_manifests import opened, read, refusal, unescape_name, write_manifest
+from written_manifests import opened, read, refusal, write_manifest
 
 from idefics_cli.errors import RowError
 from idefics_cli.readers.image_paths import LocalRoot
 from idefics_cli.rows import InputRow
+from idefics_cli.storage.filenames import unescape_name
 
 
 def rows(folder: Path, values: list[object], **options) -> list[InputRow]:

@@ -12,11 +12,11 @@ import pytest
 from conftest import save_image
 from hypothesis import example, given
 from hypothesis import strategies as st
-from written_manifests import opened, read, refusal, unescape_name
+from written_manifests import opened, read, refusal
 
 from idefics_cli.readers.inputs import open_inputs
 from idefics_cli.rows import InputRow, ReadOptions
-from idefics_cli.storage.filenames import escape_name
+from idefics_cli.storage.filenames import escape_name, unescape_name
 
 
 def ids(*inputs: str | Path, stdin: bytes | None = None, **options) -> list[str]:
