@@ -1,19 +1,24 @@
-"""The console script, also run by `python -m idefics_cli`. Nothing slow is imported before Ctrl-C is handled."""
+"""The console script, also run by `python -m idefics_cli`. Nothing slow is imported before signals are handled."""
 
 from __future__ import annotations
 
+import os
 import signal
 
 
-def end_at_once_when_interrupted() -> None:
-    """Ctrl-C before a command has begun ends the process without Python's traceback: nothing has been done yet."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+def end_at_once_when_stopped() -> None:
+    """A signal before a command has begun ends the process without Python's traceback: nothing has been done yet.
+
+    By a handler, as the first process of a container ignores signals that have none.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 
 def main() -> None:
     """The command line."""
-    end_at_once_when_interrupted()
+    end_at_once_when_stopped()
     from idefics_cli.cli import app as cli
 
     cli.main()

@@ -39,7 +39,8 @@ def completion_of(name: str, metavar: str) -> Completion | None:
 
 def _cached() -> Iterator[str]:
     """IDEFICS models in the hub's cache, whose library takes long to import."""
-    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
     for folder in sorted(cache.glob(f"{CACHED}*idefics*")):
         name = folder.name.removeprefix(CACHED).replace("--", "/")

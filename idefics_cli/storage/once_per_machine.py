@@ -22,7 +22,9 @@ KIND_OF_PROCESSOR = ("vendor_id", "cpu family", "model", "stepping", "flags", "C
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idefics"
+    """Of a user without a home: no folder, but a name below which none can be made."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache if os.path.isabs(cache) else os.devnull) / "idefics"
 
 
 def once_per_machine(measured: str, measure: Callable[[], Found]) -> Found:

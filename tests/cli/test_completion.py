@@ -54,10 +54,15 @@ def test_what_is_completed(line: str, found: list[str]) -> None:
     assert asked("bash", line) == found
 
 
-def test_models_at_hand_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "variable, hub", [("HF_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
+)
+def test_models_at_hand_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, hub: str) -> None:
     for name in "models--me--my-idefics-9b", "models--me--other", "datasets--me--idefics":
-        (tmp_path / name).mkdir()
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+        (tmp_path / hub / name).mkdir(parents=True)
+    for each in "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME":
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
     assert asked("bash", "idefics caption -m me") == ["me/my-idefics-9b"]
 
 

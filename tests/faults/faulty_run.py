@@ -177,7 +177,7 @@ def main_in_session(
     arguments: list[str], settings: Settings, stdout: str, stderr: str, stdin: bytes | None = None
 ) -> NoReturn:
     """The same in a process group of its own, with these files for its streams, and so much in a pipe as its input."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the command line does so too, a moment later
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the command line ends by it too, a moment later
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in a process that nothing has forked
     tqdm.set_lock(threading.RLock())  # the one that all forks share stays locked where its owner is killed

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -17,6 +18,14 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_the_first_measures() -> None:
     assert once_per_machine("a", lambda: 1.5) == once_per_machine("a", lambda: 2.5) == 1.5
     assert once_per_machine("b", lambda: [1, 2]) == [1, 2]
+
+
+def test_a_user_without_a_home_measures_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a number that no user has, without $HOME
+    monkeypatch.chdir(tmp_path)
+    assert [once_per_machine("a", lambda: 1.5), once_per_machine("a", lambda: 2.5)] == [1.5, 2.5]
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_processor_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
