@@ -3,7 +3,7 @@
 #   docker build -t idefics:cuda --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 \
 #       --build-arg TORCH_INDEX=https://pypi.org/simple .
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" -v idefics-cache:/cache idefics caption imgs -o captions.jsonl
-# (`docker run --gpus all` for CUDA). Models of the hub are kept in the volume at /cache.
+# (`docker run --gpus all` for CUDA). Models of the hub, and what is measured once, are kept in the volume at /cache.
 ARG BASE=python:3.12.12-slim-bookworm
 
 FROM ${BASE} AS python
@@ -30,7 +30,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"
 FROM python
 COPY --from=build /opt/venv /opt/venv
 RUN useradd --uid 10001 --create-home idefics && install -d -m 1777 /cache
-ENV PATH=/opt/venv/bin:$PATH HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton
+ENV PATH=/opt/venv/bin:$PATH XDG_CACHE_HOME=/cache TRITON_CACHE_DIR=/cache/triton
 VOLUME /cache
 WORKDIR /work
 USER 10001
