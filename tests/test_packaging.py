@@ -152,6 +152,14 @@ def test_the_dockerfile_passes_its_linter() -> None:
 
 
 @pytest.mark.slow
+def test_the_tested_versions_can_be_installed_together() -> None:
+    """With torch's default build, for CUDA: only that names the version of Triton that it goes with."""
+    platform = ["--python-platform", "linux", "--python-version", "3.12"]
+    constrained = ["-c", "constraints.txt", "--all-extras", "pyproject.toml"]
+    run([sys.executable, "-m", "uv", "pip", "compile", "--quiet", *platform, *constrained])
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_image_is_built_and_runs() -> None:
     """`BUILD_OPTIONS` are more options of the build: another base, say, where docker's is not reached."""
