@@ -22,7 +22,7 @@ ARG EXTRAS=heif,jxl,peft,quantize,score
 WORKDIR /source
 COPY constraints.txt ./
 RUN python3 -m venv /opt/venv && \
-    /opt/venv/bin/pip install --no-cache-dir -c constraints.txt --index-url "${TORCH_INDEX}" torch
+    /opt/venv/bin/pip install --no-cache-dir -c constraints.txt --extra-index-url "${TORCH_INDEX}" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY idefics_cli idefics_cli
 RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"

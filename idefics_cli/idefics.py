@@ -16,7 +16,8 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ from idefics_cli.tasks.embed import Embed
 from idefics_cli.tasks.generate import Generate, Rank
 from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions, GenerateOptions
 from idefics_cli.tasks.shown_prompts import PromptViewer
-from idefics_cli.validation import gathered, keywords_of, require_keywords, several
+from idefics_cli.validation import file_name, gathered, keywords_of, require_keywords, several, with_keywords
 
 log = logging.getLogger("idefics_cli")
 
@@ -61,7 +62,7 @@ NOT_OF_RUNS = {*keywords_of(ModelRequest), "batch_size", "show_prompt", "dry_run
 
 OneImage = str | os.PathLike[str] | bytes | Image.Image | EncodedImage | RowError
 ImageInput = OneImage | torch.Tensor  # a tensor alone is one image or, with one more dimension, several
-ONE = str, os.PathLike, bytes, bytearray, Image.Image, EncodedImage, RowError, Mapping
+ONE = str, os.PathLike, bytes, bytearray, memoryview, Image.Image, EncodedImage, RowError, Mapping
 Row = Mapping[
     str, Any
 ]  # {"image": an image, or a list of them, or None, "question": ..., and the prompt's other fields}
@@ -154,6 +155,23 @@ class Running(Asking, total=False):
     sidecar_existing: Literal["error", "skip", "overwrite", "append", "prepend"]
     sidecar_ext: str
     answers_column: str | None
+
+
+# ---- options in messages, by keyword
+
+
+def _by_keyword(message: str) -> str:
+    return with_keywords(message, RunOptions, ModelRequest, CaptionVqaOptions, GenerateOptions)
+
+
+@contextmanager
+def _naming_keywords() -> Generator[None, None, None]:
+    """What IdeficsErrors from within say of options is in a caller's words."""
+    try:
+        yield
+    except IdeficsError as error:
+        error.args = (_by_keyword(str(error)),)
+        raise
 
 
 # ---- twins for asyncio
@@ -356,6 +374,7 @@ class Idefics(LoadedModel):
 
         `asked` is what `caption`, `answer` (an (image, question) pair or a row) or `generate` take for one result.
         """
+        _require_task(task, ("caption", "vqa", "generate"))
         made = _continuing(options) if task == "generate" else _asking(task, options)
         row_of = {"caption": _image_row, "vqa": _asked_row, "generate": _prompt_row}[task]
         viewer = PromptViewer(self, lambda: self)
@@ -364,6 +383,7 @@ class Idefics(LoadedModel):
             raise IdeficsError(f"nothing can be asked ({found}): fix what is given")
         return found[0]
 
+    @_naming_keywords()
     def run(
         self,
         task: Literal["caption", "vqa", "generate", "embed"],
@@ -378,17 +398,17 @@ class Idefics(LoadedModel):
         The same call again resumes a run that was stopped, and does nothing where it is finished. `on_row` gets each
         row as it is written; what it raises ends the run. Returns how many rows there are, and how many failed.
         """
-        if task not in ("caption", "vqa", "generate", "embed"):
-            raise IdeficsError(f"unknown task {task!r}: use 'caption', 'vqa', 'generate' or 'embed'")
-        names = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
-        told = {**options, "inputs": [os.fspath(each) for each in names], "output": os.fspath(output)}
+        _require_task(task, ("caption", "vqa", "generate", "embed"))
+        names = [inputs] if isinstance(inputs, str | os.PathLike) else several("run's inputs", inputs, "path")
+        paths = [file_name("inputs", each, "paths") for each in names]
+        told = {**options, "inputs": paths, "output": output}
         kind = GenerateOptions if task == "generate" else CaptionVqaOptions
         known = keywords_of(RunOptions) | ({} if task == "embed" else keywords_of(kind))
-        require_keywords(told, known.keys() - NOT_OF_RUNS)
+        require_keywords(options, known.keys() - NOT_OF_RUNS - {"inputs", "output"})
         assert self.request is not None, self
         run = gathered(RunOptions, told, {"request": self.request})
-        if run.has_parts:
-            raise IdeficsError(f"{run.output} is a folder of parts, which the command line makes: name a file")
+        if run.has_parts or run.output == "-":
+            raise IdeficsError(f"an output {run.output!r} is for the command line alone: name a file")
         if task == "embed":
             made: Task = Embed(self.request)
         elif task == "generate":
@@ -435,6 +455,7 @@ class Idefics(LoadedModel):
         )
 
     if not TYPE_CHECKING:
+        from_pretrained = classmethod(_naming_keywords()(LoadedModel.from_pretrained.__func__))
 
         def __getattr__(self, name: str) -> Any:
             if name == "model":
@@ -462,6 +483,7 @@ class Idefics(LoadedModel):
             for each, index, found in outcomes
         )
 
+    @_naming_keywords()
     def _outcomes(
         self,
         task: Task,
@@ -484,7 +506,7 @@ class Idefics(LoadedModel):
                 yield row_of(index, each)
 
         flow = FlowOptions(self.batch_size, workers=1 if is_one else images.num_workers)
-        return ((kept.popleft(), row.index, found) for row, found in flowed(rows(), steps, flow))
+        return ((kept.popleft(), row.index, _told(found)) for row, found in flowed(rows(), steps, flow))
 
     def _opener(self, options: ImageOptions, is_one: bool) -> Any:
         """What opens images: one of them here, many in worker processes, which stay for later calls."""
@@ -512,7 +534,7 @@ class Idefics(LoadedModel):
         """One, or a row of one; not several of them."""
         if isinstance(given, torch.Tensor):
             return tuple(given.shape[1:]) not in self._image_shapes
-        return isinstance(given, ONE) or hasattr(given, "__array_interface__")
+        return isinstance(given, ONE) or hasattr(given, "__array_interface__") or hasattr(given, "read")
 
     @property
     def _image_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -531,6 +553,12 @@ class Idefics(LoadedModel):
 # ---- what is given -> rows
 
 
+def _require_task(task: str, known: Sequence[str]) -> None:
+    if task not in known:
+        raise IdeficsError(f"unknown task {task!r}: use {', '.join(map(repr, known))}")
+
+
+@_naming_keywords()
 def _asking(task: str, options: Mapping[str, Any]) -> CaptionVqa:
     require_keywords(options, Asking.__annotations__)
     return CaptionVqa(_asked_with(task, options))
@@ -538,6 +566,8 @@ def _asking(task: str, options: Mapping[str, Any]) -> CaptionVqa:
 
 def _asked_with(task: str, options: Mapping[str, Any]) -> CaptionVqaOptions:
     """`shots` may be examples themselves, in place of a manifest's name."""
+    if options.get("choices") in ([], ()):
+        raise IdeficsError("the choices are empty: give two or more, or leave choices out")
     told: dict[str, Any] = {"max_new_tokens": TASKS[task].max_new_tokens, **options}
     own: dict[str, Any] = {"task": task}
     shots = told.get("shots")
@@ -547,6 +577,7 @@ def _asked_with(task: str, options: Mapping[str, Any]) -> CaptionVqaOptions:
     return gathered(CaptionVqaOptions, told, own)
 
 
+@_naming_keywords()
 def _continuing(options: Mapping[str, Any]) -> Generate:
     require_keywords(options, Continuing.__annotations__)
     return Generate(gathered(GenerateOptions, options, {"text_only": True}))
@@ -629,6 +660,11 @@ def _one_or_all(results: Iterator[Result], is_one: bool) -> Result | list[Result
     return found[0] if is_one else found
 
 
+def _told(found: Any) -> Any:
+    """The same, where it is an error as a caller would put it."""
+    return replace(found, message=_by_keyword(found.message)) if isinstance(found, RowError) else found
+
+
 def _shown(results: Iterator[Result], given: Iterable[Any], progress: Progress) -> Iterator[Result]:
     if progress is True:
         from tqdm.auto import tqdm
@@ -644,7 +680,7 @@ class _Followed(Observer):
         self._on_row = on_row
 
     def say(self, message: str) -> None:
-        log.warning(message)
+        log.warning(_by_keyword(message))
 
     def on_result(self, row: Mapping[str, Any]) -> None:
         if self._on_row is not None:

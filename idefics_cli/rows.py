@@ -279,6 +279,9 @@ class ImageOptions:
         ),
     ] = 1
 
+    def __post_init__(self) -> None:
+        parse_frame(str(self.frame))
+
     @property
     def num_workers(self) -> int:
         return self.workers or min(MAX_WORKERS, os.cpu_count() or 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -19,6 +20,7 @@ Options = TypeVar("Options")
 
 
 NOTHING: Mapping[str, Any] = {}
+OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,31 @@ def gathered(options: type[Options], given: Mapping[str, Any], own: Mapping[str,
     return options(**values)
 
 
+def with_keywords(text: str, *options: type) -> str:
+    """The text with all options of these dataclasses as callers write them: num_beams for --num-beams."""
+    words: dict[str, str] = {}
+    for kind in options:
+        for word, (hint, about) in keywords_of(kind).items():
+            for flag in about.flags or (option_name(word, about),):
+                turns_off = flag.startswith("--no-") and not word.startswith("no_")
+                words[flag] = f"{word}=False" if turns_off else f"{word}=True" if hint is bool else word
+                words.setdefault(flag.replace("--", "--no-"), f"{word}=False")
+    return OPTION.sub(lambda found: words.get(found[0], found[0]), text)
+
+
 def require_keywords(given: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
         near = [name for each in unknown for name in get_close_matches(each, known, 1)]
-        raise IdeficsError(f"unknown option {', '.join(unknown)}: use {', '.join(near or known)}")
+        raise IdeficsError(f"unknown option {', '.join(unknown)}: use {', '.join(near or sorted(known))}")
 
 
 def fitting(name: str, value: Any, hint: Any, about: Help) -> Any:
     """The value as the field has it: texts may be as on the command line, and lists stand for tuples."""
     if isinstance(value, str) and about.parse is not None:
         return about.parse(value)
+    if isinstance(value, str) and get_origin(hint) is tuple:
+        return (value,)
     value = os.fspath(value) if isinstance(value, os.PathLike) else tuple(value) if isinstance(value, list) else value
     if not _is_of(value, hint):
         raise IdeficsError(f"invalid {name} {value!r}: expected {_kinds(hint)}")
@@ -158,8 +174,8 @@ def file_name(what: str, value: Any, expected: str) -> str | None:
 
 
 def several(name: str, given: Any, of: str) -> Iterable[Any]:
-    """A list or any other iterable, but not a single text, path or image."""
-    if isinstance(given, str | bytes | bytearray | os.PathLike) or not isinstance(given, Iterable):
+    """A list or any other iterable, but not a single text, path, image or row."""
+    if isinstance(given, str | bytes | bytearray | os.PathLike | Mapping) or not isinstance(given, Iterable):
         raise IdeficsError(f"{name} must be a list, not {type(given).__name__}: write [{of}]")
     return given
 

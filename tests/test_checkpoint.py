@@ -15,6 +15,7 @@ from tiny_models import random_inputs, save_checkpoint, tiny_config
 
 from idefics_cli.checkpoint import devices
 from idefics_cli.checkpoint.devices import resolve_dtype
+from idefics_cli.checkpoint.files import Checkpoint, stored_shapes
 from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
 from idefics_cli.checkpoint.load import load_config, load_network
 from idefics_cli.checkpoint.request import ModelRequest
@@ -350,3 +351,12 @@ def test_weights_are_those_of_the_file(folder: Path) -> None:
     inputs = random_inputs(tiny_config())
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
+
+
+def test_a_file_larger_than_memory_is_measured(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 1 << 40]}}).encode()
+    file = tmp_path / SAFETENSORS
+    with file.open("wb") as written:
+        written.write(len(header).to_bytes(8, "little") + header)
+        written.truncate(8 + len(header) + (1 << 40))
+    assert stored_shapes(Checkpoint(tmp_path, (file,), is_pickled=False)) == {"a": (1 << 20, 1 << 20)}

@@ -35,7 +35,7 @@ TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 SCRIPT = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Other programs, more processes than this one, and what is not on a test machine: only their options are looked at.
 ELSEWHERE = re.compile(
-    r"^(python3? |pip |ray |torchrun |sbatch |export |source |zensical |idefics merge )|-o [^ ]+/( |$)|"
+    r"^(python3? |pip |pipx |uv |ray |torchrun |sbatch |export |source |zensical |idefics merge )|-o [^ ]+/( |$)|"
     r"--(ray|processes|shard|adapter|device-count)\b|tuned\.jsonl|gs://|minio|s3://bucket/captions"
 )
 TESTED = {*docs.MADE, "docs/formats.md"}  # the latter by tests/field/test_field_layouts.py

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_models import save_checkpoint
 
-from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError
+from idefics_cli import Candidate, Idefics, IdeficsError, Result, RowError, Shot
 from idefics_cli.engine.prompt_source import EncodedImage, EncodedPrompt, IterableSource
 from idefics_cli.engine.reference import collate
 from idefics_cli.engine.transfer import pixel_values
@@ -181,7 +181,7 @@ def test_bad_rows_are_errors_among_good_ones(base: Idefics, tmp_path: Path) -> N
     good = (["Answer:"], ["yes", "no"])
     scored = base.score([good, ([tmp_path / "gone.png", "?"], ["yes"]), (["a"], []), (["word " * 400], ["yes"]), good])
     assert codes(scored) == [None, "image_missing", "row_invalid", "prompt_too_long", None]
-    assert scored[0] == scored[4] and scored[0].text in ("yes", "no")
+    assert scored[0].score == pytest.approx(scored[4].score) and scored[0].text == scored[4].text in ("yes", "no")
     assert base.generate([]) == base.caption([]) == []
 
 
@@ -210,6 +210,9 @@ def test_text_stays_text(base: Idefics) -> None:
         ({"num_beans": 3}, "num_beans.*num_beams"),
         ({"num_return_sequences": 4}, "num_return_sequences 4 is more than num_beams 3"),
         *(({"num_beams": value}, "num_beams") for value in (0, True)),
+        ({"temperature": 0.5}, "^temperature has no effect unless tokens are drawn: add do_sample=True$"),
+        ({"seed": 1}, "^seed has no effect: add do_sample=True$"),
+        *(({"frame": value}, f"invalid frame '{value}'") for value in (0, -1)),
         *(({"max_new_tokens": value}, "max_new_tokens") for value in (1.5, 256)),
         *(({"early_stopping": value}, "early_stopping") for value in ("soon", 1)),
         *(({"length_penalty": value}, "length_penalty") for value in ("long", np.nan, -np.inf, 1e5, -5.0)),
@@ -220,6 +223,25 @@ def test_options_that_cannot_be_are_told(base: Idefics, options: dict[str, Any],
         base.generate([["a"]], **options)
 
 
+def test_messages_name_options_by_keyword(base: Idefics, tmp_path: Path) -> None:
+    with pytest.raises(IdeficsError, match=r"^early_stopping=False has no effect where answers are ranked: leave it"):
+        base.answer(image(), "What?", choices=["a", "b"], early_stopping=False)
+    with pytest.raises(IdeficsError, match=r"^num_shots 2 is more than the list of shots has, 1: lower it"):
+        base.caption(image(), shots=[Shot(image(), answer="a")], num_shots=2)
+    with pytest.raises(IdeficsError, match=r"^quantize nf4 runs on CUDA, not on cpu: use quantize int8"):
+        Idefics.from_pretrained("demo", quantize="nf4", device="cpu")
+    image().save(tmp_path / "a.png")
+    beyond = base.caption(tmp_path / "a.png", frame=2).error
+    assert beyond is not None and beyond.message == "frame 2 is beyond the end: the image has 1"
+
+
+def test_no_choices_are_not_free_text(base: Idefics) -> None:
+    with pytest.raises(IdeficsError, match="the choices are empty: give two or more"):
+        base.answer(image(), "What?", choices=[])
+    for result in base.score("a", []), base.answer(image(), "What?", choices_column="gone"):
+        assert str(result.error) == "row_invalid: the choices are empty: give two or more"
+
+
 @pytest.mark.parametrize("one", [3, None, object()])
 def test_what_is_no_list_is_told(base: Idefics, one: Any) -> None:
     for method in base.caption, base.embed:
@@ -227,6 +249,8 @@ def test_what_is_no_list_is_told(base: Idefics, one: Any) -> None:
             method(one)
     with pytest.raises(IdeficsError, match=f"generate's prompts must be a list, not {type(one).__name__}: write"):
         base.generate(one)
+    with pytest.raises(IdeficsError, match="generate's prompts must be a list, not dict: write"):
+        base.generate({"role": "user", "content": "What?"})  # type: ignore[arg-type]
     with pytest.raises(IdeficsError, match=f"a prompt must be a list, not {type(one).__name__}: write"):
         base.generate([["a"], one])
 
@@ -273,6 +297,13 @@ def test_what_is_no_image_is_an_error_that_says_how_to_make_one(base: Idefics, g
     assert good.error is None and bad.error is not None and said in str(bad.error)
 
 
+def test_a_file_object_or_a_view_of_bytes_is_one_image(base: Idefics, tmp_path: Path) -> None:
+    image().save(tmp_path / "a.png")
+    encoded = (tmp_path / "a.png").read_bytes()
+    assert "use its read()" in str(base.caption(io.BytesIO(encoded)).error)
+    assert base.caption(memoryview(encoded), max_new_tokens=2).ok  # type: ignore[call-overload]
+
+
 def test_numbers_may_be_numpys(base: Idefics) -> None:
     plain = base.generate([["a"]], num_beams=2, max_new_tokens=3, length_penalty=0.5)
     numpys = {"num_beams": np.int64(2), "max_new_tokens": np.uint8(3), "length_penalty": np.float32(0.5)}
@@ -289,6 +320,7 @@ def test_device_and_dtype_may_be_torchs() -> None:
     [
         *(({"batch_size": size}, f"invalid batch_size {size!r}") for size in (0, -1, "auto", 1.5, True)),
         ({"device": 0}, "unknown device '0'"),
+        ({"device_map": "spread"}, "unknown device_map 'spread'"),
         ({"dtype": torch.float64}, "unknown dtype 'torch.float64'"),
         *(({"model": name}, "invalid model of type") for name in (b"demo", 3)),
         ({"adapter": 3}, "invalid adapter of type int: expected a folder"),

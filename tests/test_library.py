@@ -214,7 +214,7 @@ def test_shots_may_be_examples_or_a_file(model: Idefics, tmp_path: Path) -> None
         ([("a.png", "b", "c")], "shot 1 is of type tuple: write Shot"),
         ([Shot(IMAGES[0], HOW_MANY, "1"), Shot(IMAGES[0], HOW_MANY)], "shot 2 has no answer"),
         ([Shot(IMAGES[0], answer="1")], "shot 1 has no text in the column 'question'"),
-        ([Shot("gone.png", HOW_MANY, "1")], "an image in the shots cannot be used as a shot .image_missing"),
+        ([Shot("gone.png", HOW_MANY, "1")], "an image in the list of shots cannot be used as a shot .image_missing"),
     ],
 )
 def test_bad_shots_are_told(model: Idefics, shots: list[Any], said: str) -> None:
@@ -436,7 +436,7 @@ def test_a_run_that_is_stopped_resumes(model: Idefics, tmp_path: Path) -> None:
     assert not output.exists()
     stats = model.run("vqa", FOLDER, output, on_row=rows.append, **asked)
     assert stats.rows == 4 and stats.resumed >= 2 and texts_of(output) == COUNTS
-    with pytest.raises(IdeficsError, match="--num-beams"):
+    with pytest.raises(IdeficsError, match="num_beams"):
         model.run("vqa", FOLDER, output, num_beams=1, **asked)
 
 
@@ -450,9 +450,9 @@ def test_a_run_with_other_shots_is_another(model: Idefics, tmp_path: Path) -> No
     assert model.run("vqa", FOLDER, output, shots=[replace(shot) for shot in shots], **asked).resumed == 1
     others = replace(shots[0], answer="9"), replace(shots[0], question="?"), replace(shots[0], image=IMAGES[2])
     for other in *others, replace(shots[0], image=pixels.rotate(90)):
-        with pytest.raises(IdeficsError, match=r"other settings .--shots: was '2 ex"):
+        with pytest.raises(IdeficsError, match=r"other settings .shots: was '2 ex"):
             model.run("vqa", FOLDER, output, shots=[other, shots[1]], **asked)
-    with pytest.raises(IdeficsError, match="--shots"):
+    with pytest.raises(IdeficsError, match="shots: was"):
         model.run("vqa", FOLDER, output, **asked)
 
 
@@ -466,7 +466,16 @@ def test_other_tasks_run_and_wrong_options_are_told(model: Idefics, tmp_path: Pa
         model.run("caption", [FOLDER], tmp_path / "a.jsonl", batch_size=3)  # type: ignore[call-arg]
     with pytest.raises(IdeficsError, match="cannot read gone"):
         model.run("caption", ["gone"], tmp_path / "a.jsonl")
-    with pytest.raises(IdeficsError, match="unknown task 'captions': use 'caption', 'vqa', 'generate' or 'embed'"):
+    with pytest.raises(IdeficsError, match="unknown task 'captions': use 'caption', 'vqa', 'generate', 'embed'"):
         model.run("captions", [FOLDER], tmp_path / "a.jsonl")  # type: ignore[arg-type]
-    with pytest.raises(IdeficsError, match="is a folder of parts, which the command line makes: name a file"):
-        model.run("caption", [FOLDER], f"{tmp_path}/parts/")
+    for elsewhere in f"{tmp_path}/parts/", "-", None:
+        with pytest.raises(IdeficsError, match=r"an output .* is for the command line alone: name a file"):
+            model.run("caption", [FOLDER], elsewhere)  # type: ignore[arg-type]
+    for inputs, said in (None, "run's inputs must be a list"), ([3], "invalid inputs of type int: expected paths"):
+        with pytest.raises(IdeficsError, match=said):
+            model.run("caption", inputs, tmp_path / "a.jsonl")  # type: ignore[arg-type]
+    assert model.run("vqa", FOLDER, tmp_path / "b.jsonl", question="Is it red?", limit=1).rows == 1
+    with pytest.raises(IdeficsError, match=r"changed.* Add update=True to do .* or start over with overwrite=True"):
+        model.run("vqa", FOLDER, tmp_path / "b.jsonl", question="Is it red?", limit=2)
+    with pytest.raises(IdeficsError, match="unknown task 'tag'"):
+        model.render_prompt("tag", IMAGES[0])  # type: ignore[arg-type]

@@ -72,8 +72,9 @@ def test_help_and_pages_name_the_same_options() -> None:
         "--nproc-per-node",
         *("--beside", "--beams", "--tokens"),
         *("--folder", "--threads", "--all-questions"),
-        *("--address", "--head", "--port", "--index-url", "--sort", "--train", "--enable-beam-search", "--help"),
-    }  # those of torchrun, benchmarks, our tools, Ray, pip, tar, diffusers, SGLang, and what every command has
+        *("--extra-index-url", "--torch-backend", "--pip-args"),
+        *("--address", "--head", "--port", "--sort", "--train", "--enable-beam-search", "--help"),
+    }  # of torchrun, benchmarks, our tools, Ray, installers, tar, diffusers, SGLang, and what every command has
     assert not {flag for flag in named if flag.startswith("--")} - set().union(*options.values())
     for command in "caption", "vqa", "generate", "embed", "info":
         for parameter in COMMANDS[command].params:

@@ -182,7 +182,7 @@ def _shapes(file: Path, is_pickled: bool) -> list[tuple[str, tuple[int, ...]]]:
         if is_pickled:
             tensors = torch.load(file, map_location="meta", weights_only=True)
             return [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        with safe_open(file, framework="pt") as stored:
+        with safe_open(file, framework="np") as stored:
             return [(name, tuple(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or cut short ({error}): fetch the file again") from error

@@ -61,6 +61,8 @@ class ModelRequest:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.attention not in get_args(Attention):
             raise IdeficsError(f"unknown attention {self.attention!r}: use {', '.join(get_args(Attention))}")
+        if self.device_map not in (None, "auto", "balanced", "sequential"):
+            raise IdeficsError(f"unknown device_map {self.device_map!r}: use auto, balanced or sequential")
         if self.device_map is not None and self.device != "auto":
             raise IdeficsError("--device cannot be used with --device-map, which places the weights: leave it out")
         if self.device_map is not None and self.attention == "triton":

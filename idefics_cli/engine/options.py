@@ -79,7 +79,8 @@ class DecodingOptions:
         usual = {"temperature": 1.0, "top_k": TOP_K, "top_p": 1.0}
         useless = next((name for name, value in usual.items() if getattr(self, name) != value), None)
         if useless and not self.do_sample:
-            raise IdeficsError(f"{useless} has no effect unless tokens are drawn: add do_sample (--do-sample)")
+            option = useless.replace("_", "-")
+            raise IdeficsError(f"--{option} has no effect unless tokens are drawn: add --do-sample")
 
     def _check_positive(self, name: str, most: float) -> None:
         value = getattr(self, name)

@@ -90,7 +90,9 @@ class FlowOptions:
 class RunStats:
     """What has come out so far; up to date whenever a row has been written.
 
-    `resumed` of the `rows` had been finished by an earlier run; `safe` are known to have reached the output.
+    `resumed` of the `rows` had been finished by an earlier run; `safe` are known to have reached the output. `failed`
+    counts them by error code, `failed_ids` names the first of each. The model waited for images in `seconds_waited` of
+    the `seconds`. `stopped_early`: after as many failed rows as `max_errors` allows.
     """
 
     rows: int = 0
@@ -104,6 +106,7 @@ class RunStats:
 
     @property
     def num_failed(self) -> int:
+        """How many rows have an error."""
         return self.failed.total()
 
     @property

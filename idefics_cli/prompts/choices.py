@@ -80,7 +80,9 @@ def checked_choices(choices: Any) -> tuple[str, ...] | RowError:
     """A row's choices, each a text with more than white space, or what is wrong with them."""
     if isinstance(choices, RowError):
         return choices
-    if not isinstance(choices, list | tuple) or not choices:
+    if choices is None or choices in ([], ()):
+        return RowError("row_invalid", "the choices are empty: give two or more")
+    if not isinstance(choices, list | tuple):
         found = f"{type(choices).__name__} {choices!r}"
         return RowError("row_invalid", f"the choices must be a list of texts, not {found}"[:200])
     for choice in choices:

@@ -66,7 +66,7 @@ def read_shots(options: CaptionVqaOptions, rows: Inputs | None) -> list[Shot]:
     else:
         pool = [_read_shot(row, options) for row in islice(rows.rows, wanted)]
     if len(pool) < shots.number:
-        raise InputError(f"{shots.place} has {len(pool)} shots: lower --num-shots {shots.number}")
+        raise InputError(f"--num-shots {shots.number} is more than {shots.place} has, {len(pool)}: lower it")
     return pool
 
 

@@ -125,7 +125,9 @@ class Generate(Task):
         if not isinstance(prompt, RowError) and sum(isinstance(item, ImageItem) for item in prompt) > MAX_IMAGES:
             return RowError("row_invalid", f"the prompt has more than the {MAX_IMAGES:,} images that a row may have")
         if not isinstance(prompt, RowError) and END_OF_UTTERANCE in prompt and not is_instruct:
-            return RowError("row_invalid", "a conversation needs an instruct model: name one with -m")
+            return RowError(
+                "row_invalid", "a conversation needs an instruct model, such as idefics-9b-instruct: use one"
+            )
         return prompt
 
     def _latents(self, row_id: str) -> Any | RowError:

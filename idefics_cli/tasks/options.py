@@ -69,7 +69,7 @@ class ShotOptions:
     @property
     def place(self) -> str:
         """Where the examples are, for people."""
-        return "the shots" if self.file is None else shown_place(self.file)
+        return "the list of shots" if self.file is None else shown_place(self.file)
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,9 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert "invalid batch size 'none'" in refused("caption", photos, "--batch-size", "none")
     assert "--max-pixels" in refused("caption", photos, "--max-pixels", "0")
     assert "num_return_sequences" in refused("caption", photos, "--num-beams", "2", "--num-return-sequences", "3")
-    assert "add do_sample (--do-sample)" in refused("caption", photos, "--temperature", "0.5")
+    assert "--temperature has no effect unless tokens are drawn: add --do-sample" in refused(
+        "caption", photos, "--temperature", "0.5"
+    )
     assert "--bogus" in refused("caption", photos, "--bogus")
     assert "INPUT" in refused("caption")
     assert "ends in .jsonl, .parquet or .csv" in refused("caption", photos, "-o", tmp_path / "f.txt")

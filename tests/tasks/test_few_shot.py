@@ -148,8 +148,8 @@ def test_files_that_hold_no_shots_are_refused_before_the_model_is_loaded(
     assert "No such file" in refused(*vqa, tmp_path / "none.jsonl")
     assert "--shots needs a manifest" in refused(*vqa, save_image(tmp_path / "a.png"), "--num-shots", "1")
     assert "--shots needs a manifest" in refused(*vqa, "-")
-    assert "has 3 shots: lower --num-shots 4" in refused(*vqa, shots(3))
-    assert "has 3 shots: lower --num-shots 4" in refused(*vqa, shots(3), "--shot-selection", "random")
+    assert "shots.jsonl has, 3: lower it" in refused(*vqa, shots(3))
+    assert "--num-shots 4 is more than" in refused(*vqa, shots(3), "--shot-selection", "random")
     said = refused(*vqa, shots(question=lambda k: "Q?", reply=lambda k: "a"))
     assert "row 1 of" in said and "answer or answers" in said and "question, reply" in said
     assert "no text in the column 'question'" in refused(*vqa, shots(answer=lambda k: "a"))

@@ -10,6 +10,7 @@ from typing import Any
 import idefics_cli
 from idefics_cli import idefics
 from idefics_cli.pipeline.options import RunOptions
+from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.tasks.options import CaptionVqaOptions, GenerateOptions
 from idefics_cli.validation import keywords_of
 from tools.docs.options import cell
@@ -22,6 +23,7 @@ METHODS = (
     *("from_pretrained", "caption", "caption_iter", "answer", "answer_iter", "generate", "generate_iter", "score"),
     *("embed", "render_prompt", "run", "prepare_image", "close"),
 )
+SHOWN = ("ok", "raise_for_error", "num_failed", "rate", "waited_share")
 PROPERTIES = ("num_parameters", "batch_size", "is_instruct", "fingerprint", "latents_shape")
 KEYWORDS = {
     "Decoding": idefics.Decoding,
@@ -88,15 +90,16 @@ def keyword_tables() -> Iterator[str]:
 
 
 def others() -> Iterator[str]:
-    for name in sorted(set(idefics_cli.__all__) - {"Idefics", "__version__"}):
-        of = getattr(idefics_cli, name)
+    public = {name: getattr(idefics_cli, name) for name in idefics_cli.__all__}
+    for name, of in sorted({**public, "RunStats": RunStats}.items()):
+        if name in ("Idefics", "__version__"):
+            continue
         fields = [parameter(each) for each in inspect.signature(of).parameters.values()] if is_dataclass(of) else []
         shown = "\n".join([f"{name}(", *(f"    {each}," for each in fields), ")"])
         yield f"## {name}\n" + (f"\n```python\n{shown}\n```\n" if fields else "") + f"\n{doc(of)}\n"
         for method, found in vars(of).items():
-            function = getattr(found, "fget", found)
-            if not method.startswith("_") and inspect.isfunction(function) and method in ("ok", "raise_for_error"):
-                yield f"- `{method}`: {doc(function)}"
+            if method in SHOWN:
+                yield f"- `{method}`: {doc(getattr(found, 'fget', found))}"
         yield ""
 
 
