@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Caption a large input with a SLURM array: every task does its own parts, all in one folder.
 #   sbatch examples/slurm.sh rows.parquet captions/
-# A task that was stopped or lost is run again, alone or with all others: parts that are there stay.
+# The same again does what is missing, once all tasks have ended, with as many as you like: sbatch --array=1-4 ...
+# While others work, `scontrol requeue JOB_3` runs a task again that was stopped or lost. Parts that are there stay.
 #SBATCH --job-name=idefics
 #SBATCH --array=1-16
 #SBATCH --gpus-per-task=1

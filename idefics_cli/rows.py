@@ -126,6 +126,11 @@ def _shard_of_task() -> tuple[int, int | None]:
         first, last, step = (name and _number_in(name) for name in others)
         first, step = 1 if first is None else first, step or 1
         if own == "SLURM_ARRAY_TASK_ID" and (count := _number_in("SLURM_ARRAY_TASK_COUNT")) is not None:
+            if last is not None and last != first + (count - 1) * step:
+                raise IdeficsError(
+                    f"the array's {count} tasks, from {first} to {last}, are not numbered evenly: make it one from 1 to"
+                    f" {count}"
+                )
             last = first + (count - 1) * step
         return (index - first) // step + 1, None if last is None else (last - first) // step + 1
     if (index := _number_in(KUBERNETES_INDEX)) is not None:

@@ -70,11 +70,11 @@ def test_help_and_pages_name_the_same_options() -> None:
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     named = set(re.findall(r"(?<![\w-])--?[a-z0][a-z-]*", pages)) - {
         "--nproc-per-node",
-        *("--beside", "--beams", "--tokens"),
+        *("--array", "--now", "--beside", "--tokens", "--beams"),
         *("--folder", "--threads", "--all-questions"),
         *("--extra-index-url", "--torch-backend", "--pip-args"),
         *("--address", "--head", "--port", "--sort", "--train", "--enable-beam-search", "--help"),
-    }  # of torchrun, benchmarks, our tools, Ray, installers, tar, diffusers, SGLang, and what every command has
+    }  # of torchrun, SLURM, systemd, benchmarks, our tools, Ray, installers, tar, diffusers, SGLang; and of all
     assert not {flag for flag in named if flag.startswith("--")} - set().union(*options.values())
     for command in "caption", "vqa", "generate", "embed", "info":
         for parameter in COMMANDS[command].params:

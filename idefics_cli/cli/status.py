@@ -107,9 +107,9 @@ class Progress(Observer, contextlib.AbstractContextManager["Progress"]):
             facts = {**about._asdict(), "input": inputs, "output": output}
             say(f"{where}: {inputs} to {'stdout' if output == '-' else output}.", event="start", facts=facts)
 
-    def on_start(self, total: int | None) -> None:
+    def on_start(self, total: int | None, num_done: int = 0) -> None:
         self._has_started, self._total, self._began = True, total, time.monotonic()
-        self._rows = self._first = self._stats.rows
+        self._rows = self._first = num_done
         self._bar.bar_format = None
         self._bar.reset(total)
         self._bar.initial = self._bar.n = self._rows
@@ -189,8 +189,8 @@ def _in_words(status: Mapping[str, Any]) -> str:
 
 def memory_in_use() -> int:
     """Bytes of this process and those it has started, and of its GPU; 0 where the system does not say."""
-    torch = sys.modules.get("torch")
-    device = torch.cuda.memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # not there while torch is being imported
+    device = cuda.memory_reserved() if cuda is not None and cuda.is_initialized() else 0
     return device + _resident(os.getpid())
 
 

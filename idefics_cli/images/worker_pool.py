@@ -261,8 +261,8 @@ def read_remote(file: RemoteFile, max_bytes: int) -> bytes | RowError:
     for seconds in (*RETRY_SECONDS, None):
         try:
             return file.read(max_bytes + 1)  # one byte more shows a file that is too large
-        except FileNotFoundError as error:
-            return RowError("image_missing", f"file not found: {error}")
+        except FileNotFoundError:
+            return RowError("image_missing", f"file not found: {shown(file.path)}")
         except Exception as error:  # each kind of storage has errors of its own
             reason = f"{type(error).__name__}: {error}"
         answers = answers + 1 if _answers(file) else 0

@@ -142,12 +142,13 @@ def run_rows(
     write: Callable[[InputRow, Finished], None],
     options: FlowOptions,
     stats: RunStats,
-    on_row: Callable[[], None],
+    on_row: Callable[[Finished], None],
 ) -> None:
     """Write one row for each of `rows`, in order, and keep `stats`. A row with an earlier result leaves with that.
 
-    `on_row` is called after each row written; what it raises ends the run. After `max_errors` failed rows (those of
-    earlier runs not counted) the run ends with `stats.stopped_early`. Raises FirstRowsFailed.
+    `on_row` is called with what each row has left with, once it is written; what it raises ends the run. After
+    `max_errors` failed rows (those of earlier runs not counted) the run ends with `stats.stopped_early`. Raises
+    FirstRowsFailed.
     """
     started, failed_before = time.perf_counter(), stats.num_failed
 
@@ -160,7 +161,7 @@ def run_rows(
             error = error_of(finished)
             stats.add(row.id, error.code if error else None)
         stats.seconds, stats.seconds_waited = time.perf_counter() - started, flow.seconds_waited
-        on_row()
+        on_row(finished)
         if error is not None and stats.num_failed - failed_before == options.max_errors:
             stats.stopped_early = True
             raise _EnoughErrors

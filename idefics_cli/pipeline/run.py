@@ -81,7 +81,7 @@ class Run:
         passed = self.inputs.passthrough_rows, self.inputs.passthrough_batches
         self.passthrough = Passthrough(names, *passed, task.rows_each)
         self._known_digests: dict[tuple[int, str], str] = {}  # of rows on their way
-        self._tag = ""
+        self._tag, self._num_standing = "", 0  # rows still to come of which the observer was told that they are done
         self._columns = {name for each in task.columns for name in ([each] if isinstance(each, str) else each)}
         self.sidecars = _sidecars(options)
 
@@ -91,7 +91,7 @@ class Run:
         if options.output == STDOUT:
             if stdout is None:
                 raise OutputError("stdout is closed: name a file with -o F.jsonl")
-            needs_model = STDIN in options.inputs or self._look_beside(self._rows)
+            needs_model = STDIN in options.inputs or self.sidecars is None or self._look_ahead(self._rows)
             self._run_rows(self._rows(), lambda: StreamWriter(stdout), needs_model=needs_model)
             return True
         while True:
@@ -115,10 +115,10 @@ class Run:
         if not is_retry and self._stand_first(output, rows):
             if not is_finished:
                 needs_model = True
-                if self.sidecars is not None:
+                if self.sidecars is not None or (output.attempt[1] and not self.inputs.is_streaming):
                     num_done = self.stats.rows
-                    needs_model = self._look_beside(
-                        lambda: islice(self._with_earlier(output, self._rows(), *output.attempt), num_done, None)
+                    needs_model = self._look_ahead(
+                        lambda: self._with_earlier(output, islice(self._rows(), num_done, None), *output.attempt)
                     )
                     rows = islice(self._rows(), num_done, None)
                 self._finish(output, self._with_earlier(output, rows, *output.attempt), needs_model)
@@ -128,7 +128,8 @@ class Run:
         self.stats.reset()
         mode, number = GOOD * is_retry | SAME * options.update, output.attempt[0] + 1
         needs_model = self._look(output, number, mode) > 0
-        needs_model = self._look_beside(lambda: self._with_earlier(output, self._rows(), number, mode)) and needs_model
+        if self.sidecars is not None:
+            needs_model = self._look_ahead(lambda: self._with_earlier(output, self._rows(), number, mode))
         output.next_attempt(mode)
         self._finish(output, self._with_earlier(output, self._rows(), number, mode), needs_model)
         return True
@@ -164,7 +165,9 @@ class Run:
         earlier, changes, num_left = self._earlier(output, number), Changes(), 0
         for row, digest in self._with_digests(self._rows()):
             old = None if is_duplicate(row.error) else earlier.find(row.id)
-            num_left += row.error is None and not stands(old, digest, mode)
+            is_standing = stands(old, digest, mode)
+            self._num_standing += is_standing
+            num_left += row.error is None and not is_standing
             if old is not None and mode != GOOD and old[1] not in ("", digest):
                 changes.add("changed", row.id)
             elif old is None and not is_duplicate(row.error) and output.is_finished:
@@ -305,19 +308,19 @@ class Run:
         self.task.check(options.request)
         self.check_model(options.request)
         rows = self._checked(rows)
-        if self.sidecars is not None:
-            rows = map(self._with_text_beside, rows)
+        rows = map(self._with_text_beside, rows)
         with self.steps(self.inputs.resolve) if needs_model else nullcontext((NO_STEPS, ROWS_AT_ONCE)) as ready:
             steps, batch_size = ready
             rows_at_once = 1 if self.inputs.is_streaming else ROWS_AT_ONCE
             flow = FlowOptions(batch_size, options.images.num_workers, options.max_errors, rows_at_once, first_may_fail)
-            self.observer.on_start(None if total is None else total * self.task.rows_each)
+            total = None if total is None else total * self.task.rows_each
+            self.observer.on_start(total, self.stats.rows + self._num_standing)
             writer, resumed = open_writer(), self.stats.safe
             if isinstance(writer, JournalWriter):
                 steps = self._recording(steps)
             try:
                 with closing(writer):
-                    run_rows(rows, steps, self._writing(writer), flow, self.stats, self.observer.on_row)
+                    run_rows(rows, steps, self._writing(writer), flow, self.stats, self._on_row)
                 self._close_beside()
             finally:
                 self.stats.safe = resumed + writer.num_safe
@@ -335,13 +338,24 @@ class Run:
             yield self.task.begin(model, images, resolve, self.observer), model.batch_size
 
     def write_rows(
-        self, stream: BinaryIO, rows: Iterator[InputRow], ready: tuple[Steps, int], first_may_fail: bool
+        self,
+        stream: BinaryIO,
+        rows: Iterator[InputRow],
+        ready: tuple[Steps, int],
+        first_may_fail: bool,
+        num_standing: int,
     ) -> None:
-        """These rows as JSON lines, for a run of many parts."""
+        """These rows as JSON lines, for a run of many parts, whose observer knows that so many of them are done."""
         steps, batch_size = ready
+        self._num_standing = num_standing
         flow = FlowOptions(batch_size, self.options.images.num_workers, None, ROWS_AT_ONCE, first_may_fail)
         write = self._writing(StreamWriter(stream))
-        run_rows(rows, steps, write, flow, self.stats, self.observer.on_row)
+        run_rows(rows, steps, write, flow, self.stats, self._on_row)
+
+    def _on_row(self, finished: Finished) -> None:
+        is_told = isinstance(finished, Mapping) and self._num_standing > 0
+        self._num_standing -= is_told
+        self.observer.on_row(int(not is_told))
 
     def _writing(self, writer: RowWriter) -> Callable[[InputRow, Finished], None]:
         """Rows on stdout have the columns that are passed through; a file gets them in the end, and digests."""
@@ -359,21 +373,24 @@ class Run:
 
         return write
 
-    def _look_beside(self, rows: Callable[[], Iterator[InputRow]]) -> bool:
-        """What is beside the images of all rows is looked at before a model is loaded; whether it is needed."""
-        if self.sidecars is None:
-            return True
-        num_left = 0
+    def _look_ahead(self, rows: Callable[[], Iterator[InputRow]]) -> bool:
+        """At all rows to come, and what is beside their images, before a model is loaded; whether it is needed."""
+        num_left = self._num_standing = 0
         for row in map(self._with_text_beside, rows()):
             self._known_digests.pop((row.index, row.id), None)
             num_left += row.error is None and row.earlier is None
+            self._num_standing += row.earlier is not None
         return num_left > 0
 
     def _with_text_beside(self, row: InputRow) -> InputRow:
         """The row; one with a text beside its image that is to be kept has that, and is done."""
-        if row.error is not None or (row.earlier is not None and row.earlier["error"] is not None):
+        if (
+            self.sidecars is None
+            or row.error is not None
+            or (row.earlier is not None and row.earlier["error"] is not None)
+        ):
             return row
-        assert self.sidecars is not None and self.form.text_column is not None, self.form
+        assert self.form.text_column is not None, self.form
         done = None if row.earlier is None else row.earlier[self.form.text_column]
         found = self.sidecars.before(_own_file(row), row.index, done)
         if isinstance(found, str):

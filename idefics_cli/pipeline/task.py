@@ -36,8 +36,8 @@ class About(NamedTuple):
 
 
 class Observer:
-    """Follows a run: told how many rows will come (None: not known), which model is being loaded, what users should
-    know, and of rows that have ended.
+    """Follows a run: told how many rows there are (None: not known) and how many of them are done, which model is being
+    loaded, what users should know, and of the others as they end.
 
     `say` may be called from several threads. This one does nothing.
     """
@@ -46,7 +46,7 @@ class Observer:
 
     def on_ready(self, about: About | None) -> None: ...
 
-    def on_start(self, total: int | None) -> None: ...
+    def on_start(self, total: int | None, num_done: int = 0) -> None: ...
 
     def say(self, message: str) -> None: ...
 

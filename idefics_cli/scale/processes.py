@@ -52,6 +52,7 @@ class Crew:
 
     def __init__(self, job: Job, number: int, observer: Observer) -> None:
         self._observer, self._said = observer, set[tuple[str, Any]]()
+        self._model = f"{job.options.request.model}"
         self._members = [_Member(job, place, number) for place in range(number)]
         self._waiting: deque[tuple[Generator[Unit, bool, None], Unit]] = deque()
         self._early_ends = 0
@@ -68,6 +69,7 @@ class Crew:
         while True:
             for member in self._members:
                 if member.unit is None and (found := self._next_try(units)) is not None:
+                    self._tell("loading", self._model)  # a process does, too, once it has begun
                     member.begin(*found, part)
             busy = {member.pipe: member for member in self._members if member.unit is not None}
             if not busy:
@@ -103,10 +105,14 @@ class Crew:
             raise RuntimeError(f"in the process of a unit: {value}")
         elif kind == "done":
             return self._has_done(member, value)
-        elif (kind, value) not in self._said:
+        else:
+            self._tell(kind, value)
+        return None
+
+    def _tell(self, kind: str, value: Any) -> None:
+        if (kind, value) not in self._said:
             self._said.add((kind, value))
             told(self._observer, kind, value)
-        return None
 
     def _has_done(self, member: _Member, done: Done) -> Done | None:
         tries, _ = member.take_back()
@@ -197,7 +203,7 @@ class _Reporter(Relay):
         with self._sending:
             self._pipe.send((kind, value))
 
-    def on_start(self, total: int | None) -> None:
+    def on_start(self, total: int | None, num_done: int = 0) -> None:
         self.tell("ready")
 
     def on_row(self, number: int = 1) -> None:

@@ -51,8 +51,8 @@ BOUNDS = "--unit-rows", "--limit", "--format"  # settings of the folder, not of 
 class Unit:
     """The rows from `begin` to `end`. `fatal` are the indices of those that end their process, and become error rows.
 
-    With `is_retry` the part is there, and its rows without an error stand. With `only`, a range of indices, the others
-    are passed over and no part is made: do these rows end their process?
+    With `is_retry` the part is there, and its rows without an error stand: `num_standing` of them. With `only`, a range
+    of indices, the others are passed over and no part is made: do these rows end their process?
     """
 
     number: int
@@ -61,6 +61,7 @@ class Unit:
     fatal: tuple[int, ...] = ()
     only: tuple[int, int] | None = None
     is_retry: bool = False
+    num_standing: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -69,7 +70,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Done:
-    """What comes back of a unit whose part is there."""
+    """What comes back of a unit whose part is there. `rows` are those that were done now."""
 
     unit: int
     rows: int
@@ -118,10 +119,10 @@ class Worker:
         if unit.is_retry:
             rows = map(_standing, rows, self._lines(unit))
         with tempfile.TemporaryFile() as spool:
-            run.write_rows(spool, _without_fatal(rows, unit), self._ready, first_may_fail=unit.number > 0)
+            run.write_rows(spool, _without_fatal(rows, unit), self._ready, unit.number > 0, unit.num_standing)
             if unit.only is None:
                 self._publish(unit, run, spool)
-        return Done(unit.number, stats.rows, dict(stats.failed), stats.failed_ids, stats.seconds_waited)
+        return Done(unit.number, stats.rows - stats.resumed, dict(stats.failed), stats.failed_ids, stats.seconds_waited)
 
     def _lines(self, unit: Unit) -> Iterator[Mapping[str, Any]]:
         return lines_of(self._folder.part(unit.number), [column.name for column in self._run.form.columns])
@@ -204,12 +205,12 @@ class Units:
         """Those whose part is not there, in order; where failed rows are to be redone, those which hold any, too."""
         done = self.folder.done()
         for number, (begin, end) in enumerate(self.folder.bounds(self.first, self.stop), self.first):
-            has_failed = self.is_retry and done[number] and self._has_failed(number)
-            if has_failed or not done[number]:
-                yield Unit(number, _cut(begin), _cut(end), is_retry=bool(has_failed))
+            errors = self._errors(number) if self.is_retry and done[number] else []
+            if any(errors) or not done[number]:
+                yield Unit(number, _cut(begin), _cut(end), is_retry=any(errors), num_standing=errors.count(None))
 
-    def _has_failed(self, number: int) -> bool:
-        return any(row["error"] for row in rows_of(self.folder.part(number), ["error"]))
+    def _errors(self, number: int) -> list[str | None]:
+        return [row["error"] for row in rows_of(self.folder.part(number), ["error"])]
 
     def part(self, unit: Unit) -> Inputs:
         return self.inputs.part(unit.begin, unit.end)
@@ -255,12 +256,12 @@ def drive(run: Run, shard: tuple[int, int], do: Do) -> Summary | None:
 def _do_missing(run: Run, units: Units, do: Do) -> None:
     stats, started = run.stats, time.perf_counter()
     rows_each = run.task.rows_each
-    left = sum(unit.num_rows for unit in units.missing()) * rows_each
+    left = sum(unit.num_rows * rows_each - unit.num_standing for unit in units.missing())
     total = units.num_rows() * rows_each
     if left:
         units.folder.remove(SUMMARY)
     stats.rows = stats.resumed = stats.safe = total - left
-    run.observer.on_start(total)
+    run.observer.on_start(total, stats.rows)
     with closing(do(units)) as all_done:
         for done in all_done:
             stats.rows, stats.safe = stats.rows + done.rows, stats.safe + done.rows

@@ -25,6 +25,7 @@ PART = re.compile(r"part-(\d{5,})\.(jsonl|parquet)")
 TEMPORARY = re.compile(r"\.idefics-(.+)-[0-9a-f]{16}\.tmp")
 BOUNDS_BYTES = 120  # of each line of bounds, so that any is found without those before it
 MAX_HEADER_BYTES = 16 << 20
+PYARROWS_REMEDY = " To create buckets"  # names an option that is not ours
 
 
 class UnitFolder:
@@ -50,8 +51,10 @@ class UnitFolder:
         try:
             yield
         except OSError as error:
-            reason, remedy = error.strerror or str(error), "fix that and run the same command again"
-            raise OutputError(f"cannot write to {self.name}: {reason}; {remedy}") from error
+            reason = (error.strerror or str(error)).partition(PYARROWS_REMEDY)[0].removesuffix(".")
+            raise OutputError(
+                f"cannot write to {self.name}: {reason}; fix that and run the same command again"
+            ) from error
 
     # ---- the run
 

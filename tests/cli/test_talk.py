@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -128,6 +129,12 @@ def test_memory_counts_processes_that_were_started() -> None:
         child.communicate(b"\n")
 
 
+def test_memory_where_torch_is_half_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A status line may come while a thread of the run imports it."""
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert memory_in_use() > 10**6
+
+
 def test_processes_tell_their_driver_what_it_is_to_say() -> None:
     class Heard(Observer):
         def __init__(self) -> None:
@@ -160,6 +167,7 @@ def test_processes_tell_their_driver_what_it_is_to_say() -> None:
 
 def test_parts_talk_as_one_file_does(photos: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "idefics_cli", "caption", photos, "-m", "demo", "--device", "cpu", "--log-json"]
+    command += ["--status-every", "0.2"]
     done = subprocess.run(
         [*map(str, command), "-o", f"{tmp_path / 'parts'}/"], capture_output=True, cwd=ROOT, timeout=240
     )
@@ -167,6 +175,9 @@ def test_parts_talk_as_one_file_does(photos: Path, tmp_path: Path) -> None:
     assert done.returncode == 3
     wanted = ["loading", "start", "row_failed", "failures", "end"]
     assert [event["event"] for event in events if event["event"] in wanted] == wanted
+    places = [event["event"] for event in events]
+    first_count = next((i for i, event in enumerate(events) if event["event"] == "status" and "rows" in event), 10**6)
+    assert places.index("loading") < places.index("status") and places.index("start") < first_count
     assert next(event for event in events if event["event"] == "start")["output"] == f"{tmp_path / 'parts'}/"
 
 

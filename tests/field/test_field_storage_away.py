@@ -70,7 +70,9 @@ def test_a_file_that_is_not_given_is_a_row_and_no_stop(slept: list[float]) -> No
     denied = PermissionError("denied"), FileNotFoundError("no folder")
     assert Storage(*denied, *denied).read() == RowError("storage_unavailable", "PermissionError: denied")
     assert sum(slept) < 5
-    assert Storage(FileNotFoundError("gone")).read() == RowError("image_missing", "file not found: gone")
+    assert Storage(FileNotFoundError("gone")).read() == RowError(
+        "image_missing", "file not found: 's3://bucket/folder/a.png'"
+    )
 
 
 def test_a_storage_that_stays_away_is_a_mistake_of_one_line(slept: list[float]) -> None:

@@ -138,7 +138,7 @@ def test_more_pixels_than_pillow_takes_by_itself():
 
 def test_remote_files_that_cannot_be_read(workers):
     missing = workers.prepare(stored(FileNotFoundError("bucket/cat.jpg")))
-    assert missing == RowError("image_missing", "file not found: bucket/cat.jpg")
+    assert missing == RowError("image_missing", "file not found: 's3://bucket/cat.jpg'")
     refused = workers.prepare(stored(PermissionError("forbidden")))
     assert refused == RowError("storage_unavailable", "PermissionError: forbidden")
     assert workers.prepare(stored(bytes(2_000_000))).code == "image_too_large"

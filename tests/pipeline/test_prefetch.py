@@ -90,7 +90,7 @@ def run(
     model: Any,
     sink: Sink | None = None,
     prepare: Callable[[InputRow], Any] = echo,
-    on_row: Callable[[], None] = lambda: None,
+    on_row: Callable[[object], None] = lambda finished: None,
     **options: Any,
 ) -> Sink:
     sink = sink or Sink()
@@ -169,7 +169,7 @@ def test_reading_ahead_is_bounded(rows_at_once: int) -> None:
     sink = Sink()
     furthest: list[int] = []
 
-    def look() -> None:
+    def look(finished: object) -> None:
         furthest.append(len(read) - sink.stats.rows)
         if sink.stats.rows == 50:
             raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def test_rows_that_are_slow_to_come_leave_at_once() -> None:
             time.sleep(3 * PATIENCE)
 
     sink, left = Sink(), {}
-    run(slow(), Model(), sink, on_row=lambda: left.update({sink.ids[-1]: time.monotonic()}), workers=1)
+    run(slow(), Model(), sink, on_row=lambda _: left.update({sink.ids[-1]: time.monotonic()}), workers=1)
     assert all(left[name] - times[name] < 2 * PATIENCE for name in times)
     assert sink.stats.seconds_waited > PATIENCE
 
@@ -228,7 +228,7 @@ def test_errors_leave_while_the_model_waits_for_a_prompt() -> None:
         assert left.wait(5), "the row was held back"
         yield row(1)
 
-    sink = run(rows(), Model(), on_row=left.set, workers=1)
+    sink = run(rows(), Model(), on_row=lambda _: left.set(), workers=1)
     assert sink.ids == ["bad 0", "row 1"]
 
 

@@ -30,9 +30,14 @@ from idefics_cli.tasks.few_shot import ShotOptions
 class Watch(Observer):
     def __init__(self) -> None:
         self.totals: list[int | None] = []
+        self.done = 0  # rows, as a bar shows them
 
-    def on_start(self, total: int | None) -> None:
+    def on_start(self, total: int | None, num_done: int = 0) -> None:
         self.totals.append(total)
+        self.done = self.done_before = num_done
+
+    def on_row(self, number: int = 1) -> None:
+        self.done += number
 
 
 def task_of(prompts: PromptOptions, **more: Any) -> CaptionVqa:
@@ -119,17 +124,17 @@ def test_stdout_takes_the_rows_and_has_to_be_there(bench: Bench) -> None:
     assert not bench.output.exists()
 
 
-def stopped_after(number: int, bench: Bench, *questions: str) -> None:
+def stopped_after(number: int, bench: Bench, *questions: str, **changes: Any) -> None:
     """A run that is stopped when so many rows have been written."""
 
-    def stop(self: Watch) -> None:
+    def stop(self: Watch, number_done: int = 1) -> None:
         if bench.stats.rows == number:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Watch, "on_row", stop)
         with pytest.raises(KeyboardInterrupt):
-            bench.run(questions)
+            bench.run(questions, **changes)
     assert bench.stats.safe == number
 
 
@@ -334,7 +339,7 @@ def test_inputs_that_change_before_the_end_are_told_and_the_rows_are_kept(
     before, changes = manifest.read_bytes(), passing(manifest, output=str(output))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watch, "on_row", lambda self: manifest.write_bytes(b"{}\n" + before))
+        patch.setattr(Watch, "on_row", lambda self, number: manifest.write_bytes(b"{}\n" + before))
         said = bench.refuses(InputError, **changes)
     assert "m.jsonl changed while the run was under way: restore it and run the same command again" in said
     assert bench.stats.safe == 3 and not output.exists()
@@ -354,6 +359,25 @@ def test_a_retry_keeps_good_rows_and_takes_passed_through_columns_again(bench: B
         retried = output.read_bytes()
         bench.run(overwrite=True, **changes)
         assert output.read_bytes() == retried
+
+
+def test_rows_that_stand_are_told_of_as_done_when_a_run_begins(bench: Bench, photos: Path) -> None:
+    """A retry, one that was stopped and is gone on with, and an update: what a bar counts is what is left to do."""
+    for name in "a.png", "zz.png":
+        (photos / name).write_bytes(b"broken")
+
+    def counts() -> tuple[int, int]:
+        return bench.observer.done_before, bench.observer.done
+
+    bench.run()
+    assert counts() == (0, 9)
+    stopped_after(5, bench, retry_errors=True)  # two of the failed rows are among them
+    assert bench.observer.done_before == 6
+    assert bench.run(retry_errors=True)
+    assert counts() == (8, 9)
+    save_image(photos / "new.png", 9)
+    assert bench.run(update=True)
+    assert counts() == (9, 10)
 
 
 def test_a_passed_through_column_with_a_name_of_the_result_is_called_input() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 import threading
@@ -23,7 +24,7 @@ from typer.testing import Result
 
 from idefics_cli import ranks
 from idefics_cli.checkpoint.request import ModelRequest
-from idefics_cli.errors import IdeficsError
+from idefics_cli.errors import IdeficsError, OutputError
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.readers.inputs import Inputs
@@ -197,7 +198,8 @@ def test_failed_rows_are_redone_and_no_others(
     folder = Path(shutil.copytree(inputs, tmp_path / "inputs"))
     command = "caption", folder / "rows.jsonl", "--keep", "note"
     options = "-o", f"{tmp_path}/parts/", "--format", form, "--unit-rows", 7, "--processes", processes
-    assert run(*command, *options).exit_code == 3
+    first = run(*command, *options)
+    rows, failed = map(int, re.search(r"(\d+) rows: .* (\d+) failed", first.stderr).groups())
     before = {path.name: path.stat().st_ino for path in parts(tmp_path / "parts")}
     for i in range(3, NUM_ROWS, 17):
         save_image(folder / f"images/{i:03}.png", i)
@@ -205,7 +207,7 @@ def test_failed_rows_are_redone_and_no_others(
     (folder / "images/004.png").unlink()  # of a row that stands beside a failed one
     again = run(*command, *options, "--retry-errors")
     assert again.exit_code == 3 and "row_invalid: 2 rows" in again.stderr, again.output
-    assert told(again) == told(expected)
+    assert told(again) == told(expected) and f"{rows} rows, {rows - failed} of them done before: " in again.stderr
     assert run("merge", tmp_path / "parts", "-o", tmp_path / "merged.jsonl").exit_code == 0
     assert (tmp_path / "merged.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     after = {path.name: path.stat().st_ino for path in parts(tmp_path / "parts")}
@@ -300,6 +302,15 @@ def test_schedulers_say_the_shard(
     assert parse_shard(text) == shard
 
 
+@pytest.mark.parametrize("step", ["1", "4"])
+def test_an_array_of_chosen_tasks(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """As of `sbatch --array=3,7,8`: nothing says which of them this one is."""
+    for name, value in {"ID": "8", "MIN": "3", "MAX": "8", "COUNT": "3", "STEP": step}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    with pytest.raises(IdeficsError, match="3 tasks, from 3 to 8, are not numbered evenly: make it one from 1 to 3"):
+        parse_shard("auto")
+
+
 def test_a_scheduler_that_does_not_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(IdeficsError, match="no scheduler's variables here"):
         parse_shard("auto")
@@ -319,6 +330,11 @@ def test_parts_on_another_file_system(run: Run, inputs: Path, tmp_path: Path, bu
     assert merged.exit_code == 0, merged.output
     assert (tmp_path / "f.jsonl").read_bytes() == alone.stdout_bytes
     assert "is finished" in run(*command, "-o", folder, "--format", "jsonl", "--unit-rows", 25).stderr
+
+
+def test_a_bucket_that_does_not_exist(bucket: str) -> None:
+    with pytest.raises(OutputError, match=r"cannot write to s3://none/parts.*: Bucket 'none' not found; fix that and"):
+        UnitFolder(bucket.replace("bucket", "none", 1).format("/parts/")).make()
 
 
 def test_of_two_drivers_on_another_file_system_the_second_is_refused(bucket: str) -> None:

@@ -45,8 +45,8 @@ class Watcher(Observer):
     def __init__(self, rows: int = 1000) -> None:
         self.left = rows
 
-    def on_row(self) -> None:
-        self.left -= 1
+    def on_row(self, number: int = 1) -> None:
+        self.left -= number
         if self.left == 0:
             raise Stop
 
