@@ -231,7 +231,7 @@ def test_rows_without_an_image_or_with_two(run: Callable[..., Result], tmp_path:
     assert "no image to compare with those of the shots" in first["error"] and second["error"] is None
     lines(rows, {"id": "1", "image": ["a.png", "a.png"]})
     done = run("embed", rows, "--max-errors", "1", "-o", tmp_path / "e.parquet")
-    assert done.exit_code == 2 and "row_invalid" in done.stderr
+    assert done.exit_code == 3 and "row_invalid" in done.stderr
 
 
 # ---- results

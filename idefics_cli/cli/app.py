@@ -1,8 +1,8 @@
 """The command line: options in, exit code out. With `console.py` the only module that prints or exits.
 
 Data goes to stdout or to `-o`, everything else to stderr. Exit codes: 0 every row has a text (or stdout was closed),
-2 a mistake, 3 finished and some rows have errors, 129, 130 and 143 stopped by a signal, 1 a bug. Whatever is heavy
-(torch, transformers, Pillow) is imported inside the command that needs it, so that `--help` is quick.
+2 a mistake, 3 some rows have errors, 129, 130 and 143 stopped by a signal, 1 a bug. Whatever is heavy (torch,
+transformers, Pillow) is imported inside the command that needs it, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -405,9 +405,7 @@ def _run(
         say_summary(stats, options.output, made="latents" if run.form.text_column is None else "a text")
     else:
         say_finished(stats, options.output)
-    if stats.stopped_early:
-        raise IdeficsError(f"stopped by --max-errors {options.max_errors}: look at the failed rows, or raise it")
-    if scoring is not None:
+    if scoring is not None and not stats.stopped_early:
         signals.safe_rows = lambda condition: ""
         names = run.passthrough.names
         answers, choices = names[scoring.answers_column], names.get(scoring.choices_column)

@@ -130,8 +130,8 @@ def test_enough_errors_stop_the_run(run: Callable[..., Result], tmp_path: Path) 
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"broken")
     result = run("caption", tmp_path, "--max-errors", "2", "-o", tmp_path / "f.jsonl")
-    assert result.exit_code == 2
-    assert "Error: stopped by --max-errors 2: " in result.stderr and "2 rows finished so far: safe in" in result.stderr
+    assert result.exit_code == 3
+    assert "Stopped early" in result.stderr and "2 rows finished so far: safe in" in result.stderr
     assert "image_unreadable: 2 rows: 0.png, 1.png" in result.stderr
     assert not (tmp_path / "f.jsonl").exists()
 

@@ -116,7 +116,7 @@ def test_a_run_that_stopped_early_is_not_scored(run: Callable[..., Result], mani
     (tmp_path / "1.png").write_bytes(b"broken")
     command = "vqa", manifest, "-o", tmp_path / "f.jsonl", "--answers-column", "answers", "--max-errors", "1"
     result = run(*command)
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert (result.exit_code, result.stdout) == (3, "")
     assert "VQA accuracy" not in result.stderr
 
 

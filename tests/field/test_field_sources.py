@@ -390,7 +390,7 @@ def test_max_errors_says_how_many_of_the_first_rows_may_fail(run: Callable, tmp_
     assert run("caption", rows).exit_code == 2
     assert len(rows_of(run("caption", rows, "--max-errors", "100").stdout)) == 71
     stopped = run("caption", rows, "--max-errors", "66")
-    assert len(rows_of(stopped.stdout)) == 66 and "stopped by --max-errors 66" in stopped.stderr
+    assert len(rows_of(stopped.stdout)) == 66 and "Stopped early by --max-errors" in stopped.stderr
 
 
 @pytest.mark.parametrize("images", [["none.png"] * 63, ["none.png", "../a.png"] * 50, ["a.png"] + ["none.png"] * 99])
@@ -404,7 +404,7 @@ def test_a_run_that_is_resumed_or_retried_is_not_stopped_for_its_first_rows(run:
     rows = manifest(tmp_path / "rows.jsonl", ["none.png"] * 70 + ["a.png"] * 80)
     command = "caption", rows, "-o", tmp_path / "out.jsonl"
     save_image(tmp_path / "a.png")
-    assert run(*command, "--max-errors", "64").exit_code == 2
+    assert run(*command, "--max-errors", "64").exit_code == 3
     assert run(*command).exit_code == 3  # resumes after the 64
     assert len(rows_of((tmp_path / "out.jsonl").read_text())) == 150
     retried = run(*command, "--retry-errors")  # and all of them fail again

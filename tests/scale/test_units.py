@@ -221,7 +221,7 @@ def test_a_retry_that_is_stopped_is_gone_on_with(run: Run, inputs: Path, tmp_pat
     assert run(*command).exit_code == 3
     expected = joined(tmp_path / "parts")
     stopped = run(*command, "--retry-errors", "--max-errors", 1)
-    assert stopped.exit_code == 2 and left_over(tmp_path / "parts") == {"_run.json"}
+    assert stopped.exit_code == 3 and left_over(tmp_path / "parts") == {"_run.json"}
     again = run(*command)
     assert again.exit_code == 3 and left_over(tmp_path / "parts") == {"_run.json", "_summary.json"}
     assert joined(tmp_path / "parts") == expected
