@@ -221,7 +221,7 @@ def say_summary(stats: RunStats, output: str, made: str) -> None:
     """What went wrong, then the closing line with the counts; `made` is what good rows have."""
     say_failures(stats)
     if stats.stopped_early:
-        say(f"Stopped early by --max-errors. {rows_so_far(stats, output)}")
+        say(f"Stopped early by --max-errors. {rows_so_far(stats, output)}", event="stopped")
     earlier = f", {stats.resumed} of them done before" if stats.resumed else ""
     place = "" if output == "-" or stats.stopped_early else f" They are in {output}."
     say(

@@ -134,6 +134,8 @@ def test_enough_errors_stop_the_run(run: Callable[..., Result], tmp_path: Path) 
     assert "Stopped early" in result.stderr and "2 rows finished so far: safe in" in result.stderr
     assert "image_unreadable: 2 rows: 0.png, 1.png" in result.stderr
     assert not (tmp_path / "f.jsonl").exists()
+    quiet = run("caption", tmp_path, "--max-errors", "1", "-o", tmp_path / "q.jsonl", "--quiet")
+    assert quiet.stderr.startswith("Stopped early by --max-errors.") and quiet.stderr.count("\n") == 1
 
 
 def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
