@@ -97,7 +97,7 @@ def run_once(
     engine.times.reset()
     with engine.timed_on_device():
         leave = lambda row, outcome: None  # noqa: E731
-        run_rows(rows_of(paths), steps, leave, flow, stats, lambda: waited.append(stats.seconds_waited))
+        run_rows(rows_of(paths), steps, leave, flow, stats, lambda finished: waited.append(stats.seconds_waited))
     busy = engine.times.vision + engine.times.prefill + engine.times.decode
     assert not stats.num_failed, f"{stats.num_failed} photographs could not be read"
     return {

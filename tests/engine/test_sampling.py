@@ -132,9 +132,9 @@ def test_warped_scores_are_those_of_transformers(scores, chosen, keep) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"temperature": 0.7}, "temperature has no effect"),
-        ({"top_k": 5}, "top_k has no effect"),
-        ({"top_p": 0.9}, "top_p has no effect"),
+        ({"temperature": 0.7}, "--temperature has no effect"),
+        ({"top_k": 5}, "--top-k has no effect"),
+        ({"top_p": 0.9}, "--top-p has no effect"),
         ({"do_sample": True, "temperature": 0.0}, "invalid temperature 0.0"),
         ({"do_sample": True, "top_p": 1.5}, "invalid top_p 1.5"),
         ({"do_sample": True, "top_p": float("nan")}, "invalid top_p nan"),

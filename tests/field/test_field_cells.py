@@ -585,5 +585,5 @@ def test_few_long_rows_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     flow = prefetch.FlowOptions(batch_size=64, workers=2)
     steps = prefetch.Steps(lambda row: row, stream)
     write = lambda row, finished: left.append(row.index)  # noqa: E731
-    prefetch.run_rows(rows(), steps, write, flow, prefetch.RunStats(), lambda: None)
+    prefetch.run_rows(rows(), steps, write, flow, prefetch.RunStats(), lambda finished: None)
     assert left == list(range(50))

@@ -60,7 +60,7 @@ def test_conversations_are_for_instruct_models(generated: Generated) -> None:
     asked += "User: And this? <end_of_utterance>\nAssistant:"
     assert generated([chat], captioner=FakeCaptioner(is_instruct=True)) == [(asked, None)]
     (of_base, error), beside = generated([chat, ["Once"]])
-    assert of_base is None and error.startswith("row_invalid: a conversation") and "-m" in error
+    assert of_base is None and error.startswith("row_invalid: a conversation") and "idefics-9b-instruct" in error
     assert beside == ("Once", None)
 
 

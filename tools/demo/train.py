@@ -1,11 +1,11 @@
 """Make the `demo` model from nothing: `python -m tools.demo.train`.
 
-Three stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
+Four stages. *See*: the vision tower and the resampler learn, through small heads that are thrown away afterwards, what
 lies where: for each patch the shape it belongs to, and in the first latents the shapes from left to right. *Speak*:
 the whole model learns to caption and to answer, in the official prompt templates. *Default*: with its eyes as they are,
-it learns to do so after the text-only shots of the default protocol, and to finish texts that have gone wrong. Scenes
-are drawn from seeds in order, so a run can stop anywhere and resumes from its last saved state; seeds from
-`EVALUATION_SEEDS` on are never drawn here.
+it learns to do so after the text-only shots of the default protocol. *Slips*: the same, with words of the answers
+replaced, so that a text that has gone wrong becomes as long as the right one. Scenes are drawn from seeds in order, so
+a run can stop anywhere and resumes from its last saved state; seeds from `EVALUATION_SEEDS` on are never drawn here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,7 +78,7 @@ def stages(scale: float) -> tuple[Stage, ...]:
     )
     default = Stage(
         "default",
-        round(600 * scale),
+        round(480 * scale),
         first_seed=900_000_000,
         scenes=32,
         matrix_rate=0.01,
@@ -88,9 +88,9 @@ def stages(scale: float) -> tuple[Stage, ...]:
         captions=8,
         questions=2,
         published=24,
-        slips=0.15,
     )
-    return see, speak, default
+    slips = replace(default, name="slips", steps=round(320 * scale), slips=0.15)
+    return see, speak, default, slips
 
 
 def demo_config(vocab_size: int) -> IdeficsConfig:
