@@ -518,6 +518,7 @@ def main() -> None:
         if joined() is not None:
             joined().end(end.code or 0)
         raise
-    except OSError as error:  # commands handle their own errors: help, or the version, could not be written
-        say_error(f"cannot write to stdout: {error.strerror}", debug=False, code=EXIT_MISTAKE)
+    except OSError as error:  # commands handle their own errors: help, the version or completion could not be written
+        place = error.filename or "stdout"
+        say_error(f"cannot write to {place}: {error.strerror}", debug=False, code=EXIT_MISTAKE)
         sys.exit(EXIT_MISTAKE)

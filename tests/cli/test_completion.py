@@ -121,6 +121,15 @@ def test_a_shell_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     assert refused.stderr.endswith("'--install-completion': 'csh' is not one of 'bash', 'zsh', 'fish'\n")
 
 
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    home = tmp_path / "a file"
+    home.touch()
+    command = [sys.executable, "-m", "idefics_cli", "--install-completion", "bash"]
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr.startswith(f"Error: cannot write to {home}")) == (2, True), ended.stderr
+
+
 def test_bash_completes(shell_home: dict[str, str]) -> None:
     """Nothing where files are meant, which are bash's own to complete."""
     script = """eval "$(idefics --show-completion)"
