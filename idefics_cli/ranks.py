@@ -216,6 +216,8 @@ class Ranks:
             self.failure = failure
         self._has_failed.set()
         time.sleep(2 * NOTICE)  # in which what the two do together fails
+        if self._is_ending:
+            return
         if not self._is_noticed and self.failure[0] < 128:
             interrupt_main(signal.SIGTERM)
         time.sleep(PATIENCE)  # rank 0 saves its rows; it may also wait for ever for a device
