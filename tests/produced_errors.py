@@ -59,7 +59,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(config, "workeroutput"):
         config.workeroutput["produced"] = {file: sorted(lines) for file, lines in produced.items()}
         return
-    if is_whole(config) and session.exitstatus == pytest.ExitCode.OK and (missing := never_produced()):
+    has_ended = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if is_whole(config) and has_ended and (missing := never_produced()):
         if os.environ.get("REQUIRE_MESSAGES"):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         lines = [f"{site.file}:{site.first}: {site.kind}: {site.message}" for site in missing]

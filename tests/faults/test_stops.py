@@ -112,7 +112,9 @@ def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path, suffix: str,
     bench = make_bench(tmp_path, ROWS, suffix)
     first = bench.start(settings=SLOW_ROWS)
     bench.wait_for_rows(2)
+    first.send(signal.SIGSTOP)  # so that it does not end before the second begins
     second = bench.run(*options)
+    first.send(signal.SIGCONT)
     assert second.code == 2
     assert second.said.startswith(f"Error: another run is writing {bench.part}: ")
     assert first.wait().code == 3
