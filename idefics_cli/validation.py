@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -101,6 +102,12 @@ def gathered(options: type[Options], given: Mapping[str, Any], own: Mapping[str,
 
 def with_keywords(text: str, *options: type) -> str:
     """The text with all options of these dataclasses as callers write them: num_beams for --num-beams."""
+    words = _keywords_by_option(options)
+    return OPTION.sub(lambda found: words.get(found[0], found[0]), text)
+
+
+@cache
+def _keywords_by_option(options: tuple[type, ...]) -> Mapping[str, str]:
     words: dict[str, str] = {}
     for kind in options:
         for word, (hint, about) in keywords_of(kind).items():
@@ -108,7 +115,7 @@ def with_keywords(text: str, *options: type) -> str:
                 turns_off = flag.startswith("--no-") and not word.startswith("no_")
                 words[flag] = f"{word}=False" if turns_off else f"{word}=True" if hint is bool else word
                 words.setdefault(flag.replace("--", "--no-"), f"{word}=False")
-    return OPTION.sub(lambda found: words.get(found[0], found[0]), text)
+    return words
 
 
 def require_keywords(given: Iterable[str], known: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from idefics_cli.checkpoint.request import DEFAULT_MODEL, DEMO
 from idefics_cli.prompts.templates import TEMPLATES
+from idefics_cli.storage.once_per_machine import cache_folder
 
 CACHED = "models--"
 SHELLS = ("bash", "zsh", "fish")
@@ -39,9 +40,8 @@ def completion_of(name: str, metavar: str) -> Completion | None:
 
 def _cached() -> Iterator[str]:
     """IDEFICS models in the hub's cache, whose library takes long to import."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    home = Path(os.environ.get("HF_HOME") or cache_folder().parent / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     for folder in sorted(cache.glob(f"{CACHED}*idefics*")):
         name = folder.name.removeprefix(CACHED).replace("--", "/")
         if name != DEFAULT_MODEL:

@@ -78,7 +78,8 @@ def test_attention_over_a_part_compiles(
     registers, spilled = resources(
         tree_kernel.part_attention_kernel, constants, arch, tmp_path / "kernel", num_warps=queries // 4
     )
-    assert registers <= LARGEST_PROGRAM and spilled <= 8, (registers, spilled)
+    most = 8 if arch == 100 else 0  # two registers, by Triton 3.7; none by 3.9
+    assert registers <= LARGEST_PROGRAM and spilled <= most, (registers, spilled)
 
 
 LAYERS = [
