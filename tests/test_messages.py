@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import rows_of, save_image
+from fsspec.implementations.local import LocalFileSystem
 from tiny_tokenizers import llama_tokenizer
 from typer.testing import Result
 
@@ -45,7 +46,7 @@ from idefics_cli.report.results import ImagesOfInput
 from idefics_cli.rows import ImageOptions, InputRow, ReadOptions
 from idefics_cli.scale import merge, processes, ray, units
 from idefics_cli.scale.units import Unit, attempts
-from idefics_cli.storage.files import local_file
+from idefics_cli.storage.files import File, local_file
 from idefics_cli.storage.unique_ids import UniqueIds
 from idefics_cli.storage.unit_folder import UnitFolder
 
@@ -299,6 +300,29 @@ def test_a_folder_that_is_not_as_it_was_left(tmp_path: Path) -> None:
     assert "_run.json is not as this program leaves it" in refusal(UnitFolder, f"{tmp_path}/")
     (tmp_path / "file").write_text("")
     assert "cannot write to" in refusal(UnitFolder(f"{tmp_path}/file/parts/").make)
+
+
+class Denying(LocalFileSystem):
+    """Says no to everything, as a storage does to wrong credentials."""
+
+    def exists(self, path: str, **options: Any) -> bool:
+        raise OSError("AWS Error ACCESS_DENIED during HeadObject operation.")
+
+    def ls(self, path: str, detail: bool = False, **options: Any) -> Any:
+        self.exists(path)
+
+    def rm_file(self, path: str) -> None:
+        self.exists(path)
+
+
+def test_a_folder_that_may_not_be_looked_into() -> None:
+    folder = File("s3://bucket/parts/", "bucket/parts/", Denying())
+    said = "cannot look into s3://bucket/parts: AWS Error ACCESS_DENIED during HeadObject operation; check the name"
+    assert said in refusal(UnitFolder, folder)
+    known = object.__new__(UnitFolder)
+    known.place, known.name = folder, "s3://bucket/parts"
+    assert said in refusal(lambda: list(known.names()))
+    assert said in refusal(known.remove, "_run.json")
 
 
 def test_rows_that_end_their_processes() -> None:

@@ -18,6 +18,7 @@ from idefics_cli.pipeline.prefetch import RunStats
 from idefics_cli.pipeline.run import Run
 from idefics_cli.pipeline.task import Observer
 from idefics_cli.storage.filenames import counted, listed
+from idefics_cli.storage.unit_folder import UnitFolder
 from idefics_cli.tasks.shown_prompts import FORM, NeedsWeights, prompts_alone, weightless_viewer
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def dry_run_facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "rows", f"{number:,}"
     for role, names in run.inputs.chosen.items():
         yield f"column of {role}", listed(names)
-    yield "output", _output(options.output)
+    yield "output", _parts(UnitFolder(options.output)) if options.has_parts else _output(options.output)
     yield from _disk(run, number)
     yield from model_facts(options.request, as_run=True).items()
     if run.form.text_column is not None:
@@ -49,6 +50,13 @@ def _output(output: str) -> str:
     if os.path.exists(f"{output}.part"):
         return f"{output}, of which a stopped run has left rows: the same command resumes"
     return f"{output}, which is there: it is compared, and not replaced" if os.path.exists(output) else f"{output}, new"
+
+
+def _parts(folder: UnitFolder) -> str:
+    if folder.header is None:
+        return f"{folder.name}/, new"
+    parts = f"{folder.done().count(1)} of {counted(folder.num_units, 'part')}"
+    return f"{folder.name}/, where {parts} are: the same command makes the others"
 
 
 def _disk(run: Run, num_rows: int) -> Iterator[tuple[str, str]]:

@@ -8,14 +8,12 @@ written for another. They are fresh interpreters that do not run the caller's sc
 from __future__ import annotations
 
 import os
-import posixpath
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
@@ -25,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, InputError, RowError
+from idefics_cli.errors import ROW_ERROR_CODES, IdeficsError, RowError
+from idefics_cli.images.remote import RemoteReader
 from idefics_cli.images.thumbnail import Thumbnails
 from idefics_cli.images.worker import BUG, ENCODED, PIXELS, Processor
 from idefics_cli.rows import BoundPath, ImageOptions, RemoteFile
-from idefics_cli.storage.filenames import shown
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0  # seconds; usually a fraction of one
 KILL_TIMEOUT = 5.0  # seconds
 MESSAGE_TIMEOUT = struct.pack("ll", 30, 0)  # seconds and microseconds, for a message that stops half way
-RETRY_SECONDS = (1, 2, 4, 8, 15, 30)  # between tries to read from a storage that does not answer
 STEP = 1.0  # seconds
 WAITS = (0.5, 15.0)  # seconds: the shortest and the longest before a start is tried again
 CLOSED = "the image workers have been closed"
@@ -61,6 +58,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         for _ in range(options.num_workers):
             self._slots.put(None)
         self._running: set[_Worker] = set()
+        self._remote = RemoteReader()
         self._closing = threading.Event()
         # Linux ends a worker with the *thread* that started it, so one thread starts them all, and stays to the end.
         self._starter = ThreadPoolExecutor(1, "worker-starter")
@@ -82,7 +80,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         be started, InputError where a storage stays away, and CancelledError after `close`.
         """
         if isinstance(source, RemoteFile):
-            source = read_remote(source, self._options.max_bytes)
+            source = self._remote.read(source, self._options.max_bytes)
         if isinstance(source, RowError):
             return source
         if isinstance(source, os.PathLike) and not isinstance(source, BoundPath):
@@ -253,32 +251,3 @@ class _Worker:
         with self.process.stderr as errors:
             lines = errors.read().decode("utf-8", "replace").splitlines()
         return ": ".join([how, *lines[-1:]])
-
-
-def read_remote(file: RemoteFile, max_bytes: int) -> bytes | RowError:
-    """A storage that does not answer is waited for; raises InputError where it stays away."""
-    answers = 0
-    for seconds in (*RETRY_SECONDS, None):
-        try:
-            return file.read(max_bytes + 1)  # one byte more shows a file that is too large
-        except FileNotFoundError:
-            return RowError("image_missing", f"file not found: {shown(file.path)}")
-        except Exception as error:  # each kind of storage has errors of its own
-            reason = f"{type(error).__name__}: {error}"
-        answers = answers + 1 if _answers(file) else 0
-        if answers > 1:
-            return RowError("storage_unavailable", reason)
-        if seconds is not None:
-            time.sleep(seconds)
-    raise InputError(f"{shown(file.path)} cannot be read ({reason}), nor its folder: check the storage and your access")
-
-
-def _answers(file: RemoteFile) -> bool:
-    """Whether the storage says anything of the file's folder: then the file alone cannot be read."""
-    try:
-        file.filesystem.info(posixpath.dirname(file.key))
-    except FileNotFoundError:
-        return True
-    except Exception:
-        return False
-    return True

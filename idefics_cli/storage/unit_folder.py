@@ -51,9 +51,22 @@ class UnitFolder:
         try:
             yield
         except OSError as error:
-            reason = (error.strerror or str(error)).partition(PYARROWS_REMEDY)[0].removesuffix(".")
+            reason = _reason(error)
             raise OutputError(
                 f"cannot write to {self.name}: {reason}; fix that and run the same command again"
+            ) from error
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """What is not there is for the caller."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            reason = _reason(error)
+            raise OutputError(
+                f"cannot look into {self.name}: {reason}; check the name, the credentials and your access to it"
             ) from error
 
     # ---- the run
@@ -125,16 +138,17 @@ class UnitFolder:
     # ---- files
 
     def names(self) -> Iterator[str]:
-        if self.place.is_local:
-            with suppress(FileNotFoundError), os.scandir(self.place.path) as entries:
-                yield from (entry.name for entry in entries)
-            return
-        with suppress(FileNotFoundError):
-            found = self.place.filesystem.ls(self.place.path, detail=True)
-            yield from (posixpath.basename(each["name"]) for each in found)
+        with suppress(FileNotFoundError), self._looking():
+            if self.place.is_local:
+                with os.scandir(self.place.path) as entries:
+                    yield from (entry.name for entry in entries)
+            else:
+                found = self.place.filesystem.ls(self.place.path, detail=True)
+                yield from (posixpath.basename(each["name"]) for each in found)
 
     def _exists(self, name: str) -> bool:
-        return self.place.filesystem.exists(self.place.child(name).path)
+        with self._looking():
+            return self.place.filesystem.exists(self.place.child(name).path)
 
     @contextmanager
     def written(self, name: str) -> Iterator[Any]:
@@ -178,7 +192,7 @@ class UnitFolder:
         self.header = None
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._looking():
             if self.place.is_local:
                 os.unlink(self.place.child(name).path)
             else:
@@ -207,6 +221,10 @@ class UnitFolder:
         """When the file was written, by the clock of its file system."""
         found = self.place.child(name).info().get("mtime") or 0
         return found.timestamp() if hasattr(found, "timestamp") else float(found)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).partition(PYARROWS_REMEDY)[0].removesuffix(".")
 
 
 def unfinished(folder: UnitFolder) -> str | None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from written_manifests import write_manifest
 
 from idefics_cli.cli import app as cli
+from idefics_cli.storage.unit_folder import UnitFolder
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +65,19 @@ def test_rows_of_a_folder_and_of_many_questions(tmp_path: Path) -> None:
     assert facts_of(dry_run("vqa", tmp_path, "-q", "A?", "-q", "B?", "--limit", "2"))["rows"] == "4"
     latents = facts_of(dry_run("embed", tmp_path, "-o", tmp_path / "e.parquet"))
     assert "first prompt" not in latents and "disk" in latents
-    parts = facts_of(dry_run("caption", tmp_path, "-o", f"{tmp_path / 'parts'}/"))
-    assert parts["output"].endswith("parts/, new") and not (tmp_path / "parts").exists()
+
+
+def test_a_folder_of_parts_is_looked_into(tmp_path: Path) -> None:
+    for seed in range(3):
+        save_image(tmp_path / f"{seed}.png", seed)
+    command = "caption", tmp_path, "-o", f"{tmp_path / 'parts'}/"
+    assert facts_of(dry_run(*command))["output"] == f"{tmp_path}/parts/, new" and not (tmp_path / "parts").exists()
+    folder = UnitFolder(f"{tmp_path}/parts/")
+    folder.make()
+    folder.begin({"format": "jsonl"}, iter([(0,), (1,), (2,), (3,)]))
+    (tmp_path / "parts" / folder.part_name(1)).write_text("")
+    said = f"{tmp_path}/parts/, where 1 of 3 parts are: the same command makes the others"
+    assert facts_of(dry_run(*command))["output"] == said
 
 
 def test_similar_shots_are_not_known_without_weights(manifest: Path, tmp_path: Path) -> None:

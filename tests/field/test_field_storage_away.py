@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,9 +15,9 @@ from pyarrow.fs import S3FileSystem
 from typer.testing import Result
 
 from idefics_cli.errors import InputError, RowError
-from idefics_cli.images import worker_pool
+from idefics_cli.images import remote
 from idefics_cli.images.decode import load_image
-from idefics_cli.images.worker_pool import read_remote
+from idefics_cli.images.remote import RemoteReader
 from idefics_cli.rows import ImageOptions, RemoteFile
 
 server = pytest.importorskip("moto.server")
@@ -26,7 +27,7 @@ server = pytest.importorskip("moto.server")
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that were waited, which pass at once."""
     seconds: list[float] = []
-    monkeypatch.setattr(worker_pool.time, "sleep", seconds.append)
+    monkeypatch.setattr(remote.time, "sleep", seconds.append)
     return seconds
 
 
@@ -50,7 +51,7 @@ class Storage:
         return {"name": key}
 
     def read(self) -> bytes | RowError:
-        return read_remote(RemoteFile("s3://bucket/folder/a.png", self, "bucket/folder/a.png"), 100)
+        return RemoteReader().read(RemoteFile("s3://bucket/folder/a.png", self, "bucket/folder/a.png"), 100)
 
 
 AWAY = OSError("AWS Error NETWORK_CONNECTION"), OSError("AWS Error NETWORK_CONNECTION")
@@ -81,12 +82,51 @@ def test_a_storage_that_stays_away_is_a_mistake_of_one_line(slept: list[float]) 
     assert 30 < sum(slept) < 120
 
 
+class Bucket:
+    """Gives what is in it to a key that may read and not list: of all else it says no, also of what is not there."""
+
+    def __init__(self, *keys: str) -> None:
+        self.keys = set(keys)
+
+    def open(self, key: str, mode: str, seekable: bool) -> AbstractContextManager[Any]:
+        self.info(key)
+        return nullcontext(io.BytesIO(b"image"))
+
+    def info(self, key: str) -> dict[str, Any]:
+        if key not in self.keys:
+            raise OSError(f"When getting information for key '{key}': AWS Error ACCESS_DENIED: No response body.")
+        return {"name": key}
+
+
+def test_of_what_may_be_read_and_not_listed_a_missing_file_is_a_row(slept: list[float]) -> None:
+    bucket, reader = Bucket("bucket/a.png", "bucket/c.png"), RemoteReader()
+    a, b, c = (RemoteFile(f"s3://bucket/{name}.png", bucket, f"bucket/{name}.png") for name in "abc")
+    assert reader.read(a, 100) == b"image"
+    denied = reader.read(b, 100)
+    assert isinstance(denied, RowError) and denied.code == "storage_unavailable" and sum(slept) < 5
+    assert reader.read(c, 100) == b"image"
+    bucket.keys.clear()  # as when credentials are taken back
+    with pytest.raises(InputError, match=r"ACCESS_DENIED.*check the storage, the credentials"):
+        reader.read(b, 100)
+    other = RemoteFile("s3://other/b.png", Bucket(), "other/b.png")
+    with pytest.raises(InputError, match="s3://other"):
+        reader.read(other, 100)
+
+
+def test_credentials_that_read_nothing_are_not_waited_for_long(slept: list[float]) -> None:
+    with pytest.raises(InputError, match=r"'s3://bucket/a.png' cannot be read .*check the storage, the credentials"):
+        RemoteReader().read(RemoteFile("s3://bucket/a.png", Bucket(), "bucket/a.png"), 100)
+    assert sum(slept) < 10
+
+
 class RemoteCaptioner(FakeCaptioner):
     """Reads from the storage as the pool of processes does."""
 
     def image_workers(self, options: ImageOptions) -> Any:
+        reader = RemoteReader()
+
         def prepare(source: Any) -> bytes | RowError:
-            data = read_remote(source, options.max_bytes) if isinstance(source, RemoteFile) else source
+            data = reader.read(source, options.max_bytes) if isinstance(source, RemoteFile) else source
             image = data if isinstance(data, RowError) else load_image(data, options)
             return image if isinstance(image, RowError) else image.tobytes()
 
@@ -112,7 +152,7 @@ def test_a_run_whose_storage_goes_away_stops_and_resumes(
 
     monkeypatch.setattr(RemoteFile, "read", read)
     monkeypatch.setattr(RemoteFile, "identity", lambda file: file.key.encode())  # asked for over the network, slowly
-    monkeypatch.setattr(worker_pool, "_answers", lambda file: is_there)
+    monkeypatch.setattr(remote, "_is_told", lambda file, key: is_there)
     root = "s3://bucket?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
     command = "caption", rows, "--image-root", root, "-o", tmp_path / "out.jsonl", "--workers", "2"
     captioner = RemoteCaptioner(2, before_call=leave)
@@ -140,13 +180,13 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_s3_that_goes_away_in_mid_run_is_a_stop_that_resumes(
     run: Callable[..., Result], tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_pool, "RETRY_SECONDS", ())  # the library itself tries three times, and waits
+    monkeypatch.setattr(remote, "RETRY_SECONDS", ())  # the library itself tries three times, and waits
     endpoint = f"127.0.0.1:{s3.get_host_and_port()[1]}"
-    remote = S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
+    bucket = S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
     images = [save_image(tmp_path / f"{i}.png", i) for i in range(60)]
-    remote.create_dir("bucket")
+    bucket.create_dir("bucket")
     for image in images:
-        with remote.open_output_stream(f"bucket/{image.name}", compression=None) as file:
+        with bucket.open_output_stream(f"bucket/{image.name}", compression=None) as file:
             file.write(image.read_bytes())
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"image": image.name}) + "\n" for image in images))
