@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from idefics_cli.ranks import Ranks
 
 
+INT8_BYTES = 1.2  # of a weight in int8, with those that are left as they are, at most about
 BF16_GAIN = 1.25  # bf16 is less exact: it has to be worth it
 SMALLEST_MATRIX = 1 << 20  # numbers in a layer's largest: in smaller models calls count, not products
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -97,25 +98,28 @@ def bf16_gain(config: IdeficsConfig) -> float:
     return once_per_machine(f"bf16 {layers} {torch.__version__} {torch.get_num_threads()}", measure)
 
 
-def require_fit(num_bytes: int, device: torch.device, dtype: torch.dtype) -> None:
+def require_fit(num_bytes: int, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> None:
     from idefics_cli.engine.memory_budget import free_bytes
 
     if num_bytes > free_bytes(device):
-        raise does_not_fit(num_bytes, device, dtype)
+        raise does_not_fit(num_bytes, device, dtype, quantize)
 
 
-def does_not_fit(num_bytes: int, device: torch.device, dtype: torch.dtype) -> DeviceError:
+def does_not_fit(num_bytes: int, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> DeviceError:
+    """`num_bytes`: in this format, or quantized so."""
     import torch
 
     from idefics_cli.engine.memory_budget import free_bytes
 
     free, host = free_bytes(device), free_bytes(torch.device("cpu"))
+    in_int8 = num_bytes / dtype.itemsize * INT8_BYTES if quantize is None and device.type != "mps" else torch.inf
     remedies = [
-        "--dtype bf16" if dtype.itemsize > 2 and num_bytes // 2 <= free else None,
+        "--dtype bf16" if quantize is None and dtype.itemsize > 2 and num_bytes // 2 <= free else None,
+        "--quantize int8" if in_int8 <= free else None,
         "--device cpu" if device.type != "cpu" and num_bytes <= host else None,
         "a machine with more memory" if device.type == "cpu" else "a larger device",
     ]
     return DeviceError(
-        f"out of memory: the model's {num_bytes / 1e9:.1f} GB in {dtype_name(dtype)} do not fit on {device}, which has "
-        f"{free / 1e9:.1f} GB free: use {', '.join(filter(None, remedies))} or a smaller model"
+        f"out of memory: the model's {num_bytes / 1e9:.1f} GB in {quantize or dtype_name(dtype)} do not fit on"
+        f" {device}, which has {free / 1e9:.1f} GB free: use {', '.join(filter(None, remedies))} or a smaller model"
     )

@@ -118,8 +118,9 @@ def bytes_to_fetch(request: ModelRequest) -> int | None:
         raise _cannot_fetch(request, error) from error
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
-    if about.safetensors is not None:
-        require_fit(about.safetensors.total * dtype.itemsize, device, dtype)
+    if about.safetensors is not None and request.device_map is None:
+        each = dtype.itemsize if request.quantize is None else quantize.BYTES[request.quantize]
+        require_fit(round(about.safetensors.total * each), device, dtype, request.quantize)
     names = (".safetensors", ".bin") if request.allow_pickle else (".safetensors",)
     found = sum(each.size or 0 for each in about.siblings or () if each.rfilename.endswith(names))
     require(found, f"model {request.model!r} has no weights: expected {SAFETENSORS}")

@@ -173,7 +173,7 @@ def load_network(
             if ranks is not None:
                 join_ranks(model, ranks)
     except torch.OutOfMemoryError as error:
-        raise does_not_fit(num_bytes, device, dtype) from error
+        raise does_not_fit(num_bytes, device, dtype, kind) from error
     except LOADING_ERRORS as error:
         if kind is not None and device_map is not None and device.type == "cpu":  # transformers quantizes on CUDA
             raise _cannot_be_moved() from error
@@ -262,9 +262,10 @@ def require_loadable(
     except LOADING_ERRORS as error:
         raise _cannot_be_loaded(checkpoint, error) from error
     require_divisible(config, num_processes)
-    num_bytes = quantize.weight_bytes(expected, quantize.kind_of(config, kind), dtype, num_processes)
+    kind = quantize.kind_of(config, kind)
+    num_bytes = quantize.weight_bytes(expected, kind, dtype, num_processes)
     if device_map is None:
-        require_fit(num_bytes, device, dtype)
+        require_fit(num_bytes, device, dtype, kind)
     return num_bytes
 
 

@@ -431,7 +431,8 @@ def test_info_tells_size_and_memory(folder: Path, tmp_path: Path) -> None:
 
 def test_a_model_larger_than_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = Idefics.from_pretrained(folder).model.num_parameters() * 4
-    for free, remedy in ((size - 1, "use --dtype bf16, a machine"), (size // 2 - 1, "use a machine")):
+    remedies = "--dtype bf16, --quantize int8, a machine", "--quantize int8, a machine", "a machine"
+    for free, remedy in zip((size - 1, size // 2 - 1, size // 4), (f"use {each}" for each in remedies), strict=True):
         monkeypatch.setattr(memory_budget, "free_bytes", lambda device, free=free: free)
         by_keyword = remedy.replace("--", "")
         with pytest.raises(DeviceError, match=f"GB in fp32 do not fit on cpu, which has 0.0 GB free: {by_keyword}"):
@@ -440,6 +441,9 @@ def test_a_model_larger_than_the_memory(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(memory_budget, "free_bytes", lambda device: size // 2)
     Idefics.from_pretrained(folder, dtype="bf16")
     assert info(folder, "--dtype", "bf16").exit_code == 0
+    monkeypatch.setattr(memory_budget, "free_bytes", lambda device: size // 8)
+    said = info(folder, "--quantize", "int8").stderr
+    assert "GB in int8 do not fit on cpu" in said and "free: use a machine" in said
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,6 +470,10 @@ def test_info_of_a_hub_model(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "other/model, not cached: 18,000.0 MB of weights are fetched when it is used" in info("other/model").stdout
     about.safetensors.total = 10**15
     assert "do not fit on cpu" in info("other/model").stderr
+    assert "GB in int8 do not fit on cpu" in info("other/model", "--quantize", "int8").stderr
+    about.safetensors.total = memory_budget.free_bytes(torch.device("cpu")) * 2 // 3
+    assert "free: use --quantize int8, a machine" in info("other/model").stderr
+    assert "are fetched when it is used" in info("other/model", "--quantize", "int8").stdout
     about.siblings = []
     about.safetensors = None
     assert "has no weights" in info("other/model").stderr
