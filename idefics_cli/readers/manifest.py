@@ -150,7 +150,7 @@ class Manifest(Source):
         columns = [name if isinstance(name, str) else _first_of(name, table) for name in options.columns]
         for name in (*columns, *keep):
             require_column(file.name, table, name)
-        self.passthrough: dict[str, pa.DataType | None] = {name: table.type_of(name) for name in keep}
+        self.passthrough: dict[str, pa.DataType | None] = {name: _stored_type(table, name) for name in keep}
         ids = () if self._id is None else (self._id,)
         self.chosen = {"images": self._images.names, "ids": ids, "prompts": tuple(columns), "kept": tuple(keep)}
         self._lists = [name for name in (*self._images.own, *options.list_columns) if name in table.columns]
@@ -228,6 +228,16 @@ def _identity(file: File, size: int | None = None) -> dict[str, Any]:
 
 def _first_of(names: tuple[str, ...], table: Table) -> str:
     return next((name for name in names if name in table.columns), names[0])
+
+
+def _stored_type(table: Table, column: str) -> pa.DataType | None:
+    """None, too, where a result cannot have the column's type."""
+    of = table.type_of(column)
+    if of is None:
+        return None
+    from idefics_cli.readers.undeclared_types import in_parquet  # imports pyarrow
+
+    return in_parquet(of)
 
 
 def _id_column(manifest: str, table: Table, options: ReadOptions) -> str | None:

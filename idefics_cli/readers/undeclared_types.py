@@ -1,17 +1,30 @@
-"""The Arrow types of columns whose inputs declare none (JSON lines, CSV, archives), and their values in these."""
+"""The Arrow types of columns whose inputs declare none (JSON lines, CSV, archives) or one that Parquet does not have,
+and their values in these."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pyarrow.types as kinds
 
 from idefics_cli.columns import json_text
 
 MOST_FIELDS = 200
 DEEPEST = 20  # nested lists and objects
+
+
+@cache
+def in_parquet(of: pa.DataType) -> pa.DataType | None:
+    """The type; None where Parquet has none for its values, as for unions and intervals."""
+    try:
+        pq.write_table(pa.table({"values": pa.nulls(1, of)}), pa.BufferOutputStream())
+    except (pa.ArrowException, OSError):
+        return None
+    return of
 
 
 def inferred_types(

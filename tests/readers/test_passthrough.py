@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import written_manifests
@@ -69,6 +70,30 @@ def test_types_that_differ_are_inferred_from_the_values(tmp_path: Path) -> None:
     lines = write_manifest(tmp_path / "rows.jsonl", [{"id": "a", "image": "a.png", "n": 1.5}])
     typed = write_manifest(tmp_path / "rows.parquet", [{"id": "b", "image": "b.png", "n": 2}])
     assert as_table(opened(lines, typed)).to_pydict() == {"n": [1.5, 2.0]}
+
+
+UNION = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [pa.array([1, 2]), pa.array(["a", "b"])])
+
+
+@pytest.mark.parametrize(
+    ("values", "inferred", "expected"),
+    [
+        (UNION, pa.string(), ["1", "b"]),
+        (pa.array([pa.MonthDayNano([1, 2, 3]), None]), pa.list_(pa.int64()), [[1, 2, 3], None]),
+        (pc.run_end_encode(pa.array([7, 7])), pa.int64(), [7, 7]),
+        (pa.array([{}, None], pa.struct([])), pa.string(), ["{}", None]),
+        (pa.array([b"", b""], pa.binary(0)), pa.string(), ["", ""]),
+    ],
+)
+def test_types_that_parquet_lacks_are_inferred_too(
+    tmp_path: Path, values: pa.Array, inferred: pa.DataType, expected: list[Any]
+) -> None:
+    table = pa.table({"image": ["a.png", "b.png"], "x": values})
+    with pa.ipc.new_file(tmp_path / "rows.arrow", table.schema) as file:
+        file.write_table(table)
+    found = as_table(opened(tmp_path / "rows.arrow"))
+    assert (found["x"].type, found["x"].to_pylist()) == (inferred, expected)
+    pq.write_table(found, tmp_path / "result.parquet")
 
 
 def test_bad_rows_have_no_values(tmp_path: Path) -> None:
