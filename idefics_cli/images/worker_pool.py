@@ -2,7 +2,8 @@
 
 A decoder that hangs is stopped by time; one that crashes, or needs too much memory, ends its own process. Workers share
 nothing: each has a connection of its own and one image at a time, so that none can leave a lock held or a message half
-written for another. They are fresh interpreters that do not run the caller's script.
+written for another. They are fresh interpreters that do not run the caller's script. A process that is forked from this
+one starts workers of its own: two that ask one worker would get each other's images.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
@@ -54,14 +56,23 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         assert options.num_workers > 0 and options.decode_timeout > 0, options
         self._processor, self._options = processor, options
         self._side = None if isinstance(processor, Thumbnails) else processor.image_size
+        self._closing = threading.Event()
+        self._without_workers()
+        _pools.add(self)
+
+    def _without_workers(self) -> None:
         self._slots: LifoQueue[_Worker | None] = LifoQueue()  # None: a worker may be started
-        for _ in range(options.num_workers):
+        for _ in range(self._options.num_workers):
             self._slots.put(None)
         self._running: set[_Worker] = set()
         self._remote = RemoteReader()
-        self._closing = threading.Event()
         # Linux ends a worker with the *thread* that started it, so one thread starts them all, and stays to the end.
         self._starter = ThreadPoolExecutor(1, "worker-starter")
+
+    def forked(self) -> None:
+        """In the new process: the workers are the old one's."""
+        if not self._closing.is_set():
+            self._without_workers()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -160,6 +171,17 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         if self._closing.is_set():
             raise CancelledError(CLOSED)
         return how
+
+
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for pool in list(_pools):
+        pool.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class _Killed(ChildProcessError):

@@ -281,6 +281,26 @@ def test_no_process_outlives_a_parent_that_is_killed(tmp_path):
     wait_until(lambda: not any(map(is_running, children)), 5)
 
 
+@on_linux
+def test_a_fork_has_workers_of_its_own(tmp_path):
+    """Of two processes that ask one worker, each would get images of the other's."""
+    body = """
+        with WorkerPool(ImageProcessor(), ImageOptions(workers=2)) as workers:
+            workers.prepare(b"")
+            before = [worker.process.pid for worker in workers._running]
+            forked = os.fork()
+            print(workers.prepare(b""), *(worker.process.pid for worker in workers._running), flush=True)
+            if forked:
+                os.waitpid(forked, 0)
+                print(workers.prepare(b""), *before)
+    """
+    with run_script(body, tmp_path) as parent:
+        lines = parent.communicate(timeout=60)[0].splitlines()
+    assert len(lines) == 3 and all(line.startswith("image_unreadable: the file is empty ") for line in lines), lines
+    first, second, after = (line.split()[5:] for line in lines)
+    assert first != second and after in (first, second) and len(first) == len(second) == 1
+
+
 SLEEPER = """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
