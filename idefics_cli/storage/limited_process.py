@@ -33,25 +33,43 @@ _processes: list[subprocess.Popen[bytes]] = []  # at most one
 def complaint(reader: str, function: Callable[..., str], *arguments: Any, seconds: float) -> str:
     """What the function of a module says, or in what way the `reader` that it calls has ended the process."""
     with _asking:
-        process = _processes.pop() if _processes else _started()
-        started = time.monotonic()
-        watch = threading.Timer(seconds, process.kill)
-        watch.start()
-        try:
-            pickle.dump((function, arguments), process.stdin)
-            process.stdin.flush()
-            answer = process.stdout.readline().decode()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            watch.cancel()
-        if answer:
-            _processes.append(process)
-            return answer.strip()
-    code = process.wait()
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    is_late = time.monotonic() - started >= seconds
-    return "it takes too long" if is_late else f"{reader} ends its process on it ({how})"
+        while True:
+            is_fresh = not _processes  # another may have been killed since it last answered
+            process = _started() if is_fresh else _processes.pop()
+            started = time.monotonic()
+            if answer := _answer(process, function, arguments, seconds):
+                _processes.append(process)
+                return answer.strip()
+            code = process.wait()
+            if time.monotonic() - started >= seconds:
+                return "it takes too long"
+            if is_fresh:
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                return f"{reader} ends its process on it ({how})"
+
+
+def _answer(process: subprocess.Popen[bytes], function: Callable[..., str], arguments: Any, seconds: float) -> str:
+    """A line; nothing where the process ends. It is killed after so many seconds."""
+    watch = threading.Timer(seconds, process.kill)
+    watch.start()
+    try:
+        pickle.dump((function, arguments), process.stdin)
+        process.stdin.flush()
+        return process.stdout.readline().decode()
+    except BrokenPipeError:
+        return ""
+    finally:
+        watch.cancel()
+
+
+def _forked() -> None:
+    """The process is that of whoever was forked, and so is a lock that is held."""
+    global _asking
+    _asking = threading.Lock()
+    _processes.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _started() -> subprocess.Popen[bytes]:

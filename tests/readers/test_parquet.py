@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,28 @@ def test_pages_of_a_large_file_are_looked_at_before_they_are_read(monkeypatch: p
     assert found == [(number, {"n": number}) for number in range(4)]
     assert len(list(table.records(ALL, ["image"]))) == 8
     assert [number for number, _ in table.records(Span(Place(6)), ["n"])] == [6, 7]
+
+
+def test_a_process_that_was_killed_before_it_was_asked_is_not_held_against_the_file(path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a.png"], "n": [1]}), path)
+    assert outcome(path) == [{"n": 1}]
+    (process,) = limited_process._processes
+    process.kill()
+    process.wait()
+    assert outcome(path) == [{"n": 1}]
+
+
+def test_a_fork_looks_at_files_by_a_process_of_its_own(path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a.png"], "n": [1]}), path)
+    assert outcome(path) == [{"n": 1}]
+    (process,) = limited_process._processes
+    forked = os.fork()
+    if not forked:
+        found = outcome(path)
+        (another,) = limited_process._processes
+        os._exit(0 if found == [{"n": 1}] and another.pid != process.pid else 1)
+    assert os.waitpid(forked, 0)[1] == 0
+    assert limited_process._processes == [process]
 
 
 def test_a_page_with_another_checksum_is_refused(path: Path) -> None:
