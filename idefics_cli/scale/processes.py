@@ -164,8 +164,9 @@ class _Member:
         context = multiprocessing.get_context(START)
         self.pipe, theirs = context.Pipe()
         self.is_ready = False
-        self._process = context.Process(target=_serve, args=(*self._work, theirs, os.getpid()), name="idefics-units")
-        self._process.start()
+        process = context.Process(target=_serve, args=(*self._work, theirs, os.getpid()), name="idefics-units")
+        process.start()  # a signal may come in between: there is nothing to end then
+        self._process = process
         theirs.close()
 
     def take_back(self) -> tuple[Generator[Unit, bool, None], Unit]:

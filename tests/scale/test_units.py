@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import multiprocessing
+import os
 import pickle
 import re
 import shutil
+import signal
 import tarfile
 import threading
 import time
@@ -262,6 +265,20 @@ def test_as_many_processes_as_gpus_where_these_are_not_shared(monkeypatch: pytes
 
     assert (number(5), number(1), number(5, processes=3)) == (2, 1, 3)
     assert number(5, device_map="auto") == number(5, device="cpu") == 1
+
+
+def test_a_signal_while_a_process_begins(
+    run: Run, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is none to be ended then."""
+
+    def stop(process: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", stop)
+    stopped = run("caption", inputs / "images", "-o", f"{tmp_path}/out/")
+    assert stopped.exit_code == 143, stopped.output
+    assert "Stopped by SIGTERM" in stopped.stderr
 
 
 def test_ids_that_come_twice_are_named_at_the_end(run: Run, inputs: Path, tmp_path: Path) -> None:
