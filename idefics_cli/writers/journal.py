@@ -233,9 +233,12 @@ class Journal:
 
     def remove(self) -> None:
         """The file is of no more use. One that has taken its name stays."""
-        if _has_name(self._file, self.path):
-            self.path.unlink(missing_ok=True)
-        self._release()
+        try:
+            with refusing("remove", self.path):
+                if _has_name(self._file, self.path):
+                    self.path.unlink(missing_ok=True)
+        finally:
+            self._release()
 
     def close(self) -> None:
         """Let go of the file; one that is empty, or was begun here and has no rows, goes."""

@@ -247,6 +247,15 @@ def test_what_cannot_be_written_leaves_whole_rows(
     assert [row["id"] for row in journal.rows()] == ["a", "c"]
 
 
+def test_one_that_cannot_be_removed_is_one_line_and_is_let_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", failing(OSError(errno.EROFS, os.strerror(errno.EROFS))))
+        with pytest.raises(OutputError, match=r"cannot remove .*f\.jsonl\.part: Read-only file system; name an output"):
+            journal.close()
+    assert rows_in(path) == []
+
+
 @pytest.mark.parametrize(
     ("call", "code", "said"),
     [
