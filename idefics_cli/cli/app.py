@@ -253,12 +253,12 @@ def salvage(
     """
     from pathlib import Path
 
-    from idefics_cli.writers.output_file import FileOutput
+    from idefics_cli.writers.output_file import FileOutput, output_place
 
     final = part.removesuffix(".part")
     if not Path(f"{final}.part").is_file():
         raise IdeficsError(f"no file {final}.part: name what a stopped run has left beside its output")
-    target = Path(output or final)
+    target = output_place(output or final, "captions.jsonl")
     with contextlib.closing(FileOutput(final, format_name="vqav2" if final.endswith(".json") else None)) as stopped:
         counts = stopped.salvage(target)
     say(f"{counted(counts['rows'], 'row')} in {target}, {sum(counts['failed'].values())} failed.")
@@ -280,11 +280,10 @@ def merge(
 
     The file is what one process would have written, and known as its result.
     """
-    from pathlib import Path
-
     from idefics_cli.scale.merge import merge as joined
+    from idefics_cli.writers.output_file import output_place
 
-    found = joined(folder, Path(output))
+    found = joined(folder, output_place(output, "captions.jsonl"))
     say(f"{counted(found.rows, 'row')} in {output}, {sum(found.failed.values())} failed.")
 
 

@@ -14,19 +14,27 @@ from idefics_cli.scale.units import BOUNDS, Summary, lines_of, read_parts
 from idefics_cli.storage.files import open_stream
 from idefics_cli.storage.unit_folder import UnitFolder, unfinished
 from idefics_cli.writers.formats import DIGEST, FAILED, NUM_ROWS, SETTINGS, Parquet, Passthrough, format_of
-from idefics_cli.writers.journal import shown_path, sync_folder
-from idefics_cli.writers.output_file import differences
+from idefics_cli.writers.journal import shown_path
+from idefics_cli.writers.output_file import differences, locked, require_free, write_whole
 
 
 def merge(folder_name: str, target: Path) -> Summary:
     """Raises IdeficsError, and leaves the parts as they are, where they are not those of one finished run."""
-    folder, form = UnitFolder(folder_name), format_of(target)
+    folder = UnitFolder(folder_name)
     if folder.header is None:
         raise InputError(f"{folder.name} is not a folder of parts, as -o DIR/ makes them: name one")
     if missing := unfinished(folder):
         raise InputError(missing)
-    if os.path.lexists(target):
-        raise OutputError(f"{shown_path(target)} exists already: name another file with -o")
+    require_free(target)
+    if folder.place.is_local and os.path.realpath(target).startswith(f"{os.path.realpath(folder.place.path)}/"):
+        raise OutputError(
+            f"{shown_path(target)} would become a part of {folder.name}: name an output outside that folder"
+        )
+    with locked(target):
+        return _merge(folder, target)
+
+
+def _merge(folder: UnitFolder, target: Path) -> Summary:
     _require_settings(folder)
     summary = read_parts(folder, folder.header["may_repeat_ids"])
     if summary.repeated:
@@ -39,8 +47,8 @@ def merge(folder_name: str, target: Path) -> Summary:
     columns = [Column(name, kind) for name, kind in folder.header["columns"].items()]
     is_plain = folder.header["format"] == "jsonl" and target.suffix in (".jsonl", ".ndjson")
     passthrough = Passthrough() if is_plain else _passthrough(folder)
-    form.write(target, lambda: _lines(folder) if is_plain else _texts(folder), columns, passthrough, run)
-    sync_folder(target.parent)
+    texts = _lines if is_plain else _texts
+    write_whole(target, format_of(target), lambda: texts(folder), columns, passthrough, run)
     return summary
 
 

@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
@@ -27,10 +27,13 @@ from idefics_cli.writers.formats import (
     DIGEST,
     DIGEST_START,
     FAILED,
+    FORMATS,
     NUM_ROWS,
     SETTINGS,
     VQAV2,
+    JsonLines,
     Passthrough,
+    Texts,
     content_of,
     format_of,
     is_of_others,
@@ -214,11 +217,8 @@ class FileOutput:
         assert self.journal.summary is not None and self.journal.header is not None, self.journal.path
         self.journal.require_unchanged()
         run = {SETTINGS: self.journal.header[SETTINGS], **self.journal.summary}
-        with refusing("finish", self.path):
-            remove_leftovers(self.path.parent, *map(mark_of, (self.path, record_name(self.path))))
-            self.format.write(self.path, self.texts, columns, passthrough, run)
-            sync_folder(self.path.parent)
-            self.journal.remove()
+        write_whole(self.path, self.format, self.texts, columns, passthrough, run)
+        self.journal.remove()
 
     def salvage(self, target: Path) -> dict[str, Any]:
         """What a stopped run has done, as a finished file of fewer rows: those of its last attempt, then others of
@@ -226,8 +226,7 @@ class FileOutput:
         header = self.journal.header
         if header is None or self.journal.last_text is None:
             raise OutputError(f"{shown_path(self.journal.path)} holds no rows: name the .part file of a stopped run")
-        if os.path.lexists(target):
-            raise OutputError(f"{shown_path(target)} exists already: name another file with -o")
+        require_free(target, ".json")
 
         def texts() -> Iterator[bytes]:
             ids = UniqueIds()
@@ -238,21 +237,64 @@ class FileOutput:
                         yield text
 
         columns = [Column(name, kind) for name, kind in header[COLUMNS].items()]
+        is_own, is_submission = mark_of(target) == mark_of(self.path), target.suffix.lower() == ".json"
+        if is_submission and "answer" not in header[COLUMNS]:
+            raise OutputError(
+                f"{shown_path(target)}: a .json file is for answers: name one that ends in .jsonl, .parquet or .csv"
+            )
         errors = [json.loads(text)["error"] for text in texts()]
         failed = Counter(error.partition(":")[0] for error in errors if error)
         counts = {NUM_ROWS: len(errors), FAILED: dict(failed)}
         settings = {**header[SETTINGS], "--keep": []}
-        with refusing("finish", target):
-            form = format_of(target, VQAV2 if target.suffix == ".json" else None)
-            form.write(target, texts, columns, Passthrough(), {SETTINGS: settings, **counts})
-            sync_folder(target.parent)
-        if target == self.path:
+        format_name = VQAV2 if is_submission else None
+        with nullcontext() if is_own else locked(target, format_name):
+            run = {SETTINGS: settings, **counts}
+            write_whole(target, format_of(target, format_name), texts, columns, Passthrough(), run)
+        if is_own:
             self.journal.remove()
         return counts
 
     def close(self) -> None:
         """Let go; what has been written stays."""
         self.journal.close()
+
+
+# ---- whole files
+
+
+def write_whole(
+    path: Path,
+    form: JsonLines,
+    texts: Texts,
+    columns: Sequence[Column],
+    passthrough: Passthrough,
+    run: Mapping[str, Any],
+) -> None:
+    """Durably, in place of what is there. No other run may be writing it."""
+    with refusing("finish", path):
+        remove_leftovers(path.parent, *map(mark_of, (path, record_name(path))))
+        form.write(path, texts, columns, passthrough, run)
+        sync_folder(path.parent)
+
+
+def require_free(path: Path, *also: str) -> None:
+    """Raise OutputError where a new result file, of the usual suffixes and these, cannot have this name."""
+    if os.path.lexists(path):
+        raise OutputError(f"{shown_path(path)} exists already: name another file with -o")
+    if path.suffix.lower() not in (*FORMATS, *also):
+        raise OutputError(f"{shown_path(path)}: name a result file that ends in .jsonl, .parquet or .csv")
+
+
+@contextmanager
+def locked(path: Path, format_name: str | None = None) -> Iterator[None]:
+    """While a file is made from rows that are done, as while a run makes it: what is of others beside it stays."""
+    with closing(FileOutput(path, format_name=format_name)) as output:
+        if output.journal.header is not None:
+            raise OutputError(
+                f"{shown_path(output.journal.path)} holds rows of another run: finish that, or name another file with"
+                " -o"
+            )
+        yield
 
 
 def _tag_of(text: bytes) -> bytes:

@@ -405,6 +405,21 @@ def test_rows_of_earlier_attempts_are_salvaged_too_and_no_file_is_replaced(
     assert {"20", *map(str, range(5))} <= set(ids_of(tmp_path / "g.jsonl"))
 
 
+def test_where_salvaged_rows_cannot_go(
+    run: Callable[..., Result], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stop_after(run, 4, "caption", manifest_of(tmp_path, *names(range(8))), "-o", tmp_path / "f.jsonl")
+    salvage = "salvage", "f.jsonl.part", "-o"
+    assert "g.json: a .json file is for answers: name one that ends in .jsonl" in refused(*salvage, "g.json")
+    assert refused(*salvage, "-").endswith("name a result file that ends in .jsonl, .parquet or .csv.")
+    assert "is an address: name a file on this machine" in refused(*salvage, "s3://bucket/g.jsonl")
+    Path("g.jsonl.run").write_text("mine")
+    assert "is not a file of this program, and would be overwritten" in refused(*salvage, "g.jsonl")
+    assert run(*salvage, tmp_path / "f.jsonl").exit_code == 0 and not Path("f.jsonl.part").exists()
+    assert Path("g.jsonl.run").read_text() == "mine"
+
+
 def test_a_submission_is_salvaged(run: Callable[..., Result], tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, *names(range(8)), question=["What?"] * 8, question_id=range(8))
     output = tmp_path / "f.json"

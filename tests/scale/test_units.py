@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import multiprocessing
@@ -38,9 +39,17 @@ from idefics_cli.scale.processes import processes_for
 from idefics_cli.scale.units import Done, Job, Unit, Units, Worker
 from idefics_cli.storage.unit_folder import UnitFolder
 from idefics_cli.writers.embeddings_file import EmbeddingFile
+from idefics_cli.writers.formats import mark_of
 
 Run = Callable[..., Result]
 NUM_ROWS = 60
+
+
+def failing(error: OSError) -> Callable[..., None]:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    return fail
 
 
 def told(result: Result) -> list[str]:
@@ -144,6 +153,37 @@ def test_merged_parts_are_the_file_of_one_process(run: Run, inputs: Path, tmp_pa
         again = run(*command, "-o", tmp_path / f"{form}-merged.jsonl")
         assert "is finished" in again.stderr
     assert run("merge", folder, "-o", target).exit_code == 2  # exists already
+
+
+def test_where_a_merged_file_cannot_be(
+    run: Run, refused: Callable[..., str], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line each; files of others stay, and what a kill has left goes."""
+    folder, target = tmp_path / "parts", tmp_path / "all.parquet"
+    assert run("caption", inputs / "rows.parquet", "-o", f"{folder}/", "--unit-rows", 20).exit_code == 3
+    merge = "merge", folder, "-o"
+    assert "would become a part of" in refused(*merge, folder / "all.jsonl")
+    assert "does not exist: make it first" in refused(*merge, tmp_path / "none/all.jsonl")
+    assert "is an address: name a file on this machine" in refused(*merge, "s3://bucket/all.jsonl")
+    for name in "-", tmp_path / "all.txt":
+        assert refused(*merge, name).endswith("name a result file that ends in .jsonl, .parquet or .csv.")
+    beside = target.with_name("all.parquet.run")
+    beside.write_text("mine")
+    assert "is not a file of this program, and would be overwritten" in refused(*merge, target)
+    assert beside.read_text() == "mine"
+    beside.unlink()
+    rows = inputs / "rows.jsonl"
+    assert run("caption", rows, "-o", target, "--max-errors", 1).exit_code == 3
+    assert "all.parquet.part holds rows of another run: finish that, or " in refused(*merge, target)
+    target.with_name("all.parquet.part").unlink()
+    left = tmp_path / f".idefics-{mark_of(target)}-0.tmp"
+    left.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing(OSError(errno.ENOSPC, "No space left on device")))
+        assert "cannot finish" in (said := refused(*merge, target)) and "No space left on device; free some" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"parts"}
+    assert run(*merge, target).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"parts", "all.parquet", "all.parquet.run"}
 
 
 def test_a_folder_of_parts_is_read_like_a_file(run: Run, inputs: Path, tmp_path: Path) -> None:
