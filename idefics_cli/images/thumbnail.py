@@ -13,7 +13,6 @@ from idefics_cli.images.decode import DEFAULT_OPTIONS, load_image
 from idefics_cli.rows import ImageOptions
 
 QUALITY = 72  # of WebP; a thumbnail of 256 pixels takes 5 to 10 kB
-LARGEST = 1024  # pixels: what comes from a worker at once is limited
 
 
 @dataclass(frozen=True)
