@@ -34,6 +34,8 @@ DIGEST_BYTES = 1 << 20
 MAX_PIECE_BYTES = MAX_ROW_BYTES
 MOST_HELD = 100
 PATTERN = re.compile(r"[*?[]")
+GOOGLE = re.compile(r"gc?s://", re.IGNORECASE)
+GOOGLE_SECONDS = 10  # of tries within one call
 
 
 class LocalFiles(LocalFileSystem):
@@ -215,11 +217,18 @@ def _remote_place(address: str) -> File:
 
     name = shown_address(address)
     try:
-        filesystem, path = FileSystem.from_uri(address)
+        filesystem, path = FileSystem.from_uri(_with_patience(address))
     except (ArrowException, OSError, ValueError) as error:
         reason = str(error).replace(address, name)
         raise InputError(f"cannot open {name}: {reason}; use an address of pyarrow's, as s3:// or gs://") from None
     return File(name, path, ArrowFSWrapper(filesystem, skip_instance_cache=True))
+
+
+def _with_patience(address: str) -> str:
+    """Google's client tries for a quarter of an hour, in which no signal is heard, where its address sets no limit."""
+    if not GOOGLE.match(address) or "retry_limit_seconds=" in address:
+        return address
+    return f"{address}{'&' if '?' in address else '?'}retry_limit_seconds={GOOGLE_SECONDS}"
 
 
 def find(name: str) -> File:
@@ -283,7 +292,7 @@ def _target_type(link: str) -> str:
 
 
 def cannot_read(name: str, error: Exception, remedy: str) -> InputError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error).partition(" error_info=")[0] or type(error).__name__
     return InputError(f"cannot read {name}: {reason.removesuffix('.')}; {remedy}")
 
 

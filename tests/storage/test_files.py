@@ -15,7 +15,7 @@ from written_manifests import ALL_FORMATS, opened, read, write_manifest
 
 from idefics_cli.errors import InputError
 from idefics_cli.rows import InputRow, RemoteFile
-from idefics_cli.storage.files import find
+from idefics_cli.storage.files import find, place
 from idefics_cli.storage.regular_file import IrregularFile, open_regular
 
 server = pytest.importorskip("moto.server")
@@ -108,3 +108,14 @@ def test_local_files_are_regular_and_names_are_literal(tmp_path: Path, monkeypat
     with pytest.raises(IrregularFile, match="is a FIFO"):
         open_regular("fifo")
     assert stat.S_ISREG(regular.st_mode)
+
+
+@pytest.mark.parametrize(
+    ("address", "seconds"),
+    [("gs://bucket/a.png", 10), ("gcs://bucket/a?scheme=http", 10), ("gs://bucket/a?retry_limit_seconds=99", 99)],
+)
+def test_a_call_to_google_does_not_try_for_a_quarter_of_an_hour(address: str, seconds: int) -> None:
+    found = place(address)
+    (settings,) = found.filesystem.fs.__reduce__()[1]
+    assert settings["retry_time_limit"].total_seconds() == seconds
+    assert found.path in ("bucket/a.png", "bucket/a") and "retry" not in found.name
