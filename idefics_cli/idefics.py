@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -459,7 +460,7 @@ class Idefics(LoadedModel):
 
         def __getattr__(self, name: str) -> Any:
             if name == "model":
-                raise IdeficsError("this model has been closed: load it again with Idefics.from_pretrained")
+                raise _closed()
             raise AttributeError(f"'Idefics' has no attribute {name!r}")
 
     # ---- how it is done
@@ -519,7 +520,12 @@ class Idefics(LoadedModel):
         def prepare(source: Any) -> Any:
             if isinstance(source, torch.Tensor):
                 self._require_prepared(source)
-            return source if isinstance(source, torch.Tensor | EncodedImage | RowError) else open_one(source)
+            if isinstance(source, torch.Tensor | EncodedImage | RowError):
+                return source
+            try:
+                return open_one(source)
+            except CancelledError:
+                raise _closed() from None
 
         return SimpleNamespace(prepare=prepare)
 
@@ -534,7 +540,7 @@ class Idefics(LoadedModel):
         """One, or a row of one; not several of them."""
         if isinstance(given, torch.Tensor):
             return tuple(given.shape[1:]) not in self._image_shapes
-        return isinstance(given, ONE) or hasattr(given, "__array_interface__") or hasattr(given, "read")
+        return isinstance(given, ONE) or _is_array(given) or hasattr(given, "read")
 
     @property
     def _image_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -548,6 +554,10 @@ class Idefics(LoadedModel):
             raise IdeficsError(f"an image tensor of {image.dtype} is not one of normalised pixels: {remedy}")
         if image.shape == self._image_shapes[0] and image.numel() and image.abs().max() > LARGEST_PIXEL:
             raise IdeficsError(f"an image tensor with values up to {image.abs().max():g} is not normalised: {remedy}")
+
+
+def _closed() -> IdeficsError:
+    return IdeficsError("this model has been closed: load it again with Idefics.from_pretrained")
 
 
 # ---- what is given -> rows
@@ -566,7 +576,7 @@ def _asking(task: str, options: Mapping[str, Any]) -> CaptionVqa:
 
 def _asked_with(task: str, options: Mapping[str, Any]) -> CaptionVqaOptions:
     """`shots` may be examples themselves, in place of a manifest's name."""
-    if options.get("choices") in ([], ()):
+    if _is_list(choices := options.get("choices")) and not choices:
         raise IdeficsError("the choices are empty: give two or more, or leave choices out")
     told: dict[str, Any] = {"max_new_tokens": TASKS[task].max_new_tokens, **options}
     own: dict[str, Any] = {"task": task}
@@ -616,6 +626,12 @@ def _source(value: Any, index: int = 0) -> Any:
     if isinstance(value, str | bytes) or _is_row(value):
         return read_image(value, any_place)
     return Path(value) if hasattr(value, "__fspath__") else value
+
+
+def _is_array(value: Any) -> bool:
+    """Of numbers; one of texts or objects is a list of images."""
+    about = getattr(value, "__array_interface__", None)
+    return about is not None and about["typestr"][1] not in "USO"
 
 
 def _is_row(value: Any) -> TypeGuard[Mapping[str, Any]]:

@@ -250,7 +250,8 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         assert self.limit is None or self.limit > 0, f"limit {self.limit}"
-        assert self.shard is None or 1 <= self.shard[0] <= self.shard[1], f"shard {self.shard}"
+        if self.shard is not None:
+            parse_shard("{}/{}".format(*self.shard))
 
 
 @dataclass(frozen=True)

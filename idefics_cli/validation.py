@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from idefics_cli.errors import IdeficsError
@@ -137,25 +137,36 @@ def fitting(name: str, value: Any, hint: Any, about: Help) -> Any:
     for bound, is_past, words in ((about.min, operator.lt, "at least"), (about.max, operator.gt, "at most")):
         if bound is not None and isinstance(value, Real) and is_past(value, bound):
             raise IdeficsError(f"invalid {name} {value!r}: expected {words} {bound:g}")
-    return value
+    return _plain(value)
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Numbers of any kind are numbers; which of them will do, others say."""
+    """Numbers of any library are numbers; which of them will do, others say."""
     if get_origin(hint) is Literal:
-        return value in get_args(hint) and not isinstance(value, bool)
+        return any(isinstance(value, type(each)) and value == each for each in get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_of(each, get_args(hint)[0]) for each in value)
+        first, *others = get_args(hint)
+        is_long_enough = isinstance(value, tuple) and (others == [...] or len(value) == 1 + len(others))
+        return is_long_enough and all(_is_of(each, first) for each in value)
     if get_args(hint):
         return any(_is_of(value, each) for each in get_args(hint))
-    return isinstance(value, Real if hint in (int, float) else hint)
+    numbers = {int: Integral, float: Real}
+    return isinstance(value, numbers.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers, and those in tuples, as Python's own, which JSON holds."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return operator.index(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def _kinds(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(map(repr, get_args(hint)))
     if get_origin(hint) is tuple:
-        return f"a list of {_kinds(get_args(hint)[0])}"
+        is_list = get_args(hint)[-1] is ...
+        return f"a list of {_kinds(get_args(hint)[0])}" if is_list else f"({', '.join(map(_kinds, get_args(hint)))})"
     if get_args(hint):
         return " or ".join(map(_kinds, get_args(hint)))
     return {str: "text", bool: "True or False", int: "a whole number", float: "a number"}.get(hint, "None")

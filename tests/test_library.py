@@ -247,6 +247,12 @@ def test_everything_else_that_is_asked(model: Idefics) -> None:
         ({"template": "vizwis"}, "unknown template 'vizwis'"),
         ({"bare": "yes"}, "invalid bare 'yes': expected True or False"),
         ({"max_pixels": 10**13}, "invalid max_pixels .* at most 1e"),
+        ({"max_pixels": 1e8}, "invalid max_pixels 100000000.0: expected a whole number"),
+        ({"workers": 1.5}, "invalid workers 1.5: expected a whole number or None"),
+        ({"decode_timeout": True}, "invalid decode_timeout True: expected a number"),
+        ({"choices": np.array(["a", "b"])}, r"invalid choices array.*: expected a list of text"),
+        ({"choices": np.array([])}, r"invalid choices array.*: expected a list of text"),
+        ({"early_stopping": np.array([1, 2])}, r"invalid early_stopping array.*: expected True or False or 'never'"),
     ],
 )
 def test_options_of_another_kind_are_told(model: Idefics, options: dict[str, Any], said: str) -> None:
@@ -339,6 +345,14 @@ def test_threads_take_turns(model: Idefics) -> None:
     assert found == {number: texts(expected[number % 2]) for number in range(6)}
 
 
+def test_results_that_are_taken_once_the_model_is_closed() -> None:
+    with Idefics.from_pretrained("demo") as closed:
+        results = closed.caption_iter(IMAGES * 100, num_beams=1)
+        assert next(results).ok
+    with pytest.raises(IdeficsError, match="this model has been closed: load it again"):
+        list(results)
+
+
 def test_a_model_says_what_it_is_and_can_be_closed() -> None:
     with Idefics.from_pretrained("demo", batch_size=3) as model:
         shown = "Idefics('demo', device=cpu, dtype=float32, parameters=2,964,872, batch_size=3)"
@@ -385,6 +399,12 @@ def test_tensors_of_other_libraries_are_refused(model: Idefics, tensor: Callable
 def test_an_array_is_one_image_that_cannot_be_used(model: Idefics) -> None:
     assert "PIL.Image.fromarray()" in str(model.caption(np.zeros((4, 4, 3), np.uint8)).error)  # type: ignore[call-overload]
     assert "'image'" in str(model.caption({"picture": "a.png"}).error)
+
+
+@pytest.mark.parametrize("of", [str, object])
+def test_an_array_of_texts_is_a_list_of_images(model: Idefics, of: type) -> None:
+    paths = np.array(list(map(str, IMAGES[:2])), of)
+    assert [result.text for result in model.caption(paths)] == CAPTIONS[:2]  # type: ignore[call-overload]
 
 
 def test_nothing_is_printed_and_warnings_are_logged(
@@ -464,6 +484,16 @@ def test_other_tasks_run_and_wrong_options_are_told(model: Idefics, tmp_path: Pa
     assert model.run("embed", [FOLDER], tmp_path / "latents.parquet", limit=2).rows == 2
     with pytest.raises(IdeficsError, match="unknown option batch_size: use "):
         model.run("caption", [FOLDER], tmp_path / "a.jsonl", batch_size=3)  # type: ignore[call-arg]
+    for options, said in (
+        ({"limit": 2.5}, "invalid limit 2.5: expected a whole number or None"),
+        ({"max_errors": float("nan")}, "invalid max_errors nan: expected a whole number or None"),
+        ({"shard": ()}, r"invalid shard \(\): expected \(a whole number, a whole number\) or None"),
+        ({"shard": (3, 2)}, "invalid shard '3/2': expected I/N"),
+    ):
+        with pytest.raises(IdeficsError, match=said):
+            model.run("caption", [FOLDER], tmp_path / "a.jsonl", **options)
+    shard = (np.int64(1), np.int64(2))
+    assert model.run("caption", [FOLDER], tmp_path / "c.jsonl", limit=np.int64(1), shard=shard).rows == 1
     with pytest.raises(IdeficsError, match="cannot read gone"):
         model.run("caption", ["gone"], tmp_path / "a.jsonl")
     with pytest.raises(IdeficsError, match="unknown task 'captions': use 'caption', 'vqa', 'generate', 'embed'"):
