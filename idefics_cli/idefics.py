@@ -457,6 +457,7 @@ class Idefics(LoadedModel):
 
     if not TYPE_CHECKING:
         from_pretrained = classmethod(_naming_keywords()(LoadedModel.from_pretrained.__func__))
+        _decoding_options = _naming_keywords()(LoadedModel._decoding_options)
 
         def __getattr__(self, name: str) -> Any:
             if name == "model":

@@ -252,7 +252,7 @@ class LoadedModel:
         longest = self.model.config.max_position_embeddings
         if options.max_new_tokens >= longest:
             raise IdeficsError(
-                f"max_new_tokens {options.max_new_tokens} leaves no space for a prompt: use fewer than {longest}"
+                f"--max-new-tokens {options.max_new_tokens} leaves no space for a prompt: use fewer than {longest}"
             )
         return options
 

@@ -172,7 +172,7 @@ def _kinds(hint: Any) -> str:
     return {str: "text", bool: "True or False", int: "a whole number", float: "a number"}.get(hint, "None")
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as an int, where it is any type of whole number (such as numpy's) but a truth value."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -180,6 +180,8 @@ def whole_number(name: str, value: Any, least: int) -> int:
         number = None
     if number is None or number < least:
         raise IdeficsError(f"invalid {name} {value!r}: expected a whole number of at least {least}")
+    if most is not None and number > most:
+        raise IdeficsError(f"invalid {name} {value!r}: expected a whole number of at most {most}")
     return number
 
 

@@ -209,7 +209,7 @@ def test_text_stays_text(base: Idefics) -> None:
     [
         ({"num_beans": 3}, "num_beans.*num_beams"),
         ({"num_return_sequences": 4}, "num_return_sequences 4 is more than num_beams 3"),
-        *(({"num_beams": value}, "num_beams") for value in (0, True)),
+        *(({"num_beams": value}, "num_beams") for value in (0, True, 10**30)),
         ({"temperature": 0.5}, "^temperature has no effect unless tokens are drawn: add do_sample=True$"),
         ({"seed": 1}, "^seed has no effect: add do_sample=True$"),
         *(({"frame": value}, f"invalid frame '{value}'") for value in (0, -1)),
@@ -231,6 +231,8 @@ def test_messages_name_options_by_keyword(base: Idefics, tmp_path: Path) -> None
     with pytest.raises(IdeficsError, match=r"^quantize nf4 runs on CUDA, not on cpu: use quantize int8"):
         Idefics.from_pretrained("demo", quantize="nf4", device="cpu")
     image().save(tmp_path / "a.png")
+    with pytest.raises(IdeficsError, match=r"^max_new_tokens 300 leaves no space for a prompt: use fewer than 256"):
+        base.caption(image(), max_new_tokens=300)
     beyond = base.caption(tmp_path / "a.png", frame=2).error
     assert beyond is not None and beyond.message == "frame 2 is beyond the end: the image has 1"
 

@@ -65,9 +65,10 @@ def refusal(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"early_stopping": "soon"}, "invalid early_stopping 'soon'"),
-        ({"min_new_tokens": 9}, "min_new_tokens 9 is more than max_new_tokens 5"),
-        ({"repetition_penalty": 0.0}, "invalid repetition_penalty 0.0: use a number above 0"),
+        ({"num_beams": 10**7}, "invalid num_beams 10000000: expected a whole number of at most 1000000"),
+        ({"early_stopping": "soon"}, "invalid --early-stopping 'soon'"),
+        ({"min_new_tokens": 9}, "--min-new-tokens 9 is more than --max-new-tokens 5"),
+        ({"repetition_penalty": 0.0}, "invalid --repetition-penalty 0.0: use a number above 0"),
     ],
 )
 def test_decoding(options: dict[str, Any], said: str) -> None:

@@ -8,9 +8,10 @@ from numbers import Real
 from typing import Annotated, Any, Literal, get_type_hints
 
 from idefics_cli.errors import IdeficsError
-from idefics_cli.validation import Help, help_of, whole_number
+from idefics_cli.validation import Help, help_of, option_name, whole_number
 
 NUM_BEAMS, TOP_K = 3, 50  # the latter as in transformers
+MOST_PATHS = 1_000_000  # more than any memory holds
 LARGEST_PENALTY = 10.0  # a length to a higher power is soon more than a float holds
 LARGEST_FACTOR = 1e5  # of sums of log-probabilities, which are told from "none", −1e9, in transformers as here
 
@@ -27,7 +28,8 @@ class DecodingOptions:
     """
 
     num_beams: Annotated[
-        int | None, Help("Beams; 1 is greedy decoding", min=1, default=f"{NUM_BEAMS}, 1 with --do-sample")
+        int | None,
+        Help("Beams; 1 is greedy decoding", min=1, max=MOST_PATHS, default=f"{NUM_BEAMS}, 1 with --do-sample"),
     ] = None
     max_new_tokens: Annotated[int, Help("Longest text, in tokens", min=1)] = 30
     min_new_tokens: Annotated[int, Help("Shortest text, in tokens", min=0)] = 0
@@ -40,7 +42,9 @@ class DecodingOptions:
     repetition_penalty: Annotated[float, Help("Above 1: tokens that the prompt or the text has become less likely")] = (
         1.0
     )
-    num_return_sequences: Annotated[int, Help("Texts for each row, best first, in a column `candidates`", min=1)] = 1
+    num_return_sequences: Annotated[
+        int, Help("Texts for each row, best first, in a column `candidates`", min=1, max=MOST_PATHS)
+    ] = 1
     do_sample: Annotated[bool, Help("Draw each token by its probability")] = False
     temperature: Annotated[float, Help("Of --do-sample: below 1 less random, above 1 more")] = 1.0
     top_k: Annotated[int, Help("Of --do-sample: only the K likeliest tokens; 0: all", min=0)] = TOP_K
@@ -51,23 +55,23 @@ class DecodingOptions:
         if self.num_beams is None:
             object.__setattr__(self, "num_beams", 1 if self.do_sample else NUM_BEAMS)
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            least = help_of(hint).min
-            if least is not None:
-                object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+            about = help_of(hint)
+            if about.min is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), about.min, about.max))
         for name, most in (("repetition_penalty", math.inf), ("temperature", math.inf), ("top_p", 1.0)):
             self._check_positive(name, most)
         self._check_sampling()
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise IdeficsError(f"invalid early_stopping {self.early_stopping!r}: use True, False or 'never'")
+            raise IdeficsError(f"invalid --early-stopping {self.early_stopping!r}: use True, False or 'never'")
         self._check_length_penalty()
         if self.min_new_tokens > self.max_new_tokens:
             raise IdeficsError(
-                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}: lower it"
+                f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens {self.max_new_tokens}: lower it"
             )
         if self.num_return_sequences > self.num_paths:
             raise IdeficsError(
-                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}: lower it, "
-                "or raise num_beams"
+                f"--num-return-sequences {self.num_return_sequences} is more than --num-beams {self.num_beams}:"
+                " lower it, or raise --num-beams"
             )
 
     @property
@@ -79,28 +83,27 @@ class DecodingOptions:
         usual = {"temperature": 1.0, "top_k": TOP_K, "top_p": 1.0}
         useless = next((name for name, value in usual.items() if getattr(self, name) != value), None)
         if useless and not self.do_sample:
-            option = useless.replace("_", "-")
-            raise IdeficsError(f"--{option} has no effect unless tokens are drawn: add --do-sample")
+            raise IdeficsError(f"{_option(useless)} has no effect unless tokens are drawn: add --do-sample")
 
     def _check_positive(self, name: str, most: float) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, Real) or not (0 < value <= most and math.isfinite(value)):
             bounds = "above 0" if most == math.inf else f"above 0, at most {most:g}"
-            raise IdeficsError(f"invalid {name} {value!r}: use a number {bounds}")
+            raise IdeficsError(f"invalid {_option(name)} {value!r}: use a number {bounds}")
         object.__setattr__(self, name, float(value))
 
     def _check_length_penalty(self) -> None:
         if not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= LARGEST_PENALTY:
             raise IdeficsError(
-                f"invalid length_penalty {self.length_penalty!r}: use a number from -{LARGEST_PENALTY:g} to "
+                f"invalid --length-penalty {self.length_penalty!r}: use a number from -{LARGEST_PENALTY:g} to "
                 f"{LARGEST_PENALTY:g}, 1.0 for the mean log-probability"
             )
         object.__setattr__(self, "length_penalty", float(self.length_penalty))
         if self.max_new_tokens**-self.length_penalty > LARGEST_FACTOR:
             least = -math.log(LARGEST_FACTOR) / math.log(self.max_new_tokens)
             raise IdeficsError(
-                f"length_penalty {self.length_penalty:g} makes scores of {self.max_new_tokens} tokens too large to "
-                f"compare: use at least {math.ceil(least * 10) / 10:g}, or fewer max_new_tokens"
+                f"--length-penalty {self.length_penalty:g} makes scores of {self.max_new_tokens} tokens too large to "
+                f"compare: use at least {math.ceil(least * 10) / 10:g}, or fewer --max-new-tokens"
             )
 
     @classmethod
@@ -111,6 +114,10 @@ class DecodingOptions:
         if unknown:
             raise IdeficsError(f"unknown decoding option {', '.join(unknown)}: use {', '.join(known)}")
         return cls(**decoding)
+
+
+def _option(name: str) -> str:
+    return option_name(name, Help(""))
 
 
 @dataclass(frozen=True)

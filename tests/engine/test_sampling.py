@@ -135,12 +135,12 @@ def test_warped_scores_are_those_of_transformers(scores, chosen, keep) -> None:
         ({"temperature": 0.7}, "--temperature has no effect"),
         ({"top_k": 5}, "--top-k has no effect"),
         ({"top_p": 0.9}, "--top-p has no effect"),
-        ({"do_sample": True, "temperature": 0.0}, "invalid temperature 0.0"),
-        ({"do_sample": True, "top_p": 1.5}, "invalid top_p 1.5"),
-        ({"do_sample": True, "top_p": float("nan")}, "invalid top_p nan"),
-        ({"repetition_penalty": -1}, "invalid repetition_penalty -1"),
-        ({"do_sample": True, "num_beams": 2, "num_return_sequences": 3}, "num_return_sequences 3"),
-        ({"num_beams": 1, "num_return_sequences": 2}, "num_return_sequences 2"),
+        ({"do_sample": True, "temperature": 0.0}, "invalid --temperature 0.0"),
+        ({"do_sample": True, "top_p": 1.5}, "invalid --top-p 1.5"),
+        ({"do_sample": True, "top_p": float("nan")}, "invalid --top-p nan"),
+        ({"repetition_penalty": -1}, "invalid --repetition-penalty -1"),
+        ({"do_sample": True, "num_beams": 2, "num_return_sequences": 3}, "--num-return-sequences 3"),
+        ({"num_beams": 1, "num_return_sequences": 2}, "--num-return-sequences 2"),
     ],
 )
 def test_what_means_nothing_is_refused(given, said) -> None:
