@@ -21,7 +21,7 @@ from idefics_cli.checkpoint.devices import device_of_process, dtype_name, resolv
 from idefics_cli.checkpoint.files import Checkpoint
 from idefics_cli.checkpoint.find import find_checkpoint
 from idefics_cli.checkpoint.fingerprint import vision_fingerprint
-from idefics_cli.checkpoint.load import load_network, side_files
+from idefics_cli.checkpoint.load import load_network, meta_network, side_files
 from idefics_cli.checkpoint.request import Attention, ModelRequest
 from idefics_cli.engine.embed import embed
 from idefics_cli.engine.engine import Engine
@@ -133,11 +133,12 @@ class LoadedModel:
         kind = quantization.kind_of(config, quantize)
         quantization.check(kind, place, request.dtype, is_shared)
         quantization.check_saved(config, is_shared, folder is not None)
+        expected = meta_network(checkpoint, config)
         number_format = resolve_dtype(request.dtype, place, None if kind else config)
         if ranks is not None:
             number_format = ranks.broadcast(number_format)
         resolve_attention(attention, config, place)  # before weights are read
-        network = load_network(checkpoint, config, place, number_format, ranks, device_map, quantize)
+        network = load_network(checkpoint, expected, place, number_format, ranks, device_map, quantize)
         if not is_spread(network):
             (pack_linears if place.type == "cpu" else join_linears)(network)
         return cls(network, encoder, images, batch_size, checkpoint, eager, request, attention)

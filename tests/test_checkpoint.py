@@ -17,8 +17,9 @@ from idefics_cli.checkpoint import devices
 from idefics_cli.checkpoint.devices import resolve_dtype
 from idefics_cli.checkpoint.files import Checkpoint, stored_shapes
 from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
-from idefics_cli.checkpoint.load import load_config, load_network
+from idefics_cli.checkpoint.load import load_config, load_network, meta_network
 from idefics_cli.checkpoint.request import ModelRequest
+from idefics_cli.cli.info import model_facts
 from idefics_cli.errors import CheckpointError, DeviceError, IdeficsError
 from idefics_cli.idefics import Idefics
 from idefics_cli.model import packed_linear
@@ -41,7 +42,8 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 def load(folder: Path, **changes: object) -> torch.nn.Module:
     checkpoint = find_checkpoint(ModelRequest(str(folder), **changes))
-    return load_network(checkpoint, load_config(checkpoint), torch.device("cpu"), torch.float32)
+    expected = meta_network(checkpoint, load_config(checkpoint))
+    return load_network(checkpoint, expected, torch.device("cpu"), torch.float32)
 
 
 def edit_tensors(folder: Path, change) -> None:
@@ -163,6 +165,15 @@ def test_what_is_refused_before_anything_is_loaded(folder: Path, spoil: Callable
 def test_a_config_of_which_no_network_can_be_made(folder: Path, change: dict, said: str) -> None:
     edit_json(folder / "config.json", **change)
     assert said in refusal(folder)
+
+
+def test_nothing_as_large_as_a_damaged_config_says_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_json(folder / "config.json", hidden_size=32_000)
+    monkeypatch.setattr(devices, "bf16_gain", None)
+    with pytest.raises(CheckpointError, match="do not fit their config"):
+        Idefics.from_pretrained(folder, device="cpu")
+    with pytest.raises(CheckpointError, match="do not fit their config"):
+        model_facts(ModelRequest(str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize("pickled", [False, True])

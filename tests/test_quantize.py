@@ -20,7 +20,7 @@ from benchmarks.int8 import loaded
 from idefics_cli import Idefics
 from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.find import check_model_request, find_checkpoint
-from idefics_cli.checkpoint.load import load_config, load_network
+from idefics_cli.checkpoint.load import load_config, load_network, meta_network
 from idefics_cli.checkpoint.request import DEMO_FOLDER, ModelRequest
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
 from idefics_cli.engine.prompt_source import IterableSource
@@ -81,7 +81,8 @@ def test_a_model_saved_in_int8_needs_no_option(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     shutil.copytree(DEMO_FOLDER, folder)
     checkpoint = find_checkpoint(ModelRequest("demo"))
-    model = load_network(checkpoint, load_config(checkpoint), torch.device("cpu"), torch.float32, kind="int8")
+    expected = meta_network(checkpoint, load_config(checkpoint))
+    model = load_network(checkpoint, expected, torch.device("cpu"), torch.float32, kind="int8")
     model.save_pretrained(folder)
     loaded = Idefics.from_pretrained(folder, device="cpu").model.state_dict()
     weight = "model.layers.0.mlp.down_proj.weight"

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from idefics_cli.bench.options import BenchOptions
 from idefics_cli.checkpoint.devices import resolve_dtype
 from idefics_cli.checkpoint.find import find_checkpoint
-from idefics_cli.checkpoint.load import choose_kernels, load_network, side_files
+from idefics_cli.checkpoint.load import choose_kernels, load_network, meta_network, side_files
 from idefics_cli.demo.scene import EVALUATION_SEEDS, SHOTS_APART, Scene, scene
 from idefics_cli.engine.engine import Engine
 from idefics_cli.engine.options import Vocabulary
@@ -223,8 +223,8 @@ def checkpoint_subject(options: BenchOptions, device: torch.device) -> Subject:
     checkpoint = find_checkpoint(options.request)
     config, encoder, images = side_files(checkpoint)
     prompts = ScenePrompts(encoder, images, options)
-    dtype = resolve_dtype(options.request.dtype, device, config)
-    model = load_network(checkpoint, config, device, dtype)
+    expected = meta_network(checkpoint, config)
+    model = load_network(checkpoint, expected, device, resolve_dtype(options.request.dtype, device, config))
     return Subject(model, vocabulary_of(encoder), prompts, images)
 
 

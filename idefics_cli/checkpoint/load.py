@@ -131,7 +131,7 @@ def _load_encoder(checkpoint: Checkpoint) -> PromptEncoder:
 
 def load_network(
     checkpoint: Checkpoint,
-    config: IdeficsConfig,
+    expected: IdeficsForVisionText2Text,
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
@@ -140,7 +140,7 @@ def load_network(
 ) -> IdeficsForVisionText2Text:
     """The network, ready to run: on one device, as accelerate spreads it, or this process's part of what `ranks` share.
 
-    `kind`: how weights are quantized. Raises CheckpointError naming missing and unexpected tensors and wrong shapes.
+    `expected`: its `meta_network`. `kind`: how weights are quantized. Raises CheckpointError for what cannot be loaded.
     """
     import torch
     from transformers import GenerationConfig
@@ -151,7 +151,8 @@ def load_network(
 
     placement = _placement(device, ranks, device_map)
     size = 1 if ranks is None else ranks.size
-    num_bytes = require_loadable(checkpoint, config, device, dtype, size, device_map, kind)
+    config = expected.config
+    num_bytes = require_memory(expected, device, dtype, size, device_map, kind)
     if device.type == "cuda":
         choose_kernels()
     try:
@@ -240,20 +241,14 @@ def choose_kernels() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def require_loadable(
-    checkpoint: Checkpoint,
-    config: IdeficsConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_processes: int = 1,
-    device_map: str | None = None,
-    kind: str | None = None,
-) -> int:
-    """The bytes of a process's part of a network whose tensors are those of its files, and which fits on the device."""
+def meta_network(checkpoint: Checkpoint, config: IdeficsConfig) -> IdeficsForVisionText2Text:
+    """The network on the meta device: nothing as large as `config` says is made before the files have its tensors.
+
+    Raises CheckpointError naming missing and unexpected tensors and wrong shapes.
+    """
     import torch
 
     from idefics_cli.model.modeling import IdeficsForVisionText2Text
-    from idefics_cli.model.parallel import require_divisible
 
     try:
         with torch.device("meta"):
@@ -261,8 +256,22 @@ def require_loadable(
         _require_same_tensors(checkpoint, expected)
     except LOADING_ERRORS as error:
         raise _cannot_be_loaded(checkpoint, error) from error
-    require_divisible(config, num_processes)
-    kind = quantize.kind_of(config, kind)
+    return expected
+
+
+def require_memory(
+    expected: IdeficsForVisionText2Text,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_processes: int = 1,
+    device_map: str | None = None,
+    kind: str | None = None,
+) -> int:
+    """The bytes of a process's part of the network, which fits on the device."""
+    from idefics_cli.model.parallel import require_divisible
+
+    require_divisible(expected.config, num_processes)
+    kind = quantize.kind_of(expected.config, kind)
     num_bytes = quantize.weight_bytes(expected, kind, dtype, num_processes)
     if device_map is None:
         require_fit(num_bytes, device, dtype, kind)

@@ -42,7 +42,7 @@ def model_facts(request: ModelRequest, as_run: bool = False) -> dict[str, str]:
 
     from idefics_cli.checkpoint.devices import DTYPES, dtype_name, resolve_device, resolve_dtype
     from idefics_cli.checkpoint.find import bytes_to_fetch, check_model_request, find_checkpoint
-    from idefics_cli.checkpoint.load import require_loadable, side_files
+    from idefics_cli.checkpoint.load import meta_network, require_memory, side_files
     from idefics_cli.engine.memory_budget import MemoryPlan, free_bytes
 
     check_model_request(request)
@@ -52,9 +52,10 @@ def model_facts(request: ModelRequest, as_run: bool = False) -> dict[str, str]:
     checkpoint = find_checkpoint(request)
     config, *_ = side_files(checkpoint)
     stored = sum(file.stat().st_size for file in checkpoint.weight_files)
+    expected = meta_network(checkpoint, config)
     dtype = resolve_dtype(request.dtype, device, None if request.quantize else config)
     kind = quantize.kind_of(config, request.quantize)
-    needed = require_loadable(checkpoint, config, device, dtype, kind=request.quantize)
+    needed = require_memory(expected, device, dtype, kind=request.quantize)
     held = kind or dtype_name(dtype)
     adapter = "" if request.adapter is None else f", with the adapter {request.adapter}"
     free = free_bytes(device)

@@ -67,6 +67,7 @@ def verify(bench: Bench, fatal: str | None = None) -> None:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
 def test_kills_of_workers_cost_nothing(bench: Bench, kills: int) -> None:
+    """At random moments, yet not so many in a row that a row is blamed."""
     started, chance = (
         start(bench, "--processes", "2", settings=Settings(delay=0.4 if kills > 3 else 0.2)),
         random.Random(kills),
@@ -79,6 +80,9 @@ def test_kills_of_workers_cost_nothing(bench: Bench, kills: int) -> None:
             with suppress(ProcessLookupError):
                 os.kill(chance.choice(found), signal.SIGKILL)
                 killed += 1
+        if killed % 4 == 3:
+            before = len(parts(bench))
+            wait_for(lambda before=before: len(parts(bench)) > before or not started.process.is_alive())
     ended = started.wait(120)
     assert ended.code == 3 and killed == kills, (killed, ended.stderr)
     verify(bench)

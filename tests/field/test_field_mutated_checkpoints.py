@@ -15,9 +15,11 @@ import pytest
 from tiny_models import IMAGE_SIZE, save_checkpoint
 from transformers import IdeficsImageProcessor, IdeficsProcessor, PreTrainedTokenizerFast
 
+from idefics_cli.storage.limited_process import MEMORY_BYTES
+
 ROOT = Path(__file__).parents[2]
 KINDS = ("header", "config", "images", "processor", "tokenizer")
-SLOWEST, MOST_BYTES = 30, 2 << 30
+SLOWEST = 30
 PIECE = 250
 
 
@@ -36,7 +38,7 @@ def check(folder: Path, kinds: str, first: int, count: int) -> set[tuple[str, st
     *found, most = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 0 and len(found) == count * len(kinds.split(",")), (found[-1:], done.stderr[-2000:])
     assert not [each for each in found if each[2].startswith("bug") or each[3] > SLOWEST]
-    assert most < MOST_BYTES
+    assert most < MEMORY_BYTES
     return {(each[0], each[2].partition(":")[0]) for each in found}
 
 

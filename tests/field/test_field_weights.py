@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 from idefics_cli.checkpoint.find import check_model_request, find_checkpoint, weights_digest
 from idefics_cli.checkpoint.fingerprint import known_vision_fingerprint
-from idefics_cli.checkpoint.load import load_config, load_network
+from idefics_cli.checkpoint.load import load_config, load_network, meta_network
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli.app import app
 from idefics_cli.engine import memory_budget
@@ -168,7 +168,8 @@ def test_a_network_that_was_resized_for_it(folder: Path) -> None:
     with torch.no_grad():
         theirs = resized(**inputs).logits
     assert theirs.shape[-1] == model.encoder.vocab_size
-    loaded = load_network(model.checkpoint, load_config(model.checkpoint), torch.device("cpu"), torch.float32)
+    expected = meta_network(model.checkpoint, load_config(model.checkpoint))
+    loaded = load_network(model.checkpoint, expected, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         assert relative_error(loaded(**inputs).logits, theirs) < 1e-5
     (result,) = model.generate([["a red glorp", Image.new("RGB", (9, 9), "red"), "glorp"]], max_new_tokens=5)
@@ -298,7 +299,8 @@ def test_an_adapter_is_merged_as_peft_does(folder: Path, tmp_path: Path, config:
     request = ModelRequest(adapter=str(tmp_path / "adapter"))
     assert request.model == str(folder)
     checkpoint = find_checkpoint(request)
-    ours = load_network(checkpoint, load_config(checkpoint), torch.device("cpu"), torch.float32)
+    expected = meta_network(checkpoint, load_config(checkpoint))
+    ours = load_network(checkpoint, expected, torch.device("cpu"), torch.float32)
     assert relative_error(logits(ours), logits(theirs)) < 1e-5
     assert not any(parameter.requires_grad for parameter in ours.parameters()) and not ours.training
     merged = Path(shutil.copytree(folder, tmp_path / "merged"))
