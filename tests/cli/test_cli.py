@@ -186,7 +186,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     assert "'auto', 'bf16', 'fp16', 'fp32'" in refused("caption", photos, "--dtype", "int4")
     assert "invalid batch size 'none'" in refused("caption", photos, "--batch-size", "none")
     assert "--max-pixels" in refused("caption", photos, "--max-pixels", "0")
-    assert "num_return_sequences" in refused("caption", photos, "--num-beams", "2", "--num-return-sequences", "3")
+    assert "--num-return-sequences" in refused("caption", photos, "--num-beams", "2", "--num-return-sequences", "3")
     assert "--temperature has no effect unless tokens are drawn: add --do-sample" in refused(
         "caption", photos, "--temperature", "0.5"
     )
