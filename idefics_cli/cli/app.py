@@ -440,9 +440,9 @@ def _write_report(results: str, options: ReportOptions, signals: Signals) -> Non
     place = "on stdout" if options.output == "-" else f"in {options.output}"
     hidden = f", {counts.num_hidden} of them without an image to show" if counts.num_hidden else ""
     say(f"{counted(counts.rows, 'row')} {place}{hidden}.")
-    for code, reason in counts.reasons.items():
+    for code, message in counts.reasons.items():
         if code:
-            say(f"{code}: {counted(counts.without_image[code], 'row')}, as {reason}")
+            say(f"{code}: {counted(counts.without_image[code], 'row')}, first: {message}")
 
 
 def _run_units(

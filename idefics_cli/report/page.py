@@ -61,9 +61,9 @@ class Counts:
     def add(self, reason: str | None) -> None:
         self.rows += 1
         if reason is not None:
-            code = reason.partition(":")[0]
+            code, _, message = reason.partition(": ")
             self.without_image[code] += 1
-            self.reasons.setdefault(code, reason)
+            self.reasons.setdefault(code, message)
 
 
 class Page:
