@@ -395,4 +395,9 @@ def _column(chunk: Chunk, field: pa.Field) -> pa.Array:
     if is_arrow and field.name in chunk.schema.names and chunk.schema.field(field.name).type == field.type:
         return chunk.column(field.name)
     values = [record.get(field.name) for record in _json_records(chunk)]
-    return inferred_array(values, field.type) if values.count(None) < len(values) else pa.nulls(len(values), field.type)
+    try:
+        return inferred_array(values, field.type)
+    except NotImplementedError:  # of what Python has no values
+        if values.count(None) < len(values):
+            raise
+        return pa.nulls(len(values), field.type)

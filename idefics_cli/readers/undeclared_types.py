@@ -4,7 +4,6 @@ and their values in these."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -17,11 +16,11 @@ MOST_FIELDS = 200
 DEEPEST = 20  # nested lists and objects
 
 
-@cache
 def in_parquet(of: pa.DataType) -> pa.DataType | None:
     """The type; None where Parquet has none for its values, as for unions and intervals."""
-    try:
-        pq.write_table(pa.table({"values": pa.nulls(1, of)}), pa.BufferOutputStream())
+    try:  # without a null, whose parts may not be null
+        empty = pa.ListArray.from_arrays(pa.array([0, 0], pa.int32()), pa.nulls(0, of))
+        pq.write_table(pa.table({"values": empty}), pa.BufferOutputStream())
     except (pa.ArrowException, OSError):
         return None
     return of

@@ -24,7 +24,7 @@ from written_manifests import ALL_FORMATS, write_manifest
 from idefics_cli.columns import json_text, strict_json
 from idefics_cli.errors import InputError
 from idefics_cli.readers.inputs import Inputs
-from idefics_cli.readers.undeclared_types import inferred_types
+from idefics_cli.readers.undeclared_types import in_parquet, inferred_types
 
 opened = partial(written_manifests.opened, keep="all")
 
@@ -94,6 +94,45 @@ def test_types_that_parquet_lacks_are_inferred_too(
     found = as_table(opened(tmp_path / "rows.arrow"))
     assert (found["x"].type, found["x"].to_pylist()) == (inferred, expected)
     pq.write_table(found, tmp_path / "result.parquet")
+
+
+class Unhashable(pa.ExtensionType):
+    def __init__(self) -> None:
+        super().__init__(pa.int32(), "test.unhashable")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> Unhashable:
+        return cls()
+
+
+REQUIRED = pa.field("n", pa.int32(), nullable=False)
+
+
+@pytest.mark.parametrize(
+    ("of", "value"),
+    [
+        (pa.struct([REQUIRED]), {"n": 1}),
+        (pa.struct([pa.field("s", pa.struct([REQUIRED]), nullable=False)]), {"s": {"n": 1}}),
+    ],
+)
+def test_types_that_parquet_has_are_kept(tmp_path: Path, of: pa.DataType, value: Any) -> None:
+    """With rows that have no value, too, whose parts may not be null."""
+    table = pa.table({"image": ["a.png"], "x": pa.array([value], of)})
+    with pa.ipc.new_file(tmp_path / "rows.arrow", table.schema) as file:
+        file.write_table(table)
+    found = opened(tmp_path / "rows.arrow", "-", stdin=b"b.png\n")
+    assert len(list(found.rows)) == 2 and found.passthrough == {"x": of}
+    pq.write_table(as_table(found), tmp_path / "result.parquet")
+    assert pq.read_table(tmp_path / "result.parquet")["x"].to_pylist() == [value, None]
+
+
+def test_a_type_that_says_nothing_of_its_hash_is_kept() -> None:
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(Unhashable())
+    assert in_parquet(Unhashable()) == Unhashable()
 
 
 def test_bad_rows_have_no_values(tmp_path: Path) -> None:
