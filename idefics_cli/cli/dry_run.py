@@ -24,6 +24,7 @@ from idefics_cli.tasks.shown_prompts import FORM, NeedsWeights, prompts_alone, w
 if TYPE_CHECKING:
     from idefics_cli.pipeline.task import Task
 
+COMPARED, REPLACED = "which is there: it is compared, and not replaced", "which is there: --overwrite replaces it"
 TEXT_BYTES = 300  # of a row of JSON lines, about: one text, its path and its numbers
 
 
@@ -37,26 +38,34 @@ def dry_run_facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "rows", f"{number:,}"
     for role, names in run.inputs.chosen.items():
         yield f"column of {role}", listed(names)
-    yield "output", _parts(UnitFolder(options.output)) if options.has_parts else _output(options.output)
+    output, overwrite = options.output, options.overwrite
+    yield "output", _parts(UnitFolder(output), overwrite) if options.has_parts else _output(output, overwrite)
     yield from _disk(run, number)
     yield from model_facts(options.request, as_run=True).items()
     if run.form.text_column is not None:
         yield "first prompt", _first_prompt(run, task)
 
 
-def _output(output: str) -> str:
+def _output(output: str, overwrite: bool) -> str:
     if output == STDOUT:
         return "JSON lines on stdout"
-    if os.path.exists(f"{output}.part"):
-        return f"{output}, of which a stopped run has left rows: the same command resumes"
-    return f"{output}, which is there: it is compared, and not replaced" if os.path.exists(output) else f"{output}, new"
+    is_begun = os.path.exists(f"{output}.part")
+    if not is_begun and not os.path.exists(output):
+        return f"{output}, new"
+    if overwrite:
+        return f"{output}, {REPLACED}"
+    return f"{output}, {'of which a stopped run has left rows: the same command resumes' if is_begun else COMPARED}"
 
 
-def _parts(folder: UnitFolder) -> str:
+def _parts(folder: UnitFolder, overwrite: bool) -> str:
     if folder.header is None:
         return f"{folder.name}/, new"
-    parts = f"{folder.done().count(1)} of {counted(folder.num_units, 'part')}"
-    return f"{folder.name}/, where {parts} are: the same command makes the others"
+    if overwrite:
+        return f"{folder.name}/, {REPLACED}"
+    done, parts = folder.done().count(1), counted(folder.num_units, "part")
+    if done == folder.num_units:
+        return f"{folder.name}/, {COMPARED}"
+    return f"{folder.name}/, where {done} of {parts} are: the same command makes the others"
 
 
 def _disk(run: Run, num_rows: int) -> Iterator[tuple[str, str]]:

@@ -78,6 +78,13 @@ def test_a_folder_of_parts_is_looked_into(tmp_path: Path) -> None:
     (tmp_path / "parts" / folder.part_name(1)).write_text("")
     said = f"{tmp_path}/parts/, where 1 of 3 parts are: the same command makes the others"
     assert facts_of(dry_run(*command))["output"] == said
+    for number in 0, 2:
+        (tmp_path / "parts" / folder.part_name(number)).write_text("")
+    said = f"{tmp_path}/parts/, which is there: it is compared, and not replaced"
+    assert facts_of(dry_run(*command))["output"] == said
+    said = f"{tmp_path}/parts/, which is there: --overwrite replaces it"
+    assert facts_of(dry_run(*command, "--overwrite"))["output"] == said
+    assert facts_of(dry_run("caption", tmp_path, "-o", f"{tmp_path}/new/", "--overwrite"))["output"].endswith(", new")
 
 
 def test_similar_shots_are_not_known_without_weights(manifest: Path, tmp_path: Path) -> None:
