@@ -630,9 +630,9 @@ def _source(value: Any, index: int = 0) -> Any:
 
 
 def _is_array(value: Any) -> bool:
-    """Of numbers; one of texts or objects is a list of images."""
+    """Of numbers, or of nothing that can be taken one by one; one of texts or objects is a list of images."""
     about = getattr(value, "__array_interface__", None)
-    return about is not None and about["typestr"][1] not in "USO"
+    return about is not None and (not about["shape"] or about["typestr"][1] not in "USO")
 
 
 def _is_row(value: Any) -> TypeGuard[Mapping[str, Any]]:

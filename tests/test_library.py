@@ -398,6 +398,7 @@ def test_tensors_of_other_libraries_are_refused(model: Idefics, tensor: Callable
 
 def test_an_array_is_one_image_that_cannot_be_used(model: Idefics) -> None:
     assert "PIL.Image.fromarray()" in str(model.caption(np.zeros((4, 4, 3), np.uint8)).error)  # type: ignore[call-overload]
+    assert "PIL.Image.fromarray()" in str(model.caption(np.array("a.png")).error)  # type: ignore[call-overload]
     assert "'image'" in str(model.caption({"picture": "a.png"}).error)
 
 
