@@ -24,8 +24,9 @@ from idefics_cli.checkpoint.load import load_config, load_network, meta_network
 from idefics_cli.checkpoint.request import DEMO_FOLDER, ModelRequest
 from idefics_cli.demo.scene import EVALUATION_SEEDS, scene
 from idefics_cli.engine.prompt_source import IterableSource
-from idefics_cli.errors import IdeficsError
+from idefics_cli.errors import DeviceError, IdeficsError
 from idefics_cli.loaded_model import LoadedModel
+from idefics_cli.model.modeling import IdeficsForVisionText2Text
 from idefics_cli.model.packed_linear import PackedInt8Matrix, PackedLinear, pack_linears, packable_dtypes
 from idefics_cli.prompts.templates import CAPTION, Shot, few_shot_prompt
 from idefics_cli.ranks import Ranks
@@ -77,7 +78,7 @@ def test_texts_of_int8_are_those_of_fp32() -> None:
 
 
 @needs_torchao
-def test_a_model_saved_in_int8_needs_no_option(tmp_path: Path) -> None:
+def test_a_model_saved_in_int8_needs_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "saved"
     shutil.copytree(DEMO_FOLDER, folder)
     checkpoint = find_checkpoint(ModelRequest("demo"))
@@ -89,6 +90,13 @@ def test_a_model_saved_in_int8_needs_no_option(tmp_path: Path) -> None:
     assert torch.equal(loaded[weight], model.state_dict()[weight].dequantize())
     with pytest.raises(IdeficsError, match="saved in int8: leave out --quantize nf4"):
         quantize.kind_of(load_config(find_checkpoint(ModelRequest(str(folder)))), "nf4")
+
+    def full_device(**options: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", full_device)
+    with pytest.raises(DeviceError, match=r"GB in int8 do not fit on cpu, .* free: use a machine"):
+        Idefics.from_pretrained(folder, device="cpu")
 
 
 class Weird(torch.Tensor):

@@ -174,7 +174,7 @@ def load_network(
             if ranks is not None:
                 join_ranks(model, ranks)
     except torch.OutOfMemoryError as error:
-        raise does_not_fit(num_bytes, device, dtype, kind) from error
+        raise does_not_fit(num_bytes, device, dtype, quantize.kind_of(config, kind)) from error
     except LOADING_ERRORS as error:
         if kind is not None and device_map is not None and device.type == "cpu":  # transformers quantizes on CUDA
             raise _cannot_be_moved() from error
