@@ -43,12 +43,17 @@ def forget_peak() -> None:
 
 
 def peak_with_children() -> int:
-    """`peak`, or that of its largest child that has ended.
+    """`peak`, or that of its largest child that has ended."""
+    return max(peak(), peak_of_children())
+
+
+def peak_of_children() -> int:
+    """That of the largest that has ended.
 
     A process is said to have held what its parent held when it was started (`ru_maxrss`), so only one that was itself
     started for the purpose can tell.
     """
-    return max(peak(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def peak(process: int | str = "self") -> int:

@@ -1,7 +1,8 @@
 """Checkpoints with one seeded mistake each, loaded and run in a process of their own.
 
 `python mutated_checkpoints.py FOLDER KIND,KIND... FIRST COUNT` prints a JSON line for each: its kind, its number, how
-it ended, and the seconds it took; then the most memory in bytes.
+it ended, and the seconds it took; then the most memory in bytes, its own and that of
+a process it has started.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mistakes import peak_with_children
+from mistakes import peak, peak_of_children
 
 FILES = {
     "header": "model.safetensors",
@@ -152,4 +153,4 @@ def main(folder: Path, kind: str, first: int, count: int) -> None:
 if __name__ == "__main__":
     for kind in sys.argv[2].split(","):  # the tokenizer last: it is then tried out
         main(Path(sys.argv[1]), kind, int(sys.argv[3]), int(sys.argv[4]))
-    print(json.dumps(peak_with_children()))
+    print(json.dumps([peak(), peak_of_children()]))

@@ -318,12 +318,13 @@ class Denying(LocalFileSystem):
 
 def test_a_folder_that_may_not_be_looked_into() -> None:
     folder = File("s3://bucket/parts/", "bucket/parts/", Denying())
-    said = "cannot look into s3://bucket/parts: AWS Error ACCESS_DENIED during HeadObject operation; check the name"
+    reason = "s3://bucket/parts: AWS Error ACCESS_DENIED during HeadObject operation"
+    said = f"cannot read {reason}; check the name and your access to it"
     assert said in refusal(UnitFolder, folder)
     known = object.__new__(UnitFolder)
     known.place, known.name = folder, "s3://bucket/parts"
     assert said in refusal(lambda: list(known.names()))
-    assert said in refusal(known.remove, "_run.json")
+    assert f"cannot write to {reason}; fix that" in refusal(known.remove, "_run.json")
 
 
 def test_rows_that_end_their_processes() -> None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from idefics_cli.errors import OutputError
-from idefics_cli.storage.files import File, place
+from idefics_cli.storage.files import File, place, refusing
 
 RUN, SUMMARY = "_run.json", "_summary.json"
 PART = re.compile(r"part-(\d{5,})\.(jsonl|parquet)")
@@ -51,22 +51,9 @@ class UnitFolder:
         try:
             yield
         except OSError as error:
-            reason = _reason(error)
+            reason = (error.strerror or str(error)).partition(PYARROWS_REMEDY)[0].removesuffix(".")
             raise OutputError(
                 f"cannot write to {self.name}: {reason}; fix that and run the same command again"
-            ) from error
-
-    @contextmanager
-    def _looking(self) -> Iterator[None]:
-        """What is not there is for the caller."""
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            reason = _reason(error)
-            raise OutputError(
-                f"cannot look into {self.name}: {reason}; check the name, the credentials and your access to it"
             ) from error
 
     # ---- the run
@@ -138,7 +125,7 @@ class UnitFolder:
     # ---- files
 
     def names(self) -> Iterator[str]:
-        with suppress(FileNotFoundError), self._looking():
+        with refusing(self.name, OSError), suppress(FileNotFoundError):
             if self.place.is_local:
                 with os.scandir(self.place.path) as entries:
                     yield from (entry.name for entry in entries)
@@ -147,7 +134,7 @@ class UnitFolder:
                 yield from (posixpath.basename(each["name"]) for each in found)
 
     def _exists(self, name: str) -> bool:
-        with self._looking():
+        with refusing(self.name, OSError):
             return self.place.filesystem.exists(self.place.child(name).path)
 
     @contextmanager
@@ -192,7 +179,7 @@ class UnitFolder:
         self.header = None
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError), self._looking():
+        with self._writing(), suppress(FileNotFoundError):
             if self.place.is_local:
                 os.unlink(self.place.child(name).path)
             else:
@@ -221,10 +208,6 @@ class UnitFolder:
         """When the file was written, by the clock of its file system."""
         found = self.place.child(name).info().get("mtime") or 0
         return found.timestamp() if hasattr(found, "timestamp") else float(found)
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).partition(PYARROWS_REMEDY)[0].removesuffix(".")
 
 
 def unfinished(folder: UnitFolder) -> str | None:
