@@ -392,6 +392,7 @@ def test_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gone/ is not there on the machine" in refusal(actor._require_place)
     monkeypatch.setattr(ray, "find_spec", lambda name: None)
     assert "--ray needs an extra" in refusal(ray.require_ray, options)
-    monkeypatch.setattr(ray, "_try", lambda *given: False)
-    lost = ray._do_narrowly(None, None, Unit(3, Cut(0), Cut(1)), RuntimeError("died"))  # type: ignore[arg-type]
-    assert "the cluster has lost unit 3" in refusal(next, lost)
+    tries = ray._tries(Unit(3, Cut(0), Cut(1)))
+    for _ in range(2 * ray.TRIES):
+        next(tries)
+    assert "the cluster has lost unit 3" in refusal(tries.send, False)

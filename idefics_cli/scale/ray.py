@@ -2,8 +2,8 @@
 
 An actor has a GPU, or a machine without, and there a `Crew` of one process with one model: a row that ends the process
 costs the actor nothing. An actor or a machine that is lost costs its unit another try, on whatever is left; where that
-helps none, they are done one by one, and halves of them, until the rows are found that end their actor.
-Only counts come back. Units are sent in waves, so that the driver's memory does not grow with them.
+does not help, halves of it are tried, until the rows are found that end their actor.
+Only counts come back, and a unit is sent when an actor is there for it: the driver's memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -13,26 +13,33 @@ import os
 import pickle
 import signal
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from socket import create_connection, gaierror
-from typing import Any
+from typing import Any, TypeAlias
 
 from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer, Relay, told
+from idefics_cli.readers.inputs import Inputs
 from idefics_cli.scale.processes import Crew
 from idefics_cli.scale.units import Done, Job, Unit, Units, attempts
 from idefics_cli.storage.unit_folder import UnitFolder
 
-WAVE = 2048  # units: models are loaded again in the next
-RETRIES = 3
+Ended: TypeAlias = tuple[Done, set[tuple[str, Any]]]  # and what has been said
+Tries: TypeAlias = Generator[Unit, bool, None]
+
+TRIES = 4  # of a unit, and of an actor as it begins
+CPUS = 0.5  # of an actor: its processes are those of --image-workers
 ANSWER_SECONDS = 10.0
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+SETTINGS = {  # of what a run begins; its processes are to be no less urgent than those of the machine's other work
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_worker_niceness": "0",
+}
 
 
 def require_ray(options: RunOptions) -> None:
@@ -45,106 +52,174 @@ def require_ray(options: RunOptions) -> None:
 
 def do_on_cluster(job: Job, observer: Observer, units: Units) -> Iterator[Done]:
     """In the order of finishing. Raises what a worker raises."""
-    missing, said = units.missing(), set[tuple[str, Any]]()
-    with _connected(job.options.ray):
-        while wave := {unit.number: unit for unit in islice(missing, WAVE)}:
-            if not said:
-                observer.on_loading(f"{job.options.request.model}")
-            for done, words in _do_wave(job, units, wave):
-                for kind, value in sorted(words - said, key=str):
-                    told(observer, kind, value)
-                said |= words
-                observer.on_row(done.rows)
-                yield done
+    said = set[tuple[str, Any]]()
+    with _connected(job.options.ray), closing(_ends(job, units)) as ends:
+        observer.on_loading(f"{job.options.request.model}")
+        for done, words in ends:
+            for kind, value in sorted(words - said, key=str):
+                told(observer, kind, value)
+            said |= words
+            observer.on_row(done.rows)
+            yield done
 
 
-def _do_wave(job: Job, units: Units, wave: dict[int, Unit]) -> Iterator[tuple[Done, set[tuple[str, Any]]]]:
-    """What is lost more often than Ray tries again is sent again, as long as anything is done."""
-    from ray.exceptions import RayError
-
-    while num_left := len(wave):
-        try:
-            for done, messages in _ends(job, units, list(wave.values())):
-                del wave[done.unit]
-                yield done, messages
-        except RayError as error:
-            if len(wave) == num_left:
-                yield from _do_narrowly(job, units, wave.pop(min(wave)), error)
+def _ends(job: Job, units: Units) -> Iterator[Ended]:
+    missing = units.missing()
+    first = list(islice(missing, _most_actors(job.options)))
+    with _Actors(job, units.part, len(first)) as actors:
+        yield from actors.do(chain(first, missing))
 
 
-def _do_narrowly(job: Job, units: Units, unit: Unit, lost: Exception) -> Iterator[tuple[Done, set[tuple[str, Any]]]]:
-    """By itself, down to the rows that end their actor."""
-    if not _try(job, units, replace(unit, only=(unit.begin.index, unit.begin.index))):
-        raise IdeficsError(
-            f"the cluster has lost unit {unit.number} {RETRIES + 1} times, and loses its actors without any row, too"
-            f" ({str(lost).splitlines()[0]}): look at the memory of its machines"
-        )
-    tries = attempts(unit)
-    trial = next(tries)
-    while not (found := _try(job, units, trial)) or trial.only is not None:
-        trial = tries.send(bool(found))
-    yield from found
-
-
-def _try(job: Job, units: Units, unit: Unit) -> list[tuple[Done, set[tuple[str, Any]]]]:
-    """Nothing where its actor has ended."""
-    from ray.exceptions import RayError
-
-    with suppress(RayError):
-        return list(_ends(job, units, [unit], retries=0))
-    return []
-
-
-def _ends(
-    job: Job, units: Units, wave: list[Unit], retries: int = RETRIES
-) -> Iterator[tuple[Done, set[tuple[str, Any]]]]:
-    """Raises what an actor has raised, and RayError for a unit that is lost."""
-    from ray.data import ActorPoolStrategy, from_items
-
-    number, gpus = _actors(job.options, len(wave))
-    items = [{"unit": pickle.dumps((unit, pickle.dumps(units.part(unit))))} for unit in wave]
-    ended = from_items(items, override_num_blocks=len(items)).map_batches(
-        Actor,
-        fn_constructor_args=(job, os.getcwd(), os.environ.get("OMP_NUM_THREADS"), _version()),
-        batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, initial_size=number, max_size=number, max_tasks_in_flight_per_actor=1),
-        num_gpus=gpus,
-        num_cpus=0.5,
-        max_restarts=-1,
-        max_task_retries=retries,
-        scheduling_strategy="SPREAD",
-    )
-    for row in ended.iter_rows():
-        done, messages = pickle.loads(row["ended"])
-        if isinstance(done, Exception):
-            raise done
-        yield done, messages
-
-
-def _actors(options: RunOptions, num_units: int) -> tuple[int, float]:
-    """How many, and how much of a GPU each has."""
+def _num_gpus(options: RunOptions) -> int:
     import ray
 
     wants_gpu = options.request.device in ("auto", "cuda")
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if wants_gpu else 0
-    machines = sum(node["Alive"] for node in ray.nodes())
-    number = min(num_units, options.processes or gpus or machines)
-    return number, min(1, gpus / number) if gpus else float(options.request.device == "cuda")
+    return int(ray.cluster_resources().get("GPU", 0)) if wants_gpu else 0
+
+
+def _most_actors(options: RunOptions) -> int:
+    import ray
+
+    return options.processes or _num_gpus(options) or sum(node["Alive"] for node in ray.nodes())
+
+
+def _share_of_gpu(options: RunOptions, num_actors: int) -> float:
+    gpus = _num_gpus(options)
+    return min(1, gpus / num_actors) if gpus and num_actors else float(options.request.device == "cuda")
+
+
+def _tries(unit: Unit) -> Tries:
+    """What is to be tried until the part of the unit is there; is sent whether its actor has survived each try."""
+    for _ in range(TRIES):
+        if (yield unit):
+            return
+    for _ in range(TRIES):
+        if (yield replace(unit, only=(unit.begin.index, unit.begin.index))):
+            break
+    else:
+        raise IdeficsError(
+            f"the cluster has lost unit {unit.number} {TRIES} times, and loses its actors without any row, too: look at"
+            " the memory of its machines"
+        )
+    yield from attempts(unit)
+
+
+class _Actors:
+    """Those of this run. In place of one that is lost, alone or with its machine, another begins. A context.
+
+    A unit goes to an actor that is there, never to one that waits for a place on the cluster. Ray itself is to try
+    nothing again: it would wait until the very actor that is lost has a place.
+    """
+
+    def __init__(self, job: Job, part: Callable[[Unit], Inputs], number: int) -> None:
+        import ray
+
+        gpus = _share_of_gpu(job.options, number)
+        self._kind = ray.remote(num_cpus=CPUS, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD")(Actor)
+        self._about = job, os.getcwd(), os.environ.get("OMP_NUM_THREADS"), _version()
+        self._part, self._idle = part, list[Any]()
+        self._beginning: dict[Any, tuple[Any, int]] = {}  # by what tells of it: the actor, and how many were lost
+        self._at_work: dict[Any, tuple[Any, Tries]] = {}
+        self._again: list[tuple[Tries, Unit]] = []
+        for _ in range(number):
+            self._begin()
+
+    def __enter__(self) -> _Actors:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        import ray
+
+        others = *self._beginning.values(), *self._at_work.values()
+        for actor in *self._idle, *(actor for actor, _ in others):
+            ray.kill(actor)
+
+    def do(self, units: Iterator[Unit]) -> Iterator[Ended]:
+        """In the order of finishing. Raises what an actor has raised."""
+        import ray
+
+        while True:
+            while self._idle and (found := self._next_try(units)) is not None:
+                self._give(*found)
+            if not self._at_work and (self._idle or not self._beginning):
+                return
+            (told,), _ = ray.wait([*self._at_work, *self._beginning])
+            if told in self._beginning:
+                self._has_begun(told)
+            elif (ended := self._has_ended(told)) is not None:
+                yield ended
+
+    def _begin(self, num_lost: int = 0) -> None:
+        actor = self._kind.remote(*self._about)
+        self._beginning[actor.is_there.remote()] = actor, num_lost
+
+    def _has_begun(self, told: Any) -> None:
+        """One that is lost each time it begins is given up, and the run with the last of them."""
+        actor, num_lost = self._beginning.pop(told)
+        _, lost = _outcome(told)
+        if lost is None:
+            self._idle.append(actor)
+        elif num_lost + 1 < TRIES:
+            self._begin(num_lost + 1)
+        elif not (self._idle or self._at_work or self._beginning):
+            reason = str(lost).strip().splitlines()[-1].strip()
+            raise IdeficsError(
+                f"no actor can begin on the cluster ({reason}): look at its machines, and whether they have"
+                " idefics-cli[ray]"
+            ) from lost
+
+    def _next_try(self, units: Iterator[Unit]) -> tuple[Tries, Unit] | None:
+        if self._again:
+            return self._again.pop()
+        unit = next(units, None)
+        if unit is None:
+            return None
+        tries = _tries(unit)
+        return tries, next(tries)
+
+    def _give(self, tries: Tries, unit: Unit) -> None:
+        actor = self._idle.pop(0)
+        told = actor.do.remote(pickle.dumps((unit, pickle.dumps(self._part(unit)))))
+        self._at_work[told] = actor, tries
+
+    def _has_ended(self, told: Any) -> Ended | None:
+        """Nothing where there is more to be tried."""
+        actor, tries = self._at_work.pop(told)
+        data, lost = _outcome(told)
+        if lost is not None:
+            self._begin()
+            self._again.append((tries, tries.send(False)))
+            return None
+        self._idle.append(actor)
+        ended, words = pickle.loads(data)
+        if isinstance(ended, Exception):
+            raise ended
+        try:
+            self._again.append((tries, tries.send(True)))
+        except StopIteration:
+            return ended, words
+        return None
+
+
+def _outcome(told: Any) -> tuple[Any, Exception | None]:
+    """What an actor has said, or why it is lost."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return ray.get(told), None
+    except RayError as lost:
+        return None, lost
 
 
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
     """To the cluster at the address; without one, to that which runs here, else to one of this machine alone."""
-    for name, value in QUIET.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
-    from ray.data import DataContext
 
-    for name in "ray", "ray.data":
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=__name__)  # of options that Ray is to have under other names
-    context = DataContext.get_current()
-    context.max_errored_blocks, context.enable_progress_bars, context.print_on_execution_start = 0, False, False
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         _require_answer(address)
@@ -203,15 +278,17 @@ class Actor(Relay):
     def tell(self, kind: str, value: Any) -> None:
         self._said.add((kind, value))
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        (item,) = batch["unit"]
+    def is_there(self) -> None:
+        """Answers once the actor has a place and has begun."""
+
+    def do(self, item: bytes) -> bytes:
         try:
             self._require_place()
             unit, part = pickle.loads(item)
             (ended,) = self._crew.do(iter([unit]), lambda _: _Pickled(part))
         except Exception as error:
             ended = error
-        return {"ended": [pickle.dumps((ended, self._said))]}
+        return pickle.dumps((ended, self._said))
 
     def _require_place(self) -> None:
         """What the machine must have."""

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import idefics_cli
 from idefics_cli import __main__ as console_script
 from idefics_cli.cli import app as cli
+from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline import run  # noqa: F401 (the slow imports, done once where processes are forked)
 from idefics_cli.scale import processes
 from idefics_cli.tasks import caption_vqa  # noqa: F401
@@ -145,6 +146,10 @@ def load_fake(settings: Settings, request: object, batch_size: int | None) -> Fa
         return text
 
     return FakeCaptioner(batch_size or settings.batch_size, delay=settings.delay, answer=logged)
+
+
+def load_nothing(request: object, batch_size: int | None) -> NoReturn:
+    raise IdeficsError("the weights are not on this machine: copy them")
 
 
 def digest_of_fake(settings: Settings, request: object) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -14,12 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
 from conftest import expected_text, save_image
-from faulty_run import Settings, digest_of_fake, load_fake
+from faulty_run import Settings, digest_of_fake, load_fake, load_nothing
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import KILLED, Bench, make_bench, slow, wait_for
 from test_unit_faults import bench, is_alive, parts, start, verify, workers  # noqa: F401 (bench is a fixture)
 from test_units import COMMANDS, inputs, joined, left_over, told  # noqa: F401 (inputs is a fixture)
@@ -27,14 +33,18 @@ from tiny_models import save_checkpoint
 from transformers import IdeficsForVisionText2Text as TheirIdefics
 from typer.testing import CliRunner, Result
 
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import app as cli
 from idefics_cli.errors import IdeficsError
-from idefics_cli.pipeline.options import parse_ray_address
+from idefics_cli.pipeline.options import RunOptions, parse_ray_address
+from idefics_cli.readers.inputs import Cut
 from idefics_cli.scale import ray as scale_ray
+from idefics_cli.scale.units import Done, Job, Unit
 
 PACKAGE = Path(cli.__file__).parents[1]
 Run = Callable[..., Result]
 HERE = {"num_cpus": 2, "include_dashboard": False}
+ENVIRONMENT = {**scale_ray.SETTINGS, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,8 @@ def cluster() -> Iterator[str]:
     """The address of one of two processors, which lasts for all tests."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
         made = cluster_utils.Cluster(True, head_node_args=HERE)
     yield f"127.0.0.1:{made.address.rpartition(':')[2]}"
     made.shutdown()
@@ -70,7 +81,7 @@ def in_actors(pid: int) -> list[int]:
     for each in descendants(pid):
         with suppress(OSError):
             command = Path(f"/proc/{each}/cmdline").read_bytes()
-            if command.startswith(b"ray::") and b"MapBatches" in command:
+            if command.startswith(b"ray::Actor"):
                 found += [each, *descendants(each)]
     return found
 
@@ -187,10 +198,6 @@ def test_a_fine_tuned_model_on_the_cluster(
     assert all(one == other or abs(one - other) < 1e-5 for one, other in zip(*scores, strict=True))
 
 
-def load_nothing(request: object, batch_size: int | None) -> None:
-    raise IdeficsError("the weights are not on this machine: copy them")
-
-
 def test_a_mistake_on_the_cluster_is_one_line(
     cluster: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +207,104 @@ def test_a_mistake_on_the_cluster_is_one_line(
     assert result.exit_code == 2, result.output
     assert result.stderr.strip() == "Error: the weights are not on this machine: copy them."
     assert left_over(tmp_path / "parts") == {"_run.json"}
+
+
+class OfAModule:
+    """Another process looks for a module that is not there."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return import_module, ("here_only",)
+
+
+def job_of(**parts: Any) -> Job:
+    options = RunOptions(inputs=("x",), output="parts/", request=ModelRequest(device="cpu"))
+    return Job(**{"options": options, "make_task": None, "check_model": None, "load_model": None, **parts})
+
+
+def test_actors_that_cannot_begin_are_one_line(cluster: str) -> None:
+    refused = "no actor can begin on the cluster .*No module named 'here_only'.*: look at its machines"
+    with (
+        scale_ray._connected(cluster),
+        scale_ray._Actors(job_of(make_task=OfAModule()), str, 2) as actors,
+        pytest.raises(IdeficsError, match=refused),
+    ):
+        list(actors.do(iter([Unit(0, Cut(0), Cut(1))])))
+
+
+class FakeRay:
+    """What `_Actors` asks of ray: an actor that begins or does a unit may be lost, by chance or by one of its rows.
+
+    What is asked ends in any order. `stuck` actors wait for a place that they are never given.
+    """
+
+    def __init__(self, chance: random.Random, fatal: set[int], often: float, stuck: int) -> None:
+        self.chance, self.fatal, self.often, self.stuck = chance, fatal, often, stuck
+        self.asked: dict[object, Unit | None] = {}
+        self.busy: dict[object, object] = {}
+        self.dead: set[object] = set()
+
+    def remote(self, **options: object) -> Callable[[type], SimpleNamespace]:
+        assert options["max_restarts"] == 0
+        return lambda kind: SimpleNamespace(remote=self.begin)
+
+    def begin(self, *about: object) -> SimpleNamespace:
+        actor = SimpleNamespace()
+        actor.key, actor.is_stuck = object(), self.stuck > 0
+        self.stuck -= 1
+        actor.is_there = SimpleNamespace(remote=partial(self.ask, actor, None))
+        actor.do = SimpleNamespace(remote=lambda item: self.ask(actor, pickle.loads(item)[0]))
+        return actor
+
+    def ask(self, actor: SimpleNamespace, unit: Unit | None) -> object:
+        assert actor.key not in self.dead and actor.key not in self.busy.values()
+        told = object()
+        self.asked[told] = unit
+        if not actor.is_stuck:
+            self.busy[told] = actor.key
+        return told
+
+    def wait(self, asked: list[object]) -> tuple[list[object], list[object]]:
+        told = self.chance.choice([each for each in asked if each in self.busy])
+        return [told], [each for each in asked if each is not told]
+
+    def get(self, told: object) -> bytes:
+        unit, actor = self.asked.pop(told), self.busy.pop(told)
+        rows = set[int]()
+        if unit is not None:
+            rows = set(range(*unit.only)) if unit.only else set(range(unit.begin.index, unit.end.index))
+            rows -= set(unit.fatal)
+        if rows & self.fatal or self.chance.random() < self.often:
+            self.dead.add(actor)
+            from ray.exceptions import RayError
+
+            raise RayError("lost")
+        return pickle.dumps((unit and Done(unit.number, len(rows)), {("say", "x")}))
+
+    def kill(self, actor: SimpleNamespace) -> None:
+        self.dead.add(actor.key)
+
+
+@given(
+    st.integers(0, 2**32),
+    st.sets(st.integers(0, 59), max_size=4),
+    st.sampled_from([0, 0.01, 0.03]),
+    st.integers(1, 4),
+    st.integers(0, 2),
+)
+def test_each_unit_is_done_once_whatever_is_lost(
+    seed: int, fatal: set[int], often: float, number: int, stuck: int
+) -> None:
+    pytest.importorskip("ray")
+    units = [Unit(i, Cut(6 * i), Cut(6 * i + 6)) for i in range(10)]
+    fake = FakeRay(random.Random(seed), fatal, often, min(stuck, number - 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.remote", fake.remote)
+        for name in "wait", "get", "kill":
+            patch.setattr(f"ray.{name}", getattr(fake, name))
+        with scale_ray._Actors(job_of(), str, number) as actors:
+            ends = [done for done, _ in actors.do(iter(units))]
+    assert sorted(done.unit for done in ends) == list(range(10))
+    assert often or sum(done.rows for done in ends) == 60 - len(fatal)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +373,8 @@ def test_a_machine_that_is_lost(bench: Bench, run_fake: Run, gpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
         made = Cluster(True, head_node_args={**HERE, "num_gpus": gpus})
         nodes = [made.add_node(num_cpus=1, num_gpus=gpus) for _ in range(3)]
     try:
