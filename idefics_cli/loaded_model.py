@@ -250,11 +250,7 @@ class LoadedModel:
 
     def _decoding_options(self, decoding: dict[str, object]) -> DecodingOptions:
         options = DecodingOptions.from_keywords(decoding)
-        longest = self.model.config.max_position_embeddings
-        if options.max_new_tokens >= longest:
-            raise IdeficsError(
-                f"--max-new-tokens {options.max_new_tokens} leaves no space for a prompt: use fewer than {longest}"
-            )
+        options.require_space(self.model.config.max_position_embeddings)
         return options
 
     def encode(self, prompt: Prompt | Sequence, max_new_tokens: int, start: Prompt = ()) -> EncodedPrompt | RowError:

@@ -21,6 +21,7 @@ import pytest
 import test_field_layouts
 from conftest import FakeCaptioner, save_image
 
+from idefics_cli.checkpoint import find
 from idefics_cli.cli import app as cli
 from idefics_cli.columns import arrow_type
 from idefics_cli.errors import ROW_ERROR_CODES
@@ -150,6 +151,7 @@ def test_the_commands_of_a_page_run(
 ) -> None:
     make_what_pages_name(tmp_path)
     monkeypatch.setattr(cli, "check_model", lambda request: None)
+    monkeypatch.setattr(find, "known_positions", lambda request: None)
     shell = Shell(tmp_path, environment, lambda request, batch_size: FakeCaptioner())
     for block in SCRIPT.findall(TEXTS[page]):
         lines = block.replace("\\\n", " ").splitlines()

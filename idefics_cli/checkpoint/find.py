@@ -9,11 +9,13 @@ from pathlib import Path
 from idefics_cli.checkpoint import quantize
 from idefics_cli.checkpoint.devices import require_fit, resolve_device, resolve_dtype
 from idefics_cli.checkpoint.files import (
+    CONFIG,
     SAFETENSORS,
     Checkpoint,
     inspect_adapter,
     inspect_folder,
     inspect_side_files,
+    read_json,
     require,
     weight_files,
 )
@@ -54,6 +56,13 @@ def downloaded(request: ModelRequest) -> Checkpoint | None:
         return None if folder is None else _inspected(folder, request)
     except CheckpointError:  # some of its files are still to be fetched
         return None
+
+
+def known_positions(request: ModelRequest) -> int | None:
+    """How many tokens prompt and text may have, where the configuration that says it is on this machine."""
+    checkpoint = downloaded(request)
+    positions = read_json(checkpoint.folder / CONFIG).get("max_position_embeddings") if checkpoint else None
+    return positions if isinstance(positions, int) else None
 
 
 def _inspected(folder: Path, request: ModelRequest) -> Checkpoint:

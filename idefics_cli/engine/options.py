@@ -115,6 +115,13 @@ class DecodingOptions:
             raise IdeficsError(f"unknown decoding option {', '.join(unknown)}: use {', '.join(known)}")
         return cls(**decoding)
 
+    def require_space(self, positions: int) -> None:
+        """Raise where a model of so many positions has none left for a prompt."""
+        if self.max_new_tokens >= positions:
+            raise IdeficsError(
+                f"--max-new-tokens {self.max_new_tokens} leaves no space for a prompt: use fewer than {positions}"
+            )
+
 
 def _option(name: str) -> str:
     return option_name(name, Help(""))

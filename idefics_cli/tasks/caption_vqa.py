@@ -27,7 +27,7 @@ from idefics_cli.prompts.templates import (
 from idefics_cli.rows import InputRow, ReadOptions
 from idefics_cli.tasks.embed import StoredLatents, without_names
 from idefics_cli.tasks.few_shot import chosen_for_all, identity_of, open_shots, opened, read_shots
-from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions
+from idefics_cli.tasks.options import QUESTION, CaptionVqaOptions, require_space
 from idefics_cli.tasks.result_rows import text_form
 from idefics_cli.tasks.similar_shots import SimilarShots
 from idefics_cli.validation import by_option
@@ -78,9 +78,10 @@ class CaptionVqa(Task):
         return files | ({"--shots": identity_of(pool)} if pool else {})
 
     def check(self, request: ModelRequest) -> None:
-        """Raises InputError for a bad shot, and for another model's embeddings."""
+        """Raises for a bad shot, another model's embeddings, and tokens that the model has no positions for."""
         if self.embeddings is not None:
             self.embeddings.check(request)
+        require_space(self.options.decoding, request)
         assert len(self._pool) >= self.options.prompts.num_shots, self.options
 
     @property

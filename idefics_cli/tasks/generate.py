@@ -22,7 +22,7 @@ from idefics_cli.prompts.templates import END_OF_UTTERANCE, Prompt
 from idefics_cli.rows import ImageSource, InputRow, RemoteFile
 from idefics_cli.storage.filenames import IMAGE_SUFFIX, shown
 from idefics_cli.tasks.embed import StoredLatents, without_names
-from idefics_cli.tasks.options import GenerateOptions
+from idefics_cli.tasks.options import GenerateOptions, require_space
 from idefics_cli.tasks.result_rows import text_form
 from idefics_cli.validation import by_option
 
@@ -67,6 +67,7 @@ class Generate(Task):
     def check(self, request: ModelRequest) -> None:
         if self.embeddings is not None:
             self.embeddings.check(request)
+        require_space(self.options.decoding, request)
 
     @property
     def postprocess(self) -> PostProcess:

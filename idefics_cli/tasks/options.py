@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.engine.options import DecodingOptions
 from idefics_cli.errors import IdeficsError
 from idefics_cli.prompts.choices import ChoiceOptions
@@ -150,6 +151,15 @@ class CaptionVqaOptions:
         if self.columns == (self.question_column,) and self.needs_question_column:
             return f"ask with -q QUESTION, or name one with a column {self.question_column!r}"
         return f"name one with the columns {', '.join(self.columns)}" if self.columns else None
+
+
+def require_space(decoding: DecodingOptions, request: ModelRequest) -> None:
+    """Raise where a model on this machine can be known to have none for a prompt."""
+    from idefics_cli.checkpoint.find import known_positions
+
+    positions = known_positions(request)
+    if positions is not None:
+        decoding.require_space(positions)
 
 
 @dataclass(frozen=True)

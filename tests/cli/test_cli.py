@@ -178,6 +178,15 @@ def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch, photos: Path) 
 # Mistakes
 
 
+@pytest.mark.parametrize("command", ["caption", "generate"])
+def test_more_tokens_than_the_model_has_positions_are_refused_before_it_is_loaded(
+    refused: Callable[..., str], tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "image": "a.png", "prompt": "x"}\n')
+    said = refused(command, tmp_path / "rows.jsonl", "-m", "demo", "--device", "cpu", "--max-new-tokens", "2048")
+    assert said == "Error: --max-new-tokens 2048 leaves no space for a prompt: use fewer than 2048."
+
+
 def test_mistakes_are_one_line_before_the_model_is_loaded(
     refused: Callable[..., str], photos: Path, tmp_path: Path
 ) -> None:
