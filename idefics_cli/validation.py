@@ -136,7 +136,7 @@ def fitting(name: str, value: Any, hint: Any, about: Help) -> Any:
         raise IdeficsError(f"invalid {name} {value!r}: expected {_kinds(hint)}")
     for bound, is_past, words in ((about.min, operator.lt, "at least"), (about.max, operator.gt, "at most")):
         if bound is not None and isinstance(value, Real) and is_past(value, bound):
-            raise IdeficsError(f"invalid {name} {value!r}: expected {words} {bound:g}")
+            raise IdeficsError(f"invalid {name} {value!r}: expected {words} {_number(bound)}")
     return _plain(value)
 
 
@@ -185,12 +185,16 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     return number
 
 
+def _number(bound: Real) -> str:
+    return f"{bound}" if isinstance(bound, int) else f"{bound:g}"
+
+
 def file_name(what: str, value: Any, expected: str) -> str | None:
-    """A text or path as a text; None stays."""
+    """A text or path as a plain text; None stays. To the system NumPy's texts are bytes."""
     name = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     if name is not None and not isinstance(name, str):
         raise IdeficsError(f"invalid {what} of type {type(value).__name__}: expected {expected}")
-    return name
+    return None if name is None else str(name)
 
 
 def several(name: str, given: Any, of: str) -> Iterable[Any]:
