@@ -1,7 +1,8 @@
-"""What `idefics info` finds: versions and devices, and of a model whether and how it would run here."""
+"""What `idefics info` finds: versions, devices and missing extras, and of a model whether and how it would run here."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from idefics_cli import __version__
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
 
     from idefics_cli.checkpoint.request import ModelRequest
     from idefics_cli.engine.memory_budget import MemoryPlan
+
+EXTRAS = {  # and the module by which each is known, and what for
+    "heif": ("pillow_heif", "HEIC images"),
+    "jxl": ("pillow_jxl", "JPEG XL images"),
+    "peft": ("peft", "--adapter"),
+    "quantize": ("torchao", "--quantize"),
+    "ray": ("ray", "--ray"),
+    "score": ("pycocoevalcap", "CIDEr"),
+}
 
 
 def machine_facts(request: ModelRequest) -> dict[str, str]:
@@ -33,7 +43,16 @@ def machine_facts(request: ModelRequest) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "device": str(device),
         "dtype": str(resolve_dtype(request.dtype, device)).removeprefix("torch."),
+        "missing": _missing_extras(),
     }
+
+
+def _missing_extras() -> str:
+    missing = {extra: use for extra, (module, use) in EXTRAS.items() if find_spec(module) is None}
+    if not missing:
+        return "nothing"
+    named = ", ".join(f"{extra} ({use})" for extra, use in missing.items())
+    return f"{named}: pip install 'idefics-cli[{','.join(missing)}]'"
 
 
 def model_facts(request: ModelRequest, as_run: bool = False) -> dict[str, str]:

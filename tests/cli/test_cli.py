@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typer.testing import CliRunner, Result
 import idefics_cli
 from idefics_cli.checkpoint.request import ModelRequest
 from idefics_cli.cli import app as cli
+from idefics_cli.cli import info
 
 ROOT = Path(__file__).parents[2]
 TESTS = Path(__file__).parents[1]
@@ -378,6 +380,17 @@ def test_info_prints_versions_and_the_device() -> None:
     facts = dict(line.split(": ", 1) for line in result.stdout.splitlines())
     assert facts["idefics"] == idefics_cli.__version__
     assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
+
+
+def test_info_names_the_extras_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*info.EXTRAS} == extras.keys() - {"docs", "test"}
+    monkeypatch.setattr(info, "find_spec", lambda module: None if module in ("pillow_heif", "ray") else module)
+    result = CliRunner().invoke(cli.app, ["info", "--device", "cpu"])
+    said = "missing: heif (HEIC images), ray (--ray): pip install 'idefics-cli[heif,ray]'"
+    assert said in result.stdout.splitlines()
+    monkeypatch.setattr(info, "find_spec", lambda module: module)
+    assert "missing: nothing" in CliRunner().invoke(cli.app, ["info", "--device", "cpu"]).stdout.splitlines()
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:
