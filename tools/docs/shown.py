@@ -41,7 +41,9 @@ import sys, os
 from multiprocessing.connection import Client
 with Client(sys.argv[1], "AF_UNIX") as server:
     server.send((sys.argv[2:], os.getcwd(), sys.stdin.buffer.read()))
-    code, out, err = server.recv()
+    code, out, err, both = server.recv()
+if os.path.sameopenfile(1, 2):
+    out, err = both, ""
 sys.stdout.buffer.write(out)
 sys.stdout.flush()
 sys.stderr.write(err)
@@ -98,8 +100,8 @@ class Shell:
                 asked.send(answered(arguments, folder, data))
 
 
-def answered(arguments: Sequence[str], folder: str, data: bytes) -> tuple[int, bytes, str]:
-    """The exit code and the two streams of the command."""
+def answered(arguments: Sequence[str], folder: str, data: bytes) -> tuple[int, bytes, str, bytes]:
+    """The exit code and the two streams of the command, and both as one, in the order of writing."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -108,7 +110,7 @@ def answered(arguments: Sequence[str], folder: str, data: bytes) -> tuple[int, b
         os.chdir(before)
     if found.exception is not None and not isinstance(found.exception, SystemExit):
         raise found.exception
-    return found.exit_code, found.stdout_bytes, found.stderr
+    return found.exit_code, found.stdout_bytes, found.stderr, found.output_bytes
 
 
 @cache
