@@ -126,7 +126,7 @@ class Asking(Continuing, total=False):
 
 
 class Running(Asking, total=False):
-    """What `run` is told: all of the command line's options but those of the model."""
+    """What `run` is told: the command's options but those of the model, of folders of parts and of the terminal."""
 
     question: Sequence[str]
     question_column: str
