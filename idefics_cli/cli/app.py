@@ -442,7 +442,8 @@ def _write_report(results: str, options: ReportOptions, signals: Signals) -> Non
     say(f"{counted(counts.rows, 'row')} {place}{hidden}.")
     for code, message in counts.reasons.items():
         if code:
-            say(f"{code}: {counted(counts.without_image[code], 'row')}, first: {message}")
+            remedy = "; --image-root FOLDER or --images INPUT says where images are" if code == "image_missing" else ""
+            say(f"{code}: {counted(counts.without_image[code], 'row')}, first: {message}{remedy}")
 
 
 def _run_units(

@@ -61,6 +61,8 @@ class EmbeddingFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, self.name = Path(path), escape_name(str(path))
+        if not self.path.exists():
+            raise InputError(f"no file {self.name}: name one that `idefics embed` has written")
         self._groups: list[tuple[Path, int]] = []  # each row group's file and number there
         self._starts, self.shape = [0], None
         self._paths = self._parts() if self.path.is_dir() else [self.path]

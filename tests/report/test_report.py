@@ -208,6 +208,7 @@ def test_the_command(run, tmp_path):
     assert "3 rows in" in result.stderr and "3 of them without an image" in result.stderr
     assert ", first: " in result.stderr and ", first: image_" not in result.stderr  # the code is said once
     assert "image_missing: 3 rows" in result.stderr
+    assert "; --image-root FOLDER or --images INPUT says where images are" in " ".join(result.stderr.split())
     streamed = run("report", "-", "-o", "-", "--limit", "2", input=path.read_bytes())
     assert streamed.exit_code == 0 and streamed.stdout.startswith("<!doctype html>")
     assert Reader(streamed.stdout).column("id") == ["a.png", "b.png"]

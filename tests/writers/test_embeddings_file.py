@@ -108,9 +108,11 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "latents": [[1.0]]}), tmp_path / "other.parquet")
     (tmp_path / "text.parquet").write_text("no Parquet")
     write(tmp_path / "typed.parquet", [{"id": "a", "latents": "b"}], columns=[COLUMNS[0], Column("latents", "text")])
-    for name in ("other.parquet", "text.parquet", "typed.parquet", "gone.parquet"):
+    for name in ("other.parquet", "text.parquet", "typed.parquet"):
         with pytest.raises(InputError, match=name):
             EmbeddingFile(tmp_path / name)
+    with pytest.raises(InputError, match=r"no file .*gone\.parquet: name one that `idefics embed` has written"):
+        EmbeddingFile(tmp_path / "gone.parquet")
 
 
 def test_row_groups_too_large_for_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
