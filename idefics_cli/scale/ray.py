@@ -33,7 +33,7 @@ Ended: TypeAlias = tuple[Done, set[tuple[str, Any]]]  # and what has been said
 Tries: TypeAlias = Generator[Unit, bool, None]
 
 TRIES = 4  # of a unit, and of an actor as it begins
-CPUS = 0.5  # of an actor: its processes are those of --image-workers
+CPUS = 0.5  # of an actor: its processes are those of --workers
 ANSWER_SECONDS = 10.0
 SETTINGS = {  # of what a run begins; its processes are to be no less urgent than those of the machine's other work
     "RAY_USAGE_STATS_ENABLED": "0",
