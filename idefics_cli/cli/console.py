@@ -107,6 +107,10 @@ class Signals:
         if self._caught is not None:
             raise Interrupted(self._caught)
 
+    def number(self, stop: KeyboardInterrupt) -> int:
+        """Libraries that see Interrupted may raise a plain one in place of it: ray.wait does."""
+        return stop.number if isinstance(stop, Interrupted) else self._caught or signal.SIGINT
+
     def _handle(self, number: int, frame: object) -> None:
         if self._caught is not None:
             os._exit(EXIT_SIGNAL + number)
@@ -129,9 +133,10 @@ def exit_codes(debug: bool, talk: TalkOptions = TalkOptions()) -> Iterator[Signa
         except StreamClosed:
             _leave_stdout()
             code = 0
-        except Interrupted as stop:
+        except KeyboardInterrupt as stop:
             _leave_stdout()
-            code, name = EXIT_SIGNAL + stop.number, signal.Signals(stop.number).name
+            number = signals.number(stop)
+            code, name = EXIT_SIGNAL + number, signal.Signals(number).name
             say(f"Stopped by {name}. {signals.safe_rows('')}", event="stopped", facts={"signal": name, "exit": code})
         except OtherProcessFailed as failed:
             code = failed.code

@@ -240,6 +240,18 @@ def test_a_signal_while_the_model_loads(photos: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("f.jsonl*"))
 
 
+def test_a_library_may_raise_an_interrupt_of_its_own_for_a_signal(run: Callable[..., Result], photos: Path) -> None:
+    def hear(prompts: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    result = run("caption", photos / "sub", captioner=FakeCaptioner(before_call=hear))
+    assert result.exit_code == 143 and result.stderr == "Stopped by SIGTERM.\n"
+
+
 def test_rows_of_a_slow_stdin_come_at_once_and_a_signal_ends_the_waiting(photos: Path) -> None:
     with started("caption", "-", stdin=subprocess.PIPE) as process:
         process.stdin.write(os.fsencode(photos / "a.jpg") + b"\n")
