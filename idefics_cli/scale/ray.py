@@ -35,6 +35,7 @@ Tries: TypeAlias = Generator[Unit, bool, None]
 TRIES = 4  # of a unit, and of an actor as it begins
 CPUS = 0.5  # of an actor: its processes are those of --workers
 ANSWER_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0  # for the first actor, some of them for its imports
 SETTINGS = {  # of what a run begins; its processes are to be no less urgent than those of the machine's other work
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -53,7 +54,7 @@ def require_ray(options: RunOptions) -> None:
 def do_on_cluster(job: Job, observer: Observer, units: Units) -> Iterator[Done]:
     """In the order of finishing. Raises what a worker raises."""
     said = set[tuple[str, Any]]()
-    with _connected(job.options.ray), closing(_ends(job, units)) as ends:
+    with _connected(job.options.ray), closing(_ends(job, units, observer)) as ends:
         observer.on_loading(f"{job.options.request.model}")
         for done, words in ends:
             for kind, value in sorted(words - said, key=str):
@@ -63,10 +64,12 @@ def do_on_cluster(job: Job, observer: Observer, units: Units) -> Iterator[Done]:
             yield done
 
 
-def _ends(job: Job, units: Units) -> Iterator[Ended]:
+def _ends(job: Job, units: Units, observer: Observer) -> Iterator[Ended]:
     missing = units.missing()
     first = list(islice(missing, _most_actors(job.options)))
     with _Actors(job, units.part, len(first)) as actors:
+        if first and not actors.wait(PATIENCE_SECONDS):
+            observer.say("No actor has begun on the cluster yet: where others use it all, the run waits for a place.")
         yield from actors.do(chain(first, missing))
 
 
@@ -133,6 +136,13 @@ class _Actors:
         others = *self._beginning.values(), *self._at_work.values()
         for actor in *self._idle, *(actor for actor, _ in others):
             ray.kill(actor)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether one of them has begun by then."""
+        import ray
+
+        ready, _ = ray.wait([*self._beginning], timeout=seconds)
+        return bool(ready)
 
     def do(self, units: Iterator[Unit]) -> Iterator[Ended]:
         """In the order of finishing. Raises what an actor has raised."""

@@ -231,6 +231,19 @@ def test_actors_that_cannot_begin_are_one_line(cluster: str) -> None:
         list(actors.do(iter([Unit(0, Cut(0), Cut(1))])))
 
 
+def test_a_run_that_waits_for_a_place_says_so(
+    run_fake: Run, cluster: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(scale_ray, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(scale_ray._Actors, "do", lambda actors, units: iter([]))
+    monkeypatch.setattr(scale_ray, "CPUS", 3)  # of two
+    result = run_fake("caption", photos, "-o", f"{tmp_path}/parts/", "--ray", cluster)
+    assert "No actor has begun on the cluster yet" in " ".join(result.stderr.split())
+    assert not ray.is_initialized()
+
+
 class FakeRay:
     """What `_Actors` asks of ray: an actor that begins or does a unit may be lost, by chance or by one of its rows.
 
