@@ -57,7 +57,8 @@ class SidecarWriter:
             return None
         if self.existing == "error":
             raise _exists(target)
-        return there.decode(errors="replace").removesuffix("\n") if self.existing == "skip" else None
+        text = _text(there)
+        return text if self.existing == "skip" and text != done else None
 
     def write(self, image: Path, text: str, row: int) -> None:
         """The text of a row that is safe. Written again it changes nothing."""
@@ -124,6 +125,11 @@ def _refusing(image: Path) -> AbstractContextManager[None]:
 
 def _data(text: str) -> bytes:
     return text.encode(errors="replace") + b"\n"
+
+
+def _text(data: bytes) -> str:
+    """What a file says, without the mark and the line break that an editor on Windows may have added."""
+    return data.decode("utf-8-sig", errors="replace").removesuffix("\n").removesuffix("\r")
 
 
 def read_text(path: Path) -> bytes | None:

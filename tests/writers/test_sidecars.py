@@ -51,6 +51,23 @@ def test_a_text_of_the_user_goes_only_where_that_is_said(tmp_path: Path) -> None
     assert text.read_text() == "a dog\n"
 
 
+@pytest.mark.parametrize("data", [b"my dog", b"my dog\n", b"my dog\r\n", b"\xef\xbb\xbfmy dog\r\n"])
+def test_what_an_editor_adds_is_not_of_a_kept_text(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    writer = SidecarWriter("skip")
+    assert writer.before(tmp_path / "a.png", 0, done="a dog") == "my dog"
+    assert writer.before(tmp_path / "a.png", 0, done="my dog") is None
+    writer.write(tmp_path / "a.png", "my dog", 0)
+    assert (tmp_path / "a.txt").read_bytes() == data
+
+
+def test_a_kept_text_that_is_not_utf8_is_taken_over_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n")
+    text = SidecarWriter("skip").before(tmp_path / "a.png", 0, done="a dog")
+    assert text == "caf\ufffd"
+    assert SidecarWriter("skip").before(tmp_path / "a.png", 0, done=text) is None
+
+
 @pytest.mark.parametrize("existing", get_args(Existing))
 def test_a_text_of_another_row_of_the_run_never_goes(tmp_path: Path, existing: Existing) -> None:
     writer = SidecarWriter(existing)
