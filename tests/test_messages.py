@@ -292,7 +292,8 @@ def test_a_part_of_another_run(tmp_path: Path) -> None:
 def test_processes_that_end_as_they_load_the_model() -> None:
     crew: Any = object.__new__(processes.Crew)
     crew._observer, crew._early_ends = SimpleNamespace(on_row=lambda number: None), processes.EARLY_ENDS - 1
-    member = SimpleNamespace(take_back=lambda: (None, None), told=0, end=lambda at_once: 1, is_ready=False)
+    member = SimpleNamespace(take_back=lambda: (None, None), told=0, is_ready=False)
+    member.tell_to_end, member.wait = lambda at_once: None, lambda: 1
     assert "processes in a row ended as they loaded the model (exit code 1)" in refusal(crew._has_ended, member)
 
 

@@ -62,7 +62,9 @@ class Crew:
 
     def __exit__(self, *exception: object) -> None:
         for member in self._members:
-            member.end(at_once=any(exception))
+            member.tell_to_end(at_once=any(exception))
+        for member in self._members:
+            member.wait()
 
     def do(self, units: Iterator[Unit], part: Callable[[Unit], Inputs]) -> Iterator[Done]:
         """In the order of finishing. Raises what a worker raises."""
@@ -95,7 +97,7 @@ class Crew:
             self._has_ended(member)
             return None
         if kind == "ready":
-            member.is_ready = True
+            member.is_ready, self._early_ends = True, 0
         elif kind == "rows":
             member.told += value
             self._observer.on_row(value)
@@ -128,9 +130,9 @@ class Crew:
     def _has_ended(self, member: _Member) -> None:
         tries, unit = member.take_back()
         self._observer.on_row(-member.told)
-        code = member.end(at_once=True)
+        member.tell_to_end(at_once=True)
+        code = member.wait()
         if member.is_ready:
-            self._early_ends = 0
             unit = tries.send(False)
         else:
             self._early_ends += 1
@@ -173,15 +175,20 @@ class _Member:
         tries, unit, self._tries, self.unit = self._tries, self.unit, None, None
         return tries, unit
 
-    def end(self, at_once: bool) -> int | None:
-        process, self._process = self._process, None
-        if process is None:
-            return None
+    def tell_to_end(self, at_once: bool) -> None:
+        if self._process is None:
+            return
         with suppress(OSError):
             self.pipe.send(None)
         if at_once:
-            process.terminate()
+            self._process.terminate()
         self.pipe.close()
+
+    def wait(self) -> int | None:
+        """For its end, of which it has been told. The exit code, where there was a process."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
         process.join(END_SECONDS)
         if process.exitcode is None:
             process.kill()

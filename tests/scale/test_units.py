@@ -321,6 +321,28 @@ def test_a_signal_while_a_process_begins(
     assert "Stopped by SIGTERM" in stopped.stderr
 
 
+def test_all_processes_are_told_to_end_before_one_is_waited_for(tmp_path: Path) -> None:
+    options = RunOptions(("x",), f"{tmp_path}/parts/", request=ModelRequest(device="cpu"))
+    job = Job(options, lambda: None, lambda request: None, None)  # type: ignore[arg-type, return-value]
+    said = list[str]()
+
+    class Process:
+        exitcode = None
+
+        def terminate(self) -> None:
+            said.append("terminate")
+
+        def join(self, seconds: float | None = None) -> None:
+            said.append("join")
+            self.exitcode = 0
+
+    with pytest.raises(IdeficsError), processes.Crew(job, 3, Observer()) as crew:
+        for member in crew._members:
+            member.pipe, member._process = multiprocessing.Pipe()[0], Process()
+        raise IdeficsError("a mistake")
+    assert said == 3 * ["terminate"] + 3 * ["join"]
+
+
 def test_ids_that_come_twice_are_named_at_the_end(run: Run, inputs: Path, tmp_path: Path) -> None:
     path = inputs / "twice.jsonl"
     path.write_text("".join(json.dumps({"id": f"row {i % 5}", "image": f"images/00{i}.png"}) + "\n" for i in range(7)))
