@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -25,7 +25,7 @@ from idefics_cli.errors import IdeficsError
 from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer, Relay, told
 from idefics_cli.readers.inputs import Inputs
-from idefics_cli.scale.units import Done, Job, Unit, Worker, attempts
+from idefics_cli.scale.units import Done, Job, Tries, Unit, Worker, attempts
 
 START = "spawn"  # what the driver has open, as connections to a store, is not to be shared
 PR_SET_PDEATHSIG = 1
@@ -54,7 +54,7 @@ class Crew:
         self._observer, self._said = observer, set[tuple[str, Any]]()
         self._model = f"{job.options.request.model}"
         self._members = [_Member(job, place, number) for place in range(number)]
-        self._waiting: deque[tuple[Generator[Unit, bool, None], Unit]] = deque()
+        self._waiting: deque[tuple[Tries, Unit]] = deque()
         self._early_ends = 0
 
     def __enter__(self) -> Crew:
@@ -81,7 +81,7 @@ class Crew:
                 if done is not None:
                     yield done
 
-    def _next_try(self, units: Iterator[Unit]) -> tuple[Generator[Unit, bool, None], Unit] | None:
+    def _next_try(self, units: Iterator[Unit]) -> tuple[Tries, Unit] | None:
         if self._waiting:
             return self._waiting.popleft()
         unit = next(units, None)
@@ -151,11 +151,11 @@ class _Member:
         self._work, self._process = (job, place, number), None
         self.pipe: Connection | None = None
         self.unit: Unit | None = None
-        self._tries: Any = None
+        self._tries: Tries | None = None
         self.told = 0  # rows of its unit
         self.is_ready = False
 
-    def begin(self, tries: Generator[Unit, bool, None], unit: Unit, part: Callable[[Unit], Inputs]) -> None:
+    def begin(self, tries: Tries, unit: Unit, part: Callable[[Unit], Inputs]) -> None:
         if self._process is None:
             self._start()
         self._tries, self.unit, self.told = tries, unit, 0
@@ -171,7 +171,7 @@ class _Member:
         self._process = process
         theirs.close()
 
-    def take_back(self) -> tuple[Generator[Unit, bool, None], Unit]:
+    def take_back(self) -> tuple[Tries, Unit]:
         tries, unit, self._tries, self.unit = self._tries, self.unit, None, None
         return tries, unit
 

@@ -13,7 +13,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -26,11 +26,10 @@ from idefics_cli.pipeline.options import RunOptions
 from idefics_cli.pipeline.task import Observer, Relay, told
 from idefics_cli.readers.inputs import Inputs
 from idefics_cli.scale.processes import Crew
-from idefics_cli.scale.units import Done, Job, Unit, Units, attempts
+from idefics_cli.scale.units import Done, Job, Tries, Unit, Units, attempts
 from idefics_cli.storage.unit_folder import UnitFolder
 
 Ended: TypeAlias = tuple[Done, set[tuple[str, Any]]]  # and what has been said
-Tries: TypeAlias = Generator[Unit, bool, None]
 
 TRIES = 4  # of a unit, and of an actor as it begins
 CPUS = 0.5  # of an actor: its processes are those of --workers

@@ -161,7 +161,10 @@ def _without_fatal(rows: Iterator[InputRow], unit: Unit) -> Iterator[InputRow]:
             yield row
 
 
-def attempts(unit: Unit) -> Generator[Unit, bool, None]:
+Tries: TypeAlias = Generator[Unit, bool, None]  # of a unit; is sent whether its process has survived each
+
+
+def attempts(unit: Unit) -> Tries:
     """What is to be tried until the part of the unit is there; is sent whether the process has survived each try.
 
     One end may be chance. After a second, halves are tried until the row is found that ends its process each time.
